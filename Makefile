@@ -1,0 +1,39 @@
+# One door for people and CI. `make demo` and `make test` work as the first command on a fresh clone.
+PY := .venv/bin/python
+export DS_ACCELERATOR ?= cpu
+
+.PHONY: setup demo test check format bench learn drill review gpu-check clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml infra/constraints.txt
+	python3.11 -m venv .venv
+	.venv/bin/pip install -q -c infra/constraints.txt pip setuptools wheel packaging ninja numpy
+	.venv/bin/pip install -q -c infra/constraints.txt torch==2.13.0
+	.venv/bin/pip install -q -c infra/constraints.txt -e ".[eval,demo,web,dev]"
+	touch $@
+
+demo: setup
+	$(PY) pipelines/demo.py
+
+check: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/lint-imports
+	.venv/bin/mypy
+
+test: check
+	$(PY) -m pytest
+
+format: setup
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+review: setup
+	$(PY) pipelines/demo.py --review true
+
+bench learn drill gpu-check:
+	@echo "make $@ is not built yet" && exit 2
+
+clean:
+	rm -rf runs build

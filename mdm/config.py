@@ -1,0 +1,364 @@
+"""Typed configuration: frozen dataclasses, cross-field checks, a command line made of their fields.
+
+Every job's flags are the fields of its dataclass, nested ones joined by a dot (`--train.lr 1e-3`).
+Unknown flags, presets and values end the job with one line that names the value and the choices,
+never with a stack trace.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import json
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+
+
+def doc(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the sentence that `--help` prints for it."""
+    return field(default=default, metadata={"help": help})
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    _check(value in choices, f"{name} is {value!r}; choose one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the diffusion decoder (Appendix C) and of the sequence it reads."""
+
+    d_model: int = doc(2048, "width of the residual stream")
+    n_layer: int = doc(49, "number of Mamba-2 blocks")
+    d_state: int = doc(128, "state size of the scan, per head channel")
+    headdim: int = doc(64, "channels of one head")
+    expand: int = doc(2, "inner width of a mixer as a multiple of d_model")
+    d_conv: int = doc(4, "taps of the causal convolution before the scan")
+    chunk_size: int = doc(256, "tokens the scan handles as one matrix product")
+    scan_mode: str = doc(
+        "alternate", "alternate: one mixer a block, scans take turns; separate: one mixer a scan"
+    )
+    scans: str = doc("1234/12", "image scans / text scans")
+    discretization: str = doc("zoh", "zoh (Eq. 13) or euler (mamba_ssm)")
+    kernel: str = doc("torch", "torch, or fused (CUDA: mamba_ssm and causal-conv1d)")
+    latent_dim: int = doc(16, "numbers in one token's latent, both modalities")
+    vocab_size: int = doc(32_000, "pieces of the tokenizer")
+    n_classes: int = doc(1000, "class labels; one more embedding stands for 'no class'")
+    image_height: int = doc(16, "rows of image tokens")
+    image_width: int = doc(16, "columns of image tokens")
+    text_length: int = doc(512, "longest text in tokens")
+
+    def __post_init__(self) -> None:
+        _one_of("model.scan_mode", self.scan_mode, ("alternate", "separate"))
+        _one_of("model.scans", self.scans, ("1234/12", "12/1"))
+        _one_of("model.discretization", self.discretization, ("zoh", "euler"))
+        _one_of("model.kernel", self.kernel, ("torch", "fused"))
+        inner = self.expand * self.d_model
+        _check(
+            inner % self.headdim == 0,
+            f"model.headdim {self.headdim} does not divide expand x d_model = {inner}",
+        )
+        for name in (
+            "d_model",
+            "n_layer",
+            "d_state",
+            "vocab_size",
+            "text_length",
+            "image_height",
+            "image_width",
+        ):
+            _check(
+                getattr(self, name) > 0,
+                f"model.{name} is {getattr(self, name)}; it must be positive",
+            )
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of the loss (Eq. 18) and how noise levels are drawn."""
+
+    lambda_se: float = doc(1.0, "weight of the score-entropy terms, lambda of Eq. 18")
+    se_image: float = doc(0.1, "weight of the image's score entropy beside its noise prediction")
+    beta_kl: float = doc(1e-5, "weight of the KL term, beta of Eq. 18")
+    se_trajectory: int = doc(6, "candidates from the token's own noisy trajectory")
+    se_in_batch: int = doc(32, "candidates from other tokens of the batch")
+    p_clean: float = doc(0.25, "share of samples whose modality is a clean condition (t = 0)")
+    p_drop: float = doc(0.1, "share of samples whose modality is dropped (t = T), for guidance")
+    p_class: float = doc(0.25, "share of labelled samples that see their class")
+    p_self_condition: float = doc(0.25, "share of steps that also see their own last estimate")
+    pad_weight: float = doc(0.1, "weight of the padding after the end of a text")
+
+    def __post_init__(self) -> None:
+        for name in ("p_clean", "p_drop", "p_class", "p_self_condition"):
+            p = getattr(self, name)
+            _check(0.0 <= p <= 1.0, f"objective.{name} is {p}; a share lies between 0 and 1")
+        _check(
+            self.p_clean + self.p_drop < 1.0,
+            "objective.p_clean + objective.p_drop must stay below 1",
+        )
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One encoded data set of the mixture: its folder under `data.root` and its share."""
+
+    name: str
+    weight: float
+
+    def __post_init__(self) -> None:
+        _check(
+            self.weight > 0, f"weight of source {self.name!r} is {self.weight}; it must be positive"
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The mixture of encoded data sets."""
+
+    root: str = doc(
+        "s3://mdm-demo/encoded", "folder or s3:// prefix that holds one encoded data set a source"
+    )
+    sources: tuple[SourceConfig, ...] = doc((), "name:weight, separated by commas")
+    global_batch: int = doc(64, "samples a step, over all ranks")
+    window: int = doc(4, "record batches shuffled together")
+    caption_length: int = doc(16, "text tokens beside a picture")
+    dialogue_length: int = doc(48, "text tokens of a text-only sample")
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.sources]
+        _check(len(set(names)) == len(names), f"data.sources names one twice: {names}")
+        _check(
+            self.global_batch > 0, f"data.global_batch is {self.global_batch}; it must be positive"
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The run. Batch, clipping and rate are owned here, not by the DeepSpeed JSON."""
+
+    steps: int = doc(500_000, "optimizer steps")
+    lr: float = doc(1e-4, "learning rate of AdamW")
+    warmup: int = doc(0, "steps over which the rate rises to lr")
+    decay: str = doc("constant", "constant, or cosine (to a tenth of lr)")
+    weight_decay: float = doc(0.0, "decoupled weight decay")
+    beta1: float = doc(0.9, "AdamW's first-moment decay")
+    beta2: float = doc(0.95, "AdamW's second-moment decay")
+    grad_clip: float = doc(1.0, "largest gradient norm")
+    ema: float = doc(0.9999, "decay of the averaged weights, once warmed up")
+    checkpoint_every: int = doc(1000, "steps between committed checkpoints")
+    keep: int = doc(2, "newest checkpoints kept")
+    snapshots: int = doc(
+        0, "evenly spaced exports of the averaged weights, for sample grids over training"
+    )
+    log_every: int = doc(10, "steps between lines of metrics")
+    deepspeed: str = doc(
+        "deepspeed_configs/zero3.json", "DeepSpeed JSON: ZeRO, offload and precision only"
+    )
+    threads: int = doc(0, "CPU threads a rank; 0 shares the cores evenly")
+
+    def __post_init__(self) -> None:
+        _one_of("train.decay", self.decay, ("constant", "cosine"))
+        _check(self.steps > 0, f"train.steps is {self.steps}; it must be positive")
+        _check(0.0 <= self.ema < 1.0, f"train.ema is {self.ema}; it lies in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = doc(0, "the run's only source of randomness, with the sample's id and its epoch")
+    run_dir: str = doc("runs/pretrain", "folder of checkpoints, exports and logs")
+    tokenizer: str = doc("", "SentencePiece .model file")
+    autoencoder: str = doc("", "folder of the frozen first-stage autoencoder")
+    experiment: str = doc("mdm", "MLflow experiment")
+
+    def __post_init__(self) -> None:
+        longest = max(self.data.caption_length, self.data.dialogue_length)
+        _check(
+            longest <= self.model.text_length,
+            f"data asks for texts of {longest} tokens but model.text_length is "
+            f"{self.model.text_length}; raise it or shorten the texts",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested plain dict of a config, as JSON would hold it."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def fingerprint(config: Any) -> str:
+    """sha256 over the sorted JSON of a config."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """The config that `to_dict` wrote; an unknown key raises ValueError with its name."""
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"unknown key {where + key!r}{_suggest(key, hints)}")
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            made[key] = from_dict(typing.cast(type, kind), value, f"{where}{key}.")
+        elif kind == tuple[SourceConfig, ...]:
+            made[key] = tuple(from_dict(SourceConfig, v, f"{where}{key}.") for v in value)
+        elif typing.get_origin(kind) is tuple:
+            made[key] = tuple(value)
+        else:
+            made[key] = value
+    return cls(**made)
+
+
+def _suggest(word: str, words: Any) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _parse(kind: Any, text: str) -> Any:
+    if kind == tuple[SourceConfig, ...]:
+        pairs = [item.rsplit(":", 1) for item in text.split(",") if item]
+        _check(all(len(p) == 2 for p in pairs), f"{text!r} is not name:weight,name:weight")
+        return tuple(SourceConfig(name, float(weight)) for name, weight in pairs)
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        kind = next(a for a in typing.get_args(kind) if a is not type(None))
+    if kind is bool:
+        _check(text.lower() in ("true", "false"), f"{text!r} is neither true nor false")
+        return text.lower() == "true"
+    return kind(text)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple) and value and isinstance(value[0], SourceConfig):
+        return ",".join(f"{s.name}:{s.weight:g}" for s in value)
+    return repr(value)
+
+
+def _flags(cls: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Flag name -> (type, help) for every leaf field."""
+    hints = typing.get_type_hints(cls)
+    found: dict[str, tuple[Any, str]] = {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            found |= _flags(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = (hints[f.name], f.metadata.get("help", ""))
+    return found
+
+
+def _get(config: Any, path: str) -> Any:
+    for part in path.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _replace(config: Any, changes: dict[str, Any]) -> Any:
+    """`config` with dotted paths replaced, all at once, so that checks see the final values."""
+    own = {k: v for k, v in changes.items() if "." not in k}
+    for head in {k.split(".", 1)[0] for k in changes if "." in k}:
+        below = {k.split(".", 1)[1]: v for k, v in changes.items() if k.startswith(head + ".")}
+        own[head] = _replace(getattr(config, head), below)
+    return dataclasses.replace(config, **own)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        flag = message.removeprefix("unrecognized arguments: ").split()[0]
+        if message.startswith("unrecognized") and flag.startswith("--"):
+            known = [s for a in self._actions for s in a.option_strings]
+            message = f"unknown flag {flag}{_suggest(flag, known)}"
+        fail(f"{self.prog}: {message} (--help lists the flags)")
+
+
+def fail(message: str) -> NoReturn:
+    """End a job over a user's mistake: one line on stderr, exit code 2."""
+    print(message, file=sys.stderr)  # noqa: T201
+    sys.exit(2)
+
+
+def parse_cli(
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str = "",
+    presets: dict[str, T] | None = None,
+    default: T | None = None,
+) -> T:
+    """A `cls` from command-line flags named after its fields.
+
+    With `presets`, `--preset NAME` picks the values that the other flags change. Fields without
+    a default are required. A mistake prints one line and exits with code 2.
+    """
+    parser = _OneLineParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher adds it
+    if presets is not None:
+        parser.add_argument(
+            "--preset", required=True, metavar="NAME", help=f"one of {', '.join(presets)}"
+        )
+    flags = _flags(cls)
+    required = set()
+    if presets is None and default is None:
+        required = {f.name for f in dataclasses.fields(typing.cast(Any, cls)) if _required(f)}
+    for path, (kind, text) in flags.items():
+        if default is not None:
+            text = f"{text} (default {_show(_get(default, path))})"
+        elif presets is None and path not in required:
+            text = f"{text} (default {_show(cls.__dataclass_fields__[path].default)})"  # type: ignore[attr-defined]
+        parser.add_argument(
+            f"--{path}",
+            metavar=kind.__name__.upper() if isinstance(kind, type) else "LIST",
+            required=path in required,
+            help=text.replace("%", "%%"),
+        )
+    parsed = vars(parser.parse_args(argv))
+    base: Any = default
+    if presets is not None:
+        name = parsed["preset"]
+        if name not in presets:
+            fail(
+                f"{parser.prog}: unknown preset {name!r}{_suggest(name, presets)} "
+                f"(presets: {', '.join(presets)})"
+            )
+        base = presets[name]
+    try:
+        changes = {
+            path: _parse_flag(path, kind, parsed[path])
+            for path, (kind, _) in flags.items()
+            if parsed[path] is not None
+        }
+        return typing.cast(T, cls(**changes) if base is None else _replace(base, changes))
+    except ValueError as error:
+        fail(f"{parser.prog}: {error}")
+
+
+def _parse_flag(path: str, kind: Any, text: str) -> Any:
+    try:
+        return _parse(kind, text)
+    except ValueError as error:
+        raise ValueError(f"--{path} {text!r} is not valid: {error}") from None
+
+
+def _required(f: Any) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING

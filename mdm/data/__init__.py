@@ -1,0 +1,1 @@
+"""Encoded data: schema, storage, order, loading."""

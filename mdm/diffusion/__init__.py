@@ -1,0 +1,1 @@
+"""Noise schedules, score entropy, samplers."""

@@ -1,0 +1,1 @@
+"""Scans: torch reference and fused CUDA kernels, same signatures."""

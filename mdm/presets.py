@@ -1,0 +1,62 @@
+"""Named configurations: values only."""
+
+from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig, SourceConfig, TrainConfig
+
+# Two CPU cores, about ten minutes: digits, emoji and dialogues at 32 x 32 pixels.
+DEMO = Config(
+    model=ModelConfig(
+        d_model=128,
+        n_layer=8,
+        d_state=32,
+        headdim=32,
+        chunk_size=64,
+        vocab_size=2000,
+        n_classes=10,
+        image_height=4,
+        image_width=4,
+        text_length=48,
+    ),
+    objective=ObjectiveConfig(),
+    data=DataConfig(
+        sources=(
+            SourceConfig("digits", 0.6),
+            SourceConfig("emoji", 0.25),
+            SourceConfig("dialogues", 0.15),
+        ),
+        global_batch=64,
+        caption_length=12,
+        dialogue_length=40,
+    ),
+    train=TrainConfig(
+        steps=4000,
+        lr=1e-3,
+        warmup=100,
+        decay="cosine",
+        ema=0.998,
+        checkpoint_every=500,
+        snapshots=5,
+        deepspeed="deepspeed_configs/cpu.json",
+    ),
+    run_dir="runs/demo/train",
+    tokenizer="runs/demo/tokenizer/tokenizer.model",
+    autoencoder="runs/demo/autoencoder",
+    experiment="demo",
+)
+
+# The paper's decoder: 49 blocks, width 2048, one mixer a scan.
+MDM_7B = Config(
+    model=ModelConfig(scan_mode="separate", kernel="fused"),
+    data=DataConfig(
+        root="s3://mdm/encoded",
+        sources=(
+            SourceConfig("imagenet", 0.4),
+            SourceConfig("journeydb", 0.4),
+            SourceConfig("ultrachat", 0.2),
+        ),
+        global_batch=1024,
+        caption_length=128,
+        dialogue_length=512,
+    ),
+)
+
+PRESETS: dict[str, Config] = {"demo": DEMO, "mdm_7b": MDM_7B}

@@ -1,0 +1,1 @@
+"""Runnable jobs: parse flags, call mdm, exit."""
