@@ -4,6 +4,7 @@ The JSON owns ZeRO, offload and precision; `Config` owns batch, clipping and rat
 wrong side is refused, so that no knob has two owners.
 """
 
+import gc
 import io
 import json
 import logging
@@ -68,7 +69,7 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         raise RunError(f"{path}: zero_optimization.stage is {stage!r}; the engine supports 2 and 3")
     if config.data.global_batch % world_size:
         raise RunError(
-            f"data.global_batch {config.data.global_batch} is not a multiple of the {world_size} ranks"
+            f"data.global_batch {config.data.global_batch} is not a multiple of {world_size} ranks"
         )
     return values | {
         "train_batch_size": config.data.global_batch,
@@ -112,9 +113,15 @@ def start_ranks(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) ->
 
 
 def stop_ranks() -> None:
-    """Leave the process group, so that no rank outlives it."""
+    """Leave the process group; call when no engine is in use any more.
+
+    What still refers to the group is collected first: gloo's threads must have ended when the
+    interpreter does, or they abort the process.
+    """
+    gc.collect()
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        deepspeed.comm.destroy_process_group()
+    gc.collect()
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -85,10 +85,10 @@ def main() -> None:
     assert not engine.was_step_applied
     after = full_weights(engine)
     assert all(torch.equal(before[n], after[n]) for n in before)
-    stop_ranks()
 
 
 ISLANDS = ("A_log", "dt_bias", "D")
 
 if __name__ == "__main__":
     main()
+    stop_ranks()
