@@ -12,12 +12,11 @@ import sys
 import time
 from dataclasses import dataclass
 
+from mdm.config import Config, doc, fail, parse_cli
 from mdm.data.loader import build_loader
+from mdm.dist import World
 from mdm.model.mamba2 import Mamba2
 from mdm.objective import Objective
-
-from mdm.config import Config, doc, fail, parse_cli
-from mdm.dist import World
 from mdm.presets import PRESETS
 from mdm.train.engine import start_ranks, stop_ranks
 from mdm.train.loop import train

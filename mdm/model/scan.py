@@ -88,14 +88,15 @@ def joint_scan(
     segments = [head.flip(0) if reverse else head]
     start = n_head
     inner = text_scan(text_length, text)[0]
-    segments.append(_between_pads(inner, start))
+    segments.append(_between_pads(inner, start, reverse))
     start += text_length + 2
     if grid is not None:
-        segments.append(_between_pads(image_scan(*grid, image)[0], start))
+        segments.append(_between_pads(image_scan(*grid, image)[0], start, reverse))
     order = torch.cat(segments[::-1] if reverse else segments)
     return order, order.argsort()
 
 
-def _between_pads(inner: Tensor, start: int) -> Tensor:
-    n = inner.numel()
-    return torch.cat([torch.tensor([start]), inner + start + 1, torch.tensor([start + n + 1])])
+def _between_pads(inner: Tensor, start: int, reverse: bool) -> Tensor:
+    pads = [torch.tensor([start]), torch.tensor([start + inner.numel() + 1])]
+    first, last = pads[::-1] if reverse else pads
+    return torch.cat([first, inner + start + 1, last])
