@@ -75,6 +75,8 @@ class Embed(nn.Module):
         pads = self.pads.unsqueeze(1).expand(-1, b, -1).unsqueeze(2)  # [4, b, 1, d]
         parts = [time.unsqueeze(1), label.unsqueeze(1), pads[0], text, pads[1]]
         if z_img is not None:
-            image = self.image_in(z_img) + self.image_position + embedded[:, 2:3]
+            # One class token among many tokens is learned late: the label joins every patch too.
+            image = self.image_in(z_img) + self.image_position
+            image = image + (embedded[:, 2] + label).unsqueeze(1)
             parts += [pads[2], image, pads[3]]
         return torch.cat(parts, 1)
