@@ -110,7 +110,8 @@ class Autoencoder:
             raise ValueError(f"{pixels.shape[2]} x {pixels.shape[3]} is no multiple of {step}")
         mean = self._model.encode(to_signed(pixels.to(self._mean.device))).latent_dist.mode()
         cells = (mean.float() - self._mean) / self._std
-        return rearrange(cells, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH).contiguous()
+        tokens: Tensor = rearrange(cells, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
+        return tokens.contiguous()
 
     @torch.inference_mode()
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:

@@ -73,7 +73,7 @@ def channel_statistics(
     vae = cast(Any, model.eval())
     count = 0
     total = square = torch.zeros((), dtype=torch.float64)
-    for part in pictures.split(batch):
+    for part in _batches(pictures, batch):
         cells = vae.encode(to_signed(part)).latent_dist.mode().double()
         total = total + cells.sum((0, 2, 3))
         square = square + cells.square().sum((0, 2, 3))
@@ -89,8 +89,13 @@ def reconstruct(autoencoder: Autoencoder, pictures: Tensor, batch: int = 256) ->
         pictures.shape[2] // autoencoder.factor // 2,
         pictures.shape[3] // autoencoder.factor // 2,
     )
-    parts = [autoencoder.decode(autoencoder.encode(p), grid) for p in pictures.split(batch)]
+    parts = [autoencoder.decode(autoencoder.encode(p), grid) for p in _batches(pictures, batch)]
     return torch.cat(parts)
+
+
+def _batches(pictures: Tensor, batch: int) -> Iterator[Tensor]:
+    for start in range(0, len(pictures), batch):
+        yield pictures[start : start + batch]
 
 
 def psnr(output: Tensor, target: Tensor) -> float:
