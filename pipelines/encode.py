@@ -33,11 +33,11 @@ from mdm.sources.record import Unit
 class Flags:
     """Flags of this job."""
 
-    dataset: str  # help texts of required flags come from the fields' names
-    root: str
-    split: str
-    tokenizer: str
-    out: str
+    dataset: str = field(metadata={"help": "published layout: imagenet, journeydb or ultrachat"})
+    root: str = field(metadata={"help": "folder of the data set as published"})
+    split: str = field(metadata={"help": "train, val, ... as the data set names it"})
+    tokenizer: str = field(metadata={"help": "SentencePiece .model file"})
+    out: str = field(metadata={"help": "where to write: s3://bucket/prefix or a folder"})
     autoencoder: str = doc("", "folder of the frozen autoencoder; text-only data sets need none")
     text_length: int = doc(512, "longest text in tokens, EOS included")
     min_chars: int = doc(2, "captions and replies of fewer characters are dropped")

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 class Flags:
     """Flags of this job."""
 
-    dir: str
+    dir: str = field(metadata={"help": "folder that keeps the objects"})
     port: int = doc(0, "port of the S3 endpoint; 0 picks a free one")
     bucket: str = doc("mdm-demo", "bucket that is made at the start")
 
@@ -118,6 +118,7 @@ class S3Server:
                     "-master.telemetry=false",
                     "-master.volumeSizeLimitMB=1024",
                     "-volume.max=0",
+                    "-volume.preStopSeconds=0",
                     "-volume.minFreeSpace=1",
                     "-filer",
                     "-s3",
@@ -181,7 +182,7 @@ class S3Server:
         self._signal(signal.SIGKILL)
 
     def stop(self) -> None:
-        """Stop it in order, killing it after ten seconds."""
+        """Stop it. What it acknowledged is in its files: it is not given long to close streams."""
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
@@ -190,7 +191,7 @@ class S3Server:
         if self._process.poll() is None:
             os.killpg(self._process.pid, number)
             try:
-                self._process.wait(10)
+                self._process.wait(2)
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.wait()
