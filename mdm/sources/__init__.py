@@ -1,1 +1,39 @@
-"""Published data set layouts, read as they lie."""
+"""Published dataset layouts -> RawRecord."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mdm.sources import imagenet, journeydb, ultrachat
+from mdm.sources.record import BadRecord, RawRecord, Reader
+
+READERS: dict[str, Reader] = {
+    "imagenet": imagenet,
+    "journeydb": journeydb,
+    "ultrachat": ultrachat,
+}
+
+
+def get(name: str) -> Reader:
+    """The reader of a published layout; ValueError names the choices for an unknown one."""
+    if name not in READERS:
+        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(READERS)}")
+    return READERS[name]
+
+
+def records(name: str, root: Path, split: str) -> Iterator[RawRecord | BadRecord]:
+    """All of a split, unit after unit, in one process."""
+    reader = get(name)
+    for unit in reader.units(root, split):
+        yield from reader.read(unit)
+
+
+def parse_datasets(text: str) -> list[tuple[str, Path]]:
+    """`name=folder,name=folder` as pairs; ValueError for anything else or an unknown name."""
+    pairs = [item.partition("=") for item in text.split(",") if item]
+    if not pairs or not all(name and equals and root for name, equals, root in pairs):
+        raise ValueError(f"{text!r} is not name=folder,name=folder")
+    for name, _, root in pairs:
+        get(name)
+        if not Path(root).is_dir():
+            raise ValueError(f"dataset {name}: no folder {root}")
+    return [(name, Path(root)) for name, _, root in pairs]

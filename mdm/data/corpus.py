@@ -1,0 +1,115 @@
+"""The tokenizer's corpus (Appendix D): texts of all sets, cleaned, unique, shuffled, split.
+
+Everything streams through a few hundred files chosen by a hash of the line: a duplicate meets its
+twin in the same file, and the files in order, each sorted by hash, are one fixed shuffle. Memory
+stays at one file, and the order of the input does not matter.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MIN_CHARACTERS = 2
+# SentencePiece passes over longer lines in silence, so they are cut between words.
+MAX_BYTES = 4000
+BUCKETS = 256
+HELD_OUT = 20  # one line in so many is kept for measuring
+
+
+@dataclass
+class Corpus:
+    """Lines on disk below `folder`, and what became of the input."""
+
+    folder: Path
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    train_lines: int = 0
+    held_out_lines: int = 0
+
+    def train(self) -> Iterator[str]:
+        """The training lines, shuffled."""
+        return _lines(self.folder / "train.txt")
+
+    def held_out(self) -> Iterator[str]:
+        """The lines kept for measuring."""
+        return _lines(self.folder / "held_out.txt")
+
+
+def build(texts: Iterable[str], folder: Path, *, buckets: int = BUCKETS) -> Corpus:
+    """Clean, deduplicate, shuffle and split `texts` into `folder`.
+
+    Dropped, and counted by reason: lines under MIN_CHARACTERS, without a letter or digit, or seen
+    before (whatever their case).
+    """
+    corpus = Corpus(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [folder / f"part-{index:03d}" for index in range(buckets)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(part.open("w", encoding="utf-8")) for part in parts]
+        for text in texts:
+            for line in _cut(" ".join(text.split())):
+                corpus.read += 1
+                if reason := _refuse(line):
+                    corpus.dropped[reason] += 1
+                else:
+                    files[_hash(line) % buckets].write(line + "\n")
+    with (
+        (folder / "train.txt").open("w", encoding="utf-8") as train,
+        (folder / "held_out.txt").open("w", encoding="utf-8") as held_out,
+    ):
+        for part in parts:
+            seen: set[int] = set()
+            for key, line in sorted((_hash(line), line) for line in _lines(part)):
+                if key in seen:
+                    corpus.dropped["duplicate"] += 1
+                    continue
+                seen.add(key)
+                if key // buckets % HELD_OUT == 0:
+                    held_out.write(line + "\n")
+                    corpus.held_out_lines += 1
+                else:
+                    train.write(line + "\n")
+                    corpus.train_lines += 1
+            part.unlink()
+    return corpus
+
+
+def _refuse(line: str) -> str:
+    if len(line) < MIN_CHARACTERS:
+        return f"shorter than {MIN_CHARACTERS} characters"
+    if not any(c.isalnum() for c in line):
+        return "no letter or digit"
+    return ""
+
+
+def _cut(line: str) -> Iterator[str]:
+    """`line` in pieces of at most MAX_BYTES, between words where it can."""
+    if len(line.encode()) <= MAX_BYTES:
+        yield line
+        return
+    piece = ""
+    for word in line.split(" "):
+        # A character has at most four bytes; a single endless word is cut anywhere.
+        for start in range(0, len(word), MAX_BYTES // 4):
+            part = word[start : start + MAX_BYTES // 4]
+            glue = " " if piece and not start else ""
+            if len((piece + glue + part).encode()) > MAX_BYTES:
+                yield piece
+                piece, glue = "", ""
+            piece += glue + part
+    if piece:
+        yield piece
+
+
+def _hash(line: str) -> int:
+    folded = line.casefold().encode()
+    return int.from_bytes(hashlib.blake2b(folded, digest_size=8).digest(), "little")
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            yield line.rstrip("\n")

@@ -1,0 +1,74 @@
+"""Picture bytes -> pixels, strict about what it refuses."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Larger pictures are refused by their header, before their pixels are unpacked.
+MAX_PIXELS = 64 << 20
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+
+def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
+    """RGB pixels uint8 [3, size, size]: short side resized to `size`, middle cropped.
+
+    The EXIF orientation is applied, transparency lies over white. ValueError says why a picture is
+    refused: empty, not a picture, truncated, damaged, or of too many pixels.
+    """
+    if not data:
+        raise ValueError("empty file")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"not a picture: begins with {data[:8].hex()}") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ValueError(f"too many pixels: more than {MAX_PIXELS}") from None
+    except _DECODER_ERRORS as error:
+        raise ValueError(f"damaged picture: {error}") from None
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"too many pixels: {width} x {height}, more than {MAX_PIXELS}")
+    if min(width, height) < 1:
+        raise ValueError(f"picture of no pixels: {width} x {height}")
+    try:
+        # JPEG can be unpacked at a fraction of its size; twice the target keeps all detail.
+        picture.draft(None, (2 * size, 2 * size))
+        picture.load()
+        rgb = _rgb(ImageOps.exif_transpose(picture))
+    except _DECODER_ERRORS as error:
+        kind = "truncated" if "truncated" in str(error) else "damaged"
+        raise ValueError(f"{kind} picture: {error}") from None
+    scale = size / min(rgb.size)
+    width, height = (max(size, round(side * scale)) for side in rgb.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    rgb = rgb.crop((left, top, left + size, top + size))
+    return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits: PIL would clip them, not scale them
+        sixteen = np.asarray(picture, dtype=np.int64).clip(0, 0xFFFF)
+        return Image.fromarray((sixteen >> 8).astype(np.uint8)).convert("RGB")
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        picture = picture.convert("RGBA")
+        page = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(page, picture).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,182 @@
+import io
+import os
+import shutil
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from mdm.sources import imagenet
+from mdm.sources.record import BadRecord, RawRecord
+
+WNIDS = ("n00000001", "n00000002", "n00000003")
+# ILSVRC ids are not in the order of the wnids.
+ILSVRC = {1: "n00000003", 2: "n00000001", 3: "n00000002"}
+
+
+def read_all(root, split, **options):
+    return [r for u in imagenet.units(root, split, **options) for r in imagenet.read(u)]
+
+
+def tar_of(members, path=None):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    if path is not None:
+        path.write_bytes(out.getvalue())
+    return out.getvalue()
+
+
+@pytest.fixture()
+def tars(tmp_path):
+    """The published form: tar of tars, val tar, devkit with meta.mat and ground truth."""
+    inner = [
+        (f"{w}.tar", tar_of([(f"{w}_{i}.JPEG", f"{w}{i}".encode() * 99) for i in range(4)]))
+        for w in reversed(WNIDS)
+    ]
+    tar_of(inner, tmp_path / imagenet.TRAIN_TAR)
+    val = [(f"ILSVRC2012_val_{i:08d}.JPEG", b"v%d" % i * 300) for i in range(1, 7)]
+    tar_of(val, tmp_path / imagenet.VAL_TAR)
+    kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+    synsets = np.empty((5, 1), dtype=kind)
+    rows = [(i, w, f"name {w}, other {w}", 0) for i, w in ILSVRC.items()]
+    rows += [(4, "n90000000", "animal", 2), (5, "n90000001", "thing", 1)]
+    for index, values in enumerate(rows):
+        synsets[index, 0] = values
+    mat = io.BytesIO()
+    savemat(mat, {"synsets": synsets})
+    files = {"data/meta.mat": mat.getvalue()}
+    files["data/ILSVRC2012_validation_ground_truth.txt"] = b"1\n2\n3\n1\n2\n3\n"
+    with tarfile.open(tmp_path / f"{imagenet.DEVKIT}.tar.gz", "w:gz") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(f"{imagenet.DEVKIT}/{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return tmp_path
+
+
+def test_demo_digits(demo):
+    root = demo / "digits"
+    assert len(imagenet.class_names(root)) == 10
+    assert imagenet.class_names(root)[7] == "seven, digit seven, handwritten seven"
+    for split, each in (("train", 5), ("val", 1)):
+        records = read_all(root, split)
+        assert all(isinstance(r, RawRecord) for r in records)
+        assert Counter(r.label for r in records) == dict.fromkeys(range(10), each)
+        for r in records:
+            assert f"/n{r.label:08d}/" in r.id
+            assert r.text in imagenet.split_names(imagenet.class_names(root)[r.label])
+            assert (root / r.origin).read_bytes() == r.image
+    assert set(imagenet.texts(root, "train")) > {"zero", "digit nine", "handwritten one"}
+
+
+def test_captions_are_stable_and_use_every_name():
+    names = "seven, digit seven, handwritten seven"
+    picked = Counter(imagenet.caption(names, f"id {i}") for i in range(300))
+    assert set(picked) == set(imagenet.split_names(names))
+    assert min(picked.values()) > 70
+    assert imagenet.caption(names, "id 1") == imagenet.caption(names, "id 1")
+
+
+def test_units_of_folders_cut_anywhere_hold_each_picture_once_and_mix_the_classes(demo):
+    root = demo / "digits"
+    whole = read_all(root, "train")
+    units = imagenet.units(root, "train", unit_bytes=8000)
+    assert len(units) > 3
+    assert [r for u in units for r in imagenet.read(u)] == whole
+    assert all(len({f.split("/")[1] for f in u.files}) > 3 for u in units[:-1])
+    assert units == imagenet.units(root, "train", unit_bytes=8000)
+
+
+def test_published_tars(tars):
+    train = read_all(tars, "train")
+    assert all(isinstance(r, RawRecord) for r in train)
+    assert len(imagenet.units(tars, "train")) == 3
+    assert {(r.id, r.label, r.image) for r in train} == {
+        (f"imagenet/train/{w}/{w}_{i}.JPEG", label, f"{w}{i}".encode() * 99)
+        for label, w in enumerate(WNIDS)
+        for i in range(4)
+    }
+    val = read_all(tars, "val")
+    truth = [ILSVRC[i] for i in (1, 2, 3, 1, 2, 3)]
+    assert [r.label for r in val] == [WNIDS.index(w) for w in truth]
+    assert val[0].id == f"imagenet/val/{truth[0]}/ILSVRC2012_val_00000001.JPEG"
+    assert val[5].image == b"v6" * 300
+    assert val[0].text in ("name n00000003", "other n00000003")
+    units = imagenet.units(tars, "val", unit_bytes=2000)
+    assert len(units) > 2
+    assert [r for u in units for r in imagenet.read(u)] == val
+
+
+def test_tars_and_their_extracted_folders_give_the_same_records(tars, tmp_path):
+    folder = tmp_path / "extracted"
+    shutil.copytree(tars, folder, ignore=shutil.ignore_patterns("*.tar", "extracted"))
+    for split in imagenet.SPLITS:
+        for r in read_all(tars, split):
+            path = folder / split / r.id.split("/")[2] / r.id.split("/")[3]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(r.image)
+        pick = lambda r: (r.id, r.label, r.text, r.image)  # noqa: E731
+        assert sorted(map(pick, read_all(folder, split))) == sorted(
+            map(pick, read_all(tars, split))
+        )
+
+
+def test_truncated_train_tar_keeps_what_is_whole(tars):
+    path = tars / imagenet.TRAIN_TAR
+    path.write_bytes(path.read_bytes()[:-14_000])  # into the last class, zero padding included
+    records = read_all(tars, "train")
+    good = [r for r in records if isinstance(r, RawRecord)]
+    bad = [r for r in records if isinstance(r, BadRecord)]
+    assert 8 <= len(good) < 12
+    assert bad
+    assert "unreadable tar n00000001.tar after" in bad[0].reason
+
+
+def test_damaged_outer_header_is_reported(tars):
+    path = tars / imagenet.VAL_TAR
+    data = bytearray(path.read_bytes())
+    data[3 * 1536 + 10] ^= 0xFF  # header of the fourth picture
+    path.write_bytes(bytes(data))
+    records = read_all(tars, "val")
+    assert [isinstance(r, RawRecord) for r in records] == [True, True, True, False]
+    assert "unreadable tar" in records[-1].reason
+
+
+def test_broken_folders(demo, tmp_path):
+    shutil.copytree(demo / "digits", tmp_path / "d")
+    folder = tmp_path / "d" / "train"
+    (folder / "n99999999").mkdir()
+    (folder / "n99999999" / "x.JPEG").write_bytes(b"x")
+    os.symlink("nowhere", folder / "n00000001" / "dangling.JPEG")
+    odd = os.fsencode(folder / "n00000001") + b"/caf\xe9.JPEG"
+    with open(odd, "wb") as file:
+        file.write(b"x")
+    (unit,) = imagenet.units(tmp_path / "d", "train")
+    gone = unit.files[0] if "n00000001" not in unit.files[0] else unit.files[1]
+    (tmp_path / "d" / gone).unlink()
+    records = list(imagenet.read(unit))
+    bad = {r.id.rsplit("/", 1)[1]: r.reason for r in records if isinstance(r, BadRecord)}
+    assert bad == {
+        "x.JPEG": "'n99999999' is not among the classes",
+        "dangling.JPEG": "missing file",
+        "caf\\udce9.JPEG": "file name is not valid UTF-8",
+        gone.rsplit("/", 1)[1]: "missing file",
+    }
+    assert len(records) == 50 + 3
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no class names in .*LOC_synset_mapping\.txt"):
+        imagenet.units(tmp_path, "train")
+    (tmp_path / imagenet.MAPPING).write_text("n00000001 one\n")
+    with pytest.raises(ValueError, match=r"neither folder val/ nor ILSVRC2012_img_val\.tar"):
+        imagenet.units(tmp_path, "val")
+    tar_of([("ILSVRC2012_val_00000001.JPEG", b"x")], tmp_path / imagenet.VAL_TAR)
+    with pytest.raises(ValueError, match="no devkit"):
+        imagenet.units(tmp_path, "val")

@@ -1,0 +1,136 @@
+import gzip
+import io
+import json
+import tarfile
+
+import pytest
+
+from mdm.sources import journeydb
+from mdm.sources.journeydb import ANNOTATIONS
+from mdm.sources.record import BadRecord, RawRecord
+
+
+def read_all(root, split="train"):
+    return [r for u in journeydb.units(root, split) for r in journeydb.read(u)]
+
+
+def write_tgz(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def row(path, **fields):
+    return json.dumps({"img_path": path, "prompt": "a prompt", **fields}).encode()
+
+
+def write_set(root, rows, archives):
+    write_tgz(root / ANNOTATIONS["train"], [("train.jsonl", b"\n".join(rows) + b"\n")])
+    for name, members in archives.items():
+        write_tgz(root / f"data/train/imgs/{name}.tgz", members)
+
+
+def test_demo_emoji(demo):
+    units = journeydb.units(demo / "emoji", "train")
+    assert [u.files[0][-7:] for u in units] == [f"00{i}.tgz" for i in range(5)]
+    records = read_all(demo / "emoji") + read_all(demo / "emoji", "valid")
+    assert len(records) == 60
+    assert all(isinstance(r, RawRecord) for r in records)
+    assert all(r.image[:2] == b"\xff\xd8" for r in records)
+    assert len({r.id for r in records}) == 60
+    assert sorted(journeydb.texts(demo / "emoji", "train")) == sorted(
+        r.text for r in records if r.split == "train"
+    )
+
+
+def test_caption_before_prompt(tmp_path):
+    rows = [row("./000/a.jpg", Task2={"Caption": "a caption"}), row("./000/b.jpg", Task2={})]
+    write_set(tmp_path, rows, {"000": [("000/a.jpg", b"A"), ("./000/b.jpg", b"B")]})
+    assert [(r.id, r.text, r.image) for r in read_all(tmp_path)] == [
+        ("journeydb/train/000/a.jpg", "a caption", b"A"),
+        ("journeydb/train/000/b.jpg", "a prompt", b"B"),
+    ]
+
+
+def test_everything_wrong_is_reported_once_with_its_reason(tmp_path):
+    rows = [
+        row("./001/good.jpg"),
+        row("./001/gone.jpg"),
+        row("./001/empty.jpg", prompt=" "),
+        row("./001/list.jpg", Task2=[1]),
+        row("./001/good.jpg", prompt="twice"),
+        row("./001/deep/er.jpg"),
+        row("../000/up.jpg"),
+        b'{"img_path": "./001/x.jpg", "prompt": "\xff"}',
+        b'{"img_path": "./001/',
+        b'{"prompt": "nowhere"}',
+        row("./007/far.jpg"),
+        row("./007/away.jpg"),
+    ]
+    pictures = [("001/good.jpg", b"1"), ("001/stray.jpg", b"2"), ("001/good.jpg", b"3")]
+    pictures += [("001/empty.jpg", b"4"), ("001/list.jpg", b"5")]
+    write_set(tmp_path, rows, {"000": [], "001": pictures})
+    records = read_all(tmp_path)
+    good = [r for r in records if isinstance(r, RawRecord)]
+    assert [(r.id, r.image) for r in good] == [("journeydb/train/001/good.jpg", b"1")]
+    bad = [
+        (r.id.removeprefix("journeydb/train/"), r.reason)
+        for r in records
+        if isinstance(r, BadRecord)
+    ]
+    reasons = dict(bad)
+    assert reasons["001/stray.jpg"] == "picture without annotation"
+    assert reasons["001/gone.jpg"] == "missing file: annotated, but not in the archive"
+    assert reasons["001/empty.jpg"] == "field prompt is empty"
+    assert reasons["001/list.jpg"] == "field Task2 is not an object"
+    assert sorted(reason for name, reason in bad if name == "001/good.jpg") == [
+        "duplicate id: a second row for this picture",
+        "duplicate id: the archive holds this name twice",
+    ]
+    assert "not ./<archive>/<file>" in reasons["line 6"]
+    assert "not ./<archive>/<file>" in reasons["line 7"]
+    assert "invalid UTF-8" in reasons["line 8"]
+    assert "invalid JSON" in reasons["line 9"]
+    assert reasons["line 10"] == "field img_path is absent"
+    assert "no archive 007.tgz for its 2 annotated" in reasons["007/"]
+    assert len(bad) == 12  # nothing is told twice
+
+
+def test_truncated_archive_names_what_is_out_of_reach(demo, tmp_path):
+    (unit, *_) = journeydb.units(demo / "emoji", "train")
+    whole = [r.id for r in journeydb.read(unit)]
+    for name in (ANNOTATIONS["train"], unit.files[0]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        data = (demo / "emoji" / name).read_bytes()
+        (tmp_path / name).write_bytes(data if "anno" in name else data[: len(data) // 2])
+    (unit,) = journeydb.units(tmp_path, "train")
+    records = list(journeydb.read(unit))
+    good = [r.id for r in records if isinstance(r, RawRecord)]
+    assert good == whole[: len(good)]
+    assert 0 < len(good) < len(whole)
+    lost = {r.id: r.reason for r in records if isinstance(r, BadRecord)}
+    assert set(whole[len(good) :]) < set(lost)
+    assert all(
+        "unreadable archive after" in lost[name] and "missing file" in lost[name]
+        for name in whole[len(good) :]
+    )
+
+
+def test_damaged_annotations_are_reported(tmp_path):
+    write_set(tmp_path, [row("./000/a.jpg")], {"000": [("000/a.jpg", b"A")]})
+    annotations = tmp_path / ANNOTATIONS["train"]
+    annotations.write_bytes(gzip.compress(b"not a tar" * 200))
+    reasons = [r.reason for r in read_all(tmp_path)]
+    assert any("unreadable annotations after line 0" in reason for reason in reasons)
+    assert "picture without annotation" in reasons
+
+
+def test_missing_parts_are_value_errors(tmp_path):
+    with pytest.raises(ValueError, match="no annotations data/valid/valid_anno_repath"):
+        journeydb.units(tmp_path, "valid")
+    write_set(tmp_path, [], {})
+    with pytest.raises(ValueError, match=r"no data/train/imgs/\*\.tgz"):
+        journeydb.units(tmp_path, "train")

@@ -1,0 +1,19 @@
+import pytest
+
+from mdm import sources
+
+
+def test_table_knows_the_layouts_and_names_them():
+    assert sources.get("journeydb").SPLITS == ("train", "valid")
+    with pytest.raises(ValueError, match="'laion'; choose one of imagenet, journeydb, ultrachat"):
+        sources.get("laion")
+
+
+def test_datasets_flag(tmp_path):
+    text = f"imagenet={tmp_path},ultrachat={tmp_path}"
+    assert sources.parse_datasets(text) == [("imagenet", tmp_path), ("ultrachat", tmp_path)]
+    for wrong in ("", "imagenet", "imagenet=", f"={tmp_path}"):
+        with pytest.raises(ValueError, match="is not name=folder"):
+            sources.parse_datasets(wrong)
+    with pytest.raises(ValueError, match="no folder"):
+        sources.parse_datasets(f"imagenet={tmp_path}/gone")
