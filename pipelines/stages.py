@@ -13,8 +13,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,9 +164,7 @@ def only_one(folder: Path, patience: float = 15.0) -> Iterator[None]:
 
 def run_supervised(command: Sequence[str], env: Mapping[str, str]) -> int:
     """Run `command` to its end and return its exit code; nothing of it outlives this process."""
-    process = subprocess.Popen(
-        [sys.executable, supervise.__file__, str(os.getpid()), *command], env={**os.environ, **env}
-    )
+    process = supervise.supervised(command, env=env)
     try:
         return process.wait()
     except BaseException:  # an interrupt: pass it on, wait until all have ended

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 
 import psutil
 
@@ -91,6 +92,21 @@ def supervise(parent: int, command: list[str]) -> int:
     _ignore_signals()  # what follows must not be cut short
     end_descendants()
     return code if code >= 0 else 128 - code
+
+
+def supervised(
+    command: Sequence[str], *, env: Mapping[str, str] | None = None, stdout: int | None = None
+) -> "subprocess.Popen[str]":
+    """Start `command` under a supervisor; SIGTERM to it ends all of the command's processes.
+
+    `env` adds to this process's environment. Must be called from a thread that lives on.
+    """
+    return subprocess.Popen(
+        [sys.executable, __file__, str(os.getpid()), *command],
+        env={**os.environ, **(env or {})},
+        stdout=stdout,
+        text=True,
+    )
 
 
 if __name__ == "__main__":

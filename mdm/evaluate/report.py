@@ -19,15 +19,16 @@ from PIL import Image
 from mdm.evaluate.charts import line_chart
 from mdm.evaluate.sheets import Sheet, cut_sheet
 
-LOSSES = {
-    "total": "Total (Eq. 18)",
-    "eps_img": "Noise prediction, image",
-    "se_img": "Score entropy, image",
-    "se_txt": "Score entropy, text",
-    "rec_img": "Reconstruction, image",
-    "rec_txt": "Reconstruction, text",
+TERMS = {
+    "total": "total",
+    "eps_img": "noise prediction, image",
+    "se_img": "score entropy, image",
+    "se_txt": "score entropy, text",
+    "rec_img": "reconstruction, image",
+    "rec_txt": "reconstruction, text",
     "kl": "KL",
 }
+TASKS = {"image_text": "Pictures with text", "text": "Text alone"}
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,20 @@ def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A chart of every loss term; steps of a task without the term (exactly 0) are left out."""
+    """A chart of the loss and of every term of every task that occurs."""
+    wanted = {"loss": "Loss, all tasks (Eq. 18)"} | {
+        f"{task}/{term}": f"{task_title}: {term_title}"
+        for task, task_title in TASKS.items()
+        for term, term_title in TERMS.items()
+    }
     charts = []
-    for name, title in LOSSES.items():
-        rows = [(r["samples_seen"], r[name]) for r in lines if r.get(name)]
+    for name, title in wanted.items():
+        rows = [(r["samples_seen"], r[name]) for r in lines if name in r]
         if len(rows) > 1:
             x, y = zip(*rows, strict=True)
-            last = sum(y[-max(1, len(y) // 20) :]) / max(1, len(y) // 20)
-            charts.append({"title": title, "svg": Markup(line_chart(x, y, title)), "last": last})
+            tail = y[-max(1, len(y) // 20) :]
+            svg = Markup(line_chart(x, y, title))
+            charts.append({"title": title, "svg": svg, "last": sum(tail) / len(tail)})
     return charts
 
 
@@ -240,9 +247,9 @@ def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
         "autoencoder": _rows(_read(run / "autoencoder" / "autoencoder.json")),
         "tokenizer": _rows(_read(run / "tokenizer" / "tokenizer.json")),
         "counts": [
-            {"set": stage["title"], "what": what, "count": count}
-            for stage in stages
-            for what, count in stage["report"].get("counts", {}).items()
+            {"set": name, "what": what, "count": count}
+            for name, found in evaluation["counts"].items()
+            for what, count in found.items()
         ],
         "sources": _read(run / "data" / "SOURCES.json")["sets"],
         "config": _read(run / "train" / "export" / "config.json"),

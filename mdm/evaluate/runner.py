@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -136,11 +137,19 @@ class _Suite:
         self.train_pixels = data.decode(data.train.latents)
         reference, floor = data.real.halves()
         self.m = min(how.n, len(reference), len(floor))
+        # Features are measured in units of their size on training pictures, a constant of the
+        # judge, so that distances of two judges can be compared.
+        some = self.train_pixels[balanced(data.train.class_ids, 1000)]
+        self.unit = float(np.sqrt(np.mean(judge.judge(some)[1] ** 2)))
         self.reference = self._balanced_features(reference)
         self.floor = self._balanced_features(floor)
 
     def _balanced_features(self, pictures: Pictures) -> image.Features:
-        return self.judge.judge(pictures.pixels[balanced(pictures.labels, self.m)])[1]
+        return self._judge(pictures.pixels[balanced(pictures.labels, self.m)])[1]
+
+    def _judge(self, pixels: Tensor) -> tuple[image.Labels, image.Features]:
+        seen, features = self.judge.judge(pixels)
+        return seen, features / self.unit
 
     def _distances(self, name: str, features: image.Features) -> None:
         """FID, KID, precision, recall against the real reference, all at the same n."""
@@ -176,9 +185,9 @@ class _Suite:
         """Floors and ceilings: what real pictures score, sharp and through the autoencoder."""
         real, held = self.data.real, self.data.heldout
         self.metrics["classifier_accuracy"] = image.agreement(
-            self.judge.judge(real.pixels)[0], real.labels.numpy()
+            self._judge(real.pixels)[0], real.labels.numpy()
         )
-        seen, features = self.judge.judge(self.heldout_pixels)
+        seen, features = self._judge(self.heldout_pixels)
         self.metrics["classifier_accuracy_reconstructed"] = image.agreement(
             seen, held.class_ids.numpy()
         )
@@ -194,7 +203,7 @@ class _Suite:
             pixels = self.generator.class_to_image(
                 self.wanted.tolist(), guidance=guidance, steps=self.how.steps, seed=self.how.seed
             )
-            seen, features = self.judge.judge(pixels)
+            seen, features = self._judge(pixels)
             self.metrics[name.format("class2image_accuracy")] = image.agreement(seen, wanted)
             self._distances(name, features)
         shares = image.class_shares(seen, self.n_classes)
@@ -222,7 +231,7 @@ class _Suite:
             for i, c in enumerate(self.wanted.tolist())
         ]
         pixels = self._draw_texts(texts)
-        seen, _ = self.judge.judge(pixels)
+        seen, _ = self._judge(pixels)
         wanted = self.wanted.numpy()
         self.metrics["t2i_accuracy"] = image.agreement(seen, wanted)
         labels = [
@@ -250,7 +259,7 @@ class _Suite:
         pixels, texts = self.generator.joint(
             self.how.n, steps=self.how.text_steps, seed=self.how.seed
         )
-        seen, _ = self.judge.judge(pixels)
+        seen, _ = self._judge(pixels)
         agreed, counted = pair_agreement(names, texts, seen.tolist())
         self.metrics |= {"joint_agreement": agreed, "joint_class_share": counted}
         labels = [

@@ -42,17 +42,19 @@ def run(
         shots.append({"samples_seen": 64 * step, "accuracy": rough, "sheet": vars(sheet)})
     dump(
         out / "evaluation.json",
-        result | {"snapshots": shots, "settings": vars(settings), "samples_seen": 19_200},
+        result
+        | {"snapshots": shots, "settings": vars(settings), "samples_seen": 19_200}
+        | {"counts": {"digits": {"examples": 3990, "quarantined: truncated picture": 7}}},
     )
     lines = []
     for step in range(10, 301, 10):
-        text_only = step % 40 == 0
         falling = 3.0 * math.exp(-step / 90) + 0.3 + 0.1 * math.sin(7 * step)
-        lines.append(
-            {"step": step, "samples_seen": 64 * step, "total": falling}
-            | dict.fromkeys(("eps_img", "se_img"), 0.0 if text_only else falling / 2)
-            | {"se_txt": falling / 3, "rec_img": 0.1, "rec_txt": 0.2, "kl": 5.0 / step}
-        )
+        line = {"step": step, "samples_seen": 64 * step, "loss": falling}
+        if step % 40:
+            line |= {"image_text/se_img": falling / 2, "image_text/se_txt": falling / 3}
+        if step % 20:
+            line |= {"text/se_txt": falling / 4, "text/kl": 5.0 / step}
+        lines.append(line)
     (run / "train").mkdir()
     (run / "train" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     dump(run / "train" / "export" / "config.json", {"model": {"d_model": 128}, "seed": 0})
@@ -68,7 +70,6 @@ def run(
                 "attempts": 1 + i // 2,
                 "report": {
                     "samples_per_second": 400.0 + i,
-                    "counts": {"examples": 3990, "quarantined: truncated picture": 7},
                 },
             },
         )
@@ -123,7 +124,7 @@ def test_page_shows_counts_sources_and_escapes_what_a_model_wrote(page: str) -> 
     assert "Someone &amp; others" in page
     assert "&lt;b&gt;hello&lt;/b&gt;" in page
     assert "<b>hello</b>" not in page
-    assert page.count("<svg") == len(report.LOSSES)
+    assert page.count("<svg") == 5
 
 
 def test_a_missing_stage_is_named(run: Path) -> None:
