@@ -50,7 +50,7 @@ class ModelConfig:
     )
     scans: str = doc("1234/12", "image scans / text scans")
     discretization: str = doc("zoh", "zoh (Eq. 13) or euler (mamba_ssm)")
-    kernel: str = doc("torch", "torch, or fused (CUDA: mamba_ssm and causal-conv1d)")
+    kernel: str = doc("torch", "torch, compiled (torch.compile), or fused (CUDA kernels)")
     latent_dim: int = doc(16, "numbers in one token's latent, both modalities")
     vocab_size: int = doc(32_000, "pieces of the tokenizer")
     n_classes: int = doc(1000, "class labels; one more embedding stands for 'no class'")
@@ -62,7 +62,7 @@ class ModelConfig:
         _one_of("model.scan_mode", self.scan_mode, ("alternate", "separate"))
         _one_of("model.scans", self.scans, ("1234/12", "12/1"))
         _one_of("model.discretization", self.discretization, ("zoh", "euler"))
-        _one_of("model.kernel", self.kernel, ("torch", "fused"))
+        _one_of("model.kernel", self.kernel, ("torch", "compiled", "fused"))
         inner = self.expand * self.d_model
         _check(
             inner % self.headdim == 0,

@@ -25,7 +25,8 @@ class DPMSolverPP2M:
 
     With lambda half the log-SNR, alpha = sqrt(abar), sigma = sqrt(1 - abar), h = lambda' - lambda:
 
-        z' = sigma'/sigma z - alpha' (e^-h - 1) D,   D = (1 + 1/2r) x_0 - 1/2r x_0^prev,  r = h^prev/h
+        z' = sigma'/sigma z - alpha' (e^-h - 1) D
+        D = (1 + 1/2r) x_0 - 1/2r x_0^prev,   r = h^prev/h
 
     The first step is of first order; the last returns the estimate itself.
     """

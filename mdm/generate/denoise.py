@@ -1,6 +1,6 @@
 """The denoising loop: both modalities step together, each at its own noise level or held.
 
-Shapes: b batch, n image tokens, m text tokens, c latent width.
+Shapes: b batch, n image tokens, m text tokens, c latent width, v vocabulary.
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,12 @@ from mdm.diffusion.sampler import DPMSolverPP2M, log_snr_grid
 from mdm.model.embed import CLEAN, DROPPED
 from mdm.objective import Objective
 
+MODES = ("given", "asked", "absent")
+
 
 @dataclass(frozen=True)
 class Request:
-    """What is given and what is asked for. A modality is `given`, `asked` or `absent`."""
+    """What is given and what is asked for; `image` and `text` are each given, asked or absent."""
 
     image: str
     text: str
@@ -24,13 +26,19 @@ class Request:
     noise_txt: Tensor  # [b, m, c] standard normal
     noise_img: Tensor | None = None  # [b, n, c] standard normal; None for a text-only sequence
     latents: Tensor | None = None  # [b, n, c] first-stage latents of a given picture
-    tokens: Tensor | None = None  # i64 [b, m] given text; where `prompt`, a given beginning
+    tokens: Tensor | None = None  # i64 [b, m] given text, or text of which `prompt` is given
     prompt: Tensor | None = None  # bool [b, m]
 
     def __post_init__(self) -> None:
-        for name in (self.image, self.text):
-            if name not in ("given", "asked", "absent"):
-                raise ValueError(f"a modality is {name!r}; choose given, asked or absent")
+        for name, mode in (("image", self.image), ("text", self.text)):
+            if mode not in MODES:
+                raise ValueError(f"{name} is {mode!r}; choose one of {', '.join(MODES)}")
+        if self.image == "given" and self.latents is None:
+            raise ValueError("the image is given but latents are missing")
+        if self.text == "given" and self.tokens is None:
+            raise ValueError("the text is given but tokens are missing")
+        if self.image != "absent" and self.noise_img is None:
+            raise ValueError(f"the image is {self.image} but noise_img is missing")
 
 
 @torch.no_grad()
@@ -49,87 +57,109 @@ def denoise(
         guidance: w; 0 takes one network call a step, more takes two.
 
     Returns:
-        First-stage latents [b, n, c] or None, and token ids [b, m].
+        First-stage latents [b, n, c] (None without a picture) and token ids [b, m].
     """
-    means, bias = objective.vae.vocabulary()
-    image, text = _start(objective, request, means)
-    prompt = request.prompt
-    if prompt is None:
-        prompt = torch.zeros(request.noise_txt.shape[:2], dtype=torch.bool)
-    grid_img = log_snr_grid(schedule.IMAGE, steps)
-    grid_txt = log_snr_grid(schedule.TEXT, steps)
-    solver_img, solver_txt = DPMSolverPP2M(grid_img), DPMSolverPP2M(grid_txt)
-    estimate = torch.zeros_like(text)
-    logits = None
-    clean_text = text
+    state = _State(objective, request, steps)
     for i in range(steps):
-        levels = _level(request.image, grid_img[i]), _level(request.text, grid_txt[i])
+        state.step(i, guidance)
+    return state.latents(), state.tokens()
 
-        def predict(
-            z_img: Tensor | None, z_txt: Tensor, class_ids: Tensor, levels: tuple[float, float]
-        ) -> tuple[Tensor | None, Tensor]:
-            b = len(z_txt)
-            said = objective.network(
-                z_txt,
-                torch.full((b,), levels[1]),
-                prompt,
-                class_ids,
-                z_img,
-                None if z_img is None else torch.full((b,), levels[0]),
-                estimate,  # noqa: B023  (called within this step only)
-            )
-            return said.image, said.text.float() @ means.T + bias
 
-        v, said = predict(image, text, request.class_ids, levels)
+class _State:
+    """z of both modalities at one step of the loop."""
+
+    def __init__(self, objective: Objective, request: Request, steps: int) -> None:
+        self.network, self.vae, self.request = objective.network, objective.vae, request
+        self.means, self.bias = self.vae.vocabulary()
+        self.grid_img = log_snr_grid(schedule.IMAGE, steps)
+        self.grid_txt = log_snr_grid(schedule.TEXT, steps)
+        self.solver_img, self.solver_txt = (
+            DPMSolverPP2M(self.grid_img),
+            DPMSolverPP2M(self.grid_txt),
+        )
+        prompt = request.prompt
+        if prompt is None:
+            prompt = torch.zeros(request.noise_txt.shape[:2], dtype=torch.bool)
+        self.prompt = prompt | (request.text == "given")
+        self.image, self.text = request.noise_img, request.noise_txt
+        if request.tokens is not None:
+            self.given_text = self.means[request.tokens]
+            self.text = torch.where(self.prompt.unsqueeze(-1), self.given_text, self.text)
+        if request.image == "given":
+            assert request.latents is not None
+            self.image = self.vae.normalize_image(self.vae.encode_image(request.latents)[0])
+        self.estimate = torch.zeros_like(self.text)
+        self.logits: Tensor | None = None
+
+    def step(self, i: int, guidance: float) -> None:
+        """From noise level i to i + 1."""
+        request = self.request
+        v, logits = self.predict(i, self.image, self.text, request.class_ids, self.prompt)
         if guidance:
-            held = [
-                DROPPED if m == "given" else level
-                for m, level in zip((request.image, request.text), levels, strict=True)
-            ]
-            z_img = request.noise_img if request.image == "given" else image
-            z_txt = request.noise_txt if request.text == "given" else text
-            nothing = torch.full_like(request.class_ids, -1)
-            v_free, said_free = predict(z_img, z_txt, nothing, (held[0], held[1]))
-            said = (1 + guidance) * said - guidance * said_free
-            if v is not None and v_free is not None:
-                v = (1 + guidance) * v - guidance * v_free
+            free_v, free_logits = self.predict_unconditional(i)
+            logits = (1 + guidance) * logits - guidance * free_logits
+            if v is not None and free_v is not None:
+                v = (1 + guidance) * v - guidance * free_v
         if request.text == "asked":
-            logits = said
-            estimate = said.softmax(-1) @ means
-            stepped = solver_txt.step(i, text, estimate)
-            text = torch.where(prompt.unsqueeze(-1), clean_text, stepped)
+            self.logits = logits
+            self.estimate = logits.softmax(-1) @ self.means
+            text = self.solver_txt.step(i, self.text, self.estimate)
+            self.text = torch.where(self.prompt.unsqueeze(-1), self.text, text)
         if request.image == "asked":
             assert v is not None
-            assert image is not None
-            abar = float(grid_img[i].sigmoid())
-            z_0 = abar**0.5 * image - (1 - abar) ** 0.5 * v
-            image = solver_img.step(i, image, z_0)
-    latents = None
-    if image is not None:
-        latents = objective.vae.decode_image(objective.vae.denormalize_image(image))
-    tokens = request.tokens if request.text == "given" else None
-    if logits is not None:
-        tokens = logits.argmax(-1)
-        if request.tokens is not None:
-            tokens = torch.where(prompt, request.tokens, tokens)
-    return latents, tokens if tokens is not None else torch.zeros_like(prompt).long()
+            assert self.image is not None
+            # v = sqrt(abar) eps - sqrt(1 - abar) z_0, so z_0 = sqrt(abar) z_t - sqrt(1 - abar) v
+            abar = float(self.grid_img[i].sigmoid())
+            z_0 = abar**0.5 * self.image - (1 - abar) ** 0.5 * v
+            self.image = self.solver_img.step(i, self.image, z_0)
+
+    def predict(
+        self, i: int, image: Tensor | None, text: Tensor, class_ids: Tensor, prompt: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """(v [b, n, c] or None, logits [b, m, v]) at level i."""
+        level_img = _level(self.request.image, self.grid_img[i], class_ids)
+        level_txt = _level(self.request.text, self.grid_txt[i], class_ids)
+        if image is not None and image is not self.image:
+            level_img = torch.full_like(level_img, DROPPED)
+        if text is not self.text:
+            level_txt = torch.full_like(level_txt, DROPPED)
+        said = self.network(
+            text,
+            level_txt,
+            prompt,
+            class_ids,
+            image,
+            None if image is None else level_img,
+            self.estimate,
+        )
+        v = None if said.image is None else said.image.float()
+        return v, said.text.float() @ self.means.T + self.bias
+
+    def predict_unconditional(self, i: int) -> tuple[Tensor | None, Tensor]:
+        """`predict` with the class and every given modality replaced by pure noise."""
+        request = self.request
+        image = request.noise_img if request.image == "given" else self.image
+        text = request.noise_txt if request.text == "given" else self.text
+        prompt = self.prompt & (request.text != "given")
+        return self.predict(i, image, text, torch.full_like(request.class_ids, -1), prompt)
+
+    def latents(self) -> Tensor | None:
+        """First-stage latents of the picture, [b, n, c]."""
+        if self.image is None:
+            return None
+        return self.vae.decode_image(self.vae.denormalize_image(self.image))
+
+    def tokens(self) -> Tensor:
+        """The text, i64 [b, m]: the given one, or the likeliest tokens at the last step."""
+        if self.logits is None:
+            given = self.request.tokens
+            return given if given is not None else torch.zeros_like(self.prompt).long()
+        likeliest = self.logits.argmax(-1)
+        if self.request.tokens is None:
+            return likeliest
+        return torch.where(self.prompt, self.request.tokens, likeliest)
 
 
-def _start(objective: Objective, request: Request, means: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Z at the first step: conditions are clean, the rest is noise."""
-    text = request.noise_txt
-    if request.tokens is not None:
-        given = means[request.tokens]
-        if request.text == "given":
-            text = given
-        elif request.prompt is not None:
-            text = torch.where(request.prompt.unsqueeze(-1), given, text)
-    image = request.noise_img
-    if request.image == "given":
-        assert request.latents is not None
-        image = objective.vae.normalize_image(objective.vae.encode_image(request.latents)[0])
-    return image, text
-
-
-def _level(modality: str, log_snr: Tensor) -> float:
-    return {"given": CLEAN, "absent": DROPPED}.get(modality, float(log_snr))
+def _level(mode: str, log_snr: Tensor, like: Tensor) -> Tensor:
+    level = {"given": CLEAN, "absent": DROPPED}.get(mode, float(log_snr))
+    return torch.full(like.shape, level, dtype=torch.float32, device=like.device)
