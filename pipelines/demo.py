@@ -202,7 +202,8 @@ def run(flags: Flags) -> int:
     with only_one(out), s3_on_demand((out / "s3").absolute()) as store:
         if left := end_leftovers(markers):
             print(f"ended {left} processes that a killed run had left")
-        env = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.getcwd()}
+        # Threads that wait by spinning starve each other as soon as a core is busy elsewhere.
+        env = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.getcwd(), "OMP_WAIT_POLICY": "passive"}
         runner = Runner(markers, env, store, remove, lambda line: print(line, flush=True))
         todo = stages(flags)
         done = runner.run(todo)
