@@ -60,7 +60,7 @@ def test_questions_do_not_straddle_the_split(tmp_path):
 
 def test_pictures_are_dark_on_white(demo):
     path = next((demo / "digits" / "train" / "n00000003").iterdir())
-    digit = Image.open(path)
+    digit = Image.open(io.BytesIO(path.read_bytes()))
     assert (digit.size, digit.mode) == ((32, 32), "RGB")
     assert digit.getpixel((0, 0)) > (240, 240, 240)
     with tarfile.open(demo / "emoji" / "data" / "train" / "imgs" / "000.tgz") as tar:
@@ -101,7 +101,8 @@ def test_autoencoder_job(demo, tmp_path):
     assert set(report["psnr"]) == {"digits", "emoji"}
     assert report["train_pictures"]["digits"] == 50
     assert autoencoder.encode(torch.rand(2, 3, 32, 32)).shape == (2, 16, 16)
-    assert Image.open(out / "reconstructions.png").size == (1024, 256)
+    with Image.open(out / "reconstructions.png") as picture:
+        assert picture.size == (1024, 256)
     assert [path.name for path in tmp_path.iterdir()] == ["ae"]
 
 
