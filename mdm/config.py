@@ -50,7 +50,7 @@ class ModelConfig:
     )
     scans: str = doc("1234/12", "image scans / text scans")
     discretization: str = doc("zoh", "zoh (Eq. 13) or euler (mamba_ssm)")
-    kernel: str = doc("torch", "torch, or fused (CUDA: mamba_ssm and causal-conv1d)")
+    kernel: str = doc("torch", "torch, compiled (torch.compile), or fused (CUDA kernels)")
     latent_dim: int = doc(16, "numbers in one token's latent, both modalities")
     vocab_size: int = doc(32_000, "pieces of the tokenizer")
     n_classes: int = doc(1000, "class labels; one more embedding stands for 'no class'")
@@ -62,7 +62,7 @@ class ModelConfig:
         _one_of("model.scan_mode", self.scan_mode, ("alternate", "separate"))
         _one_of("model.scans", self.scans, ("1234/12", "12/1"))
         _one_of("model.discretization", self.discretization, ("zoh", "euler"))
-        _one_of("model.kernel", self.kernel, ("torch", "fused"))
+        _one_of("model.kernel", self.kernel, ("torch", "compiled", "fused"))
         inner = self.expand * self.d_model
         _check(
             inner % self.headdim == 0,
@@ -92,19 +92,23 @@ class ObjectiveConfig:
     beta_kl: float = doc(1e-5, "weight of the KL term, beta of Eq. 18")
     se_trajectory: int = doc(6, "candidates from the token's own noisy trajectory")
     se_in_batch: int = doc(32, "candidates from other tokens of the batch")
-    p_clean: float = doc(0.25, "share of samples whose modality is a clean condition (t = 0)")
-    p_drop: float = doc(0.1, "share of samples whose modality is dropped (t = T), for guidance")
-    p_class: float = doc(0.25, "share of labelled samples that see their class")
+    p_text_to_image: float = doc(0.3, "share of samples with clean text, noised picture")
+    p_image_to_text: float = doc(0.15, "share of samples with clean picture, noised text")
+    p_image: float = doc(0.2, "share with the text dropped: class to image, and no condition")
+    p_text: float = doc(0.05, "share with the picture dropped: text without a condition")
+    p_class: float = doc(0.8, "share of labelled samples of p_image that see their class")
     p_self_condition: float = doc(0.25, "share of steps that also see their own last estimate")
     pad_weight: float = doc(0.1, "weight of the padding after the end of a text")
 
     def __post_init__(self) -> None:
-        for name in ("p_clean", "p_drop", "p_class", "p_self_condition"):
+        tasks = ("p_text_to_image", "p_image_to_text", "p_image", "p_text")
+        for name in (*tasks, "p_class", "p_self_condition"):
             p = getattr(self, name)
             _check(0.0 <= p <= 1.0, f"objective.{name} is {p}; a share lies between 0 and 1")
+        total = sum(getattr(self, name) for name in tasks)
         _check(
-            self.p_clean + self.p_drop < 1.0,
-            "objective.p_clean + objective.p_drop must stay below 1",
+            total <= 1.0,
+            f"objective's {', '.join(tasks)} add up to {total:g}; the rest to 1 noises both",
         )
 
 

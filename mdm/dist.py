@@ -1,7 +1,12 @@
-"""Who this process is among the ranks."""
+"""Who this process is among the ranks, and what the ranks agree on."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
 
 
 @dataclass(frozen=True)
@@ -30,3 +35,24 @@ class World:
     def is_main(self) -> bool:
         """Whether this rank speaks for the job (console, MLflow, markers)."""
         return self.rank == 0
+
+
+def agree(flags: Sequence[bool], device: torch.device | str = "cpu") -> list[bool]:
+    """Each flag as true on all ranks where it is true on any: one small all-reduce."""
+    votes = torch.tensor([float(f) for f in flags], device=device)
+    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
+    return [v > 0 for v in votes.tolist()]
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's value, on every rank (pickled: for small control messages)."""
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_to_all(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank (pickled: for small control messages)."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,1 +1,5 @@
-"""From weights to pictures and text."""
+"""From exported weights to pictures and text."""
+
+from mdm.generate.generator import Generator
+
+__all__ = ["Generator"]

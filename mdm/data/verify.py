@@ -1,0 +1,93 @@
+"""Re-reading an encoded data set: every byte, every count, every row."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from mdm.data.manifest import CARD, Manifest
+from mdm.data.schema import Rows, ShardInfo, checksum, from_bfloat16_bits, read_rows
+from mdm.data.storage import Store, StoreError
+from mdm.data.tokenizer import EOS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One object of the data set, and what is wrong with it, if anything."""
+
+    key: str
+    rows: int
+    bytes: int
+    problems: tuple[str, ...]
+
+
+def verify(manifest: Manifest) -> Iterator[Verdict]:
+    """A verdict on each shard, the card, and the set as a whole."""
+    store = manifest.store()
+    for shard in manifest.shards:
+        yield Verdict(shard.key, shard.rows, shard.bytes, tuple(_shard(store, manifest, shard)))
+    yield Verdict(CARD, 0, 0, tuple(_card(store, manifest)))
+    yield Verdict("the set", manifest.rows, 0, tuple(_whole(store, manifest)))
+
+
+def _shard(store: Store, manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
+    try:
+        data = store.get(shard.key)
+    except StoreError as error:
+        yield str(error)
+        return
+    if len(data) != shard.bytes:
+        yield f"{len(data)} bytes, the manifest says {shard.bytes}"
+    found = hashlib.sha256(data).hexdigest()
+    if found != shard.sha256:
+        yield f"sha256 is {found}, the manifest says {shard.sha256}"
+    for number, batch in enumerate(shard.batches):
+        part = data[batch.offset : batch.offset + batch.length]
+        if (found := checksum(part)) != batch.xxh3:
+            yield f"record batch {number}: xxh3 is {found}, the manifest says {batch.xxh3}"
+            continue
+        rows = read_rows(part, manifest.schema)
+        if len(rows) != batch.rows:
+            yield f"record batch {number}: {len(rows)} rows, the manifest says {batch.rows}"
+        for problem in _rows(rows, manifest):
+            yield f"record batch {number}: {problem}"
+
+
+def _rows(rows: Rows, manifest: Manifest) -> Iterator[str]:
+    lengths = np.diff(rows.offsets)
+    if (lengths < 1).any():
+        yield "a text without tokens"
+    elif (rows.tokens[rows.offsets[1:] - 1] != EOS).any():
+        yield "a text without EOS at its end"
+    if len(rows.tokens) and int(rows.tokens.max()) >= manifest.vocab_size:
+        yield f"token {rows.tokens.max()} of a vocabulary of {manifest.vocab_size}"
+    if (rows.prompt_lengths >= lengths).any():
+        yield "a prompt as long as its text"
+    classes = rows.class_ids
+    if manifest.class_names and ((classes < -1) | (classes >= len(manifest.class_names))).any():
+        yield f"a class beyond the {len(manifest.class_names)} named ones"
+    if rows.latents is not None and not np.isfinite(from_bfloat16_bits(rows.latents)).all():
+        yield "a latent is not finite"
+
+
+def _card(store: Store, manifest: Manifest) -> Iterator[str]:
+    try:
+        found = hashlib.sha256(store.get(CARD)).hexdigest()
+    except StoreError as error:
+        yield str(error)
+        return
+    if found != manifest.card_sha256:
+        yield f"sha256 is {found}, the manifest says {manifest.card_sha256}"
+
+
+def _whole(store: Store, manifest: Manifest) -> Iterator[str]:
+    counts = manifest.counts
+    if manifest.rows != counts["examples"]:
+        yield f"shards hold {manifest.rows} examples, the counts say {counts['examples']}"
+    if len(manifest.quarantine) != counts["quarantined"]:
+        yield f"{len(manifest.quarantine)} in quarantine, the counts say {counts['quarantined']}"
+    named = {s.key for s in manifest.shards}
+    for key in store.listing("shards/"):
+        if key not in named:
+            yield f"orphan {key}"

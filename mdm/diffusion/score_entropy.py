@@ -1,0 +1,67 @@
+"""Score entropy (Eqs. 4-7) in log space, in fp32.
+
+Shapes: z_t [..., d]; candidates y [..., K, d]; alpha_bar [...]; eps_hat [..., d].
+
+One energy serves everything, with eps_y = (z_t - sqrt(abar) y) / sqrt(1 - abar):
+
+    f(z_t, y) = -1/2 |eps_y - eps_hat|^2 + 1/2 |z_t|^2
+
+Its exponential at eps_hat = 0 is the ratio of Theorem 1.
+"""
+
+import torch
+from torch import Tensor
+
+
+def log_ratio(z_t: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Log p(y) / p(z_t) of Eq. 5, [..., K]."""
+    return energy(z_t, y, alpha_bar, torch.zeros_like(z_t))
+
+
+def energy(z_t: Tensor, y: Tensor, alpha_bar: Tensor, eps_hat: Tensor) -> Tensor:
+    """f(z_t, y) [..., K]: the energy of Eq. 17 with the learned residual eps_hat.
+
+    Raises:
+        ValueError: shapes that do not fit, or alpha_bar outside [0, 1).
+    """
+    _check(z_t, y, alpha_bar, eps_hat)
+    z_t, y, eps_hat = z_t.float(), y.float(), eps_hat.float()
+    abar = alpha_bar.float()[..., None, None]
+    eps_y = (z_t.unsqueeze(-2) - abar.sqrt() * y) * (1 - abar).rsqrt()
+    distance = (eps_y - eps_hat.unsqueeze(-2)).square().sum(-1)
+    return 0.5 * (z_t.square().sum(-1, keepdim=True) - distance)
+
+
+def log_score_ratio(energies: Tensor) -> Tensor:
+    """Log s_theta of Eq. 7: log-softmax over the candidates, [..., K]."""
+    return energies.float().log_softmax(-1)
+
+
+def score_entropy(log_s: Tensor, log_r: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """Eq. 4, sum_K weight (s - r log s + r (log r - 1)), [...].
+
+    Zero exactly where s = r. For normalised s and r and unit weights it equals KL(r || s), and for
+    a one-hot r the cross-entropy. log_r may hold -inf.
+    """
+    s, r = log_s.float().exp(), log_r.float().exp()
+    # r = 0 contributes s alone: 0 * -inf is 0 here.
+    r_log = torch.where(r > 0, r * (log_r.float() - 1 - log_s.float()), torch.zeros_like(r))
+    return (weight * (s + r_log)).sum(-1)
+
+
+def _check(z_t: Tensor, y: Tensor, alpha_bar: Tensor, eps_hat: Tensor) -> None:
+    if y.dim() != z_t.dim() + 1 or y.shape[-1] != z_t.shape[-1]:
+        raise ValueError(
+            f"candidates have shape {tuple(y.shape)}; z_t {tuple(z_t.shape)} needs [..., K, d]"
+        )
+    if eps_hat.shape != z_t.shape:
+        raise ValueError(f"eps_hat has shape {tuple(eps_hat.shape)}, z_t {tuple(z_t.shape)}")
+    if alpha_bar.dim() > z_t.dim() - 1:
+        raise ValueError(
+            f"alpha_bar has shape {tuple(alpha_bar.shape)}; z_t {tuple(z_t.shape)} needs [...]"
+        )
+    if alpha_bar.numel() and (alpha_bar.min() < 0 or alpha_bar.max() >= 1):
+        raise ValueError(
+            f"alpha_bar spans {alpha_bar.min():g} to {alpha_bar.max():g}; it must lie in [0, 1): "
+            f"at 1 there is no noise to score"
+        )

@@ -1,0 +1,100 @@
+"""Judging captions: which class does a text name?
+
+A class has several names ("seven", "digit seven", "handwritten seven"). Words that occur in the
+names of every class ("digit", "handwritten") tell that a text is about the classes at all.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+NO_CLASS = -1
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"[\w'’-]+", text.casefold()))
+
+
+def _contains(words: Sequence[str], name: Sequence[str]) -> bool:
+    return any(
+        tuple(words[i : i + len(name)]) == tuple(name) for i in range(len(words) - len(name) + 1)
+    )
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """The names of each class: `names[c]` is a tuple of equivalent names."""
+
+    names: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def parse(cls, listed: Iterable[str]) -> "ClassNames":
+        """From one comma-separated string a class, as ImageNet's mapping writes them."""
+        names = tuple(tuple(n.strip() for n in line.split(",") if n.strip()) for line in listed)
+        for index, own in enumerate(names):
+            if not own:
+                raise ValueError(f"class {index} has no name")
+        return cls(names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def named(self, text: str) -> int:
+        """The class whose name stands in `text` as whole words; -1 for none or several."""
+        words = _words(text)
+        found = {
+            index
+            for index, names in enumerate(self.names)
+            if any(_contains(words, _words(name)) for name in names)
+        }
+        return found.pop() if len(found) == 1 else NO_CLASS
+
+    def concerns(self, text: str) -> bool:
+        """Whether `text` speaks of the classes, rightly or not.
+
+        It does if it holds a word common to all classes, or nothing but words of class names:
+        "handwritten apple" and "three" do, "three o'clock" does not.
+        """
+        words = set(_words(text))
+        vocabulary = [{w for name in names for w in _words(name)} for names in self.names]
+        common, known = set.intersection(*vocabulary), set.union(*vocabulary)
+        return bool(words & common) or (bool(words) and words <= known)
+
+    def exact(self, text: str, class_id: int) -> bool:
+        """Whether `text` is, word for word, one of the names of `class_id`."""
+        return _words(text) in {_words(name) for name in self.names[class_id]}
+
+
+def caption_accuracy(
+    names: ClassNames, texts: Sequence[str], class_ids: Sequence[int]
+) -> tuple[float, float]:
+    """Shares of `texts` that name their class, and that are one of its names word for word.
+
+    Raises ValueError if the two differ in length or are empty.
+    """
+    if len(texts) != len(class_ids) or not texts:
+        raise ValueError(f"{len(texts)} captions for {len(class_ids)} classes")
+    pairs = list(zip(texts, class_ids, strict=True))
+    named = sum(names.named(t) == c for t, c in pairs) / len(pairs)
+    exact = sum(names.exact(t, c) for t, c in pairs) / len(pairs)
+    return named, exact
+
+
+def pair_agreement(
+    names: ClassNames, captions: Sequence[str], picture_classes: Sequence[int]
+) -> tuple[float, float]:
+    """Agreement of generated pairs, and the share of pairs that it was counted over.
+
+    Counted are the pairs of which either side is about the classes: the caption speaks of them, or
+    the picture shows one (`picture_classes`, any value outside the classes for none). Such a pair
+    agrees if its caption names the class of its picture.
+    """
+    if len(captions) != len(picture_classes) or not captions:
+        raise ValueError(f"{len(captions)} captions for {len(picture_classes)} pictures")
+    counted = [
+        (names.named(text), shown)
+        for text, shown in zip(captions, picture_classes, strict=True)
+        if names.concerns(text) or 0 <= shown < len(names)
+    ]
+    agreed = sum(named == shown and named != NO_CLASS for named, shown in counted)
+    return (agreed / len(counted) if counted else 0.0), len(counted) / len(captions)

@@ -1,0 +1,156 @@
+"""An independent judge of small pictures: a CNN trained on real ones, outside the model.
+
+Its classes are the data set's own plus one more, "none of them", learnt from other pictures, so
+that a picture of something else is not taken for a class. Its last hidden layer (64 wide) is the
+feature space of the distances.
+
+Shapes: B pictures, H = W = 32.
+"""
+
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+FEATURES = 64
+
+
+class Classifier(nn.Module):
+    """Pixels f32 [B, 3, H, W] in [0, 1] → logits [B, n_classes + 1]; the last class is "none"."""
+
+    def __init__(self, n_classes: int, width: int = 32) -> None:
+        super().__init__()
+        self.n_classes, self.width = n_classes, width
+        widths = (3, width, 2 * width, 2 * width)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, 3, padding=1, stride=1 if i == 3 else 2)
+            for i, o in itertools.pairwise(widths)
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(8, o) for o in widths[1:])
+        self.embed = nn.LazyLinear(FEATURES)
+        self.head = nn.Linear(FEATURES, n_classes + 1)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """The last hidden layer, f32 [B, 64]."""
+        x = pixels * 2.0 - 1.0
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.gelu(norm(conv(x)))
+        x = F.max_pool2d(x, 2)
+        return F.gelu(self.embed(x.flatten(1)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits [B, n_classes + 1]."""
+        out: Tensor = self.head(self.features(pixels))
+        return out
+
+    @torch.inference_mode()
+    def judge(
+        self, pixels: Tensor, *, batch: int = 500
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Predicted classes i64 [B] and features f64 [B, 64]; class `n_classes` means none."""
+        self.eval()
+        features = torch.cat([self.features(p) for p in torch.split(pixels, batch)])
+        return self.head(features).argmax(1).numpy(), features.double().numpy()
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the judge is trained."""
+
+    epochs: int = 8
+    batch: int = 128
+    lr: float = 2e-3
+    seed: int = 0
+
+
+def _augment(x: Tensor, rng: torch.Generator) -> Tensor:
+    # Shift, turn and scale a little, and blur or dim some: generated pictures pass a decoder that
+    # softens strokes, and the judge must read them as it reads sharp ones.
+    n = len(x)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(n).uniform_(low, high, generator=rng)
+
+    turn, scale = uniform(-0.15, 0.15), uniform(0.9, 1.1)
+    cos, sin = torch.cos(turn) * scale, torch.sin(turn) * scale
+    rows = (
+        torch.stack([cos, -sin, uniform(-0.1, 0.1)], 1),
+        torch.stack([sin, cos, uniform(-0.1, 0.1)], 1),
+    )
+    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    blur = (uniform(-0.6, 1.0).clamp(min=0.0))[:, None, None, None]
+    x = torch.lerp(x, soft, blur)
+    noise = torch.randn(x.shape, generator=rng) * uniform(0.0, 0.06)[:, None, None, None]
+    return (x + noise).clamp(0.0, 1.0)
+
+
+def train(
+    pixels: Tensor, labels: Tensor, n_classes: int, how: Training | None = None
+) -> Classifier:
+    """A judge trained on `pixels` f32 [B, 3, H, W] in [0, 1] and `labels` i64 [B].
+
+    A label of `n_classes` or below 0 stands for "none of the classes". The same input and
+    thread count give the same weights; the global random state is left as it was.
+    """
+    how = how or Training()
+    labels = torch.where(labels < 0, n_classes, labels)
+    rng = torch.Generator().manual_seed(how.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(how.seed)
+        net = Classifier(n_classes)
+        net(pixels[:2])  # sizes the embedding
+    steps = how.epochs * (len(pixels) // how.batch or 1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=how.lr, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.lr, total_steps=steps)
+    net.train()
+    with tqdm(total=steps, desc="classifier", unit="step", leave=False) as bar:
+        while bar.n < steps:
+            for picked in torch.split(torch.randperm(len(pixels), generator=rng), how.batch):
+                if bar.n == steps or (len(picked) < how.batch <= len(pixels)):
+                    continue
+                logits = net(_augment(pixels[picked], rng))
+                loss = F.cross_entropy(logits, labels[picked], label_smoothing=0.05)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return net.eval()
+
+
+def save(net: Classifier, folder: Path, report: dict[str, float]) -> None:
+    """Write weights and `report` (accuracies) to `folder`; the report is written last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.contiguous() for k, v in net.state_dict().items()},
+        folder / "classifier.safetensors",
+        metadata={"n_classes": str(net.n_classes), "width": str(net.width)},
+    )
+    temporary = folder / "classifier.json.tmp"
+    temporary.write_text(
+        json.dumps({"n_classes": net.n_classes, "width": net.width} | report, indent=2)
+    )
+    os.replace(temporary, folder / "classifier.json")
+
+
+def load(folder: Path) -> tuple[Classifier, dict[str, float]]:
+    """The judge that `save` wrote and its report. Raises FileNotFoundError naming the folder."""
+    described = folder / "classifier.json"
+    if not described.is_file():
+        raise FileNotFoundError(f"no classifier in {folder}: run pipelines/train_classifier.py")
+    report: dict[str, float] = json.loads(described.read_text())
+    net = Classifier(int(report["n_classes"]), int(report["width"]))
+    net.load_state_dict(load_file(folder / "classifier.safetensors"))
+    return net.eval(), report

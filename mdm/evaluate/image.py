@@ -1,0 +1,132 @@
+"""Metrics of generated pictures over the features of an independent classifier.
+
+Shapes: n pictures, d feature dimensions (at most 64, so that covariances of a few hundred pictures
+are full rank). Every distance is meant to be read beside its floor: the same number between two
+sets of real pictures of the same size.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+Features = NDArray[np.float64]
+Labels = NDArray[np.int64]
+
+
+def agreement(predicted: Labels, wanted: Labels) -> float:
+    """Share of pictures that the classifier takes for the class they were asked to be.
+
+    Raises ValueError if the two differ in length or are empty.
+    """
+    if predicted.shape != wanted.shape or predicted.size == 0:
+        raise ValueError(f"{predicted.shape} predictions cannot agree with {wanted.shape} classes")
+    return float(np.mean(predicted == wanted))
+
+
+def shuffled_control(predicted: Labels, wanted: Labels, *, seed: int, repeats: int = 20) -> float:
+    """`agreement` after the wanted classes are dealt out anew: what ignoring the condition scores.
+
+    The mean over `repeats` permutations; about 0.1 for ten balanced classes.
+    """
+    rng = np.random.default_rng(seed)
+    return float(np.mean([agreement(predicted, rng.permutation(wanted)) for _ in range(repeats)]))
+
+
+def class_shares(predicted: Labels, n_classes: int) -> NDArray[np.float64]:
+    """Share of the pictures in each class `[n_classes]`; collapse onto few classes shows here.
+
+    Predictions outside `0 … n_classes - 1` (no class) count in the whole but in no share.
+    """
+    inside = predicted[(predicted >= 0) & (predicted < n_classes)]
+    counts = np.bincount(inside, minlength=n_classes).astype(np.float64)
+    return counts / max(predicted.size, 1)
+
+
+def frechet_distance(a: Features, b: Features) -> float:
+    """Fréchet distance of the Gaussians fitted to `a [n, d]` and `b [m, d]` (Heusel et al. 2017).
+
+    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½). It falls with the number of pictures: compare only
+    at equal n. Raises ValueError if either has too few rows for its covariance.
+    """
+    for name, x in (("a", a), ("b", b)):
+        if x.shape[0] < 2:
+            raise ValueError(f"{name} has {x.shape[0]} rows; a covariance needs at least 2")
+    mean_a, mean_b = a.mean(0), b.mean(0)
+    cov_a, cov_b = np.atleast_2d(np.cov(a.T)), np.atleast_2d(np.cov(b.T))
+    # tr (Σ_a Σ_b)^½ = Σ sqrt(eigenvalues of Σ_a^½ Σ_b Σ_a^½), symmetric: no complex square root.
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    cross = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
+    shared = float(np.sqrt(np.clip(cross, 0.0, None)).sum())
+    gap = float(np.sum((mean_a - mean_b) ** 2))
+    return max(gap + float(np.trace(cov_a) + np.trace(cov_b)) - 2.0 * shared, 0.0)
+
+
+def _mmd2(a: Features, b: Features) -> float:
+    # Unbiased MMD² with k(x, y) = (xᵀy / d + 1)³.
+    d = a.shape[1]
+    aa, bb, ab = ((x @ y.T / d + 1.0) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    n, m = len(a), len(b)
+    within_a = (aa.sum() - np.trace(aa)) / (n * (n - 1))
+    within_b = (bb.sum() - np.trace(bb)) / (m * (m - 1))
+    return float(within_a + within_b - 2.0 * ab.mean())
+
+
+def kernel_distance(
+    a: Features, b: Features, *, seed: int, subset: int = 200, subsets: int = 50
+) -> float:
+    """Kernel Inception distance (Bińkowski et al. 2018): mean unbiased MMD² over random subsets.
+
+    Cubic polynomial kernel over `a [n, d]` and `b [m, d]`. Unbiased: its expectation is 0 for two
+    samples of one distribution at any size, so it may come out slightly negative.
+    """
+    size = min(subset, len(a), len(b))
+    if size < 2:
+        raise ValueError(f"subsets of {size} rows; the kernel distance needs at least 2")
+    rng = np.random.default_rng(seed)
+    drawn = (
+        (rng.choice(len(a), size, replace=False), rng.choice(len(b), size, replace=False))
+        for _ in range(subsets)
+    )
+    return float(np.mean([_mmd2(a[i], b[j]) for i, j in drawn]))
+
+
+def _distances(a: Features, b: Features) -> NDArray[np.float64]:
+    # |x - y|² = |x|² + |y|² - 2 xᵀy; rounding may leave tiny negatives.
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)[None, :] - 2.0 * (a @ b.T)
+    roots: Features = np.sqrt(np.clip(squares, 0.0, None))
+    return roots
+
+
+def _covered(points: Features, support: Features, k: int) -> float:
+    # A point is covered if it lies within the k-nearest-neighbour radius of any support point.
+    if len(support) <= k:
+        raise ValueError(f"{len(support)} pictures have no {k} nearest neighbours")
+    radii = np.sort(_distances(support, support), axis=1)[:, k]  # column 0 is the point itself
+    return float(np.mean((_distances(points, support) <= radii[None, :]).any(1)))
+
+
+def precision_recall(real: Features, generated: Features, *, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019) with k nearest neighbours.
+
+    Precision: share of `generated` within the manifold of `real`; recall: share of `real` within
+    the manifold of `generated`, which a collapsed generator cannot cover. Compare at equal n.
+    """
+    return _covered(generated, real, k), _covered(real, generated, k)
+
+
+def nearest_distances(points: Features, train: Features, *, block: int = 256) -> Features:
+    """Distance `[n]` of each of `points [n, d]` to its nearest row of `train [m, d]`."""
+    rows = [_distances(points[i : i + block], train).min(1) for i in range(0, len(points), block)]
+    return np.concatenate(rows)
+
+
+def nn_distance_ratio(generated: Features, heldout: Features, train: Features) -> float:
+    """Median distance generated → train over median distance held-out → train.
+
+    About 1: as far from the training pictures as new real ones are; near 0: copies of them.
+    Give all three the same treatment (all decoded by the autoencoder), or blur distorts it.
+    """
+    base = float(np.median(nearest_distances(heldout, train)))
+    if base == 0.0:
+        raise ValueError("half of the held-out pictures are training pictures: not held out")
+    return float(np.median(nearest_distances(generated, train))) / base

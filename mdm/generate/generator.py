@@ -1,0 +1,181 @@
+"""What people ask of the model: a method a task, over exported weights."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mdm.config import Config, from_dict
+from mdm.data.autoencoder import Autoencoder
+from mdm.data.tokenizer import EOS, PAD, Tokenizer
+from mdm.diffusion import noise
+from mdm.generate.denoise import Request, denoise
+from mdm.objective import Objective
+
+BATCH = 100  # samples denoised together
+
+
+class Generator:
+    """Class, text, picture or nothing in; picture, text or both out.
+
+    Results depend on `seed` and a sample's place in the call alone, not on the batch size.
+    """
+
+    def __init__(
+        self, config: Config, objective: Objective, tokenizer: Tokenizer, autoencoder: Autoencoder
+    ) -> None:
+        if tokenizer.vocab_size != config.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces but the model was trained with "
+                f"{config.model.vocab_size}; use the tokenizer of its run"
+            )
+        self.config, self.objective = config, objective.eval()
+        self.tokenizer, self.autoencoder = tokenizer, autoencoder
+        self.grid = (config.model.image_height, config.model.image_width)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, tokenizer: str = "", autoencoder: str = "") -> Self:
+        """From an export (config.json, model.safetensors).
+
+        Args:
+            folder: the export.
+            tokenizer: SentencePiece model; the run's own by default.
+            autoencoder: first-stage autoencoder; the run's own by default.
+
+        Raises:
+            FileNotFoundError: a file that is missing, by name.
+            ValueError: a config that this version does not know, or a tokenizer of another run.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}; it is not an exported model")
+        config = from_dict(Config, json.loads((folder / "config.json").read_text()))
+        objective = Objective(config)
+        objective.load_state_dict(load_file(folder / "model.safetensors"))
+        return cls(
+            config,
+            objective,
+            Tokenizer(tokenizer or config.tokenizer),
+            Autoencoder.load(autoencoder or config.autoencoder),
+        )
+
+    def class_to_image(
+        self, class_ids: Sequence[int], *, guidance: float = 1.0, steps: int = 20, seed: int = 0
+    ) -> Tensor:
+        """Pictures of the classes, f32 [b, 3, h, w] in [0, 1]."""
+        n_classes = self.config.model.n_classes
+        if class_ids and not all(-1 <= c < n_classes for c in class_ids):
+            raise ValueError(
+                f"class ids {min(class_ids)} ... {max(class_ids)} leave 0 ... {n_classes - 1}"
+            )
+
+        def request(index: Tensor) -> Request:
+            classes = torch.tensor(class_ids)[index]
+            return Request("asked", "absent", classes, *self._noises(index, seed))
+
+        return self._pixels(self._run(request, len(class_ids), steps, guidance)[0])
+
+    def text_to_image(
+        self, texts: Sequence[str], *, guidance: float = 1.0, steps: int = 20, seed: int = 0
+    ) -> Tensor:
+        """Pictures of the captions, f32 [b, 3, h, w] in [0, 1]."""
+        length = self.config.data.caption_length
+        tokens = torch.stack(
+            [self._padded([*self.tokenizer.encode(t), EOS], length) for t in texts]
+        )
+
+        def request(index: Tensor) -> Request:
+            none = torch.full_like(index, -1)
+            return Request("asked", "given", none, *self._noises(index, seed), tokens=tokens[index])
+
+        return self._pixels(self._run(request, len(texts), steps, guidance)[0])
+
+    def image_to_text(
+        self, latents: Tensor, *, guidance: float = 0.0, steps: int = 20, seed: int = 0
+    ) -> list[str]:
+        """Captions of pictures given as first-stage latents [b, n, c] (`Autoencoder.encode`)."""
+
+        def request(index: Tensor) -> Request:
+            none = torch.full_like(index, -1)
+            return Request(
+                "given", "asked", none, *self._noises(index, seed), latents=latents[index]
+            )
+
+        return self._texts(self._run(request, len(latents), steps, guidance)[1])
+
+    def reply(
+        self,
+        dialogues: Sequence[Sequence[str]],
+        *,
+        guidance: float = 0.0,
+        steps: int = 40,
+        seed: int = 0,
+    ) -> list[str]:
+        """The assistant's next turn in each dialogue (user first, alternating)."""
+        length = self.config.data.dialogue_length
+        prompts = [self.tokenizer.encode_prompt(turns)[-(length - 2) :] for turns in dialogues]
+        tokens = torch.stack([self._padded(p, length) for p in prompts])
+        lengths = torch.tensor([len(p) for p in prompts])
+        prompt = torch.arange(length) < lengths.unsqueeze(1)
+
+        def request(index: Tensor) -> Request:
+            none = torch.full_like(index, -1)
+            text_noise = self._draw(index, seed, 0, length).text[:, 0]
+            return Request(
+                "absent", "asked", none, text_noise, tokens=tokens[index], prompt=prompt[index]
+            )
+
+        ids = self._run(request, len(prompts), steps, guidance)[1]
+        return [
+            self.tokenizer.decode(row[n:]) for row, n in zip(ids.tolist(), lengths, strict=True)
+        ]
+
+    def joint(self, n: int, *, steps: int = 40, seed: int = 0) -> tuple[Tensor, list[str]]:
+        """`n` pictures f32 [n, 3, h, w] and their captions, made at once from noise."""
+
+        def request(index: Tensor) -> Request:
+            none = torch.full_like(index, -1)
+            return Request("asked", "asked", none, *self._noises(index, seed))
+
+        latents, tokens = self._run(request, n, steps, 0.0)
+        return self._pixels(latents), self._texts(tokens)
+
+    def _run(
+        self, request: Callable[[Tensor], Request], n: int, steps: int, guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        parts = torch.arange(n).split(BATCH)
+        shown = tqdm(parts, desc="denoise", leave=False, disable=None if len(parts) > 1 else True)
+        done = [denoise(self.objective, request(p), steps=steps, guidance=guidance) for p in shown]
+        latents = [image for image, _ in done if image is not None]
+        return torch.cat(latents) if latents else torch.empty(0), torch.cat([t for _, t in done])
+
+    def _noises(self, index: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """Starting noise of a caption and of a picture."""
+        draws = self._draw(
+            index, seed, self.grid[0] * self.grid[1], self.config.data.caption_length
+        )
+        assert draws.image is not None
+        return draws.text[:, 0], draws.image[:, 0]
+
+    def _draw(self, index: Tensor, seed: int, n_image: int, n_text: int) -> noise.Draws:
+        width = self.config.model.latent_dim
+        return noise.draw(seed, index, torch.zeros_like(index), n_image, n_text, width)
+
+    def _padded(self, ids: list[int], length: int) -> Tensor:
+        if len(ids) > length:
+            raise ValueError(f"a text of {len(ids)} tokens is longer than the model's {length}")
+        return torch.tensor(ids + [PAD] * (length - len(ids)))
+
+    def _pixels(self, latents: Tensor) -> Tensor:
+        return torch.cat(
+            [self.autoencoder.decode(part, self.grid) for part in latents.split(BATCH)]
+        )
+
+    def _texts(self, tokens: Tensor) -> list[str]:
+        return [self.tokenizer.decode(row) for row in tokens.tolist()]

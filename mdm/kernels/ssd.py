@@ -1,0 +1,215 @@
+"""The Mamba-2 scan in torch: chunked matrix products, and the recurrence it must equal.
+
+State-space duality (Dao & Gu 2024, Sec. 6): inside a chunk the scan is a masked attention,
+between chunks a short recurrence over states.
+
+Shapes: b batch, l length, h heads, p channels a head, g groups, n state size, c chunks, q tokens
+a chunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Selective state-space scan, Eqs. 10-12 with Euler's input matrix (Delta B).
+
+        H_l = exp(dt_l A) H_{l-1} + dt_l B_l x_l^T,    y_l = C_l H_l + D x_l,    y_l *= silu(z_l)
+
+    Args:
+        x: [b, l, h, p]; any length.
+        dt: [b, l, h] step sizes, before `dt_bias` and softplus if those are asked for.
+        A: [h], negative.
+        B: [b, l, g, n]; g divides h, head i uses group i // (h / g).
+        C: [b, l, g, n].
+        chunk_size: tokens handled as one matrix product; changes speed, not the result.
+        D: [h] or [h, p] skip.
+        z: [b, l, h, p] gate.
+        dt_bias: [h].
+        dt_softplus: apply softplus to dt + dt_bias.
+        seq_idx: [b, l] integers; where it changes along l the state starts anew.
+        initial_states: [b, h, p, n], the state before the first token.
+        return_final_states: also return the state [b, h, p, n] after the last token.
+
+    Returns:
+        y [b, l, h, p] in x's dtype, and the final states in fp32 if asked for. Sums are in fp32.
+
+    Raises:
+        ValueError: shapes that do not fit, with both values.
+    """
+    _check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    dtype, length = x.dtype, x.shape[1]
+    heads_per_group = x.shape[2] // B.shape[2]
+    dt = dt.float()
+    if dt_bias is not None:
+        dt = dt + dt_bias.float()
+    if dt_softplus:
+        dt = F.softplus(dt)
+    q = min(chunk_size, length)
+    pad = -length % q
+    # Padding has dt = 0: it neither decays the state nor adds to it.
+    xc, dtc, Bc, Cc = (_chunks(t.float(), q, pad) for t in (x, dt, B, C))
+    seq = None if seq_idx is None else _chunk_seq(seq_idx, q, pad)
+    dA_cs = (dtc * A.float()).cumsum(2).transpose(2, 3)  # [b, c, h, q]
+
+    # Inside a chunk: y_i = sum_{j <= i} C_i B_j exp(sum_{j < k <= i} dt_k A) dt_j x_j
+    allowed = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
+    if seq is not None:
+        allowed = allowed & (seq.unsqueeze(-1) == seq.unsqueeze(-2)).unsqueeze(2)
+    decay = (dA_cs.unsqueeze(-1) - dA_cs.unsqueeze(-2)).masked_fill(~allowed, float("-inf")).exp()
+    scores = Cc.transpose(2, 3) @ Bc.permute(0, 1, 3, 4, 2)  # [b, c, g, q, q]
+    xdt = (xc * dtc.unsqueeze(-1)).transpose(2, 3)  # [b, c, h, q, p]
+    mixing = decay.unflatten(2, (B.shape[2], heads_per_group)) * scores.unsqueeze(3)
+    y = mixing.flatten(2, 3) @ xdt
+
+    final = None
+    if xc.shape[1] > 1 or initial_states is not None or return_final_states:
+        Bh, Ch = (t.transpose(2, 3).repeat_interleave(heads_per_group, 2) for t in (Bc, Cc))
+        y_between, final = _between_chunks(xdt, dA_cs, Bh, Ch, seq, initial_states)
+        y = y + y_between
+    y = y.transpose(2, 3).flatten(1, 2)[:, :length]
+    y = _skip_and_gate(y, x, D, z).to(dtype)
+    if return_final_states:
+        assert final is not None
+        return y, final
+    return y
+
+
+def _between_chunks(
+    xdt: Tensor, dA_cs: Tensor, B: Tensor, C: Tensor, seq: Tensor | None, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What earlier chunks add to each chunk, [b, c, h, q, p], and the last state, [b, h, p, n]."""
+    total = dA_cs[..., -1]  # [b, c, h]
+    to_end = (total.unsqueeze(-1) - dA_cs).exp()
+    from_start = dA_cs.exp()
+    carry = total.exp()
+    if seq is not None:
+        last = seq[..., -1]
+        before = torch.cat([seq[:, :1, 0], last[:, :-1]], 1)  # the sequence the state belongs to
+        to_end = to_end * (seq == last.unsqueeze(-1)).unsqueeze(2)
+        from_start = from_start * (seq == before.unsqueeze(-1)).unsqueeze(2)
+        carry = carry * (last == before).unsqueeze(-1)
+    added = xdt.transpose(-1, -2) @ (B * to_end.unsqueeze(-1))  # [b, c, h, p, n]
+    state = torch.zeros_like(added[:, 0]) if initial is None else initial.float()
+    before_chunk = []
+    for chunk in range(added.shape[1]):
+        before_chunk.append(state)
+        state = carry[:, chunk, :, None, None] * state + added[:, chunk]
+    y = (C * from_start.unsqueeze(-1)) @ torch.stack(before_chunk, 1).transpose(-1, -2)
+    return y, state
+
+
+def ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ssd` as the plain recurrence, token by token: the oracle of its tests. Same signature."""
+    _check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    b, length, h, p = x.shape
+    Bh, Ch = (t.repeat_interleave(h // B.shape[2], 2).to(x.dtype) for t in (B, C))
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    if dt_softplus:
+        dt = F.softplus(dt)
+    state = x.new_zeros(b, h, p, B.shape[3]) if initial_states is None else initial_states
+    rows = []
+    for i in range(length):
+        if seq_idx is not None and i > 0:
+            same = (seq_idx[:, i] == seq_idx[:, i - 1]).to(x.dtype)
+            state = state * same[:, None, None, None]
+        decay = (dt[:, i] * A).exp()[..., None, None]
+        add = (dt[:, i, :, None] * x[:, i]).unsqueeze(-1) * Bh[:, i].unsqueeze(-2)
+        state = decay * state + add
+        rows.append((state * Ch[:, i].unsqueeze(-2)).sum(-1))
+    y = _skip_and_gate(torch.stack(rows, 1), x, D, z)
+    return (y, state) if return_final_states else y
+
+
+def zoh_scale(dt: Tensor, A: Tensor) -> Tensor:
+    """Factor on x that turns Euler's Delta B into the zero-order hold of Eq. 13.
+
+    (dt A)^-1 (exp(dt A) - 1), elementwise for scalar A a head. dt [..., h] is the positive step,
+    A [h] negative; the result is [..., h] in (0, 1].
+    """
+    dA = dt * A
+    small = dA > -1e-4  # the series' next term is below fp32 there
+    return torch.where(small, 1 + dA / 2, torch.expm1(dA) / torch.where(small, -1.0, dA))
+
+
+def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    if D is not None:
+        y = y + x * (D if D.dim() == 2 else D.unsqueeze(-1))
+    return y if z is None else y * F.silu(z)
+
+
+def _chunks(t: Tensor, q: int, pad: int) -> Tensor:
+    if pad:
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad))
+    return t.reshape(t.shape[0], -1, q, *t.shape[2:])
+
+
+def _chunk_seq(seq_idx: Tensor, q: int, pad: int) -> Tensor:
+    if pad:  # padding continues the last sequence, so that its state survives to the end
+        seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1)
+    return seq_idx.reshape(len(seq_idx), -1, q)
+
+
+def _check_shapes(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+) -> None:
+    if x.dim() != 4:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; it must be [batch, length, heads, headdim]"
+        )
+    b, length, h, p = x.shape
+    if length == 0:
+        raise ValueError("x has length 0; a scan needs at least one token")
+    if B.dim() != 4 or h % B.shape[2]:
+        raise ValueError(f"B has shape {tuple(B.shape)}; its groups must divide the {h} heads of x")
+    wanted = {
+        "dt": (dt, (b, length, h)),
+        "A": (A, (h,)),
+        "B": (B, (b, length, *B.shape[2:])),
+        "C": (C, tuple(B.shape)),
+        "seq_idx": (seq_idx, (b, length)),
+        "initial_states": (initial_states, (b, h, p, B.shape[3])),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; x {tuple(x.shape)} needs {shape}"
+            )

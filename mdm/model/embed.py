@@ -1,0 +1,82 @@
+"""Noisy latents to the sequence `[time][class] [pad text pad] [pad image pad]` (Fig. 2 d, e)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mdm.config import ModelConfig
+
+N_HEAD = 2  # time and class tokens
+CLEAN, DROPPED = 20.0, -20.0  # log-SNR of a clean condition and of pure noise, as the network sees
+
+
+class NoiseLevel(nn.Module):
+    """log-SNR -> [.., d_model]: sinusoids, then a two-layer perceptron, in fp32."""
+
+    frequencies: Tensor
+
+    def __init__(self, d_model: int, n_frequencies: int = 32) -> None:
+        super().__init__()
+        frequencies = torch.exp(torch.linspace(math.log(0.02), math.log(2.0), n_frequencies))
+        self.register_buffer("frequencies", frequencies)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * n_frequencies, d_model), nn.SiLU(), nn.Linear(d_model, d_model)
+        )
+
+    def forward(self, log_snr: Tensor) -> Tensor:
+        """[...] -> [..., d_model]."""
+        phase = log_snr.float().clamp(DROPPED, CLEAN).unsqueeze(-1) * self.frequencies
+        embedded: Tensor = self.mlp(torch.cat([phase.sin(), phase.cos()], -1))
+        return embedded
+
+
+class Embed(nn.Module):
+    """Noisy latents, noise levels and class labels -> token sequence [b, l, d_model]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, c = config.d_model, config.latent_dim
+        n_image = config.image_height * config.image_width
+        self.image_in = nn.Linear(c, d)
+        self.text_in = nn.Linear(
+            2 * c, d
+        )  # the noisy latent and the last estimate of the clean one
+        self.level = NoiseLevel(d)
+        self.class_embedding = nn.Embedding(config.n_classes + 1, d)  # the last row: no class
+        self.image_position = nn.Parameter(torch.randn(n_image, d) * 0.02)
+        self.text_position = nn.Parameter(torch.randn(config.text_length, d) * 0.02)
+        self.time_token = nn.Parameter(torch.randn(d) * 0.02)
+        self.pads = nn.Parameter(torch.randn(4, d) * 0.02)  # around the text, around the image
+
+    def forward(
+        self,
+        z_txt: Tensor,
+        estimate_txt: Tensor,
+        level_txt: Tensor,
+        prompt: Tensor,
+        class_ids: Tensor,
+        z_img: Tensor | None,
+        level_img: Tensor | None,
+    ) -> Tensor:
+        """The sequence; see `Network.forward` for the arguments."""
+        b, m, _ = z_txt.shape
+        levels = [level_txt, torch.full_like(level_txt, CLEAN)]
+        if level_img is not None:
+            levels.append(level_img)
+        embedded = self.level(torch.stack(levels, 1))  # [b, 2 or 3, d]
+        noised, clean = embedded[:, 0:1], embedded[:, 1:2]
+
+        text = self.text_in(torch.cat([z_txt, estimate_txt], -1)) + self.text_position[:m]
+        text = text + torch.where(prompt.unsqueeze(-1), clean, noised)
+        time = self.time_token + embedded[:, 0] + (embedded[:, 2] if z_img is not None else 0)
+        null = self.class_embedding.num_embeddings - 1
+        label = self.class_embedding(torch.where(class_ids < 0, null, class_ids))
+        pads = self.pads.unsqueeze(1).expand(-1, b, -1).unsqueeze(2)  # [4, b, 1, d]
+        parts = [time.unsqueeze(1), label.unsqueeze(1), pads[0], text, pads[1]]
+        if z_img is not None:
+            # One class token among many tokens is learned late: the label joins every patch too.
+            image = self.image_in(z_img) + self.image_position
+            image = image + (embedded[:, 2] + label).unsqueeze(1)
+            parts += [pads[2], image, pads[3]]
+        return torch.cat(parts, 1)

@@ -1,0 +1,102 @@
+"""Orders in which a block reads the sequence (Fig. 2 f, g).
+
+A scan is a pair (order, inverse) of int64 permutations: x[order] is the scanned sequence,
+x[order][inverse] is x.
+"""
+
+import torch
+from torch import Tensor
+
+Scan = tuple[Tensor, Tensor]
+
+
+def image_scan(height: int, width: int, pattern: int) -> Scan:
+    """Order of a row-major grid: 1 rows, 2 rows reversed, 3 columns, 4 columns reversed.
+
+    Returns:
+        (order, inverse), int64 [height * width].
+
+    Raises:
+        ValueError: an empty grid or a pattern outside 1-4.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"image grid {height} x {width} is empty; both sides must be at least 1")
+    if pattern not in (1, 2, 3, 4):
+        raise ValueError(f"image scan pattern is {pattern}; choose 1, 2, 3 or 4")
+    order = torch.arange(height * width)
+    if pattern in (3, 4):
+        order = order.view(height, width).T.reshape(-1)
+    if pattern in (2, 4):
+        order = order.flip(0)
+    return order, order.argsort()
+
+
+def text_scan(length: int, pattern: int) -> Scan:
+    """Order of a text: 1 forward, 2 reversed.
+
+    Returns:
+        (order, inverse), int64 [length].
+
+    Raises:
+        ValueError: an empty text or a pattern outside 1-2.
+    """
+    if length < 1:
+        raise ValueError(f"text length is {length}; it must be at least 1")
+    if pattern not in (1, 2):
+        raise ValueError(f"text scan pattern is {pattern}; choose 1 or 2")
+    order = torch.arange(length)
+    if pattern == 2:
+        order = order.flip(0)
+    return order, order.argsort()
+
+
+def parse_scans(scans: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """("1234/12") -> ((1, 2, 3, 4), (1, 2)).
+
+    Raises:
+        ValueError: anything that is not image patterns, a slash, text patterns.
+    """
+    image, slash, text = scans.partition("/")
+    known = set(image) <= set("1234") and set(text) <= set("12")
+    if not (slash and image and text and known):
+        raise ValueError(
+            f"scans is {scans!r}; write image scans 1-4, a slash, text scans 1-2, such as 1234/12"
+        )
+    return tuple(map(int, image)), tuple(map(int, text))
+
+
+def joint_scan(
+    n_head: int, text_length: int, grid: tuple[int, int] | None, image: int, text: int
+) -> Scan:
+    """Order of `[n_head tokens] [pad text pad] [pad image pad]`.
+
+    Image patterns 2 and 4 reverse the order of the segments too: information then flows from the
+    picture to the text, which a scan that keeps the text in front never allows.
+
+    Args:
+        n_head: time and class tokens in front.
+        text_length: text tokens, without their two pads.
+        grid: rows and columns of image tokens, None without a picture.
+        image: image pattern 1-4; without a picture 2 and 4 put the head last.
+        text: text pattern 1-2.
+
+    Returns:
+        (order, inverse), int64 over the whole sequence.
+    """
+    reverse = image in (2, 4)
+    head = torch.arange(n_head)
+    segments = [head.flip(0) if reverse else head]
+    start = n_head
+    inner = text_scan(text_length, text)[0]
+    segments.append(_between_pads(inner, start, reverse))
+    start += text_length + 2
+    if grid is not None:
+        segments.append(_between_pads(image_scan(*grid, image)[0], start, reverse))
+    order = torch.cat(segments[::-1] if reverse else segments)
+    return order, order.argsort()
+
+
+def _between_pads(inner: Tensor, start: int, reverse: bool) -> Tensor:
+    pads = [torch.tensor([start]), torch.tensor([start + inner.numel() + 1])]
+    first, last = pads[::-1] if reverse else pads
+    return torch.cat([first, inner + start + 1, last])

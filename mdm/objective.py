@@ -1,0 +1,221 @@
+"""The training objective (Eq. 18): noise both modalities at their own levels, score the prediction.
+
+Shapes: b batch, n image tokens, m text tokens, c latent width, v vocabulary, k candidates.
+
+Which modality is a condition is a matter of noise levels alone: t = 0 is given, t = T is dropped.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdm.config import Config
+from mdm.data.batch import Batch
+from mdm.data.tokenizer import PAD
+from mdm.diffusion import noise, schedule
+from mdm.diffusion.score_entropy import energy, log_score_ratio
+from mdm.model.embed import CLEAN, DROPPED
+from mdm.model.network import Network
+from mdm.model.vae import NoisyLatentVAE, kl
+
+
+class LossTerms(NamedTuple):
+    """Scalars in fp32; a term of a modality that the batch lacks is 0."""
+
+    total: Tensor
+    rec_img: Tensor  # Eq. 15
+    rec_txt: Tensor  # Eq. 16
+    kl: Tensor  # Eq. 18, without its weight
+    eps_img: Tensor  # 1/2 |eps - eps_hat|^2, a token's mean over its numbers
+    se_img: Tensor  # score entropy over image candidates
+    se_txt: Tensor  # score entropy over the vocabulary
+
+
+class Levels(NamedTuple):
+    """Noise levels of a batch."""
+
+    t_img: Tensor  # i64 [b], 0 ... T
+    t_txt: Tensor  # i64 [b]
+    class_ids: Tensor  # i64 [b], -1 where dropped
+
+
+class Objective(nn.Module):
+    """Network, VAE and loss; all randomness comes from (seed, sample, epoch)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.seed, self.weights, self.latent_dim = (
+            config.seed,
+            config.objective,
+            config.model.latent_dim,
+        )
+        self.network = Network(config.model)
+        self.vae = NoisyLatentVAE(config.model.latent_dim, config.model.vocab_size)
+
+    def forward(self, batch: Batch, step: int) -> LossTerms:
+        """Loss terms of one rank's share of a global step."""
+        n = 0 if batch.latents is None else batch.latents.shape[1]
+        draws = noise.draw(
+            self.seed, batch.keys, batch.epochs, n, batch.tokens.shape[1], self.latent_dim
+        )
+        levels = self.draw_levels(draws.uniforms, batch)
+        means, bias = self.vae.vocabulary()
+
+        # Text: z_0 around mu_v, without a gradient from the diffusion into the encoder.
+        mean_txt = means[batch.tokens]
+        sigma_txt = self.vae.text_sigma(mean_txt)
+        s_txt = mean_txt + sigma_txt * draws.text[:, 1]
+        rec_txt = F.cross_entropy(
+            self.vae.decode_text(s_txt).float().flatten(0, 1), batch.tokens.flatten()
+        )
+        kl_term = kl(mean_txt, sigma_txt).mean()
+        abar_txt = schedule.TEXT.alpha_bar(levels.t_txt)
+        z_0_txt = s_txt.detach()
+        z_txt = schedule.noised(z_0_txt, draws.text[:, 0], abar_txt[:, None, None])
+        z_txt = torch.where(batch.prompt.unsqueeze(-1), z_0_txt, z_txt)
+
+        image = self._image_latents(batch, draws) if batch.latents is not None else None
+        abar_img = schedule.IMAGE.alpha_bar(levels.t_img)
+        z_img = level_img = None
+        if image is not None:
+            z_img = schedule.noised(image.z_0, image.eps, abar_img[:, None, None])
+            level_img = _level(schedule.IMAGE, levels.t_img)
+        level_txt = _level(schedule.TEXT, levels.t_txt)
+
+        estimate = None
+        if _self_conditions(step, self.weights.p_self_condition):
+            with torch.no_grad():
+                first = self.network(
+                    z_txt, level_txt, batch.prompt, levels.class_ids, z_img, level_img
+                )
+                estimate = (first.text.float() @ means.T + bias).softmax(-1) @ means
+        said = self.network(
+            z_txt, level_txt, batch.prompt, levels.class_ids, z_img, level_img, estimate
+        )
+
+        logits = said.text.float() @ means.T + bias
+        se_txt = self._text_loss(logits, batch, levels.t_txt)
+        zero = logits.new_zeros(())
+        rec_img, eps_img, se_img = zero, zero, zero
+        if image is not None and said.image is not None and z_img is not None:
+            rec_img, kl_img = image.rec, image.kl
+            kl_term = kl_term + kl_img
+            eps_img, se_img = self._image_loss(said.image.float(), image, z_img, abar_img, levels)
+        w = self.weights
+        total = (
+            rec_img
+            + rec_txt
+            + w.beta_kl * kl_term
+            + w.lambda_se * (eps_img + w.se_image * se_img + se_txt)
+        )
+        return LossTerms(total, rec_img, rec_txt, kl_term, eps_img, se_img, se_txt)
+
+    def draw_levels(self, uniforms: Tensor, batch: Batch) -> Levels:
+        """Noise levels and kept classes from uniforms [b, 8]."""
+        w, last = self.weights, schedule.STEPS
+        task, u_img, u_txt, u_class = uniforms[:, :4].unbind(1)
+        t_img = 1 + (u_img * (last - 1)).long()
+        t_txt = 1 + (u_txt * (last - 1)).long()
+        if batch.latents is None:
+            return Levels(t_img, t_txt, torch.full_like(batch.class_ids, -1))
+        edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text])
+        kind = torch.bucketize(task, edges.cumsum(0).to(task.device), right=True)
+        t_txt = torch.where(kind == 0, 0, torch.where(kind == 2, last, t_txt))
+        t_img = torch.where(kind == 1, 0, torch.where(kind == 3, last, t_img))
+        keep = (kind == 2) & (u_class < w.p_class)
+        return Levels(t_img, t_txt, torch.where(keep, batch.class_ids, -1))
+
+    def _image_latents(self, batch: Batch, draws: noise.Draws) -> "_ImageLatents":
+        assert batch.latents is not None
+        assert draws.image is not None
+        mean, sigma = self.vae.encode_image(batch.latents)
+        s = mean + sigma * draws.image[:, 1]
+        rec = (self.vae.decode_image(s).float() - batch.latents).square().mean()
+        if self.training:
+            with torch.no_grad():
+                self.vae.track(*_global_moments(s))
+        z_0 = self.vae.normalize_image(s).detach()
+        return _ImageLatents(z_0, draws.image[:, 0], rec, kl(mean, sigma).mean())
+
+    def _image_loss(
+        self, v: Tensor, image: "_ImageLatents", z_t: Tensor, abar: Tensor, levels: Levels
+    ) -> tuple[Tensor, Tensor]:
+        """1/2 |eps - eps_hat|^2 (a mean over numbers) and the score entropy over candidates."""
+        noisy = ((levels.t_img > 0) & (levels.t_img < schedule.STEPS)).float()
+        abar = abar.clamp(1e-6, 1 - 1e-6)  # conditions and drops carry no loss, only no NaN either
+        a = abar[:, None, None]
+        eps_hat = a.sqrt() * v + (1 - a).sqrt() * z_t
+        eps_img = 0.5 * (eps_hat - image.eps).square().mean((1, 2))
+        candidates = torch.cat(
+            [
+                image.z_0.unsqueeze(2),
+                self._trajectory(image, levels.t_img),
+                _others(image.z_0, self.weights.se_in_batch),
+            ],
+            2,
+        )
+        token_abar = abar.unsqueeze(1).expand(z_t.shape[:2])
+        log_s = log_score_ratio(energy(z_t, candidates, token_abar, eps_hat))
+        se_img = -log_s[..., 0].mean(1)  # Eq. 4 with a one-hot target is the cross-entropy
+        # A mean over all samples, not over the noisy ones: ranks then average to the global loss.
+        return (eps_img * noisy).mean(), (se_img * noisy).mean()
+
+    def _trajectory(self, image: "_ImageLatents", t: Tensor) -> Tensor:
+        """States of each token's own path at evenly spaced earlier steps, [b, n, k, c]."""
+        k = self.weights.se_trajectory
+        earlier = (t.unsqueeze(1) * torch.arange(1, k + 1, device=t.device)) // (k + 1)
+        a = schedule.IMAGE.alpha_bar(earlier)[:, None, :, None]
+        return schedule.noised(image.z_0.unsqueeze(2), image.eps.unsqueeze(2), a)
+
+    def _text_loss(self, logits: Tensor, batch: Batch, t: Tensor) -> Tensor:
+        """Score entropy over the whole vocabulary with a one-hot target: cross-entropy."""
+        per_token = F.cross_entropy(logits.transpose(1, 2), batch.tokens, reduction="none")
+        weight = ~batch.prompt * torch.where(batch.tokens == PAD, self.weights.pad_weight, 1.0)
+        per_sample = (per_token * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return (per_sample * ((t > 0) & (t < schedule.STEPS))).mean()
+
+
+class _ImageLatents(NamedTuple):
+    z_0: Tensor  # [b, n, c], normalised, detached
+    eps: Tensor  # [b, n, c]
+    rec: Tensor
+    kl: Tensor
+
+
+def _level(table: schedule.Schedule, t: Tensor) -> Tensor:
+    return table.log_snr(t).clamp(DROPPED, CLEAN)
+
+
+def _self_conditions(step: int, share: float) -> bool:
+    """Whether this global step makes an estimate first: the same answer on every rank."""
+    return int((step + 1) * share) > int(step * share)
+
+
+def _others(z_0: Tensor, k: int) -> Tensor:
+    """Up to k other latents of the global batch at the same place in the picture, [b, n, k, c].
+
+    The pool is the global batch in its own order, so candidates do not depend on how many ranks
+    share it.
+    """
+    b = len(z_0)
+    pool, first = z_0, 0
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        parts = [torch.empty_like(z_0) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, z_0.contiguous())
+        pool, first = torch.cat(parts), torch.distributed.get_rank() * b
+    k = min(k, len(pool) - 1)
+    own = first + torch.arange(b, device=z_0.device)
+    index = (own.unsqueeze(1) + torch.arange(1, k + 1, device=z_0.device)) % len(pool)
+    return pool[index].transpose(1, 2)
+
+
+def _global_moments(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [c] over the global batch."""
+    sums = torch.stack([s.mean((0, 1)), s.square().mean((0, 1))])
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(sums)
+        sums /= torch.distributed.get_world_size()
+    return sums[0], sums[1] - sums[0].square()

@@ -1,0 +1,206 @@
+"""What a run tells: `metrics.jsonl`, MLflow, the progress bar, and the totals at the end.
+
+Metrics are keyed by `samples_seen`. Seconds are wall-clock seconds of rank 0 by part of the step:
+data, forward, backward, optimizer, ema, other.
+"""
+
+import json
+import math
+import os
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+import torch.distributed
+from tqdm import tqdm
+
+from mdm.dist import World, gather_to_all
+from mdm.tracking import Tracker
+from mdm.train.checkpoint import write_synced
+from mdm.train.state import TrainState
+
+MODEL_PARTS = ("forward", "backward")
+PARTS = ("data", *MODEL_PARTS, "optimizer", "ema", "other")
+
+
+class Clock:
+    """Seconds by part of the step; whatever is not inside `part` counts as `other`."""
+
+    def __init__(self, start: Mapping[str, float]) -> None:
+        self.seconds = {part: start.get(part, 0.0) for part in PARTS}
+        self._last = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time inside as `name`."""
+        self.tick("other")
+        yield
+        self.tick(name)
+
+    def tick(self, name: str) -> None:
+        """Count the time since the last call as `name`."""
+        now = time.perf_counter()
+        self.seconds[name] += now - self._last
+        self._last = now
+
+
+class Window:
+    """Sums of loss terms since the last line of metrics, by task; no communication until `mean`."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._steps: dict[str, int] = defaultdict(int)
+        self._names: tuple[str, ...] = ()
+
+    def add(self, task: str, terms: NamedTuple) -> None:
+        """Add one step's terms. All ranks take the same tasks in the same order."""
+        row = torch.stack([t.detach().float() for t in terms])
+        self._names = terms._fields
+        self._sums[task] = self._sums[task] + row if task in self._sums else row
+        self._steps[task] += 1
+
+    def mean(self, size: int) -> dict[str, float]:
+        """Means over steps and ranks: `loss`, and `task/term`; then empty. All ranks must call.
+
+        A term that was 0 throughout is one that the task does not have, and is left out.
+        """
+        if not self._sums:
+            return {}
+        tasks = sorted(self._sums)
+        sums = torch.stack([self._sums[t] for t in tasks])
+        torch.distributed.all_reduce(sums)
+        rows = (sums / size).tolist()
+        steps = [self._steps[t] for t in tasks]
+        means = {"loss": sum(r[0] for r in rows) / sum(steps)}
+        for task, row, n in zip(tasks, rows, steps, strict=True):
+            means |= {
+                f"{task}/{name}": value / n
+                for name, value in zip(self._names, row, strict=True)
+                if value != 0.0
+            }
+        self._sums, self._steps = {}, defaultdict(int)
+        return means
+
+
+class Reporter:
+    """Rank 0's voice; on other ranks every method does nothing."""
+
+    def __init__(self, run_dir: str | Path, steps: int, world: World, tracker: Tracker) -> None:
+        self.run_dir, self.world, self.tracker = Path(run_dir), world, tracker
+        self._path = self.run_dir / "metrics.jsonl"
+        self._attempts = self.run_dir / "attempts.jsonl"
+        self._steps = steps
+        self._bar: Any = None
+        self._before: dict[str, float] | None = None
+        self._samples_before = 0
+        self._started = psutil.Process().create_time()
+
+    def start(self, state: TrainState, fresh: bool) -> None:
+        """Open the attempt: drop the lines of steps that will be done again, show the bar."""
+        if not self.world.is_main:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            for old in (self._path, self._attempts):
+                old.unlink(missing_ok=True)
+        attempt: dict[str, Any] = {"started": self._started, "step": state.step}
+        if self._path.exists():
+            attempt["former_ended"] = self._path.stat().st_mtime
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) <= state.step]
+            write_synced(self._path, "".join(line + "\n" for line in kept).encode())
+        with self._attempts.open("a") as file:
+            file.write(json.dumps(attempt) + "\n")
+        self._before, self._samples_before = None, state.samples_seen
+        self._bar = tqdm(
+            total=self._steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=1.0
+        )
+
+    def step(self) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def log(self, state: TrainState, clock: Clock, values: Mapping[str, float]) -> None:
+        """One line of metrics: loss terms, rate, norm, samples/s and shares of the step."""
+        if not self.world.is_main:
+            return
+        before = self._before or dict.fromkeys(PARTS, 0.0) | (state.seconds or {})
+        spent = {p: clock.seconds[p] - before[p] for p in PARTS}
+        total = sum(spent.values()) or math.nan
+        samples = state.samples_seen - self._samples_before
+        speeds = {
+            "samples_per_second": samples / total,
+            "share_outside_model": 1 - sum(spent[p] for p in MODEL_PARTS) / total,
+            **{f"share/{p}": spent[p] / total for p in PARTS},
+        }
+        self._before, self._samples_before = dict(clock.seconds), state.samples_seen
+        row = {"step": state.step, "samples_seen": state.samples_seen, **values, **speeds}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row | {"time": time.time()}) + "\n")
+        self.tracker.log_metrics({**values, **speeds}, step=state.samples_seen)
+        shown = {k.split("/")[-1]: f"{v:.3f}" for k, v in values.items() if "/" in k or k == "loss"}
+        shown.pop("total", None)
+        self._bar.set_postfix(
+            {**shown, "samples/s": f"{speeds['samples_per_second']:.0f}"}, refresh=False
+        )
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            self._bar.write(message)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def totals(self, state: TrainState, wait_seconds: float) -> dict[str, Any]:
+        """What the `done` marker holds. All ranks must call.
+
+        `wall_seconds` spans all attempts, the time from an attempt's last line of metrics to its
+        death excepted; `goodput` is the share of it that ended in the weights.
+        """
+        # Linux counts ru_maxrss in KiB.
+        peaks = gather_to_all(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        if not self.world.is_main:
+            return {}
+        useful = sum(state.seconds.values())
+        attempts = [json.loads(line) for line in self._attempts.read_text().splitlines()]
+        ends = [a["former_ended"] for a in attempts[1:] if "former_ended" in a] + [time.time()]
+        starts = [a["started"] for a in attempts][-len(ends) :]
+        wall = sum(max(end - start, 0.0) for start, end in zip(starts, ends, strict=True))
+        return {
+            "step": state.step,
+            "samples_seen": state.samples_seen,
+            "attempts": len(attempts),
+            "wall_seconds": wall,
+            "step_seconds": useful,
+            "goodput": min(useful / wall, 1.0),
+            "samples_per_second": state.samples_seen / useful,
+            "share_outside_model": 1 - sum(state.seconds[p] for p in MODEL_PARTS) / useful,
+            "data_wait_share": state.seconds["data"] / useful,
+            "loader_wait_seconds": wait_seconds,
+            "seconds": state.seconds,
+            "time_to_first_batch": state.time_to_first_batch,
+            "peak_rss_gib": sum(peaks),
+            "peak_rss_gib_per_rank": peaks,
+            "order_digest": state.order_digest,
+            "world_size": self.world.size,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        }
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinity for one that a kill cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return math.inf

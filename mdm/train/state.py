@@ -1,0 +1,78 @@
+"""What a checkpoint carries beside weights, and when it may be continued."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from mdm.config import Config, to_dict
+
+# Fields that may change between two attempts at one run: they steer its length and its reporting,
+# never what a step computes. (A longer cosine changes later rates, which is what is asked for.)
+MAY_CHANGE = (
+    "train.steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.snapshots",
+    "run_dir",
+    "experiment",
+)
+
+
+class RunError(ValueError):
+    """A run that cannot start or go on, for a reason that its user can mend: one line."""
+
+
+@dataclass
+class TrainState:
+    """Where a run stands. Progress is counted in `samples_seen`."""
+
+    step: int = 0
+    samples_seen: int = 0
+    # Seconds of committed work, by part of the step; what a kill threw away is not in it.
+    seconds: dict[str, float] = field(default_factory=dict)
+    time_to_first_batch: float = 0.0
+    tracking_id: str | None = None
+    world_size: int = 1
+    order_digest: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `state.json` holds them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "TrainState":
+        """The state that `to_json` wrote."""
+        return cls(**values)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_resumable(state: TrainState, config: Config, world_size: int, path: str) -> None:
+    """Raise `RunError` unless `config` on `world_size` ranks continues `state` exactly."""
+    saved, now = flatten(state.config), flatten(to_dict(config))
+    differing = [
+        f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(saved.keys() | now.keys())
+        if key not in MAY_CHANGE and saved.get(key) != now.get(key)
+    ]
+    if differing:
+        raise RunError(
+            f"{path} was made with another configuration: {'; '.join(differing)}. "
+            "Give the former values, another --run_dir, or --resume none to start over"
+        )
+    if state.world_size != world_size:
+        raise RunError(
+            f"{path} was written by {state.world_size} ranks and this run has {world_size}; "
+            f"start it with {state.world_size}"
+        )

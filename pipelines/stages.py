@@ -1,0 +1,250 @@
+"""Stages run one after the other, each once: finished ones are skipped, broken ones go on.
+
+A stage is finished when its marker exists with the fingerprint of what determines it: its command,
+its inputs, and the stages before it. The marker is written last, atomically. A stage that was cut
+short runs again in place and goes on from what it left; one whose command changed starts from
+nothing, and so do those after it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipelines import supervise
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job: `command`, what else determines its result, and what it writes."""
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    inputs: tuple[str, ...] = ()  # values or fingerprints beside the command
+    outputs: tuple[str, ...] = ()  # folders, files or s3:// prefixes, removed before a changed redo
+    needs_store: bool = False  # whether the object store must be up
+    report: Path | None = None  # JSON that the job writes about itself, kept in the marker
+
+
+class StageFailed(Exception):
+    """A stage ended with another exit code than 0."""
+
+
+@dataclass
+class Usage:
+    """What a stage has taken so far, over all attempts."""
+
+    fingerprint: str
+    seconds: float = 0.0
+    peak_rss_gib: float = 0.0
+    attempts: int = 0
+    processes: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` so that `path` holds either the old or the new content, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; empty if it does not exist."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _memory(process: psutil.Process) -> int:
+    # PSS shares a page fairly among the processes that map it, so that sums over a tree are true.
+    try:
+        return int(process.memory_full_info().pss)
+    except (psutil.AccessDenied, AttributeError):
+        return int(process.memory_info().rss)
+
+
+def _tree() -> tuple[int, list[dict[str, Any]]]:
+    """Memory of this process and all below it, bytes, and who those below are."""
+    here, total, below = psutil.Process(), 0, []
+    for process in [here, *here.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            total += _memory(process)
+            if process.pid != here.pid:
+                below.append(
+                    {
+                        "pid": process.pid,
+                        "started": process.create_time(),
+                        "command": process.cmdline(),
+                    }
+                )
+    return total, below
+
+
+@contextlib.contextmanager
+def metered(usage: Usage, path: Path, every: float = 1.0) -> Iterator[None]:
+    """Add time and memory to `usage` and keep it in `path` while the body runs.
+
+    The file is renewed all the time, so that an attempt that is killed still counts.
+    """
+    before, begun, stop = usage.seconds, time.monotonic(), threading.Event()
+
+    def note() -> None:
+        total, usage.processes = _tree()
+        usage.seconds = before + time.monotonic() - begun
+        usage.peak_rss_gib = max(usage.peak_rss_gib, total / GIB)
+        write_json(path, vars(usage))
+
+    def keep_noting() -> None:
+        while not stop.wait(every):
+            note()
+
+    note()
+    thread = threading.Thread(target=keep_noting, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        note()
+
+
+def end_leftovers(folder: Path) -> int:
+    """End processes that a killed run recorded in `folder` and left behind; how many there were.
+
+    A process id may have been given to another program since: only one with the recorded start
+    time and command line is ended.
+    """
+    ours = []
+    for path in sorted(folder.glob("*.attempt.json")):
+        for recorded in read_json(path).get("processes", []):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                process = psutil.Process(recorded["pid"])
+                same = abs(process.create_time() - recorded["started"]) < 0.05
+                if same and process.cmdline() == recorded["command"]:
+                    process.kill()
+                    ours.append(process)
+    psutil.wait_procs(ours, timeout=10)
+    return len(ours)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, patience: float = 15.0) -> Iterator[None]:
+    """Hold the lock of `folder`; raises BlockingIOError if another run keeps it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        yield
+
+
+def run_supervised(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run `command` to its end and return its exit code; nothing of it outlives this process."""
+    process = supervise.supervised(command, env=env)
+    try:
+        return process.wait()
+    except BaseException:  # an interrupt: pass it on, wait until all have ended
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+
+
+def remove_path(where: str) -> None:
+    """Remove a file or folder, if it is there."""
+    path = Path(where)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs stages; their markers lie in `folder`."""
+
+    folder: Path
+    env: Mapping[str, str] = field(default_factory=dict)
+    store: Callable[[], Mapping[str, str]] = dict  # brings the object store up; its environment
+    remove: Callable[[str], None] = remove_path
+    say: Callable[[str], None] = print
+
+    def marker(self, stage: Stage) -> Path:
+        """Where the proof lies that `stage` is finished."""
+        return self.folder / f"{stage.name}.json"
+
+    def run(self, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
+        """Run what is not finished; the markers' content by stage. Raises StageFailed."""
+        upstream, done = "", {}
+        for stage in stages:
+            upstream = _fingerprint(stage, upstream)
+            marker = read_json(self.marker(stage))
+            if marker.get("fingerprint") == upstream:
+                self.say(f"= {stage.title}: done before, {marker['seconds']:.1f} s")
+            else:
+                marker = self._run(stage, upstream)
+            done[stage.name] = marker
+        return done
+
+    def _run(self, stage: Stage, fingerprint: str) -> dict[str, Any]:
+        marker, attempt = self.marker(stage), self.folder / f"{stage.name}.attempt.json"
+        begun = read_json(attempt)
+        env = {**self.env, **(self.store() if stage.needs_store else {})}
+        if begun.get("fingerprint") == fingerprint:
+            usage = Usage(**begun)
+            self.say(f"> {stage.title}: goes on after {usage.seconds:.1f} s")
+        else:
+            if begun or marker.exists():
+                self.say(f"> {stage.title}: changed, starts anew")
+            else:
+                self.say(f"> {stage.title}")
+            marker.unlink(missing_ok=True)
+            for output in stage.outputs:
+                self.remove(output)
+            usage = Usage(fingerprint)
+        usage.attempts += 1
+        with metered(usage, attempt):
+            code = run_supervised(stage.command, env)
+        if code != 0:
+            raise StageFailed(f"{stage.title} failed: {stage.name} ended with exit code {code}")
+        content = {
+            "fingerprint": fingerprint,
+            "title": stage.title,
+            "command": list(stage.command),
+            "seconds": usage.seconds,
+            "peak_rss_gib": usage.peak_rss_gib,
+            "attempts": usage.attempts,
+            "report": read_json(stage.report) if stage.report else {},
+        }
+        write_json(marker, content)
+        attempt.unlink()
+        self.say(f"+ {stage.title}: {usage.seconds:.1f} s, at most {usage.peak_rss_gib:.2f} GiB")
+        return content
+
+
+def _fingerprint(stage: Stage, upstream: str) -> str:
+    parts = [upstream, stage.name, list(stage.command), list(stage.inputs)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,29 @@
+"""Fixtures that several folders of tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.s3_server import S3Server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server for the whole session."""
+    with S3Server(tmp_path_factory.mktemp("s3"), bucket="test") as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """An S3 prefix of the test's own, reachable through the environment."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://test/{abs(hash(request.node.nodeid))}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A place for objects: a local folder, then a real S3 server."""
+    return str(tmp_path / "store") if request.param == "folder" else request.getfixturevalue("s3")

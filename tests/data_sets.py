@@ -1,0 +1,135 @@
+"""Small real data sets for tests, as published and encoded, and what encoding needs."""
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mdm.data import autoencoder
+from mdm.data.manifest import CARD, Manifest, canonical, publish
+from mdm.data.schema import BatchInfo, Examples, ShardInfo, example_schema, write_shard
+from mdm.data.storage import open_store
+from mdm.data.tokenizer import EOS, train_model
+
+NAMES = ("one", "two", "three", "four")
+
+
+def write_tokenizer(path: Path) -> Path:
+    lines = [f"{a} {b} and {c}, my friend" for a in NAMES for b in NAMES for c in NAMES]
+    lines += [f"hello {a}, how are you?" for a in NAMES]
+    path.write_bytes(train_model(lines, 32))
+    return path
+
+
+def write_autoencoder(folder: Path) -> Path:
+    torch.manual_seed(0)
+    model = autoencoder.build(16, channels=(8, 8, 8))
+    autoencoder.save(model, folder, [0.0] * 4, [1.0] * 4)
+    return folder
+
+
+def write_imagenet(root: Path, per_class: int) -> Path:
+    """Noise pictures in ImageNet's folders; `NAMES` are the classes."""
+    random = np.random.default_rng(0)
+    for label, name in enumerate(NAMES):
+        wnid = f"n{label:08d}"
+        folder = root / "train" / wnid
+        folder.mkdir(parents=True)
+        with open(root / "LOC_synset_mapping.txt", "a") as mapping:
+            mapping.write(f"{wnid} {name}\n")
+        for i in range(per_class):
+            (folder / f"{wnid}_{i}.JPEG").write_bytes(jpeg(random))
+    return root
+
+
+def jpeg(random: np.random.Generator) -> bytes:
+    file = io.BytesIO()
+    pixels = random.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write_ultrachat(root: Path, dialogues: Sequence[Sequence[str]]) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"id": str(i), "data": list(d)}) for i, d in enumerate(dialogues)]
+    (root / "train.jsonl").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def examples(rows: int, *, pictures: bool = True, seed: int = 0) -> Examples:
+    random = np.random.default_rng(seed)
+    return Examples(
+        [f"record {seed}-{i}" for i in range(rows)],
+        [f"file {i}" for i in range(rows)],
+        random.integers(-1, 4, rows).astype(np.int32),
+        [
+            np.array([*random.integers(5, 60, random.integers(0, 9)), EOS], np.uint16)
+            for _ in range(rows)
+        ],
+        np.zeros(rows, np.uint16),
+        random.integers(0, 0x7F00, (rows, 4 * 16)).astype(np.uint16) if pictures else None,
+    )
+
+
+def encoded(
+    uri: str, shard_rows: Sequence[int], *, pictures: bool = True, batch_rows: int = 8
+) -> Manifest:
+    """A published data set of random rows: real shards, real hashes."""
+    store = open_store(uri)
+    grid = (2, 2) if pictures else None
+    schema = example_schema(grid, 16)
+    shards = []
+    for number, rows in enumerate(shard_rows):
+        data, info = write_shard(examples(rows, pictures=pictures, seed=number), schema, batch_rows)
+        store.put(info.key, data)
+        shards.append(info)
+    card = canonical({})
+    store.put(CARD, card)
+    return publish(store, manifest_of(shards, batch_rows, grid, hashlib.sha256(card).hexdigest()))
+
+
+def planned(shard_rows: Sequence[int], *, pictures: bool = True, batch_rows: int = 8) -> Manifest:
+    """A manifest of that shape without shards behind it, for the order alone."""
+    shards = [
+        ShardInfo(
+            f"shards/{n}",
+            rows,
+            0,
+            "",
+            tuple(
+                BatchInfo(0, 0, min(batch_rows, rows - first), "")
+                for first in range(0, rows, batch_rows)
+            ),
+        )
+        for n, rows in enumerate(shard_rows)
+    ]
+    return manifest_of(shards, batch_rows, (2, 2) if pictures else None)
+
+
+def manifest_of(
+    shards: Sequence[ShardInfo],
+    batch_rows: int,
+    grid: tuple[int, int] | None,
+    card_sha256: str = "",
+) -> Manifest:
+    return Manifest(
+        dataset="noise",
+        split="train",
+        recipe_hash="recipe",
+        tokenizer_sha256="tokenizer",
+        autoencoder_sha256="autoencoder" if grid else None,
+        image_grid=grid,
+        latent_dim=16 if grid else 0,
+        vocab_size=60,
+        class_names=NAMES,
+        batch_rows=batch_rows,
+        shards=tuple(shards),
+        quarantine=(),
+        counts={"examples": sum(s.rows for s in shards), "quarantined": 0},
+        card_sha256=card_sha256,
+    )

@@ -1,0 +1,17 @@
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks"), [("cpu.json", 2), ("zero3.json", 3), ("zero2.json", 2)]
+)
+def test_engine(config, ranks, tmp_path):
+    """fp32 islands, sharded average = gathered average bit for bit, skipped steps."""
+    job = Path(__file__).with_name("engine_job.py")
+    code, output = run_ranks(job, ranks, config, str(tmp_path))
+    assert code == 0, output

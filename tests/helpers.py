@@ -1,0 +1,171 @@
+"""A small real objective, an in-memory loader, and ranks in subprocesses."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
+from mdm.data.batch import Batch, sample_key
+from mdm.dist import World
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTH, VOCAB, LATENTS, CHANNELS = 12, 64, 4, 16
+
+
+def small_config(run_dir: Path, global_batch: int = 8, **train: Any) -> Config:
+    settings = {
+        "steps": 12,
+        "lr": 1e-2,
+        "warmup": 3,
+        "decay": "cosine",
+        "weight_decay": 0.1,
+        "checkpoint_every": 6,
+        "log_every": 1,
+        "snapshots": 2,
+        "threads": 1,
+        "deepspeed": str(ROOT / "deepspeed_configs" / "cpu.json"),
+    }
+    return Config(
+        model=ModelConfig(d_model=32, n_layer=2, headdim=16, vocab_size=VOCAB, text_length=LENGTH),
+        data=DataConfig(global_batch=global_batch, caption_length=LENGTH, dialogue_length=LENGTH),
+        train=TrainConfig(**(settings | train)),
+        seed=1,
+        run_dir=str(run_dir),
+    )
+
+
+class LossTerms(NamedTuple):
+    total: Tensor
+    rec_img: Tensor
+    rec_txt: Tensor
+    kl: Tensor
+    eps_img: Tensor
+    se_img: Tensor
+    se_txt: Tensor
+
+
+class Mixer(nn.Module):
+    """A gated block with the fp32 parameters of a Mamba-2 mixer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.in_proj = nn.Linear(width, 2 * width + 4, bias=False)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1.0, 5.0)))
+        self.D = nn.Parameter(torch.ones(4))
+        self.dt_bias = nn.Parameter(torch.full((4,), -2.0))
+        self.out_proj = nn.Linear(width, width, bias=False)
+        for p in (self.A_log, self.D, self.dt_bias):
+            p._no_weight_decay = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        width = x.shape[-1]
+        value, gate, dt = self.in_proj(self.norm(x)).split([width, width, 4], -1)
+        decay = torch.exp(-F.softplus(dt.float() + self.dt_bias) * self.A_log.exp()) + self.D
+        mixed = value * decay.repeat_interleave(width // 4, -1)
+        out: Tensor = x + self.out_proj(mixed * F.silu(gate))
+        return out
+
+
+class SmallObjective(nn.Module):
+    """The interface of `mdm.objective.Objective`: two tasks, a running buffer, no hidden noise."""
+
+    running_mean: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        width = config.model.d_model
+        self.seed = config.seed
+        self.embedding = nn.Embedding(config.model.vocab_size, width)
+        self.image_in = nn.Linear(CHANNELS, width)
+        self.blocks = nn.ModuleList(Mixer(width) for _ in range(config.model.n_layer))
+        self.text_out = nn.Linear(width, config.model.vocab_size)
+        self.image_out = nn.Linear(width, CHANNELS)
+        self.register_buffer("running_mean", torch.zeros(CHANNELS))
+
+    def forward(self, batch: Batch, step: int) -> LossTerms:
+        zero = torch.zeros(())
+        x = self.embedding(batch.tokens)
+        if batch.latents is not None:
+            self.running_mean.lerp_(batch.latents.mean((0, 1)), 0.1)
+            x = torch.cat([x, self.image_in(batch.latents)], 1)
+        else:  # every rank runs every module of its task; this one's share is nothing
+            x = x + 0.0 * self.image_in(torch.zeros(len(batch), 1, CHANNELS))
+        for block in self.blocks:
+            x = block(x)
+        hidden = x[:, : batch.tokens.shape[1]]
+        rec_txt = F.cross_entropy(
+            self.text_out(hidden).float().flatten(0, 1), batch.tokens.flatten()
+        )
+        image = self.image_out(x[:, batch.tokens.shape[1] :])
+        eps_img = zero if batch.latents is None else F.mse_loss(image.float(), batch.latents)
+        return LossTerms(rec_txt + eps_img, zero, rec_txt, zero, eps_img, zero, zero)
+
+
+class MemoryLoader:
+    """Deterministic batches from a counter; every third step is text alone."""
+
+    def __init__(self, config: Config, world: World, poison_step: int = -1) -> None:
+        self.size, self.world = config.data.global_batch, world
+        self.step, self.poison_step = 0, poison_step
+        self.wait_seconds = 0.0
+        self.order_digest = ""
+
+    def __next__(self) -> Batch:
+        first = self.step * self.size + self.world.rank
+        numbers = range(first, first + self.size, self.world.size)
+        ids = tuple(f"sample-{n % 32}" for n in numbers)
+        keys = torch.tensor([sample_key(i) for i in ids])
+        noise = torch.Generator().manual_seed(first)
+        tokens = (keys[:, None] % 7 + torch.arange(LENGTH)[None]) % VOCAB
+        latents = torch.randn(len(ids), LATENTS, CHANNELS, generator=noise)
+        if self.step == self.poison_step and self.world.rank == self.world.size - 1:
+            latents[0, 0, 0] = torch.nan
+        text_only = self.step % 3 == 2
+        self.step += 1
+        self.order_digest = hashlib.sha256(f"{self.order_digest}{ids}".encode()).hexdigest()
+        return Batch(
+            ids=ids,
+            keys=keys,
+            epochs=torch.zeros_like(keys),
+            class_ids=torch.full_like(keys, -1),
+            tokens=tokens,
+            prompt=torch.zeros_like(tokens, dtype=torch.bool),
+            latents=None if text_only else latents,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "order_digest": self.order_digest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.order_digest = state["step"], state["order_digest"]
+
+
+def start_ranks_of(script: Path, ranks: int, *args: str) -> subprocess.Popen[str]:
+    """`script` on `ranks` processes of its own process group, on a free port."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script), *args]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        env=env,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def run_ranks(script: Path, ranks: int, *args: str, timeout: float = 180) -> tuple[int, str]:
+    """Exit code and output of `script` run to its end on `ranks` processes."""
+    process = start_ranks_of(script, ranks, *args)
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output

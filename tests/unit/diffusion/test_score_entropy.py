@@ -1,0 +1,77 @@
+"""The identities that make Eq. 4 a training objective."""
+
+import pytest
+import torch
+from torch.autograd import grad
+
+from mdm.diffusion.score_entropy import energy, log_ratio, log_score_ratio, score_entropy
+
+
+def test_log_ratio_is_eq_5():
+    torch.manual_seed(0)
+    z_t, y = torch.randn(3, 16, dtype=torch.float64), torch.randn(3, 7, 16, dtype=torch.float64)
+    abar = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    a = abar[:, None, None]
+    expected = z_t.square().sum(-1, keepdim=True) / 2 - (
+        (z_t.unsqueeze(1) - a.sqrt() * y).square().sum(-1) / (2 * (1 - abar[:, None]))
+    )
+    torch.testing.assert_close(log_ratio(z_t, y, abar), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_is_zero_at_the_target_and_positive_elsewhere():
+    torch.manual_seed(0)
+    log_r = torch.randn(4, 9).log_softmax(-1)
+    torch.testing.assert_close(score_entropy(log_r, log_r), torch.zeros(4), atol=1e-6, rtol=0)
+    assert (score_entropy(torch.randn(4, 9).log_softmax(-1), log_r) > 1e-3).all()
+
+
+def test_equals_kl_for_normalised_ratios():
+    torch.manual_seed(0)
+    log_s, log_r = torch.randn(5, 8).log_softmax(-1), torch.randn(5, 8).log_softmax(-1)
+    kl = (log_r.exp() * (log_r - log_s)).sum(-1)
+    torch.testing.assert_close(score_entropy(log_s, log_r), kl, rtol=1e-5, atol=1e-6)
+
+
+def test_equals_cross_entropy_for_a_one_hot_target():
+    torch.manual_seed(0)
+    logits, target = torch.randn(6, 11), torch.arange(6)
+    one_hot = torch.full((6, 11), -torch.inf)
+    one_hot[torch.arange(6), target] = 0
+    expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(score_entropy(log_score_ratio(logits), one_hot), expected)
+
+
+def test_gradient_over_dense_candidates_is_that_of_noise_prediction():
+    # With candidates filling the line, cross-entropy over energies moves eps_hat as
+    # 1/2 |eps - eps_hat|^2 does.
+    abar = torch.tensor([0.6], dtype=torch.float32)
+    z_0, eps = torch.tensor([[0.3]]), torch.tensor([[-0.7]])
+    z_t = abar.sqrt() * z_0 + (1 - abar).sqrt() * eps
+    y = torch.linspace(-30, 30, 120_001).view(1, -1, 1)
+    nearest = (y[0, :, 0] - z_0).abs().argmin()
+    eps_hat = torch.tensor([[0.2]], requires_grad=True)
+    log_s = log_score_ratio(energy(z_t, y, abar, eps_hat))
+    (g_se,) = grad(-log_s[0, nearest], eps_hat)
+    (g_mse,) = grad(0.5 * (eps - eps_hat).square().sum(), eps_hat)
+    torch.testing.assert_close(g_se, g_mse, rtol=1e-3, atol=1e-3)
+
+
+def test_survives_almost_clean_data():
+    z_0 = torch.randn(2, 16)
+    abar = torch.full((2,), 1 - 1e-6)
+    y = torch.randn(2, 40, 16)
+    y[:, 0] = z_0
+    z_t = abar.sqrt()[:, None] * z_0 + (1 - abar).sqrt()[:, None] * torch.randn(2, 16)
+    log_s = log_score_ratio(log_ratio(z_t, y, abar))
+    assert torch.isfinite(log_s[:, 0]).all()
+    assert (log_s[:, 0] > -1e-3).all()
+
+
+def test_bad_input_names_both_values():
+    z_t, y = torch.zeros(2, 4), torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match=r"alpha_bar spans 0\.5 to 1"):
+        log_ratio(z_t, y, torch.tensor([0.5, 1.0]))
+    with pytest.raises(ValueError, match=r"candidates have shape \(2, 3, 5\)"):
+        log_ratio(z_t, torch.zeros(2, 3, 5), torch.full((2,), 0.5))
+    with pytest.raises(ValueError, match="eps_hat has shape"):
+        energy(z_t, y, torch.full((2,), 0.5), torch.zeros(4))

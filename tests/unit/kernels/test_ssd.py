@@ -1,0 +1,95 @@
+"""The chunked scan equals the recurrence, forward and backward."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdm.kernels.ssd import ssd, ssd_reference, zoh_scale
+
+
+def inputs(b=2, length=13, h=4, p=3, g=2, n=5, dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=dtype)
+
+    return {
+        "x": randn(b, length, h, p),
+        "dt": torch.rand(b, length, h, dtype=dtype),
+        "A": -torch.rand(h, dtype=dtype) - 0.1,
+        "B": randn(b, length, g, n),
+        "C": randn(b, length, g, n),
+        "D": randn(h),
+        "z": randn(b, length, h, p),
+        "dt_bias": randn(h),
+        "initial_states": randn(b, h, p, n),
+    }
+
+
+@given(length=st.integers(1, 40), chunk=st.integers(1, 48), packed=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_equals_the_recurrence_at_any_length_and_chunk(length, chunk, packed):
+    data = inputs(length=length)
+    seq_idx = None
+    if packed:
+        seq_idx = (torch.arange(length) >= length // 3).long() + (torch.arange(length) >= length - 2)
+        seq_idx = seq_idx.expand(2, -1)
+    options = {"dt_softplus": True, "seq_idx": seq_idx, "return_final_states": True}
+    y, state = ssd(**data, chunk_size=chunk, **options)
+    y_ref, state_ref = ssd_reference(**data, chunk_size=chunk, **options)
+    torch.testing.assert_close(y, y_ref, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state.double(), state_ref, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_equal_the_recurrences():
+    grads = []
+    for function in (ssd, ssd_reference):
+        data = {k: v.float().requires_grad_() for k, v in inputs().items()}
+        y = function(**data, chunk_size=4, dt_softplus=True)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        grads.append({k: v.grad for k, v in data.items()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_bf16_inputs_accumulate_in_fp32():
+    data = {k: v.to(torch.bfloat16) for k, v in inputs(length=64, dtype=torch.float32).items()}
+    y = ssd(**data, chunk_size=16, dt_softplus=True)
+    exact = ssd_reference(**{k: v.double() for k, v in data.items()}, chunk_size=16, dt_softplus=True)
+    assert y.dtype == torch.bfloat16
+    # One rounding of the result to bf16 (8 bits), not one a token.
+    error = (y.double() - exact).abs() / exact.abs().clamp(min=1)
+    assert error.max() < 2**-7
+
+
+def test_packed_texts_do_not_mix():
+    data = inputs(length=12)
+    del data["initial_states"]
+    seq_idx = (torch.arange(12) >= 5).long().expand(2, -1)
+    packed = ssd(**data, chunk_size=4, seq_idx=seq_idx)
+    alone = {k: v[:, 5:] if v.dim() > 2 else v for k, v in data.items()}
+    torch.testing.assert_close(packed[:, 5:], ssd(**alone, chunk_size=4), rtol=1e-5, atol=1e-5)
+
+
+def test_zero_order_hold_is_eq_13():
+    dt = torch.tensor([1e-8, 1e-3, 0.5, 20.0], dtype=torch.float64)
+    A = torch.tensor(-1.5, dtype=torch.float64)
+    expected = torch.expm1(dt * A) / (dt * A)
+    torch.testing.assert_close(zoh_scale(dt, A), expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("dt", (2, 12, 4), r"dt has shape \(2, 12, 4\)"),
+        ("A", (3,), r"A has shape \(3,\)"),
+        ("B", (2, 13, 3, 5), r"groups must divide the 4 heads"),
+        ("x", (2, 13, 12), r"must be \[batch, length, heads, headdim\]"),
+        ("initial_states", (2, 4, 5, 3), r"initial_states has shape"),
+    ],
+)
+def test_wrong_shapes_name_both_values(name, shape, message):
+    data = inputs() | {name: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=message):
+        ssd(**data, chunk_size=4)

@@ -1,0 +1,83 @@
+"""The mixer equals transformers' with the same weights, and its stacked scans equal one by one."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import Mamba2Config
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from mdm.config import ModelConfig
+from mdm.model.mamba2 import Mamba2
+
+SMALL = ModelConfig(d_model=32, n_layer=1, d_state=16, headdim=16, chunk_size=8, n_classes=3)
+
+
+def perturbed(config: ModelConfig, n_scans: int) -> Mamba2:
+    torch.manual_seed(0)
+    mixer = Mamba2(config, n_scans)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return mixer
+
+
+def test_equals_transformers_mixer():
+    ours = perturbed(dataclasses.replace(SMALL, discretization="euler"), 1)
+    theirs = Mamba2Mixer(
+        Mamba2Config(
+            hidden_size=32, state_size=16, head_dim=16, num_heads=4, n_groups=1, chunk_size=8
+        ),
+        layer_idx=0,
+    )
+    theirs.load_state_dict({name: p[0] for name, p in ours.state_dict().items()}, strict=True)
+    x = torch.randn(2, 21, 32)
+    torch.testing.assert_close(ours(x.unsqueeze(2)).squeeze(2), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "euler"])
+def test_stacked_scans_equal_single_ones(discretization):
+    config = dataclasses.replace(SMALL, discretization=discretization)
+    stacked = perturbed(config, 3)
+    x = torch.randn(2, 9, 3, 32)
+    together = stacked(x)
+    for k in range(3):
+        single = Mamba2(config, 1)
+        single.load_state_dict({n: p[k : k + 1] for n, p in stacked.state_dict().items()})
+        torch.testing.assert_close(together[:, :, k : k + 1], single(x[:, :, k : k + 1]))
+
+
+def test_discretizations_differ_but_agree_for_small_steps():
+    euler = perturbed(dataclasses.replace(SMALL, discretization="euler"), 1)
+    zoh = Mamba2(dataclasses.replace(SMALL, discretization="zoh"), 1)
+    zoh.load_state_dict(euler.state_dict())
+    x = torch.randn(1, 7, 1, 32)
+    assert (euler(x) - zoh(x)).abs().max() > 1e-3
+    with torch.no_grad():
+        for mixer in (euler, zoh):
+            mixer.dt_bias.fill_(-14.0)
+            mixer.in_proj.weight[:, -4:] = 0
+    torch.testing.assert_close(euler(x), zoh(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_kernel_equals_torch():
+    torch_mixer = perturbed(SMALL, 1)
+    compiled = Mamba2(dataclasses.replace(SMALL, kernel="compiled"), 1)
+    compiled.load_state_dict(torch_mixer.state_dict())
+    results = []
+    for mixer in (torch_mixer, compiled):
+        x = torch.randn(2, 9, 1, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = mixer(x)
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, mixer.in_proj.weight.grad))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4)
+
+
+def test_fused_kernel_missing_raises_with_the_way_out():
+    if torch.cuda.is_available():
+        pytest.skip("the fused kernel may be installed here")
+    mixer = Mamba2(dataclasses.replace(SMALL, kernel="fused"), 1)
+    with pytest.raises(ImportError, match=r"model\.kernel is 'fused'.*--model\.kernel torch"):
+        mixer(torch.randn(1, 4, 1, 32))
