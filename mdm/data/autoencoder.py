@@ -82,7 +82,9 @@ class Autoencoder:
             kind = json.loads((folder / "config.json").read_text()).get("_class_name")
             if kind != "AutoencoderKL":
                 raise ValueError(f"config.json describes {kind}, not AutoencoderKL")
-            model: nn.Module = _Kl.from_pretrained(folder, local_files_only=True)
+            model: nn.Module = _Kl.from_pretrained(
+                folder, local_files_only=True, low_cpu_mem_usage=False
+            )
         except (OSError, ValueError, RuntimeError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise ValueError(f"autoencoder {folder}: {lines[0]}") from None
