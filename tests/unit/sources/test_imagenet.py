@@ -32,7 +32,7 @@ def tar_of(members, path=None):
     return out.getvalue()
 
 
-@pytest.fixture()
+@pytest.fixture
 def tars(tmp_path):
     """The published form: tar of tars, val tar, devkit with meta.mat and ground truth."""
     inner = [
