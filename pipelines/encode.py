@@ -22,6 +22,7 @@ from mdm import sources
 from mdm.config import doc, fail, parse_cli
 from mdm.data import encoding, publish
 from mdm.data.encoding import Chunk, Receipt, Recipe
+from mdm.data.first_stage import describe
 from mdm.data.manifest import Manifest, ManifestError
 from mdm.data.storage import Store, StoreError, open_store
 from mdm.data.survey import Group, Survey, plan, survey
@@ -183,14 +184,12 @@ class _Running:
 class GroupEncoder:
     """Decodes, encodes and writes groups; only references pass through this process."""
 
-    def __init__(
-        self, flags: Flags, recipe: Recipe, decoders: int, advance: Callable[[int], object]
-    ) -> None:
+    def __init__(self, flags: Flags, recipe: Recipe, decoders: int) -> None:
         self.recipe = recipe
         self.out = flags.out
         self.tokenizer = str(Path(flags.tokenizer).absolute())
         self.decoders = decoders
-        self.advance = advance  # told how many records went through
+        self.advance: Callable[[int], object] = lambda _: None
         self._decode = _decode.options(
             num_returns="streaming", _generator_backpressure_num_objects=8
         )
@@ -202,8 +201,11 @@ class GroupEncoder:
         self._encoding: dict[Any, tuple[_Running, int]] = {}
         self._writing: dict[Any, _Running] = {}
 
-    def run(self, groups: Sequence[Group]) -> Iterator[tuple[Group, Receipt]]:
-        """Each group with its receipt, as they are done."""
+    def run(
+        self, groups: Sequence[Group], advance: Callable[[int], object]
+    ) -> Iterator[tuple[Group, Receipt]]:
+        """Each group with its receipt, as they are done; `advance` hears of records done."""
+        self.advance = advance
         waiting = deque(groups)
         while waiting or self._decoding or self._encoding or self._writing:
             # What is being written still fills the object store: do not run far ahead of it.
@@ -262,9 +264,7 @@ def make_recipe(flags: Flags, units: Sequence[Unit]) -> Recipe:
     if encoding.has_pictures(units):
         if not flags.autoencoder:
             raise ValueError(f"{flags.dataset} has pictures: --autoencoder is needed")
-        from mdm.data.autoencoder import Autoencoder
-
-        autoencoder = Autoencoder.load(flags.autoencoder)
+        autoencoder = describe(flags.autoencoder)
         pictures = {
             "autoencoder_sha256": autoencoder.sha256,
             "image_size": autoencoder.image_size,
@@ -288,7 +288,8 @@ def make_recipe(flags: Flags, units: Sequence[Unit]) -> Recipe:
     )
 
 
-def _check_bad(bad: list[str], total: int, share: float) -> None:
+def check_bad(bad: list[str], total: int, share: float) -> None:
+    """TooManyBadError if these reasons are more than `share` of `total` records."""
     if len(bad) > share * total:
         kinds = sorted({b.split(":")[0] for b in bad})
         raise TooManyBadError(
@@ -324,9 +325,10 @@ def _encode(
 ) -> tuple[list[Receipt], int]:
     """Receipts of all groups in order, and how many of them were there before."""
     decoders = flags.decoders or os.cpu_count() or 1
+    encoder = GroupEncoder(flags, recipe, decoders)  # loads its network during the survey
     surveys = survey_all(units, store, recipe, decoders)
     total = sum(len(s) for s in surveys)
-    _check_bad(["unreadable"] * sum(s.bad for s in surveys), total, flags.max_bad_share)
+    check_bad(["unreadable"] * sum(s.bad for s in surveys), total, flags.max_bad_share)
     groups = plan(units, surveys, recipe.shard_rows)
     done = load_receipts(store, recipe, groups)
     resumed = len(done)
@@ -334,10 +336,10 @@ def _encode(
     before = sum(r.counts.get("records", 0) for r in done.values())
     title = f"{flags.dataset}/{flags.split}"
     with tqdm(total=total, initial=before, desc=title, unit=" records") as bar:
-        for group, receipt in GroupEncoder(flags, recipe, decoders, bar.update).run(todo):
+        for group, receipt in encoder.run(todo, bar.update):
             done[group.index] = receipt
             bad = [q.reason for r in done.values() for q in r.quarantine]
-            _check_bad(bad, total, flags.max_bad_share)
+            check_bad(bad, total, flags.max_bad_share)
     return [done[g.index] for g in groups], resumed
 
 

@@ -4,8 +4,6 @@ Shapes: B pictures, H x W pixels, f pixels a latent cell (4 or 8), C latent chan
 N = (H / 2f) (W / 2f) tokens of 4C numbers, row after row.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -14,9 +12,9 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from torch import Tensor, nn
 
-PATCH = 2  # latent cells a token spans, each way (Table 1)
+from mdm.data.first_stage import PATCH, describe
+
 _Kl = cast(Any, AutoencoderKL)  # partly typed by diffusers
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def build(
@@ -74,24 +72,17 @@ class Autoencoder:
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> Self:
         """The autoencoder of a local folder; ValueError names what is missing in it."""
-        folder = Path(folder)
-        for name in ("config.json", WEIGHTS):
-            if not (folder / name).is_file():
-                raise ValueError(f"autoencoder {folder}: no {name}")
+        known = describe(folder)
         try:
-            kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-            if kind != "AutoencoderKL":
-                raise ValueError(f"config.json describes {kind}, not AutoencoderKL")
             model: nn.Module = _Kl.from_pretrained(
-                folder, local_files_only=True, low_cpu_mem_usage=False
+                folder,
+                local_files_only=True,
+                low_cpu_mem_usage=False,  # the other way needs `accelerate` and saves nothing here
             )
         except (OSError, ValueError, RuntimeError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise ValueError(f"autoencoder {folder}: {lines[0]}") from None
-        digest = hashlib.sha256()
-        for name in ("config.json", WEIGHTS):
-            digest.update((folder / name).read_bytes())
-        return cls(model, digest.hexdigest()).to(device)
+        return cls(model, known.sha256).to(device)
 
     def to(self, device: str | torch.device) -> Self:
         """Move to a device, and return self."""

@@ -16,6 +16,7 @@ import pytest
 from mdm.data.manifest import MANIFEST, Manifest
 from mdm.data.storage import Store, open_store
 from mdm.data.verify import verify
+from pipelines import encode
 from pipelines.s3_server import S3Server
 from tests.data_sets import write_autoencoder, write_imagenet, write_tokenizer
 
@@ -32,7 +33,7 @@ class Job:
         self.tokenizer = write_tokenizer(folder / "tokenizer.model")
         self.autoencoder = write_autoencoder(folder / "autoencoder")
 
-    def start(self, out: str, *more: str) -> subprocess.Popen[str]:
+    def command(self, out: str) -> list[str]:
         flags = {
             "dataset": "imagenet",
             "root": self.raw,
@@ -49,8 +50,11 @@ class Job:
         command = [sys.executable, str(ROOT / "pipelines" / "encode.py")]
         for name, value in flags.items():
             command += [f"--{name}", str(value)]
+        return command
+
+    def start(self, out: str, *more: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*command, *more],
+            [*self.command(out), *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -114,31 +118,7 @@ def test_an_undisturbed_job_publishes_and_a_second_one_has_nothing_to_do(
     check_whole(str(out), summary["manifest_sha256"])
 
 
-def test_a_killed_job_goes_on_to_the_same_manifest(
-    job: Job, undisturbed: tuple[Path, dict[str, Any]], s3: str
-) -> None:
-    store = open_store(s3)
-    process = job.start(s3)
-    try:
-        wait_for(lambda: receipts(store) > 0 or process.poll() is not None)
-        family = psutil.Process(process.pid).children(recursive=True)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    assert MANIFEST not in store.listing()
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive  # Ray's processes do not outlive their driver
-    # What another recipe left behind before it was killed, too.
-    store.put("shards/stale.arrow", b"stale")
-    store.put("work/0123/group/000000.json", b"{}")
-    code, summary, stderr = job.run(s3)
-    assert code == 0, stderr
-    assert summary["resumed_groups"] > 0
-    assert summary["manifest_sha256"] == undisturbed[1]["manifest_sha256"]
-    check_whole(s3, summary["manifest_sha256"])
-
-
-def test_a_store_that_goes_away_is_a_clear_error_and_nothing_is_published(
+def test_a_job_killed_then_cut_off_from_its_store_ends_in_the_same_manifest(
     job: Job,
     undisturbed: tuple[Path, dict[str, Any]],
     tmp_path: Path,
@@ -148,8 +128,26 @@ def test_a_store_that_goes_away_is_a_clear_error_and_nothing_is_published(
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
         uri = "s3://test/x"
+        store = open_store(uri)
+
+        # The driver is killed.
         process = job.start(uri)
-        wait_for(lambda: receipts(open_store(uri)) > 0 or process.poll() is not None)
+        try:
+            wait_for(lambda: receipts(store) > 0 or process.poll() is not None)
+            family = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+        assert MANIFEST not in store.listing()
+        # What works for it ends with it. (Ray's two agents look for their head a while longer.)
+        workers = [p for p in family if "Agent" not in p.name() and "agent" not in p.name()]
+        assert workers
+        assert not psutil.wait_procs(workers, timeout=60)[1]
+
+        # The store goes away.
+        before = receipts(store)
+        process = job.start(uri)
+        wait_for(lambda: receipts(store) > before or process.poll() is not None)
         server.kill()
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 2
@@ -159,19 +157,24 @@ def test_a_store_that_goes_away_is_a_clear_error_and_nothing_is_published(
         assert "Traceback" not in stderr
         assert server.env["AWS_SECRET_ACCESS_KEY"] not in stderr
         server.start()
-        assert MANIFEST not in open_store(uri).listing()
-        code, _, stderr = job.run(uri)
+        assert MANIFEST not in store.listing()
+
+        # What another recipe left behind goes as well.
+        store.put("shards/stale.arrow", b"stale")
+        store.put("work/0123/group/000000.json", b"{}")
+        code, summary, stderr = job.run(uri)
         assert code == 0, stderr
-        check_whole(uri, undisturbed[1]["manifest_sha256"])
+        assert summary["resumed_groups"] > before > 0
+        assert summary["manifest_sha256"] == undisturbed[1]["manifest_sha256"]
+        check_whole(uri, summary["manifest_sha256"])
 
 
-def test_too_many_bad_records_stop_the_job(job: Job, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    code, _, stderr = job.run(str(out), "--max_bad_share", "0.001")
-    assert code == 2
-    assert "1 of 600 records are bad" in stderr
-    assert "not a picture" in stderr
-    assert not (out / MANIFEST).exists()
+def test_too_many_bad_records_stop_the_job() -> None:
+    encode.check_bad(["damaged"] * 5, 10, 0.5)
+    with pytest.raises(
+        encode.TooManyBadError, match=r"6 of 10 records are bad.*0\.5.*damaged; gone"
+    ):
+        encode.check_bad(["damaged: here"] * 5 + ["gone"], 10, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -183,12 +186,22 @@ def test_too_many_bad_records_stop_the_job(job: Job, tmp_path: Path) -> None:
         (("--autoencoder", "/nowhere"), "autoencoder /nowhere"),
         (("--splt", "train"), "did you mean '--split'"),
         (("--out", "gs://x"), "gs://x"),
+        (("--max_bad_share", "2"), "max_bad_share is 2.0"),
     ],
 )
 def test_a_mistake_is_one_line(
-    job: Job, tmp_path: Path, flags: tuple[str, str], message: str
+    job: Job,
+    tmp_path: Path,
+    flags: tuple[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    code, _, stderr = job.run(str(tmp_path / "out"), *flags)
-    assert code == 2
+    monkeypatch.setattr(sys, "argv", [*job.command(str(tmp_path / "out"))[1:], *flags])
+    with pytest.raises(SystemExit) as ended:
+        encode.main()
+    assert ended.value.code == 2
+    stderr = capsys.readouterr().err
     assert message in stderr
     assert len(stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ from mdm import sources
 from mdm.data import encoding, publish
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.encoding import Recipe, decode_group, encode_chunk, write_group
+from mdm.data.first_stage import describe
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Mixture, Source
 from mdm.data.schema import from_bfloat16_bits
@@ -234,3 +235,14 @@ def test_settings_are_checked(tokenizer_path: Path) -> None:
         recipe("imagenet", tokenizer, batch_rows=0)
     with pytest.raises(ValueError, match="has 70000 pieces"):
         recipe("imagenet", tokenizer, vocab_size=70_000)
+
+
+def test_an_autoencoder_is_described_without_loading_it(
+    tmp_path: Path, autoencoder: Autoencoder
+) -> None:
+    known = describe(write_autoencoder(tmp_path))
+    for name in ("sha256", "image_size", "factor", "grid", "latent_dim"):
+        assert getattr(known, name) == getattr(autoencoder, name)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="autoencoder"):
+        describe(tmp_path)
