@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -141,12 +142,9 @@ class MlflowTracker:
     def _warn(self, message: str) -> None:
         if not self._warned:
             self._warned = True
-            log.warning("MLflow at %s: %s; training goes on", self._shown_uri(), message)
-
-    def _shown_uri(self) -> str:
-        # A URI may carry a password: show what lies behind it only.
-        scheme, _, rest = self._uri.partition("://")
-        return f"{scheme}://{rest.rsplit('@', 1)[-1]}"
+            # A URI may carry a password, and errors repeat it.
+            shown = re.sub(r"//[^/@\s]*@", "//", f"MLflow at {self._uri}: {message}")
+            log.warning("%s; training goes on", shown)
 
     def _work(self) -> None:
         self._insist(self._open)

@@ -13,9 +13,10 @@ import time
 from dataclasses import dataclass
 
 from mdm.config import Config, doc, fail, parse_cli
-from mdm.data.loader import build_loader
+from mdm.data.loader import Loader, ResumeError, build_loader
+from mdm.data.storage import StoreError
 from mdm.dist import World
-from mdm.model.mamba2 import Mamba2
+from mdm.model.network import Block
 from mdm.objective import Objective
 from mdm.presets import PRESETS
 from mdm.train.engine import start_ranks, stop_ranks
@@ -40,6 +41,14 @@ def fields_of(config: Config) -> dict[str, object]:
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
 
 
+def make_loader(config: Config, world: World) -> Loader:
+    """The run's loader; data that is missing or does not fit is the user's to mend."""
+    try:
+        return build_loader(config, world)
+    except (ValueError, StoreError) as error:
+        raise RunError(str(error)) from error
+
+
 def main() -> int:
     """Run the job; returns its exit code."""
     world = World.from_env()
@@ -51,9 +60,11 @@ def main() -> int:
         config = Config(**fields_of(flags))  # type: ignore[arg-type]
         world = start_ranks(config.train.threads)
         return train(
-            config, world, Objective, build_loader, resume=flags.resume, leaf_classes=(Mamba2,)
+            config, world, Objective, make_loader, resume=flags.resume, leaf_classes=(Block,)
         )
-    except (RunError, SystemExit) as error:
+    except StoreError as error:  # in the middle of the run, and of this rank alone
+        fail(f"pretrain: rank {world.rank}: {error}")
+    except (RunError, ResumeError, SystemExit) as error:  # the same on every rank
         if not world.is_main:
             time.sleep(3)  # once a rank is gone, the launcher ends the others: let rank 0 speak
             return 2

@@ -154,6 +154,10 @@ class Engine:
     ) -> None:
         values = load_deepspeed_config(config, world.size)
         zero = values["zero_optimization"]
+        # Autocast would keep a cast copy of every weight until the forward ends, which undoes
+        # ZeRO-3's saving; and a copy made by an earlier pass gets its gradient after ZeRO-3 has
+        # freed the weight, which fails. DeepSpeed's autocast inherits this setting.
+        torch.set_autocast_cache_enabled(False)
         torch.manual_seed(config.seed)
         module = make_module()
         present = [c for c in leaf_classes if any(isinstance(m, c) for m in module.modules())]

@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from mdm.train.ema import EMA
+
+
+def test_warm_up_then_decay():
+    """The average equals the recurrence with decay min(d, (1 + n) / (10 + n))."""
+    weights = [torch.zeros(3, dtype=torch.float32)]
+    ema = EMA(weights, 0.5)
+    expected = torch.zeros(3, dtype=torch.float64)
+    for n in range(30):
+        weights[0] += n
+        ema.update(weights)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * weights[0].double()
+        torch.testing.assert_close(ema.shadow[0].double(), expected)
+    assert ema.updates == 30
+
+
+def test_shadow_is_a_copy():
+    weights = [torch.ones(2)]
+    ema = EMA(weights, 0.9)
+    weights[0].zero_()
+    assert ema.shadow[0].tolist() == [1.0, 1.0]
+
+
+def test_load_refuses_other_partitions():
+    ema = EMA([torch.ones(2)], 0.9)
+    with pytest.raises(ValueError, match=r"\(3,\).*\(2,\)"):
+        ema.load([torch.ones(3)], 1)

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+from torch import nn
+
+from mdm.train.engine import ALLOWED, OWNED_BY_CONFIG, decay_groups, load_deepspeed_config
+from mdm.train.state import RunError
+from tests.helpers import ROOT, small_config
+
+CONFIGS = sorted((ROOT / "deepspeed_configs").glob("*.json"))
+
+
+def write(tmp_path, values) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return str(path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_files_are_accepted(path, tmp_path):
+    values = load_deepspeed_config(small_config(tmp_path, deepspeed=str(path)), 4)
+    assert values["train_batch_size"] == 8
+    assert values["train_micro_batch_size_per_gpu"] == 2
+    assert values["gradient_clipping"] == 1.0
+    assert values["torch_autocast"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("key", sorted(OWNED_BY_CONFIG))
+def test_no_knob_has_two_owners(key, tmp_path):
+    path = write(tmp_path, {"zero_optimization": {"stage": 3}, key: 1})
+    with pytest.raises(RunError, match=f"{key}.*owned by"):
+        load_deepspeed_config(small_config(tmp_path, deepspeed=path), 2)
+    assert key not in ALLOWED
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}, "zero_optimisation": {}}, "unknown key"),
+        ({"zero_optimization": {"stage": 1}}, "stage is 1"),
+        ({}, "stage is None"),
+        ([], "holds a list"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_mistakes_are_named(values, message, tmp_path):
+    config = small_config(tmp_path, deepspeed=write(tmp_path, values))
+    with pytest.raises(RunError, match=message):
+        load_deepspeed_config(config, 2)
+
+
+def test_missing_file_and_uneven_batch(tmp_path):
+    with pytest.raises(RunError, match="No such file"):
+        load_deepspeed_config(small_config(tmp_path, deepspeed=str(tmp_path / "none.json")), 2)
+    with pytest.raises(RunError, match="global_batch 8 is not a multiple of 3"):
+        load_deepspeed_config(small_config(tmp_path), 3)
+
+
+def test_vectors_and_marked_parameters_do_not_decay():
+    module = nn.Linear(3, 2)
+    marked = nn.Linear(4, 4, bias=False)
+    marked.weight._no_weight_decay = True
+    both = nn.ModuleList([module, marked])
+    decays = {id(p): g["weight_decay"] for g in decay_groups(both, 0.1) for p in g["params"]}
+    assert decays == {id(module.weight): 0.1, id(module.bias): 0.0, id(marked.weight): 0.0}
+    assert [g["weight_decay"] for g in decay_groups(both, 0.0)] == [0.0]

@@ -1,0 +1,85 @@
+import dataclasses
+import json
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from mdm.dist import World
+from mdm.tracking import NullTracker
+from mdm.train.loop import learning_rate, snapshot_steps
+from mdm.train.metrics import PARTS, Clock, Reporter, Window
+from mdm.train.state import TrainState
+from tests.helpers import small_config
+
+
+def test_rate_warms_up_and_falls_to_a_tenth(tmp_path):
+    config = small_config(tmp_path, steps=103, warmup=3, decay="cosine", lr=1.0)
+    rates = [learning_rate(s, config) for s in range(104)]
+    assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    assert rates[53] == pytest.approx(0.55)
+    assert rates[103] == pytest.approx(0.1)
+    constant = dataclasses.replace(config.train, decay="constant")
+    assert learning_rate(90, dataclasses.replace(config, train=constant)) == 1.0
+
+
+def test_snapshots_are_even_and_end_with_the_last_step():
+    assert snapshot_steps(4000, 5) == {800, 1600, 2400, 3200, 4000}
+    assert snapshot_steps(10, 3) == {3, 7, 10}
+    assert snapshot_steps(2, 5) == {1, 2}
+    assert snapshot_steps(10, 0) == set()
+
+
+class Terms(NamedTuple):
+    total: torch.Tensor
+    rec_img: torch.Tensor
+
+
+def test_window_means_by_task(tmp_path):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
+    try:
+        window = Window()
+        window.add("image_text", Terms(torch.tensor(1.0), torch.tensor(0.5)))
+        window.add("image_text", Terms(torch.tensor(3.0), torch.tensor(1.5)))
+        window.add("text", Terms(torch.tensor(8.0), torch.tensor(0.0)))
+        assert window.mean(1) == {
+            "loss": 4.0,
+            "image_text/total": 2.0,
+            "image_text/rec_img": 1.0,
+            "text/total": 8.0,
+        }
+        assert window.mean(1) == {}
+    finally:
+        dist.destroy_process_group()
+
+
+def test_clock_covers_all_time():
+    clock = Clock({"data": 1.0})
+    with clock.part("forward"):
+        torch.ones(200, 200) @ torch.ones(200, 200)
+    clock.tick("other")
+    assert set(clock.seconds) == set(PARTS)
+    assert clock.seconds["data"] == 1.0
+    assert clock.seconds["forward"] > 0
+    assert clock.seconds["other"] > 0
+
+
+def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
+    """Also a line that a kill cut short."""
+    lines = [json.dumps({"step": s, "loss": 1.0}) for s in (2, 4, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "lo')
+    reporter = Reporter(tmp_path, 10, World(), NullTracker())
+    state = TrainState(step=4, samples_seen=32)
+    reporter.start(state, fresh=False)
+    state.step, state.samples_seen = 6, 48
+    clock = Clock({})
+    clock.tick("forward")
+    reporter.log(state, clock, {"loss": 0.5})
+    reporter.close()
+    rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["loss"]) for r in rows] == [(2, 1.0), (4, 1.0), (6, 0.5)]
+    assert rows[-1]["samples_seen"] == 48
+    assert rows[-1]["share/forward"] == pytest.approx(1.0)
+    assert rows[-1]["share_outside_model"] == pytest.approx(0.0)

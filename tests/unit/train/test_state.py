@@ -1,0 +1,33 @@
+import dataclasses
+
+import pytest
+
+from mdm.config import to_dict
+from mdm.train.state import RunError, TrainState, check_resumable, flatten
+from tests.helpers import small_config
+
+
+def test_state_survives_json(tmp_path):
+    state = TrainState(step=3, samples_seen=24, seconds={"data": 0.5}, config={"a": {"b": 1}})
+    assert TrainState.from_json(state.to_json()) == state
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c": {"d": [2]}}, "e": 3}) == {"a.b": 1, "a.c.d": [2], "e": 3}
+
+
+def test_length_and_reporting_may_change(tmp_path):
+    config = small_config(tmp_path)
+    state = TrainState(config=to_dict(config), world_size=2)
+    train = dataclasses.replace(config.train, steps=99, log_every=7, keep=5)
+    check_resumable(state, dataclasses.replace(config, train=train, run_dir="elsewhere"), 2, "x")
+
+
+def test_all_else_is_named(tmp_path):
+    config = small_config(tmp_path)
+    state = TrainState(config=to_dict(config), world_size=2)
+    train = dataclasses.replace(config.train, lr=0.5)
+    with pytest.raises(RunError, match=r"seed was 1 and is 9; train\.lr was 0\.01 and is 0\.5"):
+        check_resumable(state, dataclasses.replace(config, train=train, seed=9), 2, "x")
+    with pytest.raises(RunError, match="written by 2 ranks and this run has 3"):
+        check_resumable(state, config, 3, "x")
