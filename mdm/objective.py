@@ -22,6 +22,9 @@ from mdm.model.network import Network
 from mdm.model.vae import NoisyLatentVAE, kl
 
 
+MIN_ALPHA_BAR = 0.05  # caps the weight of almost pure noise
+
+
 class LossTerms(NamedTuple):
     """Scalars in fp32; a term of a modality that the batch lacks is 0."""
 
@@ -29,7 +32,7 @@ class LossTerms(NamedTuple):
     rec_img: Tensor  # Eq. 15
     rec_txt: Tensor  # Eq. 16
     kl: Tensor  # Eq. 18, without its weight
-    eps_img: Tensor  # 1/2 |eps - eps_hat|^2, a token's mean over its numbers
+    eps_img: Tensor  # 1/2 |eps - eps_hat|^2 / abar, a mean over a token's numbers
     se_img: Tensor  # score entropy over image candidates
     se_txt: Tensor  # score entropy over the vocabulary
 
@@ -122,7 +125,7 @@ class Objective(nn.Module):
         if batch.latents is None:
             return Levels(t_img, t_txt, torch.full_like(batch.class_ids, -1))
         edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text])
-        kind = torch.bucketize(task, edges.cumsum(0).to(task.device), right=True)
+        kind = torch.bucketize(task.contiguous(), edges.cumsum(0).to(task.device), right=True)
         t_txt = torch.where(kind == 0, 0, torch.where(kind == 2, last, t_txt))
         t_img = torch.where(kind == 1, 0, torch.where(kind == 3, last, t_img))
         keep = (kind == 2) & (u_class < w.p_class)
@@ -143,12 +146,15 @@ class Objective(nn.Module):
     def _image_loss(
         self, v: Tensor, image: "_ImageLatents", z_t: Tensor, abar: Tensor, levels: Levels
     ) -> tuple[Tensor, Tensor]:
-        """1/2 |eps - eps_hat|^2 (a mean over numbers) and the score entropy over candidates."""
+        """The weighted noise prediction error, and the score entropy over candidates."""
         noisy = ((levels.t_img > 0) & (levels.t_img < schedule.STEPS)).float()
         abar = abar.clamp(1e-6, 1 - 1e-6)  # conditions and drops carry no loss, only no NaN either
         a = abar[:, None, None]
         eps_hat = a.sqrt() * v + (1 - a).sqrt() * z_t
-        eps_img = 0.5 * (eps_hat - image.eps).square().mean((1, 2))
+        # 1/2 |eps - eps_hat|^2 / abar = 1/2 |v - v_hat|^2: without the weight almost nothing is
+        # learned where abar is small, and there a picture takes the shape that was asked for.
+        weight = 1 / abar.clamp(min=MIN_ALPHA_BAR)
+        eps_img = weight * 0.5 * (eps_hat - image.eps).square().mean((1, 2))
         candidates = torch.cat(
             [
                 image.z_0.unsqueeze(2),

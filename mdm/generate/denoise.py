@@ -88,6 +88,8 @@ class _State:
         if request.image == "given":
             assert request.latents is not None
             self.image = self.vae.normalize_image(self.vae.encode_image(request.latents)[0])
+        # Fed back only to a network that has met its own estimates in training.
+        self.self_conditions = objective.weights.p_self_condition > 0
         self.estimate = torch.zeros_like(self.text)
         self.logits: Tensor | None = None
 
@@ -102,8 +104,10 @@ class _State:
                 v = (1 + guidance) * v - guidance * free_v
         if request.text == "asked":
             self.logits = logits
-            self.estimate = logits.softmax(-1) @ self.means
-            text = self.solver_txt.step(i, self.text, self.estimate)
+            estimate = logits.softmax(-1) @ self.means
+            if self.self_conditions:
+                self.estimate = estimate
+            text = self.solver_txt.step(i, self.text, estimate)
             self.text = torch.where(self.prompt.unsqueeze(-1), self.text, text)
         if request.image == "asked":
             assert v is not None
