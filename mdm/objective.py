@@ -21,7 +21,6 @@ from mdm.model.embed import CLEAN, DROPPED
 from mdm.model.network import Network
 from mdm.model.vae import NoisyLatentVAE, kl
 
-
 MIN_ALPHA_BAR = 0.05  # caps the weight of almost pure noise
 
 

@@ -14,7 +14,7 @@ DEMO = Config(
         n_classes=10,
         image_height=4,
         image_width=4,
-        text_length=32,
+        text_length=30,
         kernel="compiled",
     ),
     objective=ObjectiveConfig(),
