@@ -53,7 +53,9 @@ def test_equals_diffusers():
 
     grid = log_snr_grid(schedule.IMAGE, 12)
     theirs = DPMSolverMultistepScheduler(
-        algorithm_type="dpmsolver++", solver_order=2, lower_order_final=False,
+        algorithm_type="dpmsolver++",
+        solver_order=2,
+        lower_order_final=False,
         final_sigmas_type="zero",
     )
     theirs.set_timesteps(12)

@@ -33,7 +33,9 @@ def test_equals_the_recurrence_at_any_length_and_chunk(length, chunk, packed):
     data = inputs(length=length)
     seq_idx = None
     if packed:
-        seq_idx = (torch.arange(length) >= length // 3).long() + (torch.arange(length) >= length - 2)
+        seq_idx = (torch.arange(length) >= length // 3).long() + (
+            torch.arange(length) >= length - 2
+        )
         seq_idx = seq_idx.expand(2, -1)
     options = {"dt_softplus": True, "seq_idx": seq_idx, "return_final_states": True}
     y, state = ssd(**data, chunk_size=chunk, **options)
@@ -56,7 +58,9 @@ def test_gradients_equal_the_recurrences():
 def test_bf16_inputs_accumulate_in_fp32():
     data = {k: v.to(torch.bfloat16) for k, v in inputs(length=64, dtype=torch.float32).items()}
     y = ssd(**data, chunk_size=16, dt_softplus=True)
-    exact = ssd_reference(**{k: v.double() for k, v in data.items()}, chunk_size=16, dt_softplus=True)
+    exact = ssd_reference(
+        **{k: v.double() for k, v in data.items()}, chunk_size=16, dt_softplus=True
+    )
     assert y.dtype == torch.bfloat16
     # One rounding of the result to bf16 (8 bits), not one a token.
     error = (y.double() - exact).abs() / exact.abs().clamp(min=1)
