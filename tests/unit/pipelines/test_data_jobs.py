@@ -1,0 +1,140 @@
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+from mdm.data.autoencoder import Autoencoder
+from mdm.data.tokenizer import Tokenizer
+from pipelines import demo_data, train_autoencoder, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    assert demo_data.main(["--out", str(out), "--limit", "60"]) == 0
+    return out
+
+
+def test_demo_data_are_the_same_bytes_again_and_left_alone_when_done(demo, tmp_path):
+    report = demo_data.write(tmp_path / "again", 60)
+    assert report == json.loads((demo / demo_data.MARKER).read_text())
+    stamp = (tmp_path / "again" / demo_data.MARKER).stat().st_mtime_ns
+    assert demo_data.write(tmp_path / "again", 60) == report
+    assert (tmp_path / "again" / demo_data.MARKER).stat().st_mtime_ns == stamp
+    other = demo_data.write(tmp_path / "again", 50)
+    assert other["sets"]["emoji"]["sha256"] != report["sets"]["emoji"]["sha256"]
+
+
+def test_interrupted_demo_data_are_finished(demo, tmp_path):
+    (tmp_path / "digits" / "train" / "junk").mkdir(parents=True)
+    assert (
+        demo_data.write(tmp_path, 60)["sets"]
+        == json.loads((demo / demo_data.MARKER).read_text())["sets"]
+    )
+    assert not (tmp_path / "digits" / "train" / "junk").exists()
+
+
+def test_emoji_hold_out_keeps_one_activity_together():
+    by_name = {e.name: e.held_out for e in demo_data.list_emoji()}
+    assert len(by_name) > 1500
+    assert 40 < sum(by_name.values()) < 160
+    assert not [n for n in by_name if "skin tone" in n]
+    triples = [n for n in by_name if f"man {n.removeprefix('woman ')}" in by_name]
+    assert any(n.startswith("woman ") for n in triples)
+    for name in (n for n in triples if n.startswith("woman ")):
+        assert by_name[name] == by_name["man " + name.removeprefix("woman ")]
+
+
+def test_questions_do_not_straddle_the_split(tmp_path):
+    demo_data.write_dialogues(tmp_path / "d", 0)
+    asked = {}
+    for split in ("train", "test"):
+        rows = (tmp_path / "d" / f"{split}_0.jsonl").read_text().splitlines()
+        asked[split] = {json.loads(row)["data"][0].lower() for row in rows}
+    assert asked["test"]
+    assert not asked["train"] & asked["test"]
+
+
+def test_pictures_are_dark_on_white(demo):
+    path = next((demo / "digits" / "train" / "n00000003").iterdir())
+    digit = Image.open(path)
+    assert (digit.size, digit.mode) == ((32, 32), "RGB")
+    assert digit.getpixel((0, 0)) > (240, 240, 240)
+    with tarfile.open(demo / "emoji" / "data" / "train" / "imgs" / "000.tgz") as tar:
+        info = tar.getmembers()[0]
+        emoji = Image.open(io.BytesIO(tar.extractfile(info).read()))
+    assert info.mtime == 0
+    assert (emoji.size, emoji.mode) == ((72, 72), "RGB")
+    assert emoji.getpixel((0, 0)) > (240, 240, 240)
+
+
+def test_tokenizer_job(demo, tmp_path):
+    data = f"imagenet={demo}/digits,journeydb={demo}/emoji,ultrachat={demo}/dialogues"
+    flags = ["--datasets", data, "--vocab_size", "200"]
+    for name in "ab":
+        assert train_tokenizer.main([*flags, "--out", str(tmp_path / name)]) == 0
+    first, second = (Tokenizer(tmp_path / name / "tokenizer.model") for name in "ab")
+    assert first.sha256 == second.sha256
+    report = json.loads((tmp_path / "a" / "tokenizer.json").read_text())
+    assert report["vocab_size"] == first.vocab_size == 200
+    kept = report["train_lines"] + report["held_out_lines"]
+    assert report["lines"] == kept + sum(report["dropped"].values())
+    assert report["held_out"]["tokens_per_word"] >= 1
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "tokenizer.model",
+        "tokenizer.json",
+    }
+
+
+def test_autoencoder_job(demo, tmp_path):
+    out = tmp_path / "ae"
+    data = f"imagenet={demo}/digits,journeydb={demo}/emoji"
+    flags = ["--datasets", data, "--out", str(out), "--steps", "3", "--batch", "4"]
+    assert train_autoencoder.main(flags) == 0
+    assert train_autoencoder.main(flags) == 0  # replaces what is there
+    report = json.loads((out / "autoencoder.json").read_text())
+    autoencoder = Autoencoder.load(out)
+    assert report["sha256"] == autoencoder.sha256
+    assert set(report["psnr"]) == {"digits", "emoji"}
+    assert report["train_pictures"]["digits"] == 50
+    assert autoencoder.encode(torch.rand(2, 3, 32, 32)).shape == (2, 16, 16)
+    assert Image.open(out / "reconstructions.png").size == (1024, 256)
+    assert [path.name for path in tmp_path.iterdir()] == ["ae"]
+
+
+@pytest.mark.parametrize(
+    ("job", "flags", "message"),
+    [
+        (train_tokenizer, ["--datasets", "laion=."], "unknown dataset 'laion'"),
+        (train_tokenizer, ["--datasets", "imagenet=/gone"], "no folder /gone"),
+        (train_tokenizer, ["--datasets", "imagenet={demo}/emoji"], "no class names"),
+        (
+            train_tokenizer,
+            ["--datasets", "ultrachat={demo}/dialogues", "--vocab_size", "9999"],
+            "at most",
+        ),
+        (
+            train_autoencoder,
+            ["--datasets", "ultrachat={demo}/dialogues"],
+            "no usable picture in split train",
+        ),
+        (
+            train_autoencoder,
+            ["--datasets", "imagenet={demo}/digits", "--image_size", "30"],
+            "image_size 30 is no multiple of 8",
+        ),
+        (train_autoencoder, ["--steps", "0"], "steps is 0"),
+        (demo_data, ["--limit", "-1"], "limit is -1"),
+        (demo_data, ["--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
+    ],
+)
+def test_mistakes_end_in_one_line(job, flags, message, demo, tmp_path, capsys):
+    out = [] if "--out" in flags else ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        job.main([flag.format(demo=demo) for flag in flags] + out)
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert message in last
