@@ -7,10 +7,12 @@ when_required` for servers that do not know the newer checksums); none is ever p
 
 import os
 import secrets
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from random import SystemRandom
 from typing import Any, TypeVar
@@ -203,6 +205,24 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+# Making a client costs a third of a second and many stores share a server: one a process. One
+# inherited across a fork would share its sockets and stall, hence the process id.
+@lru_cache(maxsize=8)
+def _client(_pid: int, options: StoreOptions, _environment: tuple[tuple[str, str], ...]) -> Any:
+    config = botocore.config.Config(
+        connect_timeout=options.connect_timeout,
+        read_timeout=options.read_timeout,
+        retries={"total_max_attempts": 1},
+        max_pool_connections=32,
+        s3={"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {},
+    )
+    session = boto3.session.Session()
+    return session.client("s3", region_name=session.region_name or "us-east-1", config=config)
+
+
+_CLIENTS_LOCK = threading.Lock()
+
+
 class S3Store(Store):
     """A prefix in a bucket, with our own bounded retries instead of botocore's."""
 
@@ -214,27 +234,12 @@ class S3Store(Store):
         self.options = options
         self._bucket = bucket
         self._prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
-        self._client_of: tuple[int, Any] = (0, None)
 
     @property
     def _client(self) -> Any:
-        # A client inherited across a fork shares its sockets and stalls: one a process.
-        if self._client_of[0] != os.getpid():
-            config = botocore.config.Config(
-                connect_timeout=self.options.connect_timeout,
-                read_timeout=self.options.read_timeout,
-                retries={"total_max_attempts": 1},
-                max_pool_connections=32,
-                s3={"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {},
-            )
-            region = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
-            client = boto3.session.Session(region_name=region).client("s3", config=config)
-            self._client_of = (os.getpid(), client)
-        return self._client_of[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the client, so that a store can travel to a worker."""
-        return self.__dict__ | {"_client_of": (0, None)}
+        environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+        with _CLIENTS_LOCK:
+            return _client(os.getpid(), self.options, environment)
 
     def _name(self, key: str) -> str:
         return self._prefix + _checked(key)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mdm.data import fit_autoencoder
-from mdm.data.autoencoder import WEIGHTS, Autoencoder, build, save
+from mdm.data.autoencoder import Autoencoder, build, save
+from mdm.data.first_stage import WEIGHTS
 
 MEAN, STD = [0.5, -1.0, 0.0, 2.0], [2.0, 1.0, 0.5, 3.0]
 
