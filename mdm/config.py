@@ -44,6 +44,10 @@ class ModelConfig:
     headdim: int = doc(64, "channels of one head")
     expand: int = doc(2, "inner width of a mixer as a multiple of d_model")
     d_conv: int = doc(4, "taps of the causal convolution before the scan")
+    dt_min: float = doc(1e-3, "smallest step size at the start (log-uniform)")
+    dt_max: float = doc(1e-1, "largest step size at the start")
+    a_min: float = doc(1.0, "smallest decay rate at the start (uniform)")
+    a_max: float = doc(16.0, "largest decay rate at the start")
     chunk_size: int = doc(256, "tokens the scan handles as one matrix product")
     scan_mode: str = doc(
         "alternate", "alternate: one mixer a block, scans take turns; separate: one mixer a scan"
@@ -63,6 +67,12 @@ class ModelConfig:
         _one_of("model.scans", self.scans, ("1234/12", "12/1"))
         _one_of("model.discretization", self.discretization, ("zoh", "euler"))
         _one_of("model.kernel", self.kernel, ("torch", "compiled", "fused"))
+        for low, high in (("dt_min", "dt_max"), ("a_min", "a_max")):
+            ends = getattr(self, low), getattr(self, high)
+            _check(
+                0 < ends[0] <= ends[1],
+                f"model.{low} is {ends[0]} and model.{high} {ends[1]}; they must be positive and rise",
+            )
         inner = self.expand * self.d_model
         _check(
             inner % self.headdim == 0,
@@ -165,6 +175,7 @@ class TrainConfig:
         0, "evenly spaced exports of the averaged weights, for sample grids over training"
     )
     log_every: int = doc(10, "steps between lines of metrics")
+    gather: str = doc("block", "what ZeRO-3 gathers at once: block, or trunk (all blocks)")
     deepspeed: str = doc(
         "deepspeed_configs/zero3.json", "DeepSpeed JSON: ZeRO, offload and precision only"
     )
@@ -172,6 +183,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("train.decay", self.decay, ("constant", "cosine"))
+        _one_of("train.gather", self.gather, ("block", "trunk"))
         _check(self.steps > 0, f"train.steps is {self.steps}; it must be positive")
         _check(0.0 <= self.ema < 1.0, f"train.ema is {self.ema}; it lies in [0, 1)")
 

@@ -5,16 +5,21 @@ from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig, SourceC
 # Two CPU cores, about ten minutes: digits, emoji and dialogues at 32 x 32 pixels.
 DEMO = Config(
     model=ModelConfig(
-        d_model=128,
+        d_model=192,
         n_layer=8,
         d_state=32,
-        headdim=32,
+        headdim=64,
+        expand=1,  # a wide stream costs little beside the elementwise work of the inner width
         chunk_size=64,
-        vocab_size=2000,
+        dt_min=0.03,
+        dt_max=0.5,
+        a_min=0.05,
+        a_max=1.0,
+        vocab_size=1000,
         n_classes=10,
         image_height=4,
         image_width=4,
-        text_length=30,
+        text_length=28,
         kernel="compiled",
     ),
     objective=ObjectiveConfig(),
@@ -25,8 +30,8 @@ DEMO = Config(
             SourceConfig("dialogues", 0.1),
         ),
         global_batch=64,
-        caption_length=12,
-        dialogue_length=30,  # with its two pads as long as a caption and a picture
+        caption_length=10,
+        dialogue_length=28,  # with its two pads as long as a caption and a picture
     ),
     train=TrainConfig(
         steps=4000,
@@ -36,6 +41,7 @@ DEMO = Config(
         ema=0.998,
         checkpoint_every=500,
         snapshots=5,
+        gather="trunk",
         deepspeed="deepspeed_configs/cpu.json",
     ),
     run_dir="runs/demo/train",
@@ -55,7 +61,7 @@ MDM_7B = Config(
             SourceConfig("ultrachat", 0.2),
         ),
         global_batch=1024,
-        caption_length=128,
+        caption_length=108,
         dialogue_length=512,
     ),
 )

@@ -16,7 +16,7 @@ from mdm.config import Config, doc, fail, parse_cli
 from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.storage import StoreError
 from mdm.dist import World
-from mdm.model.network import Block
+from mdm.model.network import Block, Trunk
 from mdm.objective import Objective
 from mdm.presets import PRESETS
 from mdm.train.engine import start_ranks, stop_ranks
@@ -59,8 +59,9 @@ def main() -> int:
             flags = parse_cli(Flags, description=__doc__ or "", presets=presets)
         config = Config(**fields_of(flags))  # type: ignore[arg-type]
         world = start_ranks(config.train.threads)
+        gathered = {"block": Block, "trunk": Trunk}[config.train.gather]
         return train(
-            config, world, Objective, make_loader, resume=flags.resume, leaf_classes=(Block,)
+            config, world, Objective, make_loader, resume=flags.resume, leaf_classes=(gathered,)
         )
     except StoreError as error:  # in the middle of the run, and of this rank alone
         fail(f"pretrain: rank {world.rank}: {error}")

@@ -47,14 +47,21 @@ def mix(
     d_inner = w.norm.shape[1]
     causal_conv: Any = fused.causal_conv if fused_kernels else conv.causal_conv
     scan: Any = fused.ssd if fused_kernels else torch_ssd.ssd
-    z, xBC, dt = _project(u, w.in_proj).split(
-        [d_inner, d_inner + 2 * d_state, w.dt_bias.shape[1]], -1
+    # The weights are split, not the results: joining gradients of activations costs far more.
+    in_z, in_x, in_BC, in_dt = w.in_proj.split(
+        [d_inner, d_inner, 2 * d_state, w.dt_bias.shape[1]], 1
     )
+    z, dt = _project(u, in_z), _project(u, in_dt)
+
     # Scans become further channels, heads and groups of one kernel call.
-    taps, bias = w.conv1d_weight.flatten(0, 1), w.conv1d_bias.flatten(0, 1)
-    xBC = causal_conv(xBC.flatten(2), taps, bias, seq_idx).unflatten(2, (s, -1))
-    x, B, C = xBC.split([d_inner, d_state, d_state], -1)
-    x = x.reshape(b, length, -1, headdim)
+    def convolve(weight: Tensor, channels: slice) -> Tensor:
+        taps, bias = w.conv1d_weight[:, channels], w.conv1d_bias[:, channels]
+        mixed = _project(u, weight).flatten(2)
+        convolved: Tensor = causal_conv(mixed, taps.flatten(0, 1), bias.flatten(0, 1), seq_idx)
+        return convolved
+
+    x = convolve(in_x, slice(d_inner)).unflatten(2, (-1, headdim))
+    B, C = convolve(in_BC, slice(d_inner, None)).unflatten(2, (s, -1)).chunk(2, -1)
     # Step sizes and decay stay fp32 whatever the autocast.
     A = -w.A_log.float().exp().flatten()
     dt = F.softplus(dt.float() + w.dt_bias.float()).flatten(2)
@@ -121,10 +128,13 @@ class Mamba2(nn.Module):
             uniform(channels, 1, config.d_conv, fan_in=config.d_conv),
             uniform(channels, fan_in=config.d_conv),
         )
-        # dt starts log-uniform in [1e-3, 1e-1], A uniform in [1, 16] (mamba_ssm's choices).
-        dt = torch.empty(n_scans, n_heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        # A head remembers about 1 / (dt A) tokens and writes a token with weight dt, beside its own
+        # skip of weight D = 1: the defaults are mamba_ssm's, for thousands of tokens.
+        ends = math.log(config.dt_min), math.log(config.dt_max)
+        dt = torch.empty(n_scans, n_heads).uniform_(*ends).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
-        self.A_log = nn.Parameter(torch.empty(n_scans, n_heads).uniform_(1, 16).log())
+        A = torch.empty(n_scans, n_heads).uniform_(config.a_min, config.a_max)
+        self.A_log = nn.Parameter(A.log())
         self.D = nn.Parameter(torch.ones(n_scans, n_heads))
         self.norm = _Stacked(torch.ones(n_scans, d_inner))
         self.out_proj = _Stacked(uniform(config.d_model, d_inner, fan_in=d_inner))

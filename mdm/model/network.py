@@ -31,11 +31,49 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.Parameter(torch.ones(config.d_model))
         self.mixer = Mamba2(config, n_scans)
+        with torch.no_grad():  # branches start small, so that depth does not matter
+            self.mixer.out_proj.weight.mul_((2 * config.n_layer) ** -0.5)
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """[b, l, s, d] -> the mixers' outputs [b, l, s, d], without the residual."""
         out: Tensor = self.mixer(F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5), seq_idx)
         return out
+
+
+class Trunk(nn.Module):
+    """The blocks, each reading the sequence in its scan's order."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        image, text = scan.parse_scans(config.scans)
+        self.separate = config.scan_mode == "separate"
+        # (image pattern, text pattern) of every scan; the text turns with the picture.
+        turns = [(p, text[(p - 1) % len(text)]) for p in image]
+        self.scans = turns + [(p, p) for p in text] if self.separate else turns
+        n_scans = len(self.scans) if self.separate else 1
+        self.blocks = nn.ModuleList(Block(config, n_scans) for _ in range(config.n_layer))
+
+    def forward(self, x: Tensor, m: int, grid: tuple[int, int] | None) -> Tensor:
+        """[b, l, d] -> [b, l, d], for m text tokens and a grid of image tokens."""
+        return self._parallel(x, m, grid) if self.separate else self._alternate(x, m, grid)
+
+    def _alternate(self, x: Tensor, m: int, grid: tuple[int, int] | None) -> Tensor:
+        """One mixer a block; block i reads in scan i. The stream stays in the scan's order."""
+        orders, moves = _plan(tuple(self.scans), len(self.blocks), m, grid)
+        for block, move in zip(self.blocks, moves, strict=True):
+            x = x.index_select(1, move.to(x.device))
+            x = x + block(x.unsqueeze(2)).squeeze(2)
+        return x.index_select(1, orders[-1].argsort().to(x.device))
+
+    def _parallel(self, x: Tensor, m: int, grid: tuple[int, int] | None) -> Tensor:
+        """All mixers of a block at once, each in its own order; their mean joins the stream."""
+        orders, _ = _plan(tuple(self.scans), len(self.scans), m, grid)
+        order = torch.stack(orders, 1).to(x.device)  # [l, s]
+        inverse = order.argsort(0).unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        for block in self.blocks:
+            mixed = block(x[:, order])  # [b, l, s, d]
+            x = x + mixed.gather(1, inverse.expand(len(x), -1, -1, -1)).mean(2)
+        return x
 
 
 class Network(nn.Module):
@@ -45,23 +83,13 @@ class Network(nn.Module):
         super().__init__()
         self.config = config
         self.grid = (config.image_height, config.image_width)
-        image, text = scan.parse_scans(config.scans)
-        self.separate = config.scan_mode == "separate"
-        # (image pattern, text pattern) of every scan; the text turns with the picture.
-        turns = [(p, text[(p - 1) % len(text)]) for p in image]
-        self.scans = turns + [(p, p) for p in text] if self.separate else turns
-        n_scans = len(self.scans) if self.separate else 1
         self.embed = Embed(config)
-        blocks = [Block(config, n_scans) for _ in range(config.n_layer)]
-        self.blocks = nn.ModuleList(blocks)
+        self.trunk = Trunk(config)
         self.norm = nn.Parameter(torch.ones(config.d_model))
         self.image_out = nn.Linear(config.d_model, config.latent_dim)
         self.text_out = nn.Linear(config.d_model, config.latent_dim)
         nn.init.zeros_(self.image_out.weight)
         nn.init.zeros_(self.image_out.bias)
-        with torch.no_grad():  # residual branches start small, so that depth does not matter
-            for block in blocks:
-                block.mixer.out_proj.weight.mul_((2 * config.n_layer) ** -0.5)
 
     def forward(
         self,
@@ -92,7 +120,7 @@ class Network(nn.Module):
         x = self.embed(z_txt, estimate_txt, level_txt, prompt, class_ids, z_img, level_img)
         m = z_txt.shape[1]
         grid = None if z_img is None else self.grid
-        x = self._parallel(x, m, grid) if self.separate else self._alternate(x, m, grid)
+        x = self.trunk(x, m, grid)
         x = F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5)
         text_start = N_HEAD + 1
         text = self.text_out(x[:, text_start : text_start + m])
@@ -100,24 +128,6 @@ class Network(nn.Module):
             return Prediction(None, text)
         image_start = text_start + m + 2
         return Prediction(self.image_out(x[:, image_start : image_start + grid[0] * grid[1]]), text)
-
-    def _alternate(self, x: Tensor, m: int, grid: tuple[int, int] | None) -> Tensor:
-        """One mixer a block; block i reads in scan i. The stream stays in the scan's order."""
-        orders, moves = _plan(tuple(self.scans), len(self.blocks), m, grid)
-        for block, move in zip(self.blocks, moves, strict=True):
-            x = x.index_select(1, move.to(x.device))
-            x = x + block(x.unsqueeze(2)).squeeze(2)
-        return x.index_select(1, orders[-1].argsort().to(x.device))
-
-    def _parallel(self, x: Tensor, m: int, grid: tuple[int, int] | None) -> Tensor:
-        """All mixers of a block at once, each in its own order; their mean joins the stream."""
-        orders, _ = _plan(tuple(self.scans), len(self.scans), m, grid)
-        order = torch.stack(orders, 1).to(x.device)  # [l, s]
-        inverse = order.argsort(0).unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        for block in self.blocks:
-            mixed = block(x[:, order])  # [b, l, s, d]
-            x = x + mixed.gather(1, inverse.expand(len(x), -1, -1, -1)).mean(2)
-        return x
 
 
 @lru_cache(maxsize=64)

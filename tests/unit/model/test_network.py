@@ -54,7 +54,7 @@ def test_text_alone_runs_the_same_parameters():
     said = call(network, torch.randn(2, 5, 16), None)
     assert said.image is None
     said.text.sum().backward()
-    assert all(p.grad is not None for p in network.blocks.parameters())
+    assert all(p.grad is not None for p in network.trunk.blocks.parameters())
 
 
 def test_condition_prompt_and_level_change_the_answer():
@@ -76,6 +76,6 @@ def test_condition_prompt_and_level_change_the_answer():
 def test_the_papers_decoder_has_7_60_billion_parameters():
     with torch.device("meta"):
         network = Network(MDM_7B.model)
-    mixers = sum(p.numel() for block in network.blocks for p in block.mixer.parameters())
+    mixers = sum(p.numel() for block in network.trunk.blocks for p in block.mixer.parameters())
     assert mixers == 49 * 6 * 25_847_232
     assert f"{sum(p.numel() for p in network.parameters()) / 1e9:.2f}" == "7.61"
