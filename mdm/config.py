@@ -68,10 +68,10 @@ class ModelConfig:
         _one_of("model.discretization", self.discretization, ("zoh", "euler"))
         _one_of("model.kernel", self.kernel, ("torch", "compiled", "fused"))
         for low, high in (("dt_min", "dt_max"), ("a_min", "a_max")):
-            ends = getattr(self, low), getattr(self, high)
+            first, last = getattr(self, low), getattr(self, high)
             _check(
-                0 < ends[0] <= ends[1],
-                f"model.{low} is {ends[0]} and model.{high} {ends[1]}; they must be positive and rise",
+                0 < first <= last,
+                f"model.{low} {first} and model.{high} {last} must be positive and in this order",
             )
         inner = self.expand * self.d_model
         _check(

@@ -23,7 +23,7 @@ from mdm.config import Config, doc, fail, from_dict, parse_cli
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.storage import StoreError, join
 from mdm.data.tokenizer import Tokenizer
-from mdm.evaluate import classifier
+from mdm.evaluate import classifier, poster
 from mdm.evaluate.caption import ClassNames
 from mdm.evaluate.heldout import counts, load_encoded, load_pictures, load_prompts
 from mdm.evaluate.runner import DemoData, Settings, run_demo, snapshot
@@ -134,6 +134,7 @@ def run(flags: Flags) -> dict[str, Any]:
         "counts": counted,
     }
     write_json(out / "evaluation.json", plain)
+    poster.draw(result, out, out / "readme.png")
     write_json(out / "metrics.json", report)
     if flags.track:
         log(flags, config, report, shots)

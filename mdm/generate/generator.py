@@ -1,6 +1,7 @@
 """What people ask of the model: a method a task, over exported weights."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
@@ -17,6 +18,7 @@ from mdm.diffusion import noise
 from mdm.generate.denoise import Request, denoise
 from mdm.objective import Objective
 
+log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
 
 
@@ -29,11 +31,6 @@ class Generator:
     def __init__(
         self, config: Config, objective: Objective, tokenizer: Tokenizer, autoencoder: Autoencoder
     ) -> None:
-        if tokenizer.vocab_size != config.model.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {tokenizer.vocab_size} pieces but the model was trained with "
-                f"{config.model.vocab_size}; use the tokenizer of its run"
-            )
         self.config, self.objective = config, objective.eval()
         self.tokenizer, self.autoencoder = tokenizer, autoencoder
         self.grid = (config.model.image_height, config.model.image_width)
@@ -56,14 +53,18 @@ class Generator:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}; it is not an exported model")
         config = from_dict(Config, json.loads((folder / "config.json").read_text()))
+        pieces = Tokenizer(tokenizer or config.tokenizer)
+        if pieces.vocab_size != config.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {pieces.vocab_size} pieces but the model was trained with "
+                f"{config.model.vocab_size}; use the tokenizer of its run"
+            )
         objective = Objective(config)
-        objective.load_state_dict(load_file(folder / "model.safetensors"))
-        return cls(
-            config,
-            objective,
-            Tokenizer(tokenizer or config.tokenizer),
-            Autoencoder.load(autoencoder or config.autoencoder),
-        )
+        try:
+            objective.load_state_dict(load_file(folder / "model.safetensors"))
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: weights of another configuration: {error}") from None
+        return cls(config, objective, pieces, Autoencoder.load(autoencoder or config.autoencoder))
 
     def class_to_image(
         self, class_ids: Sequence[int], *, guidance: float = 1.0, steps: int = 20, seed: int = 0
@@ -84,11 +85,15 @@ class Generator:
     def text_to_image(
         self, texts: Sequence[str], *, guidance: float = 1.0, steps: int = 20, seed: int = 0
     ) -> Tensor:
-        """Pictures of the captions, f32 [b, 3, h, w] in [0, 1]."""
+        """Pictures of the captions, f32 [b, 3, h, w] in [0, 1].
+
+        Captions are cut to the length of those in training, with a warning.
+        """
         length = self.config.data.caption_length
-        tokens = torch.stack(
-            [self._padded([*self.tokenizer.encode(t), EOS], length) for t in texts]
-        )
+        ids = [self.tokenizer.encode(text) for text in texts]
+        if cut := [text for text, i in zip(texts, ids, strict=True) if len(i) >= length]:
+            log.warning("%d captions cut to %d tokens, as in training: %r", len(cut), length, cut)
+        tokens = torch.stack([self._padded([*i[: length - 1], EOS], length) for i in ids])
 
         def request(index: Tensor) -> Request:
             none = torch.full_like(index, -1)
@@ -151,8 +156,12 @@ class Generator:
     ) -> tuple[Tensor, Tensor]:
         parts = torch.arange(n).split(BATCH)
         shown = tqdm(parts, desc="denoise", leave=False, disable=None if len(parts) > 1 else True)
-        done = [denoise(self.objective, request(p), steps=steps, guidance=guidance) for p in shown]
-        latents = [image for image, _ in done if image is not None]
+        with torch.autocast("cpu", torch.bfloat16):  # as in training
+            done = [
+                denoise(self.objective, request(part), steps=steps, guidance=guidance)
+                for part in shown
+            ]
+        latents = [image.float() for image, _ in done if image is not None]
         return torch.cat(latents) if latents else torch.empty(0), torch.cat([t for _, t in done])
 
     def _noises(self, index: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -168,8 +177,6 @@ class Generator:
         return noise.draw(seed, index, torch.zeros_like(index), n_image, n_text, width)
 
     def _padded(self, ids: list[int], length: int) -> Tensor:
-        if len(ids) > length:
-            raise ValueError(f"a text of {len(ids)} tokens is longer than the model's {length}")
         return torch.tensor(ids + [PAD] * (length - len(ids)))
 
     def _pixels(self, latents: Tensor) -> Tensor:

@@ -1,0 +1,103 @@
+"""Generation from an export of untrained weights: shapes, determinism, clear mistakes."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mdm.config import Config, DataConfig, ModelConfig, to_dict
+from mdm.data import autoencoder
+from mdm.data.tokenizer import train_model
+from mdm.generate import Generator
+from mdm.generate.denoise import Request
+from mdm.objective import Objective
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    lines = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in ("cat", "dog", "house")]
+    (folder / "tokenizer.model").write_bytes(train_model(lines, 29))
+    torch.manual_seed(0)
+    model = autoencoder.build(image_size=16, channels=(8, 8))
+    autoencoder.save(model, folder / "autoencoder", [0.0] * 4, [1.0] * 4)
+    config = Config(
+        model=ModelConfig(
+            d_model=32,
+            n_layer=4,
+            d_state=8,
+            headdim=16,
+            chunk_size=16,
+            vocab_size=29,
+            n_classes=3,
+            image_height=4,
+            image_width=4,
+            text_length=12,
+        ),
+        data=DataConfig(caption_length=8, dialogue_length=12),
+        tokenizer=str(folder / "tokenizer.model"),
+        autoencoder=str(folder / "autoencoder"),
+    )
+    objective = Objective(config)
+    torch.nn.init.normal_(objective.network.image_out.weight, std=0.02)
+    save_file(objective.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generator(export):
+    return Generator.load(export)
+
+
+def test_pictures_have_the_autoencoders_size(generator):
+    pixels = generator.class_to_image([0, 1, 2, -1], steps=3)
+    assert pixels.shape == (4, 3, 16, 16)
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
+
+
+def test_seed_decides_and_conditions_matter(generator):
+    one = generator.text_to_image(["one", "two"], steps=3, seed=1)
+    assert torch.equal(one, generator.text_to_image(["one", "two"], steps=3, seed=1))
+    assert not torch.equal(one, generator.text_to_image(["one", "two"], steps=3, seed=2))
+    assert not torch.equal(one, generator.text_to_image(["two", "one"], steps=3, seed=1))
+
+
+def test_guidance_changes_pictures(generator):
+    plain = generator.class_to_image([0], steps=3, guidance=0.0)
+    assert not torch.equal(plain, generator.class_to_image([0], steps=3, guidance=2.0))
+
+
+def test_every_other_task_answers(generator):
+    latents = torch.randn(2, 16, 16)
+    assert len(generator.image_to_text(latents, steps=3)) == 2
+    assert len(generator.reply([("one cat",), ("one", "two", "three")], steps=3)) == 2
+    pixels, texts = generator.joint(3, steps=3)
+    assert pixels.shape[0] == len(texts) == 3
+
+
+def test_long_captions_are_cut_with_a_warning(generator, caplog):
+    long = "one two three four five six seven eight nine"
+    assert generator.text_to_image([long], steps=3).shape == (1, 3, 16, 16)
+    assert "1 captions cut to 8 tokens" in caplog.text
+    assert long in caplog.text
+
+
+def test_mistakes_name_both_values(generator, export, tmp_path):
+    with pytest.raises(ValueError, match=r"leave 0 \.\.\. 2"):
+        generator.class_to_image([5])
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        Generator.load(tmp_path)
+    with pytest.raises(ValueError, match="choose one of given, asked, absent"):
+        Request("given", "wished", torch.zeros(1), torch.zeros(1, 2, 3), latents=torch.zeros(1))
+    config = json.loads((export / "config.json").read_text())
+    config["model"]["vocab_size"] = 30
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    changed = Objective(generator.config).state_dict()
+    save_file(changed, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="29 pieces but the model was trained with 30"):
+        Generator.load(tmp_path)
