@@ -34,7 +34,7 @@ DEMO = Config(
         dialogue_length=28,  # with its two pads as long as a caption and a picture
     ),
     train=TrainConfig(
-        steps=4000,
+        steps=3200,
         lr=2e-3,
         warmup=100,
         decay="cosine",
