@@ -88,7 +88,10 @@ def stages(flags: Flags) -> list[Stage]:
         Stage(
             "autoencoder",
             "Train the autoencoder",
-            job("train_autoencoder", "--datasets", pictures, "--out", autoencoder),
+            job(
+                "train_autoencoder",
+                *("--datasets", pictures, "--out", autoencoder, "--steps", "800"),
+            ),
             outputs=(autoencoder,),
             report=Path(autoencoder, "autoencoder.json"),
         ),
