@@ -1,0 +1,62 @@
+"""Configuration: a round trip, and one line for every mistake."""
+
+import dataclasses
+
+import pytest
+
+from mdm.config import Config, ModelConfig, fingerprint, from_dict, parse_cli, to_dict
+from mdm.presets import PRESETS
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_a_round_trip(name):
+    config = PRESETS[name]
+    assert from_dict(Config, to_dict(config)) == config
+    assert fingerprint(from_dict(Config, to_dict(config))) == fingerprint(config)
+
+
+def test_flags_change_nested_fields_of_a_preset():
+    argv = ["--preset", "demo", "--train.lr", "0.5", "--data.sources", "a:1,b:2.5"]
+    config = parse_cli(Config, argv, presets=PRESETS)
+    assert config.train.lr == 0.5
+    assert [(s.name, s.weight) for s in config.data.sources] == [("a", 1.0), ("b", 2.5)]
+    assert config.model == PRESETS["demo"].model
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--preset", "demo2"], "unknown preset 'demo2'; did you mean 'demo'?"),
+        (["--preset", "demo", "--train.lrr", "1"], "unknown flag --train.lrr; did you mean"),
+        (["--preset", "demo", "--train.steps", "many"], "--train.steps 'many' is not valid"),
+        (["--preset", "demo", "--train.steps", "0"], "train.steps is 0; it must be positive"),
+        (["--preset", "demo", "--model.headdim", "7"], "model.headdim 7 does not divide"),
+        (["--preset", "demo", "--model.kernel", "cuda"], "choose one of torch, compiled, fused"),
+        (["--preset", "demo", "--data.dialogue_length", "999"], "texts of 999 tokens"),
+        (["--preset", "demo", "--data.sources", "a"], "is not name:weight"),
+        ([], "--preset"),
+    ],
+)
+def test_mistakes_end_with_one_line(argv, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_cli(Config, argv, presets=PRESETS)
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_help_names_every_field(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_cli(Config, ["--help"], presets=PRESETS, description="What it does.")
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for field in dataclasses.fields(ModelConfig):
+        assert f"--model.{field.name}" in out
+
+
+def test_unknown_keys_are_refused():
+    values = to_dict(PRESETS["demo"])
+    values["train"]["learning_rate"] = 1
+    with pytest.raises(ValueError, match=r"unknown key 'train\.learning_rate'"):
+        from_dict(Config, values)
