@@ -22,12 +22,14 @@ DEMO = Config(
         text_length=28,
         kernel="compiled",
     ),
-    objective=ObjectiveConfig(),
+    objective=ObjectiveConfig(
+        p_text_to_image=0.4, p_image=0.15, p_image_to_text=0.15, p_self_condition=0.1
+    ),
     data=DataConfig(
         sources=(
-            SourceConfig("digits", 0.7),
-            SourceConfig("emoji", 0.2),
-            SourceConfig("dialogues", 0.1),
+            SourceConfig("digits", 0.75),
+            SourceConfig("emoji", 0.17),
+            SourceConfig("dialogues", 0.08),
         ),
         global_batch=64,
         caption_length=10,

@@ -34,7 +34,7 @@ class Flags:
     task: str = doc("joint", ", ".join(TASKS))
     input: str = doc("", "classes, captions, picture files or dialogue turns, as the task needs")
     n: int = doc(1, "results an input (or in all, for joint)")
-    guidance: float = doc(1.5, "how strongly pictures follow their condition; 0 for none")
+    guidance: float = doc(3.0, "how strongly pictures follow their condition; 0 for none")
     steps: int = doc(30, "denoising steps")
     seed: int = doc(0, "starting noise")
     out: str = doc("runs/generated", "folder for pictures")
@@ -67,7 +67,7 @@ def generate(generator: Generator, flags: Flags) -> None:
     """Do what `flags` ask; print texts, save pictures."""
     seed, steps = flags.seed, flags.steps
     if flags.task == "joint":
-        pixels, captions = generator.joint(flags.n, steps=steps, seed=seed)
+        pixels, captions = generator.joint(flags.n, guidance=flags.guidance, steps=steps, seed=seed)
         save(pixels, captions, Path(flags.out))
         return
     separator = "|" if flags.task in ("text-to-image", "reply") else ","

@@ -45,7 +45,7 @@ class Generates(Protocol):
         """The next turn of each dialogue."""
         ...
 
-    def joint(self, n: int, *, steps: int, seed: int) -> tuple[Tensor, list[str]]:
+    def joint(self, n: int, *, guidance: float, steps: int, seed: int) -> tuple[Tensor, list[str]]:
         """Pictures and captions, drawn together."""
         ...
 
@@ -55,10 +55,11 @@ class Settings:
     """How much is drawn, and how."""
 
     n: int = doc(500, "pictures of each kind")
-    guidance: float = doc(1.5, "guidance weight w of (1 + w) cond - w uncond, pictures")
-    text_guidance: float = doc(0.0, "guidance weight for captions")
+    guidance: float = doc(4.0, "guidance weight w of (1 + w) cond - w uncond, pictures")
+    text_guidance: float = doc(1.0, "guidance weight for captions")
+    joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
     steps: int = doc(20, "solver steps of a picture")
-    text_steps: int = doc(32, "solver steps of a text, alone or with a picture")
+    text_steps: int = doc(20, "solver steps of a text, alone or with a picture")
     seed: int = doc(0, "of everything drawn here")
 
 
@@ -257,7 +258,10 @@ class _Suite:
         """Pictures and captions drawn together: does the caption name what is shown?"""
         names = self.data.names
         pixels, texts = self.generator.joint(
-            self.how.n, steps=self.how.text_steps, seed=self.how.seed
+            self.how.n,
+            guidance=self.how.joint_guidance,
+            steps=self.how.text_steps,
+            seed=self.how.seed,
         )
         seen, _ = self._judge(pixels)
         agreed, counted = pair_agreement(names, texts, seen.tolist())

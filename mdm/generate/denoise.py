@@ -43,48 +43,79 @@ class Request:
 
 @torch.no_grad()
 def denoise(
-    objective: Objective, request: Request, *, steps: int, guidance: float = 0.0
+    objective: Objective,
+    request: Request,
+    *,
+    steps: int,
+    guidance: float = 0.0,
+    text_delay: float = 0.0,
 ) -> tuple[Tensor | None, Tensor]:
     """Sample what the request asks for.
 
     Guidance acts on estimates of z_0: (1 + w) conditional - w unconditional (Ho & Salimans 2022);
-    the unconditional pass drops the class and every given modality.
+    the unconditional pass drops the class and the other modality.
 
     Args:
         objective: weights.
         request: conditions and starting noise.
-        steps: evaluations.
-        guidance: w; 0 takes one network call a step, more takes two.
+        steps: evaluations of each modality that is asked for.
+        guidance: w; 0 takes one network call a step, more takes one more a modality.
+        text_delay: where both are asked for, by what share of its steps the text trails the
+            picture: it is then said of a picture that is partly there.
 
     Returns:
         First-stage latents [b, n, c] (None without a picture) and token ids [b, m].
     """
-    state = _State(objective, request, steps)
-    for i in range(steps):
+    if not 0 <= text_delay <= 1:
+        raise ValueError(f"text_delay is {text_delay}; it is a share between 0 and 1")
+    both = request.image == request.text == "asked"
+    delay = round(text_delay * steps) if both else 0
+    state = _State(objective, request, steps, delay)
+    for i in range(steps + delay):
         state.step(i, guidance)
     return state.latents(), state.tokens()
+
+
+class _Track:
+    """One modality's way from noise to data: given, absent, or stepped from `delay` on."""
+
+    def __init__(self, mode: str, table: schedule.Schedule, steps: int, delay: int) -> None:
+        self.mode, self.delay = mode, delay
+        self.grid = log_snr_grid(table, steps)
+        self.solver = DPMSolverPP2M(self.grid)
+
+    def active(self, i: int) -> bool:
+        """Whether step i moves it."""
+        return self.mode == "asked" and 0 <= i - self.delay < len(self.grid)
+
+    def level(self, i: int) -> float:
+        """Its log-SNR at step i, as the network sees it."""
+        if self.active(i):
+            return float(self.grid[i - self.delay])
+        done = self.mode == "given" or (self.mode == "asked" and i >= self.delay)
+        return CLEAN if done else DROPPED
+
+    def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
+        """Z after step i, given the estimate z_0."""
+        return self.solver.step(i - self.delay, z, z_0)
 
 
 class _State:
     """z of both modalities at one step of the loop."""
 
-    def __init__(self, objective: Objective, request: Request, steps: int) -> None:
+    def __init__(self, objective: Objective, request: Request, steps: int, delay: int) -> None:
         self.network, self.vae, self.request = objective.network, objective.vae, request
         self.means, self.bias = self.vae.vocabulary()
-        self.grid_img = log_snr_grid(schedule.IMAGE, steps)
-        self.grid_txt = log_snr_grid(schedule.TEXT, steps)
-        self.solver_img, self.solver_txt = (
-            DPMSolverPP2M(self.grid_img),
-            DPMSolverPP2M(self.grid_txt),
-        )
+        self.image_track = _Track(request.image, schedule.IMAGE, steps, 0)
+        self.text_track = _Track(request.text, schedule.TEXT, steps, delay)
         prompt = request.prompt
         if prompt is None:
             prompt = torch.zeros(request.noise_txt.shape[:2], dtype=torch.bool)
         self.prompt = prompt | (request.text == "given")
         self.image, self.text = request.noise_img, request.noise_txt
         if request.tokens is not None:
-            self.given_text = self.means[request.tokens]
-            self.text = torch.where(self.prompt.unsqueeze(-1), self.given_text, self.text)
+            given = self.means[request.tokens]
+            self.text = torch.where(self.prompt.unsqueeze(-1), given, self.text)
         if request.image == "given":
             assert request.latents is not None
             self.image = self.vae.normalize_image(self.vae.encode_image(request.latents)[0])
@@ -95,57 +126,55 @@ class _State:
 
     def step(self, i: int, guidance: float) -> None:
         """From noise level i to i + 1."""
-        request = self.request
-        v, logits = self.predict(i, self.image, self.text, request.class_ids, self.prompt)
-        if guidance:
-            free_v, free_logits = self.predict_unconditional(i)
+        draws_image, draws_text = self.image_track.active(i), self.text_track.active(i)
+        v, logits = self.predict(i)
+        if guidance and draws_image:
+            free, _ = self.predict(i, drop="text")
+            assert v is not None
+            assert free is not None
+            v = (1 + guidance) * v - guidance * free
+        if guidance and draws_text:
+            _, free_logits = self.predict(i, drop="image")
             logits = (1 + guidance) * logits - guidance * free_logits
-            if v is not None and free_v is not None:
-                v = (1 + guidance) * v - guidance * free_v
-        if request.text == "asked":
+        if draws_image:
+            assert v is not None
+            assert self.image is not None
+            # v = sqrt(abar) eps - sqrt(1 - abar) z_0, so z_0 = sqrt(abar) z_t - sqrt(1 - abar) v
+            abar = float(self.image_track.grid[i].sigmoid())
+            z_0 = abar**0.5 * self.image - (1 - abar) ** 0.5 * v
+            self.image = self.image_track.step(i, self.image, z_0)
+        if draws_text:
             self.logits = logits
             estimate = logits.softmax(-1) @ self.means
             if self.self_conditions:
                 self.estimate = estimate
-            text = self.solver_txt.step(i, self.text, estimate)
+            text = self.text_track.step(i, self.text, estimate)
             self.text = torch.where(self.prompt.unsqueeze(-1), self.text, text)
-        if request.image == "asked":
-            assert v is not None
-            assert self.image is not None
-            # v = sqrt(abar) eps - sqrt(1 - abar) z_0, so z_0 = sqrt(abar) z_t - sqrt(1 - abar) v
-            abar = float(self.grid_img[i].sigmoid())
-            z_0 = abar**0.5 * self.image - (1 - abar) ** 0.5 * v
-            self.image = self.solver_img.step(i, self.image, z_0)
 
-    def predict(
-        self, i: int, image: Tensor | None, text: Tensor, class_ids: Tensor, prompt: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
-        """(v [b, n, c] or None, logits [b, m, v]) at level i."""
-        level_img = _level(self.request.image, self.grid_img[i], class_ids)
-        level_txt = _level(self.request.text, self.grid_txt[i], class_ids)
-        if image is not None and image is not self.image:
-            level_img = torch.full_like(level_img, DROPPED)
-        if text is not self.text:
-            level_txt = torch.full_like(level_txt, DROPPED)
+    def predict(self, i: int, drop: str = "") -> tuple[Tensor | None, Tensor]:
+        """(v [b, n, c] or None, logits [b, m, v]); `drop` makes a modality and the class noise."""
+        request, class_ids = self.request, self.request.class_ids
+        image, text, prompt, estimate = self.image, self.text, self.prompt, self.estimate
+        level_img, level_txt = self.image_track.level(i), self.text_track.level(i)
+        if drop:
+            class_ids = torch.full_like(class_ids, -1)
+        if drop == "image" and image is not None:
+            image, level_img = request.noise_img, DROPPED
+        if drop == "text":
+            text, level_txt, estimate = request.noise_txt, DROPPED, torch.zeros_like(estimate)
+            prompt = torch.zeros_like(prompt)
+        like = class_ids.float()
         said = self.network(
             text,
-            level_txt,
+            torch.full_like(like, level_txt),
             prompt,
             class_ids,
             image,
-            None if image is None else level_img,
-            self.estimate,
+            None if image is None else torch.full_like(like, level_img),
+            estimate,
         )
         v = None if said.image is None else said.image.float()
         return v, said.text.float() @ self.means.T + self.bias
-
-    def predict_unconditional(self, i: int) -> tuple[Tensor | None, Tensor]:
-        """`predict` with the class and every given modality replaced by pure noise."""
-        request = self.request
-        image = request.noise_img if request.image == "given" else self.image
-        text = request.noise_txt if request.text == "given" else self.text
-        prompt = self.prompt & (request.text != "given")
-        return self.predict(i, image, text, torch.full_like(request.class_ids, -1), prompt)
 
     def latents(self) -> Tensor | None:
         """First-stage latents of the picture, [b, n, c]."""
@@ -162,8 +191,3 @@ class _State:
         if self.request.tokens is None:
             return likeliest
         return torch.where(self.prompt, self.request.tokens, likeliest)
-
-
-def _level(mode: str, log_snr: Tensor, like: Tensor) -> Tensor:
-    level = {"given": CLEAN, "absent": DROPPED}.get(mode, float(log_snr))
-    return torch.full(like.shape, level, dtype=torch.float32, device=like.device)

@@ -20,6 +20,7 @@ from mdm.objective import Objective
 
 log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
+TEXT_DELAY = 0.5  # of joint drawing: captions follow pictures more surely than the reverse
 
 
 class Generator:
@@ -141,24 +142,40 @@ class Generator:
             self.tokenizer.decode(row[n:]) for row, n in zip(ids.tolist(), lengths, strict=True)
         ]
 
-    def joint(self, n: int, *, steps: int = 40, seed: int = 0) -> tuple[Tensor, list[str]]:
-        """`n` pictures f32 [n, 3, h, w] and their captions, made at once from noise."""
+    def joint(
+        self, n: int, *, guidance: float = 1.0, steps: int = 40, seed: int = 0
+    ) -> tuple[Tensor, list[str]]:
+        """`n` pictures f32 [n, 3, h, w] and their captions, made from noise in one loop.
+
+        Each modality hears the other at every step; the text trails the picture.
+        """
 
         def request(index: Tensor) -> Request:
             none = torch.full_like(index, -1)
             return Request("asked", "asked", none, *self._noises(index, seed))
 
-        latents, tokens = self._run(request, n, steps, 0.0)
+        latents, tokens = self._run(request, n, steps, guidance, TEXT_DELAY)
         return self._pixels(latents), self._texts(tokens)
 
     def _run(
-        self, request: Callable[[Tensor], Request], n: int, steps: int, guidance: float
+        self,
+        request: Callable[[Tensor], Request],
+        n: int,
+        steps: int,
+        guidance: float,
+        text_delay: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         parts = torch.arange(n).split(BATCH)
         shown = tqdm(parts, desc="denoise", leave=False, disable=None if len(parts) > 1 else True)
         with torch.autocast("cpu", torch.bfloat16):  # as in training
             done = [
-                denoise(self.objective, request(part), steps=steps, guidance=guidance)
+                denoise(
+                    self.objective,
+                    request(part),
+                    steps=steps,
+                    guidance=guidance,
+                    text_delay=text_delay,
+                )
                 for part in shown
             ]
         latents = [image.float() for image, _ in done if image is not None]

@@ -43,7 +43,8 @@ class Embed(nn.Module):
             2 * c, d
         )  # the noisy latent and the last estimate of the clean one
         self.level = NoiseLevel(d)
-        self.summary_query = nn.Parameter(torch.zeros(d))
+        self.summary = nn.Linear(d, d)
+        nn.init.orthogonal_(self.summary.weight, gain=3.0)  # as loud as a label
         self.class_embedding = nn.Embedding(config.n_classes + 1, d)  # the last row: no class
         self.image_position = nn.Parameter(torch.randn(n_image, d) * 0.02)
         self.text_position = nn.Parameter(torch.randn(config.text_length, d) * 0.02)
@@ -76,10 +77,9 @@ class Embed(nn.Module):
         pads = self.pads.unsqueeze(1).expand(-1, b, -1).unsqueeze(2)  # [4, b, 1, d]
         parts = [time.unsqueeze(1), label.unsqueeze(1), pads[0], text, pads[1]]
         if z_img is not None:
-            # What a few tokens say among many is heard late in training: the label, and a
-            # weighted mean of the text, join every patch too.
-            weights = (text @ self.summary_query).softmax(1).unsqueeze(-1)
-            told = embedded[:, 2] + label + (weights * text).sum(1)
+            # What a few tokens say among many is heard late in training: the label, and the
+            # maximum over the text's tokens, which padding does not dilute, join every patch too.
+            told = embedded[:, 2] + label + self.summary(text.amax(1))
             image = self.image_in(z_img) + self.image_position + told.unsqueeze(1)
             parts += [pads[2], image, pads[3]]
         return torch.cat(parts, 1)

@@ -117,7 +117,7 @@ class Oracle:
     def reply(self, turns: list[tuple[str, ...]], *, steps: int, seed: int) -> list[str]:
         return [f"<b>{turn[-1]}</b>" for turn in turns]
 
-    def joint(self, n: int, *, steps: int, seed: int) -> tuple[Tensor, list[str]]:
+    def joint(self, n: int, *, guidance: float, steps: int, seed: int) -> tuple[Tensor, list[str]]:
         classes = [i % 10 for i in range(n)]
         pixels = self.class_to_image(classes, guidance=0.0, steps=steps, seed=seed)
         return pixels, [f"handwritten {WORDS[c]}" for c in classes]
