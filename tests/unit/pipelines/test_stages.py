@@ -105,9 +105,10 @@ os.rename(sys.argv[1] + ".new", sys.argv[1])
 time.sleep(float(sys.argv[2]))
 """
 DRIVER = """
-import sys
+import signal, sys
 from pathlib import Path
 from pipelines.stages import Runner, Stage
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell makes it ignored
 folder, script, pids, seconds = sys.argv[1:]
 Runner(Path(folder)).run([Stage("s", "s", (sys.executable, "-c", script, pids, seconds))])
 """
