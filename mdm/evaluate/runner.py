@@ -55,7 +55,7 @@ class Settings:
     """How much is drawn, and how."""
 
     n: int = doc(500, "pictures of each kind")
-    guidance: float = doc(4.0, "guidance weight w of (1 + w) cond - w uncond, pictures")
+    guidance: float = doc(6.0, "guidance weight w of (1 + w) cond - w uncond, pictures")
     text_guidance: float = doc(1.0, "guidance weight for captions")
     joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
     steps: int = doc(20, "solver steps of a picture")
