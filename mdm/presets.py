@@ -23,7 +23,11 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.4, p_image=0.15, p_image_to_text=0.15, p_self_condition=0.1
+        p_text_to_image=0.35,
+        p_image=0.2,
+        p_image_to_text=0.15,
+        p_class=0.9,
+        p_self_condition=0.1,
     ),
     data=DataConfig(
         sources=(
@@ -36,7 +40,7 @@ DEMO = Config(
         dialogue_length=28,  # with its two pads as long as a caption and a picture
     ),
     train=TrainConfig(
-        steps=3200,
+        steps=3600,
         lr=2e-3,
         warmup=100,
         decay="cosine",

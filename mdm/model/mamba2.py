@@ -5,8 +5,6 @@ n state size (one group), k taps.
 """
 
 import math
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -85,12 +83,6 @@ def _gated_norm(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     return (F.rms_norm(gated, gated.shape[-1:], eps=1e-5) * weight.float()).to(y.dtype)
 
 
-@lru_cache(maxsize=1)
-def _compiled_mix() -> Callable[..., Tensor]:
-    """`mix` compiled once for all blocks: they differ in weights, not in shapes."""
-    return torch.compile(mix, dynamic=False)
-
-
 class _Stacked(nn.Module):
     """Holds `weight`, and `bias` where there is one, under the names of `mamba_ssm.Mamba2`."""
 
@@ -116,7 +108,6 @@ class Mamba2(nn.Module):
             "zoh": config.discretization == "zoh",
             "fused_kernels": config.kernel == "fused",
         }
-        self.kernel = config.kernel
 
         def uniform(*shape: int, fan_in: int) -> Tensor:
             return torch.empty(n_scans, *shape).uniform_(-(fan_in**-0.5), fan_in**-0.5)
@@ -139,6 +130,20 @@ class Mamba2(nn.Module):
         self.norm = _Stacked(torch.ones(n_scans, d_inner))
         self.out_proj = _Stacked(uniform(config.d_model, d_inner, fan_in=d_inner))
 
+    @property
+    def weights(self) -> Weights:
+        """The parameters, as `mix` takes them."""
+        return Weights(
+            self.in_proj.weight,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            self.out_proj.weight,
+        )
+
     def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Mix along l, each scan with its own weights.
 
@@ -149,15 +154,4 @@ class Mamba2(nn.Module):
         Returns:
             [b, l, s, d].
         """
-        weights = Weights(
-            self.in_proj.weight,
-            self.conv1d.weight,
-            self.conv1d.bias,
-            self.dt_bias,
-            self.A_log,
-            self.D,
-            self.norm.weight,
-            self.out_proj.weight,
-        )
-        compiled = self.kernel == "compiled" and torch.is_grad_enabled()
-        return (_compiled_mix() if compiled else mix)(u, weights, seq_idx, **self.settings)
+        return mix(u, self.weights, seq_idx, **self.settings)

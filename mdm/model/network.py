@@ -3,9 +3,9 @@
 Shapes: b batch, n image tokens, m text tokens, l whole sequence, c latent width, d d_model.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mdm.config import ModelConfig
 from mdm.model import scan
 from mdm.model.embed import N_HEAD, Embed
-from mdm.model.mamba2 import Mamba2
+from mdm.model.mamba2 import Mamba2, Weights, mix
 
 
 class Prediction(NamedTuple):
@@ -24,55 +24,98 @@ class Prediction(NamedTuple):
     text: Tensor  # [b, m, c], h: logits over the vocabulary are <h, mu_v> + b_v
 
 
+class Order(NamedTuple):
+    """In which order each of a block's scans reads the sequence, and the way back."""
+
+    order: Tensor  # i64 [l, s]
+    inverse: Tensor  # i64 [l, s]
+
+
+class _Scan(torch.autograd.Function):
+    """x [b, l, d] -> x in the order of every scan [b, l, s, d]; its gradient only gathers too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x[:, order]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _, inverse = ctx.saved_tensors
+        return _unscan(grad, inverse), None, None
+
+
+class _Unscan(torch.autograd.Function):
+    """y [b, l, s, d] of every scan -> their sum in the sequence's own order [b, l, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return _unscan(y, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, _ = ctx.saved_tensors
+        return grad[:, order], None, None
+
+
+def _unscan(y: Tensor, inverse: Tensor) -> Tensor:
+    scans = torch.arange(inverse.shape[1], device=y.device)
+    return y[:, inverse, scans].sum(2)
+
+
+def residual(
+    x: Tensor, norm: Tensor, weights: Weights, scan: Order, seq_idx: Tensor | None, **settings: Any
+) -> Tensor:
+    """Sum of x [b, l, d] and the mean over its scans of Mamba2(RMSNorm(x)), as a pure function."""
+    normed = F.rms_norm(x, x.shape[-1:], norm, eps=1e-5)
+    u: Tensor = _Scan.apply(normed, *scan)  # type: ignore[no-untyped-call]
+    total: Tensor = _Unscan.apply(mix(u, weights, seq_idx, **settings), *scan)  # type: ignore[no-untyped-call]
+    return x + total / u.shape[2]
+
+
+@lru_cache(maxsize=1)
+def _compiled_residual() -> Callable[..., Tensor]:
+    """`residual` compiled once for all blocks: they differ in weights, not in shapes."""
+    return torch.compile(residual, dynamic=False)
+
+
 class Block(nn.Module):
-    """x + Mamba2(RMSNorm(x)), one mixer a scan."""
+    """x + the mean over its scans of Mamba2(RMSNorm(x)), one mixer a scan in one batched call."""
 
     def __init__(self, config: ModelConfig, n_scans: int) -> None:
         super().__init__()
         self.norm = nn.Parameter(torch.ones(config.d_model))
         self.mixer = Mamba2(config, n_scans)
+        self.compiled = config.kernel == "compiled"
         with torch.no_grad():  # branches start small, so that depth does not matter
             self.mixer.out_proj.weight.mul_((2 * config.n_layer) ** -0.5)
 
-    def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        """[b, l, s, d] -> the mixers' outputs [b, l, s, d], without the residual."""
-        out: Tensor = self.mixer(F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5), seq_idx)
-        return out
+    def forward(self, x: Tensor, scan: Order, seq_idx: Tensor | None = None) -> Tensor:
+        """[b, l, d] -> [b, l, d]."""
+        # Training has one shape; the many shapes of generation are not worth compiling.
+        run = _compiled_residual() if self.compiled and self.training else residual
+        return run(x, self.norm, self.mixer.weights, scan, seq_idx, **self.mixer.settings)
 
 
 class Trunk(nn.Module):
-    """The blocks, each reading the sequence in its scan's order."""
+    """The blocks; with `alternate` block i reads in scan i, with `separate` each in all scans."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         image, text = scan.parse_scans(config.scans)
-        self.separate = config.scan_mode == "separate"
         # (image pattern, text pattern) of every scan; the text turns with the picture.
         turns = [(p, text[(p - 1) % len(text)]) for p in image]
-        self.scans = turns + [(p, p) for p in text] if self.separate else turns
-        n_scans = len(self.scans) if self.separate else 1
-        self.blocks = nn.ModuleList(Block(config, n_scans) for _ in range(config.n_layer))
+        if config.scan_mode == "separate":
+            self.scans = [(*turns, *((p, p) for p in text))] * config.n_layer
+        else:
+            self.scans = [(turns[i % len(turns)],) for i in range(config.n_layer)]
+        self.blocks = nn.ModuleList(Block(config, len(scans)) for scans in self.scans)
 
     def forward(self, x: Tensor, m: int, grid: tuple[int, int] | None) -> Tensor:
         """[b, l, d] -> [b, l, d], for m text tokens and a grid of image tokens."""
-        return self._parallel(x, m, grid) if self.separate else self._alternate(x, m, grid)
-
-    def _alternate(self, x: Tensor, m: int, grid: tuple[int, int] | None) -> Tensor:
-        """One mixer a block; block i reads in scan i. The stream stays in the scan's order."""
-        orders, moves = _plan(tuple(self.scans), len(self.blocks), m, grid)
-        for block, move in zip(self.blocks, moves, strict=True):
-            x = x.index_select(1, move.to(x.device))
-            x = x + block(x.unsqueeze(2)).squeeze(2)
-        return x.index_select(1, orders[-1].argsort().to(x.device))
-
-    def _parallel(self, x: Tensor, m: int, grid: tuple[int, int] | None) -> Tensor:
-        """All mixers of a block at once, each in its own order; their mean joins the stream."""
-        orders, _ = _plan(tuple(self.scans), len(self.scans), m, grid)
-        order = torch.stack(orders, 1).to(x.device)  # [l, s]
-        inverse = order.argsort(0).unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        for block in self.blocks:
-            mixed = block(x[:, order])  # [b, l, s, d]
-            x = x + mixed.gather(1, inverse.expand(len(x), -1, -1, -1)).mean(2)
+        for block, scans in zip(self.blocks, self.scans, strict=True):
+            x = block(x, _order(scans, m, grid, x.device))
         return x
 
 
@@ -130,13 +173,9 @@ class Network(nn.Module):
         return Prediction(self.image_out(x[:, image_start : image_start + grid[0] * grid[1]]), text)
 
 
-@lru_cache(maxsize=64)
-def _plan(
-    scans: tuple[tuple[int, int], ...], depth: int, m: int, grid: tuple[int, int] | None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Order of each of `depth` blocks, and the move from one block's order to the next one's."""
-    orders = [scan.joint_scan(N_HEAD, m, grid, *scans[i % len(scans)])[0] for i in range(depth)]
-    moves = [orders[0]]
-    for before, after in pairwise(orders):
-        moves.append(before.argsort()[after])
-    return orders, moves
+@lru_cache(maxsize=256)
+def _order(
+    scans: tuple[tuple[int, int], ...], m: int, grid: tuple[int, int] | None, device: torch.device
+) -> Order:
+    orders, inverses = zip(*(scan.joint_scan(N_HEAD, m, grid, *s) for s in scans), strict=True)
+    return Order(torch.stack(orders, 1).to(device), torch.stack(inverses, 1).to(device))
