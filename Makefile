@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 export DS_ACCELERATOR ?= cpu
 
-.PHONY: setup demo test check format bench learn drill review gpu-check clean
+.PHONY: setup demo test check format bench learn learn-ablate drill review gpu-check clean
 
 setup: .venv/.ready
 
@@ -32,7 +32,13 @@ format: setup
 review: setup
 	$(PY) pipelines/demo.py --review true
 
-bench learn drill gpu-check:
+learn: setup
+	$(PY) pipelines/learn.py
+
+learn-ablate: setup
+	$(PY) pipelines/learn_ablate.py
+
+bench drill gpu-check:
 	@echo "make $@ is not built yet" && exit 2
 
 clean:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from mdm.config import doc, fail, parse_cli
+from mdm.data.autoencoder import Autoencoder
 from mdm.data.image import decode_image
 from mdm.generate import Generator
 
@@ -80,9 +81,11 @@ def generate(generator: Generator, flags: Flags) -> None:
         pixels = generator.text_to_image(inputs, guidance=flags.guidance, steps=steps, seed=seed)
         save(pixels, inputs, Path(flags.out))
     elif flags.task == "image-to-text":
-        size = generator.autoencoder.image_size
+        autoencoder = generator.autoencoder
+        assert isinstance(autoencoder, Autoencoder)  # what `load` gives
+        size = autoencoder.image_size
         pictures = [torch.from_numpy(decode_image(Path(i).read_bytes(), size)) for i in inputs]
-        latents = generator.autoencoder.encode(torch.stack(pictures))
+        latents = autoencoder.encode(torch.stack(pictures))
         tell(inputs, generator.image_to_text(latents, steps=steps, seed=seed))
     else:
         replies = generator.reply([(turn,) for turn in inputs], steps=steps, seed=seed)

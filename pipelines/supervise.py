@@ -95,7 +95,11 @@ def supervise(parent: int, command: list[str]) -> int:
 
 
 def supervised(
-    command: Sequence[str], *, env: Mapping[str, str] | None = None, stdout: int | None = None
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
 ) -> "subprocess.Popen[str]":
     """Start `command` under a supervisor; SIGTERM to it ends all of the command's processes.
 
@@ -105,6 +109,7 @@ def supervised(
         [sys.executable, __file__, str(os.getpid()), *command],
         env={**os.environ, **(env or {})},
         stdout=stdout,
+        stderr=stderr,
         text=True,
     )
 

@@ -1,72 +1,14 @@
-"""The report of a demo run: `report.json` for programs, `report.html` for people.
+"""The report of a demo run: `report.json` for programs, `report.html` for people."""
 
-The page is one file: pictures, charts and styles are in it, and it asks nothing of any network.
-"""
-
-import base64
-import io
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
 from PIL import Image
 
-from mdm.evaluate.charts import line_chart
+from mdm.evaluate.page import Target, data_uri, loss_charts, render, tiles, write_report
 from mdm.evaluate.sheets import Sheet, cut_sheet
-
-TERMS = {
-    "total": "total",
-    "eps_img": "noise prediction, image",
-    "se_img": "score entropy, image",
-    "se_txt": "score entropy, text",
-    "rec_img": "reconstruction, image",
-    "rec_txt": "reconstruction, text",
-    "kl": "KL",
-}
-TASKS = {"image_text": "Pictures with text", "text": "Text alone"}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A number that a run should reach, and the number to read it beside."""
-
-    metric: str
-    title: str
-    at_least: float | None = None
-    at_most: float | None = None
-    beside: str = ""  # metric of the floor, ceiling or control
-    note: str = ""
-
-    def row(self, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """As the table shows it; `ok` is None where there is no target."""
-        value = metrics.get(self.metric)
-        ok = None
-        if value is not None and self.at_least is not None:
-            ok = value >= self.at_least
-        elif value is not None and self.at_most is not None:
-            ok = value <= self.at_most
-        wanted = (
-            f"≥ {self.at_least:.2f}"
-            if self.at_least is not None
-            else f"≤ {self.at_most:.2f}"
-            if self.at_most is not None
-            else ""
-        )
-        return {
-            "metric": self.metric,
-            "title": self.title,
-            "value": value,
-            "beside": metrics.get(self.beside),
-            "target": wanted,
-            "ok": ok,
-            "note": self.note,
-        }
-
 
 TARGETS = (
     Target(
@@ -139,26 +81,6 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _data_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _tiles(
-    sheets: Mapping[str, Any], labels: Mapping[str, Any], folder: Path
-) -> dict[str, list[dict[str, Any]]]:
-    tiles = {}
-    for name, plain in sheets.items():
-        pictures = cut_sheet(Sheet(**plain), folder)
-        texts = labels.get(name) or [{}] * len(pictures)
-        tiles[name] = [
-            {"src": _data_uri(picture), "text": "", "truth": "", "right": None} | text
-            for picture, text in zip(pictures, texts, strict=True)
-        ]
-    return tiles
-
-
 def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """A nested dict as (name, value) rows, lists and hashes left out."""
     rows = []
@@ -171,24 +93,6 @@ def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         elif not isinstance(value, list) and "sha256" not in key:
             rows.append((name, str(value)))
     return rows
-
-
-def _losses(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A chart of the loss and of every term of every task that occurs."""
-    wanted = {"loss": "Loss, all tasks (Eq. 18)"} | {
-        f"{task}/{term}": f"{task_title}: {term_title}"
-        for task, task_title in TASKS.items()
-        for term, term_title in TERMS.items()
-    }
-    charts = []
-    for name, title in wanted.items():
-        rows = [(r["samples_seen"], r[name]) for r in lines if name in r]
-        if len(rows) > 1:
-            x, y = zip(*rows, strict=True)
-            tail = y[-max(1, len(y) // 20) :]
-            svg = Markup(line_chart(x, y, title))
-            charts.append({"title": title, "svg": svg, "last": sum(tail) / len(tail)})
-    return charts
 
 
 def _stages(run: Path, order: Sequence[str]) -> list[dict[str, Any]]:
@@ -224,20 +128,20 @@ def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
     stages = _stages(run, order)
     training: dict[str, Any] = next(s["report"] for s in stages if s["name"] == "train")
     with Image.open(run / "autoencoder" / "reconstructions.png") as picture:
-        reconstructions = _data_uri(picture.convert("RGB"))
+        reconstructions = data_uri(picture.convert("RGB"))
     metrics = evaluation["metrics"]
     return {
         "metrics": metrics,
         "targets": [target.row(metrics) for target in TARGETS],
-        "tiles": _tiles(evaluation["sheets"], evaluation["labels"], folder),
+        "tiles": tiles(evaluation["sheets"], evaluation["labels"], folder),
         "snapshots": [
-            shot | {"tiles": [_data_uri(p) for p in cut_sheet(Sheet(**shot["sheet"]), folder)]}
+            shot | {"tiles": [data_uri(p) for p in cut_sheet(Sheet(**shot["sheet"]), folder)]}
             for shot in evaluation["snapshots"]
         ],
         "replies": evaluation["replies"],
         "settings": evaluation["settings"],
         "samples_seen": evaluation["samples_seen"],
-        "losses": _losses(lines),
+        "losses": loss_charts(lines),
         "stages": stages,
         "training": training,
         "wall_seconds": sum(s["seconds"] for s in stages),
@@ -271,39 +175,9 @@ def to_json(content: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def render(content: Mapping[str, Any]) -> str:
-    """The page for `content` of `collect`; texts are escaped."""
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {"number": _number, "duration": _duration}
-    return env.get_template("report.html.j2").render(**content)
-
-
 def write(run: Path, order: Sequence[str]) -> dict[str, Any]:
     """Write `report.json` and `report.html` into `run`; the JSON's content."""
     content = collect(run, order)
     plain = to_json(content)
-    for name, text in (
-        ("report.html", render(content)),
-        ("report.json", json.dumps(plain, indent=2) + "\n"),
-    ):
-        temporary = run / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, run / name)
+    write_report(run, render("report.html.j2", content), plain)
     return plain

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from safetensors.torch import load_file
@@ -23,6 +23,24 @@ BATCH = 100  # samples denoised together
 TEXT_DELAY = 0.5  # of joint drawing: captions follow pictures more surely than the reverse
 
 
+class Decodes(Protocol):
+    """What turns latents into pictures: `mdm.data.autoencoder.Autoencoder`, or pixel patches."""
+
+    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Pixels f32 [b, 3, h, w] in [0, 1] of latents [b, n, c]."""
+        ...
+
+
+def load_objective(folder: Path, config: Config) -> Objective:
+    """Exported weights as a module; ValueError if they belong to another configuration."""
+    objective = Objective(config)
+    try:
+        objective.load_state_dict(load_file(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: weights of another configuration: {error}") from None
+    return objective
+
+
 class Generator:
     """Class, text, picture or nothing in; picture, text or both out.
 
@@ -30,7 +48,7 @@ class Generator:
     """
 
     def __init__(
-        self, config: Config, objective: Objective, tokenizer: Tokenizer, autoencoder: Autoencoder
+        self, config: Config, objective: Objective, tokenizer: Tokenizer, autoencoder: Decodes
     ) -> None:
         self.config, self.objective = config, objective.eval()
         self.tokenizer, self.autoencoder = tokenizer, autoencoder
@@ -60,12 +78,8 @@ class Generator:
                 f"the tokenizer has {pieces.vocab_size} pieces but the model was trained with "
                 f"{config.model.vocab_size}; use the tokenizer of its run"
             )
-        objective = Objective(config)
-        try:
-            objective.load_state_dict(load_file(folder / "model.safetensors"))
-        except RuntimeError as error:
-            raise ValueError(f"{folder}: weights of another configuration: {error}") from None
-        return cls(config, objective, pieces, Autoencoder.load(autoencoder or config.autoencoder))
+        first_stage = Autoencoder.load(autoencoder or config.autoencoder)
+        return cls(config, load_objective(folder, config), pieces, first_stage)
 
     def class_to_image(
         self, class_ids: Sequence[int], *, guidance: float = 1.0, steps: int = 20, seed: int = 0

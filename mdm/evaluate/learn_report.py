@@ -1,0 +1,95 @@
+"""The report of `pipelines/learn.py`: `report.json` for programs, `report.html` for people."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mdm.evaluate.learn import Drawn, Task
+from mdm.evaluate.page import Target, loss_charts, render, tiles, write_report
+from mdm.evaluate.runner import Label
+from mdm.evaluate.sheets import save_sheet
+
+SHOWN = 100  # tiles of a sheet
+
+
+def targets(metrics: Mapping[str, Any]) -> list[Target]:
+    """What the run should reach; floors come from the same run."""
+    return [
+        Target("t2i_accuracy", "Caption → picture, guided", at_least=0.95,
+               beside="classifier_accuracy", note="ceiling: real held-out pictures"),
+        Target("t2i_accuracy_unguided", "Caption → picture, not guided"),
+        Target("shuffled_control", "The same with captions dealt out anew", at_most=0.2),
+        Target("i2t_accuracy", "Held-out picture → caption", at_least=0.97),
+        Target("joint_agreement", "Both at once: caption names the picture", at_least=0.90),
+        Target("class_share_min", "Rarest class, of its even share", at_least=0.5),
+        Target("class_share_max", "Commonest class, of its even share", at_most=2.0),
+        Target("recall", "Recall, k = 3", at_least=0.75 * metrics["recall_floor"],
+               beside="recall_floor", note="other real pictures of the same number"),
+        Target("precision", "Precision, k = 3",
+               beside="precision_floor", note="other real pictures of the same number"),
+        Target("fid64", "Fréchet distance in 64 features", at_most=2 * metrics["fid64_floor"],
+               beside="fid64_floor", note="other real pictures of the same number"),
+    ]  # fmt: skip
+
+
+def sheets(task: Task, drawn: Drawn, wanted: Sequence[int], folder: Path) -> dict[str, Any]:
+    """The tiles of everything drawn, with what the classifier and the captions say of them."""
+    named = task.names.named
+    parts = {
+        "drawn": (
+            drawn.pictures,
+            [
+                Label(text, "", seen == c)
+                for text, seen, c in zip(drawn.captions, drawn.seen, wanted, strict=True)
+            ],
+        ),
+        "described": (
+            task.real,
+            [
+                Label(text, task.names.names[c][0], named(text) == c)
+                for text, c in zip(drawn.described, task.labels.tolist(), strict=True)
+            ],
+        ),
+        "joint": (
+            drawn.joint_pictures,
+            [
+                Label(text, "", named(text) == seen)
+                for text, seen in zip(drawn.joint_captions, drawn.joint_seen, strict=True)
+            ],
+        ),
+        "real": (task.real, [Label("") for _ in task.real]),
+    }
+    found, labels = {}, {}
+    for name, (pictures, marks) in parts.items():
+        found[name] = vars(save_sheet(pictures[:SHOWN], folder / f"{name}.png", columns=10))
+        labels[name] = [vars(mark) for mark in marks[:SHOWN]]
+    return tiles(found, labels, folder)
+
+
+def write(
+    run: Path, metrics: Mapping[str, Any], task: Task, drawn: Drawn, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write both reports into `run`, whose `train` folder holds the training job; the JSON."""
+    shares = metrics["class_shares"]
+    numbers = {**metrics, "class_share_min": min(shares), "class_share_max": max(shares)}
+    rows = [target.row(numbers) for target in targets(numbers)]
+    with (run / "train" / "metrics.jsonl").open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    wanted = [i % len(task.names) for i in range(len(drawn.seen))]
+    plain = numbers | {
+        "targets": {row["metric"]: row["ok"] for row in rows if row["ok"] is not None},
+        "settings": dict(settings),
+    }
+    page = render(
+        "learn.html.j2",
+        {
+            "metrics": numbers,
+            "targets": rows,
+            "tiles": sheets(task, drawn, wanted, run / "sheets"),
+            "losses": loss_charts(lines),
+            "settings": settings,
+        },
+    )
+    write_report(run, page, plain)
+    return plain

@@ -1,0 +1,136 @@
+"""Does it learn? 8 x 8 digits with captions, through the very trainer, objective and sampler.
+
+`python pipelines/learn.py` trains the preset `learn` with DeepSpeed on two ranks, draws from the
+averaged weights, lets an independent classifier judge, and writes `report.json` and `report.html`.
+"""
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdm.config import Config, doc, fail, from_dict, parse_cli
+from mdm.data.pixels import PixelPatches
+from mdm.data.tokenizer import Tokenizer
+from mdm.evaluate import classifier, learn_report
+from mdm.evaluate.learn import Task, evaluate
+from mdm.generate import Generator
+from mdm.generate.generator import load_objective
+from pipelines import learn_data
+from pipelines.stages import read_json
+from pipelines.supervise import supervised
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of this job."""
+
+    out: str = doc("runs/learn", "folder for everything it writes")
+    ranks: int = doc(2, "training processes")
+    train_flags: str = doc("", "more flags for the training job, separated by spaces")
+    guidance: float = doc(1.0, "guidance weight of pictures")
+    joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
+    steps: int = doc(20, "solver steps")
+    seed: int = doc(0, "of training and of everything drawn")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all evaluations of one data set share."""
+
+    task: Task
+    judge: classifier.Classifier
+    pixels: PixelPatches
+    tokenizer: Path
+
+
+def prepare(folder: Path) -> Setting:
+    """Write the data, train the judge on the training pictures."""
+    shutil.rmtree(folder, ignore_errors=True)
+    train, heldout, pixels = learn_data.write(folder)
+
+    def shown(grey: Tensor) -> Tensor:
+        return pixels.decode(pixels.encode(grey))
+
+    judge = classifier.train(
+        shown(train.grey), train.labels, len(learn_data.WORDS), classifier.Training(epochs=30)
+    )
+    n = len(heldout.labels)
+    others = torch.linspace(0, len(train.labels) - 1, n).long()
+    task = Task(
+        learn_data.NAMES,
+        shown(heldout.grey),
+        shown(train.grey[others]),
+        pixels.encode(heldout.grey),
+        heldout.labels,
+        learn_data.captions,
+    )
+    return Setting(task, judge, pixels, folder / "tokenizer.model")
+
+
+def train(out: Path, data: Path, ranks: int, flags: list[str]) -> dict[str, float]:
+    """Train the preset with the job that people use; what its `done` marker says."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [
+        *(str(launcher), "--num_accelerators", str(ranks), "pipelines/pretrain.py"),
+        *("--preset", "learn", "--data.root", str(data / "encoded"), "--run_dir", str(out)),
+        *("--tokenizer", str(data / "tokenizer.model"), *flags),
+    ]
+    env = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive"}
+    process = supervised(command, env=env)
+    if code := process.wait():
+        fail(f"learn: the training job ended with {code}; run it again to go on")
+    done: dict[str, float] = read_json(out / "done.json")
+    return done
+
+
+def load(export: Path, setting: Setting) -> Generator:
+    """The generator of exported weights, with pixel patches in the autoencoder's place."""
+    config = from_dict(Config, read_json(export / "config.json"))
+    objective = load_objective(export, config)
+    return Generator(config, objective, Tokenizer(setting.tokenizer), setting.pixels)
+
+
+def run(flags: Flags) -> dict[str, Any]:
+    """Data, training, evaluation, report."""
+    began, out = time.monotonic(), Path(flags.out)
+    setting = prepare(out / "data")
+    more = ["--seed", str(flags.seed), *flags.train_flags.split()]
+    done = train(out / "train", out / "data", flags.ranks, more)
+    trained = time.monotonic()
+    metrics, drawn = evaluate(
+        load(out / "train" / "export", setting),
+        setting.judge,
+        setting.task,
+        guidance=flags.guidance,
+        joint_guidance=flags.joint_guidance,
+        steps=flags.steps,
+        seed=flags.seed,
+    )
+    report = metrics | {
+        "train_seconds": done["wall_seconds"],
+        "samples_per_second": done["samples_per_second"],
+        "samples_seen": done["samples_seen"],
+        "evaluate_seconds": time.monotonic() - trained,
+        "wall_seconds": time.monotonic() - began,
+    }
+    return learn_report.write(out, report, setting.task, drawn, vars(flags))
+
+
+def main() -> int:
+    """Run the job."""
+    flags = parse_cli(Flags, description=__doc__ or "")
+    report = run(flags)
+    for metric, ok in report["targets"].items():
+        print(f"{'reached' if ok else 'MISSED ':8}{metric} = {report[metric]:.3f}")
+    print(f"{report['wall_seconds']:.0f} s; {flags.out}/report.json, {flags.out}/report.html")
+    return 0 if all(report["targets"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""What each choice is worth, on the task of `pipelines/learn.py`: a table over three seeds.
+
+Every variant trains the preset `learn` shortly, on one rank, as many at once as `jobs` says. The
+solvers, their evaluations and the selection of settled tokens are compared on the long run's
+weights, if `pipelines/learn.py` has made them. Run again, it goes on from the finished variants.
+"""
+
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mdm.config import doc, fail, parse_cli
+from mdm.evaluate.learn import evaluate
+from pipelines.learn import Setting, load, prepare
+from pipelines.stages import read_json, write_json
+from pipelines.supervise import supervised
+
+VARIANTS = {
+    "as shipped": "",
+    "score entropy 0": "--objective.se_image 0",
+    "score entropy 0.3": "--objective.se_image 0.3",
+    "target of Theorem 1": "--objective.target theorem1",
+    "latents not detached": "--objective.detach_latents false",
+    "scans 12/1": "--model.scans 12/1",
+    "transformer": "--model.decoder transformer",
+}
+COLUMNS = {
+    "t2i_accuracy": "caption → picture",
+    "t2i_accuracy_unguided": "not guided",
+    "i2t_accuracy": "picture → caption",
+    "joint_agreement": "both at once",
+    "recall": "recall",
+    "fid64": "FID, 64-d",
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of this job."""
+
+    out: str = doc("runs/learn/ablate", "folder for everything it writes")
+    variants: str = doc("", "names of variants, separated by commas; all by default")
+    seeds: int = doc(3, "seeds of each variant")
+    train_steps: int = doc(1500, "optimizer steps of each variant")
+    jobs: int = doc(2, "variants at once")
+    guidance: float = doc(1.0, "guidance weight of pictures")
+    joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
+    steps: int = doc(20, "solver steps")
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.names) - set(VARIANTS):
+            raise ValueError(
+                f"unknown variants {', '.join(sorted(unknown))}; choose of {', '.join(VARIANTS)}"
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The variants to compare."""
+        return tuple(self.variants.split(",")) if self.variants else tuple(VARIANTS)
+
+
+def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, Any]:
+    """Train and judge one variant with one seed, or read what was found before."""
+    folder = Path(flags.out) / f"{name.replace(' ', '-')}-{seed}"
+    found = folder / "metrics.json"
+    if found.exists():
+        return dict(read_json(found))
+    command = [
+        *(sys.executable, "pipelines/pretrain.py", "--preset", "learn"),
+        *("--data.root", str(setting.tokenizer.parent / "encoded")),
+        *("--tokenizer", str(setting.tokenizer), "--run_dir", str(folder / "train")),
+        *("--train.steps", str(flags.train_steps), "--train.threads", "1", "--seed", str(seed)),
+        *VARIANTS[name].split(),
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log:
+        env = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+        process = supervised(command, env=env, stdout=log.fileno(), stderr=subprocess.STDOUT)
+        code = process.wait()
+    if code:
+        raise RuntimeError(f"{name}, seed {seed}: training ended with {code}; see {folder}/log.txt")
+    metrics, _ = evaluate(
+        load(folder / "train" / "export", setting),
+        setting.judge,
+        setting.task,
+        guidance=flags.guidance,
+        joint_guidance=flags.joint_guidance,
+        steps=flags.steps,
+    )
+    write_json(found, metrics)
+    return metrics
+
+
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Mean and deviation over the seeds, as Markdown."""
+    lines = [
+        "| variant | " + " | ".join(COLUMNS.values()) + " |",
+        "|---|" + "---:|" * len(COLUMNS),
+    ]
+    for name, found in rows.items():
+        cells = []
+        for column in COLUMNS:
+            values = [f[column] for f in found]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.2f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def run(flags: Flags) -> dict[str, list[dict[str, Any]]]:
+    """All variants and seeds; the seeds of a variant come last, so that the table fills evenly."""
+    torch.set_num_threads(1)
+    setting = prepare(Path(flags.out) / "data")
+    todo = [(name, seed) for seed in range(flags.seeds) for name in flags.names]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in flags.names}
+    with ThreadPoolExecutor(flags.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
+        jobs = [(name, pool.submit(run_one, flags, setting, name, seed)) for name, seed in todo]
+        for name, job in jobs:
+            found[name].append(job.result())
+            bar.update()
+    return found
+
+
+def main() -> int:
+    """Run the job and print the table."""
+    flags = parse_cli(Flags, description=__doc__ or "")
+    try:
+        found = run(flags)
+    except RuntimeError as error:
+        fail(f"learn_ablate: {error}")
+    write_json(Path(flags.out) / "ablate.json", found)
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The smallest real task: scikit-learn's 8 x 8 digits with captions of several templates.
+
+Writes what the trainer reads (a tokenizer and an encoded data set) and keeps held-out pictures
+back. 1,797 handwritten digits (UCI, Alpaydin and Kaynak, CC BY 4.0); a fifth is held out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from mdm.data.manifest import Manifest, publish
+from mdm.data.pixels import PixelPatches, fitted
+from mdm.data.schema import Examples, example_schema, to_bfloat16_bits, write_shard
+from mdm.data.storage import open_store
+from mdm.data.tokenizer import EOS, Tokenizer, train_model
+from mdm.evaluate.caption import ClassNames
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "{word}",
+    "the digit {word}",
+    "a handwritten {word}",
+    "a small {word}",
+    "number {numeral}",
+    "this is a {numeral}",
+)
+NAMES = ClassNames(tuple((word, str(numeral)) for numeral, word in enumerate(WORDS)))
+VOCAB_SIZE = 96
+PATCH = 4
+HELD_OUT = 5  # every fifth picture of a class
+BATCH_ROWS = 128
+
+
+def caption(digit: int, template: int) -> str:
+    """The caption of a digit in one of the templates."""
+    return TEMPLATES[template % len(TEMPLATES)].format(word=WORDS[digit], numeral=digit)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Pictures [n, 8, 8] in [0, 1] and their classes i64 [n]."""
+
+    grey: Tensor
+    labels: Tensor
+
+
+def split() -> tuple[Digits, Digits]:
+    """Training and held-out pictures; every class gives a fifth of its own."""
+    bunch = load_digits()
+    grey = torch.from_numpy(bunch.images / 16.0).float()
+    labels = torch.from_numpy(bunch.target).long()
+    rank = torch.zeros_like(labels)
+    for c in range(len(WORDS)):
+        of_class = labels == c
+        rank[of_class] = torch.arange(int(of_class.sum()))
+    held = rank % HELD_OUT == 0
+    return Digits(grey[~held], labels[~held]), Digits(grey[held], labels[held])
+
+
+def write(folder: Path) -> tuple[Digits, Digits, PixelPatches]:
+    """Write `tokenizer.model` and `encoded/digits` into `folder`: each picture with each caption.
+
+    Returns training pictures, held-out pictures, and the way between pictures and tokens.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    train, heldout = split()
+    pixels = fitted(train.grey, PATCH)
+    path = folder / "tokenizer.model"
+    path.write_bytes(train_model(_corpus(), VOCAB_SIZE))
+    tokenizer = Tokenizer(path)
+    store = open_store(str(folder / "encoded" / "digits"))
+    data, shard = write_shard(
+        _examples(train, pixels, tokenizer),
+        example_schema(pixels.grid, pixels.latent_dim),
+        BATCH_ROWS,
+    )
+    store.put(shard.key, data)
+    publish(
+        store,
+        Manifest(
+            dataset="digits",
+            split="train",
+            recipe_hash=f"digits in {PATCH} x {PATCH} patches, {len(TEMPLATES)} captions each",
+            tokenizer_sha256=tokenizer.sha256,
+            autoencoder_sha256="pixel patches",
+            image_grid=pixels.grid,
+            latent_dim=pixels.latent_dim,
+            vocab_size=tokenizer.vocab_size,
+            class_names=WORDS,
+            batch_rows=BATCH_ROWS,
+            shards=(shard,),
+            quarantine=(),
+            counts={"examples": shard.rows},
+            card_sha256="",
+        ),
+    )
+    return train, heldout, pixels
+
+
+def _corpus() -> list[str]:
+    """Captions, and the set's own description: a few words alone would make pieces of letters."""
+    lines = [caption(c, t) for c in range(len(WORDS)) for t in range(len(TEMPLATES))]
+    return lines * 100 + [line.strip() for line in load_digits().DESCR.splitlines() if line.strip()]
+
+
+def _examples(digits: Digits, pixels: PixelPatches, tokenizer: Tokenizer) -> Examples:
+    n, k = len(digits.labels), len(TEMPLATES)
+    # Captions of one picture lie far apart, so that a window of the order holds many pictures.
+    rows = [(i, (i + turn) % k) for turn in range(k) for i in range(n)]
+    picks = np.array([i for i, _ in rows])
+    latents = to_bfloat16_bits(pixels.encode(digits.grey).flatten(1).numpy())
+    return Examples(
+        ids=[f"digit-{i:04d}-{t}" for i, t in rows],
+        origins=[f"sklearn/digits::{i}" for i, _ in rows],
+        class_ids=digits.labels.numpy().astype(np.int32)[picks],
+        tokens=[
+            np.array([*tokenizer.encode(caption(int(digits.labels[i]), t)), EOS], np.uint16)
+            for i, t in rows
+        ],
+        prompt_lengths=np.zeros(len(rows), np.uint16),
+        latents=latents[picks],
+    )
+
+
+def captions(labels: Sequence[int]) -> list[str]:
+    """A caption for each label, the templates in turn."""
+    return [caption(c, i // len(WORDS)) for i, c in enumerate(labels)]
