@@ -39,7 +39,9 @@ class ModelConfig:
     """Sizes of the diffusion decoder (Appendix C) and of the sequence it reads."""
 
     d_model: int = doc(2048, "width of the residual stream")
-    n_layer: int = doc(49, "number of Mamba-2 blocks")
+    n_layer: int = doc(49, "number of blocks")
+    decoder: str = doc("mamba", "mamba: Mamba-2 blocks; transformer: attention, as in MonoFormer")
+    long_skip: bool = doc(False, "block i also hears block n_layer - 1 - i, as in DiM and U-ViT")
     d_state: int = doc(128, "state size of the scan, per head channel")
     headdim: int = doc(64, "channels of one head")
     expand: int = doc(2, "inner width of a mixer as a multiple of d_model")
@@ -54,7 +56,11 @@ class ModelConfig:
     )
     scans: str = doc("1234/12", "image scans / text scans")
     discretization: str = doc("zoh", "zoh (Eq. 13) or euler (mamba_ssm)")
+    n_heads: int = doc(32, "query heads of the transformer")
+    n_kv_heads: int = doc(4, "key and value heads of the transformer; query heads share them")
+    d_ff: int = doc(0, "inner width of the transformer's MLP; 0: as large as a Mamba-2 block")
     kernel: str = doc("torch", "torch, compiled (torch.compile), or fused (CUDA kernels)")
+    eq17_logits: bool = doc(False, "add Eq. 17 to a text token's scores, by a learned g(t) from 0")
     latent_dim: int = doc(16, "numbers in one token's latent, both modalities")
     vocab_size: int = doc(32_000, "pieces of the tokenizer")
     n_classes: int = doc(1000, "class labels; one more embedding stands for 'no class'")
@@ -63,6 +69,17 @@ class ModelConfig:
     text_length: int = doc(512, "longest text in tokens")
 
     def __post_init__(self) -> None:
+        sizes = (
+            *("d_model", "n_layer", "d_state", "headdim", "expand", "d_conv", "chunk_size"),
+            *("n_heads", "n_kv_heads", "latent_dim", "vocab_size", "n_classes"),
+            *("image_height", "image_width", "text_length"),
+        )
+        for name in sizes:
+            _check(
+                getattr(self, name) > 0,
+                f"model.{name} is {getattr(self, name)}; it must be positive",
+            )
+        _one_of("model.decoder", self.decoder, ("mamba", "transformer"))
         _one_of("model.scan_mode", self.scan_mode, ("alternate", "separate"))
         _one_of("model.scans", self.scans, ("1234/12", "12/1"))
         _one_of("model.discretization", self.discretization, ("zoh", "euler"))
@@ -78,26 +95,30 @@ class ModelConfig:
             inner % self.headdim == 0,
             f"model.headdim {self.headdim} does not divide expand x d_model = {inner}",
         )
-        for name in (
-            "d_model",
-            "n_layer",
-            "d_state",
-            "vocab_size",
-            "text_length",
-            "image_height",
-            "image_width",
-        ):
-            _check(
-                getattr(self, name) > 0,
-                f"model.{name} is {getattr(self, name)}; it must be positive",
-            )
+        if self.decoder == "transformer":
+            self._check_heads()
+
+    def _check_heads(self) -> None:
+        _check(
+            self.d_model % self.n_heads == 0,
+            f"model.n_heads {self.n_heads} does not divide model.d_model {self.d_model}",
+        )
+        _check(
+            self.n_heads % self.n_kv_heads == 0,
+            f"model.n_kv_heads {self.n_kv_heads} does not divide model.n_heads {self.n_heads}",
+        )
+        _check(self.d_ff >= 0, f"model.d_ff is {self.d_ff}; it is positive, or 0 to be matched")
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """Weights of the loss (Eq. 18) and how noise levels are drawn."""
 
+    target: str = doc(
+        "one_hot", "of the score entropy: one_hot (the true z_0), or theorem1 (hears no context)"
+    )
     lambda_se: float = doc(1.0, "weight of the score-entropy terms, lambda of Eq. 18")
+    eps_image: float = doc(1.0, "weight of the image's noise prediction beside its score entropy")
     se_image: float = doc(0.1, "weight of the image's score entropy beside its noise prediction")
     beta_kl: float = doc(1e-5, "weight of the KL term, beta of Eq. 18")
     se_trajectory: int = doc(6, "candidates from the token's own noisy trajectory")
@@ -108,9 +129,19 @@ class ObjectiveConfig:
     p_text: float = doc(0.05, "share with the picture dropped: text without a condition")
     p_class: float = doc(0.8, "share of labelled samples of p_image that see their class")
     p_self_condition: float = doc(0.25, "share of steps that also see their own last estimate")
+    text_warp: bool = doc(False, "draw text noise levels where the loss changes (CDCD)")
+    detach_latents: bool = doc(True, "keep the image diffusion loss from the image encoder")
+    normalize_latents: bool = doc(True, "image latents by their running mean and variance")
     pad_weight: float = doc(0.1, "weight of the padding after the end of a text")
 
     def __post_init__(self) -> None:
+        _one_of("objective.target", self.target, ("one_hot", "theorem1"))
+        for name in (
+            *("lambda_se", "eps_image", "se_image", "beta_kl", "pad_weight"),
+            *("se_trajectory", "se_in_batch"),
+        ):
+            value = getattr(self, name)
+            _check(value >= 0, f"objective.{name} is {value}; it must not be negative")
         tasks = ("p_text_to_image", "p_image_to_text", "p_image", "p_text")
         for name in (*tasks, "p_class", "p_self_condition"):
             p = getattr(self, name)
@@ -184,7 +215,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("train.decay", self.decay, ("constant", "cosine"))
         _one_of("train.gather", self.gather, ("block", "trunk"))
-        _check(self.steps > 0, f"train.steps is {self.steps}; it must be positive")
+        for name in ("steps", "lr", "checkpoint_every", "keep", "log_every", "grad_clip"):
+            _check(
+                getattr(self, name) > 0,
+                f"train.{name} is {getattr(self, name)}; it must be positive",
+            )
         _check(0.0 <= self.ema < 1.0, f"train.ema is {self.ema}; it lies in [0, 1)")
 
 

@@ -1,8 +1,17 @@
 """The training objective (Eq. 18): noise both modalities at their own levels, score the prediction.
 
-Shapes: b batch, n image tokens, m text tokens, c latent width, v vocabulary, k candidates.
+Shapes: b batch, p pictures a sample, n image tokens of all of them, m text tokens, c latent width,
+v vocabulary, k candidates.
 
-Which modality is a condition is a matter of noise levels alone: t = 0 is given, t = T is dropped.
+What is a condition is a matter of noise levels alone: t = 0 is given, t = T is dropped. A text's
+prompt and all pictures but the last are given wherever anything is:
+
+    class -> image              text dropped, class kept
+    text -> image               text given; former pictures of a dialogue too
+    image -> text               picture given, text noised
+    question + image -> answer  the same, with the question as the text's prompt
+    text -> text                no picture, the former turns as prompt
+    both at once                both noised, each at its own level
 """
 
 from typing import NamedTuple
@@ -16,7 +25,14 @@ from mdm.config import Config
 from mdm.data.batch import Batch
 from mdm.data.tokenizer import PAD
 from mdm.diffusion import noise, schedule
-from mdm.diffusion.score_entropy import energy, log_score_ratio
+from mdm.diffusion.score_entropy import (
+    energy,
+    log_ratio,
+    log_ratio_vocabulary,
+    log_score_ratio,
+    score_entropy,
+)
+from mdm.diffusion.time_warp import TimeWarp
 from mdm.model.embed import CLEAN, DROPPED
 from mdm.model.network import Network
 from mdm.model.vae import NoisyLatentVAE, kl
@@ -39,7 +55,7 @@ class LossTerms(NamedTuple):
 class Levels(NamedTuple):
     """Noise levels of a batch."""
 
-    t_img: Tensor  # i64 [b], 0 ... T
+    t_img: Tensor  # i64 [b, p], 0 ... T
     t_txt: Tensor  # i64 [b]
     class_ids: Tensor  # i64 [b], -1 where dropped
 
@@ -49,21 +65,24 @@ class Objective(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.seed, self.weights, self.latent_dim = (
-            config.seed,
-            config.objective,
-            config.model.latent_dim,
-        )
+        self.seed, self.weights, self.model = config.seed, config.objective, config.model
         self.network = Network(config.model)
         self.vae = NoisyLatentVAE(config.model.latent_dim, config.model.vocab_size)
+        self.text_warp = TimeWarp(config.model.vocab_size) if self.weights.text_warp else None
 
     def forward(self, batch: Batch, step: int) -> LossTerms:
-        """Loss terms of one rank's share of a global step."""
+        """Loss terms of one rank's share of a global step.
+
+        Raises:
+            ValueError: a batch that does not fit the model, with both values.
+        """
+        batch.check(self.model)
         n = 0 if batch.latents is None else batch.latents.shape[1]
         draws = noise.draw(
-            self.seed, batch.keys, batch.epochs, n, batch.tokens.shape[1], self.latent_dim
+            self.seed, batch.keys, batch.epochs, n, batch.tokens.shape[1], self.model.latent_dim
         )
         levels = self.draw_levels(draws.uniforms, batch)
+        prompt = batch.prompt & (levels.t_txt < schedule.STEPS).unsqueeze(1)
         means, bias = self.vae.vocabulary()
 
         # Text: z_0 around mu_v, without a gradient from the diffusion into the encoder.
@@ -77,13 +96,13 @@ class Objective(nn.Module):
         abar_txt = schedule.TEXT.alpha_bar(levels.t_txt)
         z_0_txt = s_txt.detach()
         z_txt = schedule.noised(z_0_txt, draws.text[:, 0], abar_txt[:, None, None])
-        z_txt = torch.where(batch.prompt.unsqueeze(-1), z_0_txt, z_txt)
+        z_txt = torch.where(prompt.unsqueeze(-1), z_0_txt, z_txt)
 
         image = self._image_latents(batch, draws) if batch.latents is not None else None
         abar_img = schedule.IMAGE.alpha_bar(levels.t_img)
         z_img = level_img = None
         if image is not None:
-            z_img = schedule.noised(image.z_0, image.eps, abar_img[:, None, None])
+            z_img = schedule.noised(image.z_0, image.eps, self._by_token(abar_img).unsqueeze(2))
             level_img = _level(schedule.IMAGE, levels.t_img)
         level_txt = _level(schedule.TEXT, levels.t_txt)
 
@@ -91,15 +110,21 @@ class Objective(nn.Module):
         if _self_conditions(step, self.weights.p_self_condition):
             with torch.no_grad():
                 first = self.network(
-                    z_txt, level_txt, batch.prompt, levels.class_ids, z_img, level_img
+                    *(z_txt, level_txt, prompt, levels.class_ids, z_img, level_img),
+                    picture_at=batch.picture_at,
                 )
                 estimate = (first.text.float() @ means.T + bias).softmax(-1) @ means
         said = self.network(
-            z_txt, level_txt, batch.prompt, levels.class_ids, z_img, level_img, estimate
+            *(z_txt, level_txt, prompt, levels.class_ids, z_img, level_img),
+            estimate_txt=estimate,
+            picture_at=batch.picture_at,
         )
 
         logits = said.text.float() @ means.T + bias
-        se_txt = self._text_loss(logits, batch, levels.t_txt)
+        text_losses = self._text_losses(logits, batch.tokens, prompt, z_txt, abar_txt, means)
+        se_txt = (text_losses * _noisy(levels.t_txt)).mean()
+        if self.text_warp is not None and self.training:
+            self.text_warp.update(levels.t_txt, text_losses, schedule.STEPS)
         zero = logits.new_zeros(())
         rec_img, eps_img, se_img = zero, zero, zero
         if image is not None and said.image is not None and z_img is not None:
@@ -111,7 +136,7 @@ class Objective(nn.Module):
             rec_img
             + rec_txt
             + w.beta_kl * kl_term
-            + w.lambda_se * (eps_img + w.se_image * se_img + se_txt)
+            + w.lambda_se * (w.eps_image * eps_img + w.se_image * se_img + se_txt)
         )
         return LossTerms(total, rec_img, rec_txt, kl_term, eps_img, se_img, se_txt)
 
@@ -121,14 +146,31 @@ class Objective(nn.Module):
         task, u_img, u_txt, u_class = uniforms[:, :4].unbind(1)
         t_img = 1 + (u_img * (last - 1)).long()
         t_txt = 1 + (u_txt * (last - 1)).long()
+        if self.text_warp is not None:
+            t_txt = self.text_warp.steps(u_txt, last)
         if batch.latents is None:
-            return Levels(t_img, t_txt, torch.full_like(batch.class_ids, -1))
+            return Levels(t_img.unsqueeze(1), t_txt, torch.full_like(batch.class_ids, -1))
         edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text])
         kind = torch.bucketize(task.contiguous(), edges.cumsum(0).to(task.device), right=True)
         t_txt = torch.where(kind == 0, 0, torch.where(kind == 2, last, t_txt))
         t_img = torch.where(kind == 1, 0, torch.where(kind == 3, last, t_img))
         keep = (kind == 2) & (u_class < w.p_class)
+        former = torch.where((kind == 2) | (kind == 3), last, 0).unsqueeze(1)
+        former = former.expand(-1, batch.latents.shape[1] // self._grid - 1)
+        t_img = torch.cat([former, t_img.unsqueeze(1)], 1)
         return Levels(t_img, t_txt, torch.where(keep, batch.class_ids, -1))
+
+    @property
+    def _grid(self) -> int:
+        return self.model.image_height * self.model.image_width
+
+    def _by_token(self, by_picture: Tensor) -> Tensor:
+        """[b, p, ...] -> [b, n, ...]: a picture's value for each of its tokens."""
+        return by_picture.repeat_interleave(self._grid, 1)
+
+    def _by_picture(self, by_token: Tensor) -> Tensor:
+        """[b, n, ...] -> [b, p, tokens of a picture, ...]."""
+        return by_token.view(len(by_token), -1, self._grid, *by_token.shape[2:])
 
     def _image_latents(self, batch: Batch, draws: noise.Draws) -> "_ImageLatents":
         assert batch.latents is not None
@@ -136,24 +178,27 @@ class Objective(nn.Module):
         mean, sigma = self.vae.encode_image(batch.latents)
         s = mean + sigma * draws.image[:, 1]
         rec = (self.vae.decode_image(s).float() - batch.latents).square().mean()
-        if self.training:
+        if self.training and self.weights.normalize_latents:
             with torch.no_grad():
                 self.vae.track(*_global_moments(s))
-        z_0 = self.vae.normalize_image(s).detach()
+        z_0 = self.vae.normalize_image(s)
+        if self.weights.detach_latents:
+            z_0 = z_0.detach()
         return _ImageLatents(z_0, draws.image[:, 0], rec, kl(mean, sigma).mean())
 
     def _image_loss(
         self, v: Tensor, image: "_ImageLatents", z_t: Tensor, abar: Tensor, levels: Levels
     ) -> tuple[Tensor, Tensor]:
         """The weighted noise prediction error, and the score entropy over candidates."""
-        noisy = ((levels.t_img > 0) & (levels.t_img < schedule.STEPS)).float()
+        noisy = _noisy(levels.t_img)
         abar = abar.clamp(1e-6, 1 - 1e-6)  # conditions and drops carry no loss, only no NaN either
-        a = abar[:, None, None]
+        token_abar = self._by_token(abar)
+        a = token_abar.unsqueeze(2)
         eps_hat = a.sqrt() * v + (1 - a).sqrt() * z_t
         # 1/2 |eps - eps_hat|^2 / abar = 1/2 |v - v_hat|^2: without the weight almost nothing is
         # learned where abar is small, and there a picture takes the shape that was asked for.
         weight = 1 / abar.clamp(min=MIN_ALPHA_BAR)
-        eps_img = weight * 0.5 * (eps_hat - image.eps).square().mean((1, 2))
+        eps_img = weight * 0.5 * self._by_picture((eps_hat - image.eps).square()).mean((2, 3))
         candidates = torch.cat(
             [
                 image.z_0.unsqueeze(2),
@@ -162,25 +207,41 @@ class Objective(nn.Module):
             ],
             2,
         )
-        token_abar = abar.unsqueeze(1).expand(z_t.shape[:2])
         log_s = log_score_ratio(energy(z_t, candidates, token_abar, eps_hat))
-        se_img = -log_s[..., 0].mean(1)  # Eq. 4 with a one-hot target is the cross-entropy
+        if self.weights.target == "theorem1":
+            log_r = log_score_ratio(log_ratio(z_t, candidates, token_abar))
+            se_img = self._by_picture(score_entropy(log_s, log_r)).mean(2)
+        else:  # Eq. 4 with a one-hot target is the cross-entropy
+            se_img = -self._by_picture(log_s[..., 0]).mean(2)
         # A mean over all samples, not over the noisy ones: ranks then average to the global loss.
-        return (eps_img * noisy).mean(), (se_img * noisy).mean()
+        return (eps_img * noisy).sum(1).mean(), (se_img * noisy).sum(1).mean()
 
     def _trajectory(self, image: "_ImageLatents", t: Tensor) -> Tensor:
         """States of each token's own path at evenly spaced earlier steps, [b, n, k, c]."""
         k = self.weights.se_trajectory
-        earlier = (t.unsqueeze(1) * torch.arange(1, k + 1, device=t.device)) // (k + 1)
-        a = schedule.IMAGE.alpha_bar(earlier)[:, None, :, None]
+        earlier = (t.unsqueeze(2) * torch.arange(1, k + 1, device=t.device)) // (k + 1)
+        a = self._by_token(schedule.IMAGE.alpha_bar(earlier)).unsqueeze(3)
         return schedule.noised(image.z_0.unsqueeze(2), image.eps.unsqueeze(2), a)
 
-    def _text_loss(self, logits: Tensor, batch: Batch, t: Tensor) -> Tensor:
-        """Score entropy over the whole vocabulary with a one-hot target: cross-entropy."""
-        per_token = F.cross_entropy(logits.transpose(1, 2), batch.tokens, reduction="none")
-        weight = ~batch.prompt * torch.where(batch.tokens == PAD, self.weights.pad_weight, 1.0)
-        per_sample = (per_token * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return (per_sample * ((t > 0) & (t < schedule.STEPS))).mean()
+    def _text_losses(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        prompt: Tensor,
+        z_t: Tensor,
+        abar: Tensor,
+        means: Tensor,
+    ) -> Tensor:
+        """Score entropy over the whole vocabulary, a mean over what is not prompt, [b]."""
+        if self.weights.target == "theorem1":
+            with torch.no_grad():  # of z_t and the vocabulary alone: nothing tells it the context
+                token_abar = abar.clamp(max=1 - 1e-6).unsqueeze(1).expand(tokens.shape)
+                log_r = log_score_ratio(log_ratio_vocabulary(z_t, means, token_abar))
+            per_token = score_entropy(log_score_ratio(logits), log_r)
+        else:  # with a one-hot target: cross-entropy
+            per_token = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+        weight = ~prompt * torch.where(tokens == PAD, self.weights.pad_weight, 1.0)
+        return (per_token * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 class _ImageLatents(NamedTuple):
@@ -188,6 +249,11 @@ class _ImageLatents(NamedTuple):
     eps: Tensor  # [b, n, c]
     rec: Tensor
     kl: Tensor
+
+
+def _noisy(t: Tensor) -> Tensor:
+    """1 where a step carries a loss: neither given nor dropped."""
+    return ((t > 0) & (t < schedule.STEPS)).float()
 
 
 def _level(table: schedule.Schedule, t: Tensor) -> Tensor:
@@ -206,6 +272,7 @@ def _others(z_0: Tensor, k: int) -> Tensor:
     share it.
     """
     b = len(z_0)
+    z_0 = z_0.detach()
     pool, first = z_0, 0
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         parts = [torch.empty_like(z_0) for _ in range(torch.distributed.get_world_size())]

@@ -1,5 +1,7 @@
 """Named configurations: values only."""
 
+import dataclasses
+
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig, SourceConfig, TrainConfig
 
 # Two CPU cores, about ten minutes: digits, emoji and dialogues at 32 x 32 pixels.
@@ -103,20 +105,43 @@ LEARN = Config(
     experiment="learn",
 )
 
-# The paper's decoder: 49 blocks, width 2048, one mixer a scan.
-MDM_7B = Config(
-    model=ModelConfig(scan_mode="separate", kernel="fused"),
-    data=DataConfig(
-        root="s3://mdm/encoded",
-        sources=(
-            SourceConfig("imagenet", 0.4),
-            SourceConfig("journeydb", 0.4),
-            SourceConfig("ultrachat", 0.2),
-        ),
-        global_batch=1024,
-        caption_length=108,
-        dialogue_length=512,
+# Sources and texts of all presets beyond the demo.
+_DATA = DataConfig(
+    root="s3://mdm/encoded",
+    sources=(
+        SourceConfig("imagenet", 0.4),
+        SourceConfig("journeydb", 0.4),
+        SourceConfig("ultrachat", 0.2),
+    ),
+    global_batch=1024,
+    caption_length=108,
+    dialogue_length=512,
+)
+
+# The paper's parameters: 49 blocks of width 2048 with a mixer for each of six scans.
+MDM_7B = Config(model=ModelConfig(scan_mode="separate", kernel="fused"), data=_DATA)
+
+# The paper's GFLOPs: the same 49 blocks with one mixer each, scans in turn, and long skips.
+MDM_1B = Config(
+    model=ModelConfig(scan_mode="alternate", long_skip=True, kernel="fused"), data=_DATA
+)
+
+# One GPU of 24 GB or more: 0.19 B parameters, weights and averages whole on it.
+DEV_1GPU = Config(
+    model=ModelConfig(d_model=1024, n_layer=24, long_skip=True, kernel="fused"),
+    data=dataclasses.replace(_DATA, global_batch=64, dialogue_length=256),
+    train=TrainConfig(
+        steps=200_000,
+        lr=3e-4,
+        warmup=1000,
+        deepspeed="deepspeed_configs/zero2.json",
     ),
 )
 
-PRESETS: dict[str, Config] = {"demo": DEMO, "learn": LEARN, "mdm_7b": MDM_7B}
+PRESETS: dict[str, Config] = {
+    "demo": DEMO,
+    "learn": LEARN,
+    "dev_1gpu": DEV_1GPU,
+    "mdm_1b": MDM_1B,
+    "mdm_7b": MDM_7B,
+}

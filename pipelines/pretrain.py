@@ -17,6 +17,7 @@ from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.storage import StoreError
 from mdm.dist import World
 from mdm.model.network import Block, Trunk
+from mdm.model.transformer import AttentionBlock
 from mdm.objective import Objective
 from mdm.presets import PRESETS
 from mdm.train.engine import start_ranks, stop_ranks
@@ -59,9 +60,9 @@ def main() -> int:
             flags = parse_cli(Flags, description=__doc__ or "", presets=presets)
         config = Config(**fields_of(flags))  # type: ignore[arg-type]
         world = start_ranks(config.train.threads)
-        gathered = {"block": Block, "trunk": Trunk}[config.train.gather]
+        gathered = {"block": (Block, AttentionBlock), "trunk": (Trunk,)}[config.train.gather]
         return train(
-            config, world, Objective, make_loader, resume=flags.resume, leaf_classes=(gathered,)
+            config, world, Objective, make_loader, resume=flags.resume, leaf_classes=gathered
         )
     except StoreError as error:  # in the middle of the run, and of this rank alone
         fail(f"pretrain: rank {world.rank}: {error}")

@@ -4,8 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.s3_server import S3Server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests' tensors are tiny: more threads only wait for cores that other processes hold."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

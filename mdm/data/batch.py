@@ -1,6 +1,7 @@
 """What the loader hands to the objective.
 
-Shapes: B samples, N image tokens (rows x columns of the grid), M text tokens, C numbers a latent.
+Shapes: B samples, N image tokens (rows x columns of the grid) of each of K pictures, M text tokens,
+C numbers a latent.
 """
 
 import hashlib
@@ -8,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from mdm.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,10 @@ class Batch:
     prompt: Tensor  # bool [B, M], tokens given as a clean condition, never noised nor predicted
     latents: (
         Tensor | None
-    )  # f32 [B, N, C] first-stage latents of the picture's patches; None for text alone
+    )  # f32 [B, K * N, C] first-stage latents of the pictures' patches; None for text alone
+    # i64 [B, K] the text token at whose place a picture stands, -1 for one beside the whole text;
+    # None: all beside it.
+    picture_at: Tensor | None = None
 
     @property
     def task(self) -> str:
@@ -38,8 +44,64 @@ class Batch:
             k: getattr(self, k).to(device)
             for k in ("keys", "epochs", "class_ids", "tokens", "prompt")
         }
-        latents = None if self.latents is None else self.latents.to(device)
-        return replace(self, **moved, latents=latents)
+        for k in ("latents", "picture_at"):
+            tensor = getattr(self, k)
+            moved[k] = None if tensor is None else tensor.to(device)
+        return replace(self, **moved)
+
+    def check(self, model: ModelConfig) -> None:
+        """ValueError, with both values, unless shapes, kinds and ranges are those of `model`."""
+        b, n = len(self.ids), model.image_height * model.image_width
+        shape = tuple(self.tokens.shape)
+        if len(shape) != 2 or shape[0] != b or not 1 <= shape[1] <= model.text_length:
+            raise ValueError(
+                f"tokens have shape {shape}; {b} samples need [{b}, 1 ... {model.text_length} "
+                "(model.text_length)]"
+            )
+        fields: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "tokens": (shape, torch.int64),
+            "prompt": (shape, torch.bool),
+            **dict.fromkeys(("keys", "epochs", "class_ids"), ((b,), torch.int64)),
+        }
+        if self.latents is not None:
+            k = max(self.latents.shape[1] // n, 1) if self.latents.dim() == 3 else 1
+            fields["latents"] = ((b, k * n, model.latent_dim), torch.float32)
+            if self.picture_at is not None:
+                fields["picture_at"] = ((b, k), torch.int64)
+        elif self.picture_at is not None:
+            raise ValueError("picture_at tells the places of pictures but latents are None")
+        for name, (wanted, kind) in fields.items():
+            value = getattr(self, name)
+            if tuple(value.shape) != wanted or value.dtype != kind:
+                raise ValueError(
+                    f"{name} is {value.dtype} {tuple(value.shape)}; {b} samples of {shape[1]} "
+                    f"tokens on a grid of {n} x {model.latent_dim} need {kind} {wanted}"
+                )
+        ranges = {
+            "tokens": (0, model.vocab_size - 1, "the vocabulary of another tokenizer?"),
+            "class_ids": (-1, model.n_classes - 1, "see model.n_classes"),
+            "picture_at": (-1, shape[1] - 1, "it counts text tokens"),
+        }
+        for name, (low, high, hint) in ranges.items():
+            value = getattr(self, name)
+            if value is not None:
+                self._check_range(name, value, low, high, hint)
+
+    def _check_range(self, name: str, value: Tensor, low: int, high: int, hint: str) -> None:
+        outside = ((value < low) | (value > high)).view(len(self.ids), -1)
+        if outside.any():
+            row = int(outside.any(1).nonzero()[0, 0])
+            wrong = int(value.view(len(self.ids), -1)[row][outside[row]][0])
+            raise ValueError(
+                f"sample {self.ids[row]} has {wrong} in {name}; it lies in {low} ... {high}: {hint}"
+            )
+
+    def nonfinite(self) -> tuple[str, ...]:
+        """Ids of the samples whose latents are not all finite."""
+        if self.latents is None:
+            return ()
+        finite = self.latents.isfinite().flatten(1).all(1).tolist()
+        return tuple(i for i, ok in zip(self.ids, finite, strict=True) if not ok)
 
 
 def sample_key(sample_id: str) -> int:

@@ -23,13 +23,23 @@ class Schedule:
             )
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """Abar [...] in fp32 at integer steps t [...]."""
-        return self.alphas_cumprod[t.cpu()].to(device=t.device, dtype=torch.float32)
+        """Abar [...] in fp32 at integer steps t [...]; ValueError outside 0 ... T."""
+        return self._at(t).to(device=t.device, dtype=torch.float32)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(abar / (1 - abar)) [...] in fp32 at integer steps t [...]; infinite at 0 and T."""
-        abar = self.alphas_cumprod[t.cpu()]
+        abar = self._at(t)
         return (abar.log() - torch.log1p(-abar)).to(device=t.device, dtype=torch.float32)
+
+    def _at(self, t: Tensor) -> Tensor:
+        host, last = t.cpu(), len(self.alphas_cumprod) - 1
+        if host.is_floating_point():
+            raise ValueError(f"steps are {host.dtype}; they count in integers, 0 ... {last}")
+        if host.numel() and (host.min() < 0 or host.max() > last):
+            raise ValueError(
+                f"steps span {int(host.min())} to {int(host.max())}; the schedule has 0 ... {last}"
+            )
+        return self.alphas_cumprod[host]
 
     def log_snr_range(self) -> tuple[float, float]:
         """log-SNR at t = 1 and at t = T - 1: the ends of a sampler's grid."""

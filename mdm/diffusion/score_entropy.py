@@ -18,6 +18,16 @@ def log_ratio(z_t: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
     return energy(z_t, y, alpha_bar, torch.zeros_like(z_t))
 
 
+def log_ratio_vocabulary(z_t: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
+    """`log_ratio` for candidates y [K, d] that all z_t share: one product of matrices, [..., K]."""
+    _check(z_t, y.expand(*z_t.shape[:-1], *y.shape), alpha_bar, z_t)
+    z_t, y = z_t.float(), y.float()
+    abar = alpha_bar.float().unsqueeze(-1)
+    squares = abar * y.square().sum(-1) - 2 * abar.sqrt() * (z_t @ y.T)
+    square = z_t.square().sum(-1, keepdim=True)
+    return 0.5 * (square - (square + squares) / (1 - abar))
+
+
 def energy(z_t: Tensor, y: Tensor, alpha_bar: Tensor, eps_hat: Tensor) -> Tensor:
     """f(z_t, y) [..., K]: the energy of Eq. 17 with the learned residual eps_hat.
 

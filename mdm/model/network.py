@@ -1,6 +1,7 @@
 """The diffusion decoder: embed, Mamba-2 blocks under alternating or parallel scans, two heads.
 
-Shapes: b batch, n image tokens, m text tokens, l whole sequence, c latent width, d d_model.
+Shapes: b batch, n image tokens of all k pictures, m text tokens, l whole sequence, c latent width,
+d d_model.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from mdm.config import ModelConfig
 from mdm.model import scan
 from mdm.model.embed import N_HEAD, Embed
 from mdm.model.mamba2 import Mamba2, Weights, mix
+from mdm.model.transformer import AttentionBlock
+
+EQ17_LEVEL = 8.0  # log-SNR from which on Eq. 17's term grows no more: a token is certain there
 
 
 class Prediction(NamedTuple):
@@ -98,24 +102,44 @@ class Block(nn.Module):
         return run(x, self.norm, self.mixer.weights, scan, seq_idx, **self.mixer.settings)
 
 
+def block_scans(config: ModelConfig) -> list[tuple[tuple[int, int], ...]]:
+    """(image pattern, text pattern) of every scan of every block."""
+    image, text = scan.parse_scans(config.scans)
+    turns = [(p, text[(p - 1) % len(text)]) for p in image]  # the text turns with the picture
+    if config.scan_mode == "separate":
+        return [(*turns, *((p, p) for p in text))] * config.n_layer
+    return [(turns[i % len(turns)],) for i in range(config.n_layer)]
+
+
 class Trunk(nn.Module):
-    """The blocks; with `alternate` block i reads in scan i, with `separate` each in all scans."""
+    """The blocks; with `alternate` block i reads in scan i, with `separate` each in all scans.
+
+    With long skips the last blocks also hear the first: block n - 1 - i reads x + W [x, x_i] with
+    x_i the output of block i, W zero at the start.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        image, text = scan.parse_scans(config.scans)
-        # (image pattern, text pattern) of every scan; the text turns with the picture.
-        turns = [(p, text[(p - 1) % len(text)]) for p in image]
-        if config.scan_mode == "separate":
-            self.scans = [(*turns, *((p, p) for p in text))] * config.n_layer
-        else:
-            self.scans = [(turns[i % len(turns)],) for i in range(config.n_layer)]
-        self.blocks = nn.ModuleList(Block(config, len(scans)) for scans in self.scans)
+        self.scans = block_scans(config)
+        kind = AttentionBlock if config.decoder == "transformer" else Block
+        self.blocks = nn.ModuleList(kind(config, len(scans)) for scans in self.scans)
+        width = config.d_model
+        joined = config.n_layer // 2 if config.long_skip else 0
+        skips = [nn.Linear(2 * width, width, bias=False) for _ in range(joined)]
+        for skip in skips:
+            nn.init.zeros_(skip.weight)
+        self.skips = nn.ModuleList(skips)
 
-    def forward(self, x: Tensor, m: int, grid: tuple[int, int] | None) -> Tensor:
-        """[b, l, d] -> [b, l, d], for m text tokens and a grid of image tokens."""
-        for block, scans in zip(self.blocks, self.scans, strict=True):
-            x = block(x, _order(scans, m, grid, x.device))
+    def forward(self, x: Tensor, m: int, grid: tuple[int, int] | None, pictures: int = 1) -> Tensor:
+        """[b, l, d] -> [b, l, d], for m text tokens and the image tokens of `pictures` grids."""
+        first = len(self.blocks) - len(self.skips)
+        kept: list[Tensor] = []
+        for i, (block, scans) in enumerate(zip(self.blocks, self.scans, strict=True)):
+            if i >= first:
+                x = x + self.skips[i - first](torch.cat([x, kept.pop()], -1))
+            x = block(x, _order(scans, m, grid, pictures, x.device))
+            if i < len(self.skips):
+                kept.append(x)
         return x
 
 
@@ -133,6 +157,11 @@ class Network(nn.Module):
         self.text_out = nn.Linear(config.d_model, config.latent_dim)
         nn.init.zeros_(self.image_out.weight)
         nn.init.zeros_(self.image_out.bias)
+        self.eq17_gain: nn.Linear | None = None
+        if config.eq17_logits:
+            self.eq17_gain = nn.Linear(config.d_model, 1)
+            nn.init.zeros_(self.eq17_gain.weight)
+            nn.init.zeros_(self.eq17_gain.bias)
 
     def forward(
         self,
@@ -143,6 +172,7 @@ class Network(nn.Module):
         z_img: Tensor | None = None,
         level_img: Tensor | None = None,
         estimate_txt: Tensor | None = None,
+        picture_at: Tensor | None = None,
     ) -> Prediction:
         """One denoising evaluation.
 
@@ -151,31 +181,102 @@ class Network(nn.Module):
             level_txt: [b] log-SNR of the text tokens outside the prompt.
             prompt: bool [b, m], text tokens that are clean conditions.
             class_ids: [b] labels, -1 for none.
-            z_img: [b, n, c] noisy image latents, None for text alone.
-            level_img: [b] log-SNR of the image tokens.
+            z_img: [b, n, c] noisy latents of k pictures, one after the other; None for text alone.
+            level_img: [b, k] log-SNR of each picture's tokens, or [b] for all of them.
             estimate_txt: [b, m, c] the last estimate of the clean text, zeros without one.
+            picture_at: i64 [b, k] the text token at whose place a picture stands, -1 for a picture
+                beside the whole text; None: all beside it.
 
         Returns:
             `Prediction`.
+
+        Raises:
+            ValueError: shapes that do not fit, with both values.
         """
+        k = self._check(z_txt, level_txt, prompt, class_ids, z_img, level_img, picture_at)
         if estimate_txt is None:
             estimate_txt = torch.zeros_like(z_txt)
-        x = self.embed(z_txt, estimate_txt, level_txt, prompt, class_ids, z_img, level_img)
+        if level_img is not None:
+            level_img = level_img.view(len(level_img), -1).expand(-1, k)
+        x = self.embed(
+            z_txt, estimate_txt, level_txt, prompt, class_ids, z_img, level_img, picture_at
+        )
         m = z_txt.shape[1]
-        grid = None if z_img is None else self.grid
-        x = self.trunk(x, m, grid)
+        x = self.trunk(x, m, None if z_img is None else self.grid, k)
         x = F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5)
-        text_start = N_HEAD + 1
-        text = self.text_out(x[:, text_start : text_start + m])
-        if grid is None:
-            return Prediction(None, text)
-        image_start = text_start + m + 2
-        return Prediction(self.image_out(x[:, image_start : image_start + grid[0] * grid[1]]), text)
+        start = N_HEAD + 1
+        text = self.text_out(x[:, start : start + m])
+        if self.eq17_gain is not None:
+            text = text + self._eq17(level_txt) * z_txt
+        n = self.grid[0] * self.grid[1]
+        starts = [start + m + 2 + i * (n + 2) for i in range(k)]
+        pictures = [self.image_out(x[:, s : s + n]) for s in starts]
+        return Prediction(torch.cat(pictures, 1) if pictures else None, text)
+
+    def _eq17(self, level: Tensor) -> Tensor:
+        """What Eq. 17 with eps_hat = 0 adds to h as a multiple of z_t, [b, 1, 1].
+
+        -|z_t - sqrt(abar) mu_v|^2 / 2(1 - abar) is <sqrt(abar) / (1 - abar) z_t, mu_v> and a term
+        that all v share, for all mu_v are of one length. Weighted by a learned g(t), 0 at first.
+        """
+        assert self.eq17_gain is not None
+        level = level.float().clamp(max=EQ17_LEVEL)
+        factor = level.sigmoid().sqrt() / (-level).sigmoid()
+        gain: Tensor = self.eq17_gain(self.embed.level(level)).float().squeeze(-1)
+        return (gain * factor)[:, None, None]
+
+    def _check(
+        self,
+        z_txt: Tensor,
+        level_txt: Tensor,
+        prompt: Tensor,
+        class_ids: Tensor,
+        z_img: Tensor | None,
+        level_img: Tensor | None,
+        picture_at: Tensor | None,
+    ) -> int:
+        """How many pictures a sample holds; ValueError for shapes that do not fit."""
+        c, longest, n = self.config.latent_dim, self.config.text_length, self.grid[0] * self.grid[1]
+        if z_txt.dim() != 3 or not 1 <= z_txt.shape[1] <= longest or z_txt.shape[2] != c:
+            raise ValueError(
+                f"z_txt has shape {tuple(z_txt.shape)}; the model reads [batch, 1 ... {longest} "
+                f"tokens (model.text_length), {c} numbers (model.latent_dim)]"
+            )
+        b, m, _ = z_txt.shape
+        wanted = {
+            "level_txt": (level_txt, (b,)),
+            "prompt": (prompt, (b, m)),
+            "class_ids": (class_ids, (b,)),
+        }
+        k = 0
+        if z_img is not None:
+            k = z_img.shape[1] // n
+            if level_img is None or z_img.shape != (b, max(k, 1) * n, c):
+                levels = None if level_img is None else tuple(level_img.shape)
+                raise ValueError(
+                    f"z_img has shape {tuple(z_img.shape)} and level_img {levels}; {b} samples on "
+                    f"a grid of {n} tokens need [{b}, pictures x {n}, {c}] and [{b}, pictures]"
+                )
+            wanted["level_img"] = (level_img, (b, k) if level_img.dim() == 2 else (b,))
+            if picture_at is not None:
+                wanted["picture_at"] = (picture_at, (b, k))
+        for name, (tensor, shape) in wanted.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; z_txt {tuple(z_txt.shape)} and "
+                    f"{k} pictures need {shape}"
+                )
+        return k
 
 
 @lru_cache(maxsize=256)
 def _order(
-    scans: tuple[tuple[int, int], ...], m: int, grid: tuple[int, int] | None, device: torch.device
+    scans: tuple[tuple[int, int], ...],
+    m: int,
+    grid: tuple[int, int] | None,
+    pictures: int,
+    device: torch.device,
 ) -> Order:
-    orders, inverses = zip(*(scan.joint_scan(N_HEAD, m, grid, *s) for s in scans), strict=True)
+    found = [scan.joint_scan(N_HEAD, m, grid, *s, pictures) for s in scans]
+    orders, inverses = zip(*found, strict=True)
     return Order(torch.stack(orders, 1).to(device), torch.stack(inverses, 1).to(device))

@@ -66,9 +66,14 @@ def parse_scans(scans: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def joint_scan(
-    n_head: int, text_length: int, grid: tuple[int, int] | None, image: int, text: int
+    n_head: int,
+    text_length: int,
+    grid: tuple[int, int] | None,
+    image: int,
+    text: int,
+    pictures: int = 1,
 ) -> Scan:
-    """Order of `[n_head tokens] [pad text pad] [pad image pad]`.
+    """Order of `[n_head tokens] [pad text pad] [pad image pad]`, the last once a picture.
 
     Image patterns 2 and 4 reverse the order of the segments too: information then flows from the
     picture to the text, which a scan that keeps the text in front never allows.
@@ -79,6 +84,7 @@ def joint_scan(
         grid: rows and columns of image tokens, None without a picture.
         image: image pattern 1-4; without a picture 2 and 4 put the head last.
         text: text pattern 1-2.
+        pictures: grids, one after the other, each between its pads; all are read in one pattern.
 
     Returns:
         (order, inverse), int64 over the whole sequence.
@@ -91,7 +97,10 @@ def joint_scan(
     segments.append(_between_pads(inner, start, reverse))
     start += text_length + 2
     if grid is not None:
-        segments.append(_between_pads(image_scan(*grid, image)[0], start, reverse))
+        picture = image_scan(*grid, image)[0]
+        for _ in range(pictures):
+            segments.append(_between_pads(picture, start, reverse))
+            start += picture.numel() + 2
     order = torch.cat(segments[::-1] if reverse else segments)
     return order, order.argsort()
 

@@ -235,14 +235,21 @@ def _find(run_dir: Path, resume: str) -> tuple[checkpoint.Checkpoint | None, lis
 
 
 def _report_nonfinite(terms: Any, batch: Batch, step: int) -> None:
-    """Stop, naming the step and, on the ranks that are to blame, the samples."""
+    """Stop, naming the step and the samples.
+
+    Those whose latents are not finite, if there are any: the other samples of the global batch meet
+    them as candidates and in its statistics. Else all samples of the ranks that are to blame.
+    """
     value = float(terms.total)
     own = () if math.isfinite(value) else batch.ids
-    reports = gather_to_all((value, own, {k: float(v) for k, v in terms._asdict().items()}))
+    parts = {k: float(v) for k, v in terms._asdict().items()}
+    reports = gather_to_all((value, own, parts, batch.nonfinite()))
+    broken = any(bad for *_, bad in reports)
     blamed = [
-        f"rank {rank}: loss {value} {parts} from samples {', '.join(ids)}"
-        for rank, (value, ids, parts) in enumerate(reports)
-        if ids
+        f"rank {rank}: loss {value} {parts} from "
+        + (f"latents that are not finite of {', '.join(bad)}" if bad else f"{', '.join(ids)}")
+        for rank, (value, ids, parts, bad) in enumerate(reports)
+        if (bad if broken else ids)
     ]
     raise RunError(f"the loss of step {step} is not finite; {'; '.join(blamed)}")
 

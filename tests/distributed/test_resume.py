@@ -168,7 +168,8 @@ def test_nonfinite_loss_names_step_and_samples(tmp_path):
     assert code != 0
     line = next(line for line in output.splitlines() if "is not finite" in line)
     assert "the loss of step 3 is not finite; rank 1: loss nan" in line
-    assert "sample-25" in line  # step 3, rank 1 of 2: 25, 27, 29, 31
+    assert "latents that are not finite of sample-25" in line  # of rank 1's 25, 27, 29, 31
+    assert "sample-27" not in line
     assert "rank 0" not in line
 
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from mdm.diffusion.score_entropy import energy, log_ratio, log_score_ratio, score_entropy
+from mdm.diffusion.score_entropy import (
+    energy,
+    log_ratio,
+    log_ratio_vocabulary,
+    log_score_ratio,
+    score_entropy,
+)
 
 
 def test_log_ratio_is_eq_5():
@@ -41,19 +47,28 @@ def test_equals_cross_entropy_for_a_one_hot_target():
     torch.testing.assert_close(score_entropy(log_score_ratio(logits), one_hot), expected)
 
 
-def test_gradient_over_dense_candidates_is_that_of_noise_prediction():
+@pytest.mark.parametrize("alpha_bar", [0.1, 0.6, 0.95])
+def test_gradient_over_dense_candidates_is_that_of_noise_prediction(alpha_bar):
     # With candidates filling the line, cross-entropy over energies moves eps_hat as
     # 1/2 |eps - eps_hat|^2 does.
-    abar = torch.tensor([0.6], dtype=torch.float32)
+    abar = torch.tensor([alpha_bar])
     z_0, eps = torch.tensor([[0.3]]), torch.tensor([[-0.7]])
     z_t = abar.sqrt() * z_0 + (1 - abar).sqrt() * eps
-    y = torch.linspace(-30, 30, 120_001).view(1, -1, 1)
-    nearest = (y[0, :, 0] - z_0).abs().argmin()
+    reach = 9 * ((1 - abar) / abar).sqrt()  # of the energies' Gaussian: nine deviations
+    y = z_0 + torch.arange(-500, 501).view(1, -1, 1) / 500 * reach
     eps_hat = torch.tensor([[0.2]], requires_grad=True)
     log_s = log_score_ratio(energy(z_t, y, abar, eps_hat))
-    (g_se,) = grad(-log_s[0, nearest], eps_hat)
+    (g_se,) = grad(-log_s[0, 500], eps_hat)
     (g_mse,) = grad(0.5 * (eps - eps_hat).square().sum(), eps_hat)
-    torch.testing.assert_close(g_se, g_mse, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(g_se, g_mse, rtol=0, atol=1e-6)
+
+
+def test_ratios_over_a_shared_vocabulary_equal_those_over_candidates():
+    torch.manual_seed(0)
+    z_t, y = torch.randn(3, 5, 16), torch.randn(9, 16)
+    abar = torch.rand(3, 5) * 0.9
+    expected = log_ratio(z_t, y.expand(3, 5, 9, 16), abar)
+    torch.testing.assert_close(log_ratio_vocabulary(z_t, y, abar), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_survives_almost_clean_data():

@@ -1,0 +1,57 @@
+"""A learned time warp: noise levels are drawn where the loss changes (CDCD, Dieleman et al. 2022).
+
+With F(t) the loss as a function of the noise level, made monotone, levels follow the density F'(t):
+where a token is as good as given, or cannot be told at all, F is flat and little is drawn.
+"""
+
+import math
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+BINS = 50
+FLAT = 0.25  # share of levels drawn evenly, so that every bin goes on being measured
+MOMENTUM = 0.05
+
+
+class TimeWarp(nn.Module):
+    """Uniforms to steps 1 ... T - 1. What it has learned is a buffer: checkpoints hold it."""
+
+    loss: Tensor
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        # A straight line from certain to guessing: even levels until losses have been seen.
+        self.register_buffer("loss", torch.linspace(0.0, math.log(vocab_size), BINS))
+
+    def steps(self, uniforms: Tensor, last: int) -> Tensor:
+        """Steps i64 [b] in 1 ... last - 1 for uniforms [b] in [0, 1)."""
+        slope = self.loss.double().cummax(0).values
+        slope = torch.gradient(slope)[0].clamp(min=1e-9)
+        density = (1 - FLAT) * slope / slope.sum() + FLAT / BINS
+        edges = density.cumsum(0)
+        u = uniforms.double() * edges[-1]
+        bins = torch.searchsorted(edges, u, right=True).clamp(max=BINS - 1)
+        inside = 1 - (edges[bins] - u) / density[bins]
+        t = 1 + ((bins + inside) / BINS * (last - 1)).long()
+        return t.clamp(1, last - 1)
+
+    @torch.no_grad()
+    def update(self, t: Tensor, losses: Tensor, last: int) -> None:
+        """Learn from the global batch; all ranks call.
+
+        Args:
+            t: i64 [b] steps; those outside 1 ... last - 1 count nothing.
+            losses: [b].
+            last: T.
+        """
+        bins = ((t - 1) * BINS // (last - 1)).clamp(0, BINS - 1)
+        counted = ((t > 0) & (t < last)).double()
+        sums = self.loss.new_zeros(2, BINS, dtype=torch.float64)
+        sums[0].index_add_(0, bins, losses.double() * counted)
+        sums[1].index_add_(0, bins, counted)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(sums)
+        means = (sums[0] / sums[1].clamp(min=1)).to(self.loss.dtype)
+        self.loss.copy_(torch.where(sums[1] > 0, self.loss.lerp(means, MOMENTUM), self.loss))

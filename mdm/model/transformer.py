@@ -1,0 +1,79 @@
+"""The attention block of the decoder ablation: grouped-query attention and SwiGLU (MonoFormer).
+
+It stands where a Mamba-2 block does, in the same trunk with the same embeddings, which already tell
+places: no rotary positions. Attention is bidirectional over the joint sequence.
+
+Shapes: b batch, l length, d d_model, h query heads, g key and value heads, e channels a head.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mdm.config import ModelConfig
+from mdm.model.mamba2 import Mamba2
+
+
+def feed_forward_width(config: ModelConfig, n_scans: int) -> int:
+    """Inner width of the MLP: `d_ff`, or the one that gives the block a Mamba-2 block's parameters.
+
+    Raises:
+        ValueError: attention alone is larger than the Mamba-2 block.
+    """
+    if config.d_ff:
+        return config.d_ff
+    with torch.device("meta"):
+        wanted = sum(p.numel() for p in Mamba2(config, n_scans).parameters())
+    d = config.d_model
+    attention = 2 * d * d + 2 * d * (d // config.n_heads) * config.n_kv_heads
+    width = round((wanted - attention) / (3 * d))
+    if width < 1:
+        raise ValueError(
+            f"attention has {attention} parameters, the Mamba-2 block in whose place it stands "
+            f"{wanted}: nothing is left for the MLP; set model.d_ff, or fewer model.n_kv_heads"
+        )
+    return width
+
+
+class AttentionBlock(nn.Module):
+    """x + Attention(RMSNorm(x)), then x + SwiGLU(RMSNorm(x))."""
+
+    def __init__(self, config: ModelConfig, n_scans: int) -> None:
+        super().__init__()
+        d, d_ff = config.d_model, feed_forward_width(config, n_scans)
+        self.headdim = d // config.n_heads
+        self.groups = config.n_heads // config.n_kv_heads
+        kv = config.n_kv_heads * self.headdim
+        self.norm = nn.Parameter(torch.ones(d))
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, kv, bias=False)
+        self.v_proj = nn.Linear(d, kv, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+        self.mlp_norm = nn.Parameter(torch.ones(d))
+        self.gate_proj = nn.Linear(d, d_ff, bias=False)
+        self.up_proj = nn.Linear(d, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d, bias=False)
+        with torch.no_grad():  # branches start small, so that depth does not matter
+            for last in (self.o_proj, self.down_proj):
+                last.weight.mul_((2 * config.n_layer) ** -0.5)
+
+    def forward(self, x: Tensor, scan: Any = None) -> Tensor:
+        """[b, l, d] -> [b, l, d]; `scan` is a Mamba-2 block's, attention has no order."""
+        normed = F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5)
+        x = x + self.o_proj(self._attend(normed))
+        normed = F.rms_norm(x, x.shape[-1:], self.mlp_norm, eps=1e-5)
+        gated = F.silu(self.gate_proj(normed)) * self.up_proj(normed)
+        joined: Tensor = x + self.down_proj(gated)
+        return joined
+
+    def _attend(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.headdim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Repeated rather than `enable_gqa`, which leaves the CPU's flash kernel for one that holds
+        # all l x l scores.
+        k, v = (t.repeat_interleave(self.groups, 1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)

@@ -1,0 +1,48 @@
+"""Levels are drawn where the loss changes, by what a buffer holds."""
+
+import torch
+
+from mdm.diffusion.time_warp import TimeWarp
+
+LAST = 1000
+UNIFORMS = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+
+
+def learned() -> TimeWarp:
+    warp = TimeWarp(100)
+    t = torch.arange(1, LAST)
+    for _ in range(200):
+        warp.update(t, 4.6 * torch.sigmoid((t - 500) / 20), LAST)
+    return warp
+
+
+def test_levels_are_even_until_losses_are_seen():
+    t = TimeWarp(100).steps(UNIFORMS, LAST)
+    assert (t.min(), t.max()) == (1, LAST - 1)
+    shares = torch.bincount((t - 1) * 10 // (LAST - 1), minlength=10) / len(t)
+    assert (shares - 0.1).abs().max() < 0.02
+
+
+def test_levels_go_where_the_loss_changes():
+    t = learned().steps(UNIFORMS, LAST)
+    assert (t.min(), t.max()) == (1, LAST - 1)
+    assert ((t > 400) & (t < 600)).float().mean() > 0.7
+    assert (t < 300).float().mean() > 0.04  # none is given up
+
+
+def test_levels_rise_with_their_uniforms():
+    t = learned().steps(UNIFORMS.sort().values, LAST)
+    assert (t.diff() >= 0).all()
+
+
+def test_conditions_and_drops_teach_nothing():
+    warp = TimeWarp(100)
+    before = warp.loss.clone()
+    warp.update(torch.tensor([0, LAST]), torch.tensor([100.0, 100.0]), LAST)
+    assert torch.equal(warp.loss, before)
+
+
+def test_what_is_learned_is_in_the_state():
+    warp, other = learned(), TimeWarp(100)
+    other.load_state_dict(warp.state_dict())
+    assert torch.equal(warp.steps(UNIFORMS, LAST), other.steps(UNIFORMS, LAST))
