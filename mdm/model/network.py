@@ -15,6 +15,7 @@ from mdm.config import ModelConfig
 from mdm.model import scan
 from mdm.model.embed import N_HEAD, Embed
 from mdm.model.mamba2 import Mamba2, Weights, mix
+from mdm.model.packing import pack_order, sequence_mask
 
 
 class Prediction(NamedTuple):
@@ -112,10 +113,31 @@ class Trunk(nn.Module):
             self.scans = [(turns[i % len(turns)],) for i in range(config.n_layer)]
         self.blocks = nn.ModuleList(Block(config, len(scans)) for scans in self.scans)
 
-    def forward(self, x: Tensor, m: int, grid: tuple[int, int] | None) -> Tensor:
-        """[b, l, d] -> [b, l, d], for m text tokens and a grid of image tokens."""
+    def forward(
+        self, x: Tensor, m: int, grid: tuple[int, int] | None, keep: Tensor | None = None
+    ) -> Tensor:
+        """[b, l, d] -> [b, l, d], for m text tokens and a grid of image tokens.
+
+        Tokens outside `keep` bool [b, l] come back as they went in, and no other token hears of
+        them: what is left of all samples runs as one packed row.
+        """
+        if keep is not None:
+            return self._packed(x, m, grid, keep)
         for block, scans in zip(self.blocks, self.scans, strict=True):
             x = block(x, _order(scans, m, grid, x.device))
+        return x
+
+    def _packed(self, x: Tensor, m: int, grid: tuple[int, int] | None, keep: Tensor) -> Tensor:
+        sample = keep.nonzero()[:, 0].unsqueeze(0)
+        orders = {
+            scans: Order(*pack_order(_order(scans, m, grid, x.device).order, keep))
+            for scans in set(self.scans)
+        }
+        row = x[keep].unsqueeze(0)
+        for block, scans in zip(self.blocks, self.scans, strict=True):
+            row = block(row, orders[scans], sample)
+        x = x.to(row.dtype, copy=True)
+        x[keep] = row[0]
         return x
 
 
@@ -143,6 +165,8 @@ class Network(nn.Module):
         z_img: Tensor | None = None,
         level_img: Tensor | None = None,
         estimate_txt: Tensor | None = None,
+        keep_txt: Tensor | None = None,
+        keep_img: Tensor | None = None,
     ) -> Prediction:
         """One denoising evaluation.
 
@@ -154,6 +178,8 @@ class Network(nn.Module):
             z_img: [b, n, c] noisy image latents, None for text alone.
             level_img: [b] log-SNR of the image tokens.
             estimate_txt: [b, m, c] the last estimate of the clean text, zeros without one.
+            keep_txt: bool [b, m], text tokens that the blocks read; all of them without it.
+            keep_img: bool [b, n], the same of the image; given where `keep_txt` is.
 
         Returns:
             `Prediction`.
@@ -163,7 +189,8 @@ class Network(nn.Module):
         x = self.embed(z_txt, estimate_txt, level_txt, prompt, class_ids, z_img, level_img)
         m = z_txt.shape[1]
         grid = None if z_img is None else self.grid
-        x = self.trunk(x, m, grid)
+        keep = None if keep_txt is None else sequence_mask(keep_txt, keep_img)
+        x = self.trunk(x, m, grid, keep)
         x = F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5)
         text_start = N_HEAD + 1
         text = self.text_out(x[:, text_start : text_start + m])
