@@ -203,7 +203,8 @@ class _State:
         self.text = torch.where(self.prompt.unsqueeze(-1), self.text, text)
         tokens = logits.argmax(-1)
         if self.how.selection and self.last_tokens is not None:
-            entropy = text_score_entropy(logits, self.last_tokens)
+            level = self.text_track.level(i)
+            entropy = text_score_entropy(logits, self.last_tokens, level)
             self._fix(self.settled_txt.update(i, entropy.where(~self.prompt, torch.inf)), tokens)
         self.last_tokens = tokens
         block = self.text_track.finished_block(i)

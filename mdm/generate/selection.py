@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MOVING, SETTLED, ABSENT = (44, 62, 80), (230, 126, 34), (255, 255, 255)  # colours of the map
+SIGNAL = 0.0  # log-SNR from which a token's own noisy latent says more than its noise
 CELL, GAP = 6, 4  # pixels a token's side, and between pictures of the map
 
 
@@ -42,21 +43,24 @@ def image_score_entropy(z_0: Tensor, last: Tensor, log_snr: float) -> Tensor:
 
     In the continuum of candidates Eq. 7 is a Gaussian around z_0 of variance 1/SNR, and Eq. 4 the
     KL divergence of two of them: SNR/2 |z_0 - last|^2, which is how far the energy of Eq. 17 at
-    `last` lies below its maximum. Infinite while noise outweighs the signal: no two candidates
-    are told apart there, and every token would seem settled.
+    `last` lies below its maximum. Infinite below `SIGNAL`: no two candidates are told apart
+    there, and every token would seem settled.
     """
-    if log_snr < 0:
+    if log_snr < SIGNAL:
         return torch.full(z_0.shape[:2], torch.inf, device=z_0.device)
     snr = float(torch.tensor(log_snr).exp())
     return snr / 2 * (z_0.float() - last.float()).square().sum(-1)
 
 
-def text_score_entropy(logits: Tensor, last: Tensor) -> Tensor:
+def text_score_entropy(logits: Tensor, last: Tensor, log_snr: float) -> Tensor:
     """Score entropy over the vocabulary [b, m, v] against the last choice i64 [b, m], in nats.
 
     The target is one-hot as in training, so that Eq. 4 is the cross-entropy: it vanishes only for
-    a token that is both sure and unchanged.
+    a token that is both sure and unchanged. Infinite below `SIGNAL`: what the network is sure of
+    there it has from elsewhere than the token.
     """
+    if log_snr < SIGNAL:
+        return torch.full(last.shape, torch.inf, device=last.device)
     return F.cross_entropy(logits.float().transpose(1, 2), last, reduction="none")
 
 

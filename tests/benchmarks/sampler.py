@@ -1,7 +1,7 @@
 """Error against evaluations of every solver, on a mixture whose exact answer is known.
 
 The error is the Wasserstein-1 distance between 65,536 samples and the data's quantiles, data with
-standard deviation 1. The peers are diffusers' schedulers at their own settings, on the same
+standard deviation 1. The peers are diffusers' schedulers with a cosine schedule, on the same
 estimates. A random sampler's floor is the distance of that many true samples.
 """
 
@@ -41,41 +41,42 @@ def ours(name: str, evaluations: int) -> float:
     return distance(z)
 
 
-def theirs(name: str, evaluations: int) -> float:
-    """The error of a scheduler of diffusers, cosine betas, everything else by default."""
+def theirs(peer: str, evaluations: int) -> float:
+    """The error of a scheduler of diffusers with cosine betas, named `Class` or `Class option`."""
     import diffusers
 
+    name, _, option = peer.partition(" ")
+    settings: dict[str, Any] = {option: True} if option else {}
+    random, over_sigmas = name == "DDPMScheduler", name not in ("DDPMScheduler", "DDIMScheduler")
+    if not over_sigmas:
+        settings["clip_sample"] = False
     scheduler = getattr(diffusers, name)(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="sample",
-        **({"clip_sample": False} if name in ("DDPMScheduler", "DDIMScheduler") else {}),
+        beta_schedule="squaredcos_cap_v2", prediction_type="sample", **settings
     )
-    steps = (evaluations + 1) // 2 if name == "HeunDiscreteScheduler" else evaluations
-    scheduler.set_timesteps(steps)
-    table = scheduler.alphas_cumprod.double()
-    in_y = name == "HeunDiscreteScheduler"  # its latents are z/alpha
-    z = normal_quantiles(N)
-    if in_y:
+    heun = name == "HeunDiscreteScheduler"  # two evaluations a step, of latents z/alpha
+    scheduler.set_timesteps((evaluations + 1) // 2 if heun else evaluations)
+    if over_sigmas:
+        scheduler.set_begin_index(0)  # rounded times repeat, and cannot tell the step
+    generator = {"generator": torch.Generator().manual_seed(0)} if random else {}
+    z = normal_quantiles(N).unsqueeze(-1)
+    if heun:
         z = z * float(scheduler.init_noise_sigma)
-    generator = torch.Generator().manual_seed(0)
-    extra = {"generator": generator} if name == "DDPMScheduler" else {}
-    for t in scheduler.timesteps:
-        if t == int(t):
-            abar = table[int(t)]
-        else:  # schedulers over sigma interpolate it between steps
-            s = ((1 - table) / table).sqrt()
-            low = int(t)
-            abar = 1 / (1 + (s[low] + (float(t) - low) * (s[low + 1] - s[low])) ** 2)
-        latent = z * abar.sqrt() if in_y else z
-        said = DATA.estimate(latent, abar)
-        z = scheduler.step(said.unsqueeze(-1), t, z.unsqueeze(-1), **extra).prev_sample.squeeze(-1)
-    return distance(z.double())
+    for i, t in enumerate(scheduler.timesteps):
+        if over_sigmas:
+            abar = 1 / (1 + scheduler.sigmas[i].double() ** 2)
+        else:
+            abar = scheduler.alphas_cumprod[t].double()
+        z_0 = DATA.estimate(z * abar.sqrt() if heun else z, abar)
+        z = scheduler.step(z_0, t, z, **generator).prev_sample
+    return distance(z.squeeze(-1).double())
 
 
 PEERS = (
     "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepScheduler use_karras_sigmas",
+    "DPMSolverMultistepScheduler use_lu_lambdas",
     "UniPCMultistepScheduler",
-    "HeunDiscreteScheduler",
+    "HeunDiscreteScheduler use_karras_sigmas",
     "DDIMScheduler",
     "DDPMScheduler",
 )

@@ -48,11 +48,14 @@ def test_nothing_settles_while_noise_outweighs_the_signal():
     z_0 = torch.ones(1, 2, 4)
     assert image_score_entropy(z_0, z_0, -0.1).isinf().all()
     assert (image_score_entropy(z_0, z_0, 0.1) == 0).all()
+    logits, last = torch.tensor([[[90.0, 0.0]]]), torch.tensor([[0]])
+    assert text_score_entropy(logits, last, -0.1).isinf().all()
+    assert (text_score_entropy(logits, last, 0.1) == 0).all()
 
 
 def test_text_score_entropy_wants_a_token_sure_and_unchanged():
     logits = torch.tensor([[[9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.1, 0.0, 0.0]]])
-    found = text_score_entropy(logits, torch.tensor([[0, 1, 0]]))[0]
+    found = text_score_entropy(logits, torch.tensor([[0, 1, 0]]), 1.0)[0]
     assert found[0] < 0.001
     assert found[1] > 8
     assert found[2] > 1
