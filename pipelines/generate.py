@@ -5,8 +5,7 @@
   generate.py --checkpoint runs/demo/train/export --task image-to-text --input a.png,b.jpg
   generate.py --checkpoint runs/demo/train/export --task reply --input "How are you?"
   generate.py --checkpoint runs/demo/train/export --task joint --n 16
-  generate.py --checkpoint runs/demo/train/export --task joint --n 4 --selection 0.5 \
-      --selection_map map.png
+  generate.py --checkpoint runs/demo/train/export --selection 0.5 --selection_map map.png
 
 Several inputs are separated by commas; for text and dialogue by '|'. Pictures go to --out, one
 PNG each and a grid; texts are printed. A step is one evaluation of the network, whatever the
@@ -49,7 +48,7 @@ class Flags:
     guidance_from: float = doc(-math.inf, "log-SNR below which guidance rests")
     guidance_to: float = doc(math.inf, "log-SNR above which guidance rests")
     steps: int = doc(30, "denoising steps")
-    text_steps: int | None = doc(None, "denoising steps of texts; --steps by default")
+    text_steps: int = doc(0, "denoising steps of texts; 0 for as many as --steps")
     text_blocks: int = doc(1, "blocks of tokens, each denoised after those before it")
     solver: str = doc("dpmpp2m", ", ".join(SOLVERS))
     selection: float = doc(0.0, "nats below which a token has settled and is dropped; 0 for off")
@@ -100,7 +99,7 @@ def generate(generator: Generator, flags: Flags) -> None:
 def draw(generator: Generator, flags: Flags) -> None:
     """The task itself."""
     seed, guidance, steps = flags.seed, flags.guidance, flags.steps
-    text_steps = steps if flags.text_steps is None else flags.text_steps
+    text_steps = flags.text_steps or steps
     options = Options(
         solver=flags.solver,
         interval=(flags.guidance_from, flags.guidance_to),
