@@ -5,11 +5,15 @@
   generate.py --checkpoint runs/demo/train/export --task image-to-text --input a.png,b.jpg
   generate.py --checkpoint runs/demo/train/export --task reply --input "How are you?"
   generate.py --checkpoint runs/demo/train/export --task joint --n 16
+  generate.py --checkpoint runs/demo/train/export --selection 0.5 --selection_map map.png
 
 Several inputs are separated by commas; for text and dialogue by '|'. Pictures go to --out, one
-PNG each and a grid; texts are printed.
+PNG each and a grid; texts are printed. A step is one evaluation of the network, whatever the
+solver. `--selection_map` saves which tokens had settled at which evaluation: a row a result, a
+column an evaluation, orange for settled tokens of the picture and, below it, of the text.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +26,10 @@ from torch import Tensor
 from mdm.config import doc, fail, parse_cli
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.image import decode_image
+from mdm.diffusion.sampler import SOLVERS
 from mdm.generate import Generator
+from mdm.generate.generator import Options
+from mdm.generate.selection import draw_map
 
 TASKS = ("class-to-image", "text-to-image", "image-to-text", "reply", "joint")
 
@@ -36,7 +43,17 @@ class Flags:
     input: str = doc("", "classes, captions, picture files or dialogue turns, as the task needs")
     n: int = doc(1, "results an input (or in all, for joint)")
     guidance: float = doc(3.0, "how strongly pictures follow their condition; 0 for none")
+    text_guidance: float | None = doc(
+        None, "how strongly captions follow their picture; none, or --guidance for joint"
+    )
+    guidance_from: float = doc(-math.inf, "log-SNR below which guidance rests")
+    guidance_to: float = doc(math.inf, "log-SNR above which guidance rests")
     steps: int = doc(30, "denoising steps")
+    text_steps: int = doc(0, "denoising steps of texts; 0 for as many as --steps")
+    text_blocks: int = doc(1, "blocks of tokens, each denoised after those before it")
+    solver: str = doc("dpmpp2m", ", ".join(SOLVERS))
+    selection: float = doc(0.0, "nats below which a token has settled and is dropped; 0 for off")
+    selection_map: str = doc("", "PNG of the tokens that had settled at each step")
     seed: int = doc(0, "starting noise")
     out: str = doc("runs/generated", "folder for pictures")
     tokenizer: str = doc("", "SentencePiece model, if not the run's own")
@@ -49,6 +66,11 @@ class Flags:
             raise ValueError(f"--n is {self.n}; at least 1 result is needed")
         if not self.input and self.task != "joint":
             raise ValueError(f"--task {self.task} needs --input")
+        if self.selection_map and not self.selection:
+            raise ValueError(
+                f"--selection_map {self.selection_map} shows nothing with --selection "
+                f"{self.selection}; choose a threshold such as 0.1"
+            )
 
 
 def main() -> int:
@@ -66,19 +88,49 @@ def main() -> int:
 
 def generate(generator: Generator, flags: Flags) -> None:
     """Do what `flags` ask; print texts, save pictures."""
-    seed, steps = flags.seed, flags.steps
+    draw(generator, flags)
+    if flags.selection_map:
+        assert generator.selected is not None
+        path = Path(flags.selection_map)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_map(generator.selected, generator.grid)).save(path)
+        print(path)
+
+
+def draw(generator: Generator, flags: Flags) -> None:
+    """The task itself."""
+    seed, guidance, steps = flags.seed, flags.guidance, flags.steps
+    text_steps = flags.text_steps or steps
+    options = Options(
+        solver=flags.solver,
+        interval=(flags.guidance_from, flags.guidance_to),
+        text_blocks=flags.text_blocks,
+        selection=flags.selection,
+    )
     if flags.task == "joint":
-        pixels, captions = generator.joint(flags.n, guidance=flags.guidance, steps=steps, seed=seed)
+        pixels, captions = generator.joint(
+            flags.n,
+            guidance=guidance,
+            steps=steps,
+            seed=seed,
+            text_guidance=flags.text_guidance,
+            text_steps=text_steps,
+            **options,
+        )
         save(pixels, captions, Path(flags.out))
         return
     separator = "|" if flags.task in ("text-to-image", "reply") else ","
     inputs = [item.strip() for item in flags.input.split(separator) for _ in range(flags.n)]
     if flags.task == "class-to-image":
         classes = [int(item) for item in inputs]
-        pixels = generator.class_to_image(classes, guidance=flags.guidance, steps=steps, seed=seed)
+        pixels = generator.class_to_image(
+            classes, guidance=guidance, steps=steps, seed=seed, **options
+        )
         save(pixels, [f"class {item}" for item in inputs], Path(flags.out))
     elif flags.task == "text-to-image":
-        pixels = generator.text_to_image(inputs, guidance=flags.guidance, steps=steps, seed=seed)
+        pixels = generator.text_to_image(
+            inputs, guidance=guidance, steps=steps, seed=seed, **options
+        )
         save(pixels, inputs, Path(flags.out))
     elif flags.task == "image-to-text":
         autoencoder = generator.autoencoder
@@ -86,10 +138,13 @@ def generate(generator: Generator, flags: Flags) -> None:
         size = autoencoder.image_size
         pictures = [torch.from_numpy(decode_image(Path(i).read_bytes(), size)) for i in inputs]
         latents = autoencoder.encode(torch.stack(pictures))
-        tell(inputs, generator.image_to_text(latents, steps=steps, seed=seed))
+        texts = generator.image_to_text(
+            latents, guidance=flags.text_guidance or 0.0, steps=text_steps, seed=seed, **options
+        )
+        tell(inputs, texts)
     else:
-        replies = generator.reply([(turn,) for turn in inputs], steps=steps, seed=seed)
-        tell(inputs, replies)
+        turns = [(turn,) for turn in inputs]
+        tell(inputs, generator.reply(turns, steps=text_steps, seed=seed, **options))
 
 
 def tell(inputs: Sequence[str], texts: Sequence[str]) -> None:

@@ -1,9 +1,58 @@
-"""DPM-Solver++(2M) (Lu et al. 2022b) on a uniform log-SNR grid."""
+"""Solvers from noise to data on a uniform log-SNR grid: DPM-Solver++(2M), Heun's rule, ancestral.
+
+With abar = sigmoid(log-SNR), alpha = sqrt(abar) and sigma = sqrt(1 - abar), a noisy latent is
+z = alpha z_0 + sigma eps.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mdm.diffusion.schedule import Schedule
+
+SOLVERS = ("dpmpp2m", "eq9", "ddpm")
+
+
+class Solver(Protocol):
+    """Says where it wants an estimate of z_0, and moves z from one such place to the next."""
+
+    levels: Tensor  # float64 [evaluations], the log-SNR of each evaluation
+
+    def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
+        """Z of evaluation i + 1 given the estimate `z_0` at `z`, evaluation i; shapes equal.
+
+        Evaluations come in order, once each. The last returns the sample.
+        """
+        ...
+
+
+def make_solver(
+    name: str, table: Schedule, steps: int, noise: Callable[[int], Tensor] | None = None
+) -> Solver:
+    """A solver of at most `steps` evaluations, whatever its order.
+
+    Args:
+        name: one of `SOLVERS`.
+        table: the schedule whose range the grid covers.
+        steps: evaluations; Heun's rule takes an odd number of them.
+        noise: evaluation -> standard normal of z's shape, for `ddpm`.
+
+    Raises:
+        ValueError: an unknown name, too few steps, or `ddpm` without noise.
+    """
+    if name == "dpmpp2m":
+        return DPMSolverPP2M(log_snr_grid(table, steps))
+    if name == "eq9":
+        if steps < 3:
+            raise ValueError(f"sampling takes {steps} steps; solver eq9 needs at least 3")
+        return Heun(log_snr_grid(table, (steps + 1) // 2))
+    if name == "ddpm":
+        if noise is None:
+            raise ValueError("solver ddpm draws noise at every step; none was given")
+        return Ancestral(log_snr_grid(table, steps), noise)
+    raise ValueError(f"solver is {name!r}; choose one of {', '.join(SOLVERS)}")
 
 
 def log_snr_grid(schedule: Schedule, steps: int, low: float = -9.0, high: float = 7.0) -> Tensor:
@@ -21,9 +70,9 @@ def log_snr_grid(schedule: Schedule, steps: int, low: float = -9.0, high: float 
 
 
 class DPMSolverPP2M:
-    """Second-order multistep solver of the probability-flow ODE for estimates of z_0.
+    """Second-order multistep solver of the probability-flow ODE (Lu et al. 2022b).
 
-    With lambda half the log-SNR, alpha = sqrt(abar), sigma = sqrt(1 - abar), h = lambda' - lambda:
+    With lambda half the log-SNR, h = lambda' - lambda:
 
         z' = sigma'/sigma z - alpha' (e^-h - 1) D
         D = (1 + 1/2r) x_0 - 1/2r x_0^prev,   r = h^prev/h
@@ -32,14 +81,14 @@ class DPMSolverPP2M:
     """
 
     def __init__(self, log_snr: Tensor) -> None:
-        self.log_snr = log_snr
+        self.levels = log_snr
         self.half = log_snr.double() / 2
         self.alpha, self.sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
         self.previous: Tensor | None = None
 
     def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
-        """From level i to level i + 1, given the estimate `z_0` at `z`; shapes equal."""
-        if i == len(self.log_snr) - 1:
+        """From level i to level i + 1; see `Solver`."""
+        if i == len(self.levels) - 1:
             return z_0
         h = float(self.half[i + 1] - self.half[i])
         direction = z_0
@@ -50,3 +99,59 @@ class DPMSolverPP2M:
         shrink = float(self.sigma[i + 1] / self.sigma[i])
         push = -float(self.alpha[i + 1]) * float(torch.expm1(torch.tensor(-h)))
         return shrink * z + push * direction
+
+
+class Heun:
+    """Eq. 9 (and 62): Heun's rule on the probability-flow ODE, two evaluations a step.
+
+    The ODE is dz/dt = -beta/2 z + beta/2 (z - alpha x_0) / sigma^2: Eq. 58 has the second term's
+    sign wrong and lacks the first. In y = z/alpha over s = sigma/alpha it is (Karras et al. 2022)
+
+        dy/ds = d(y, s) = (y - x_0)/s
+        y~ = y + (s' - s) d(y, s),   y' = y + (s' - s)/2 (d(y, s) + d(y~, s'))
+
+    The last step, to s = 0, is Euler's: the estimate itself.
+    """
+
+    def __init__(self, log_snr: Tensor) -> None:
+        # Levels after the first are evaluated twice: to correct a step, and to predict the next.
+        self.levels = torch.cat([log_snr[:1], log_snr[1:].repeat_interleave(2)])
+        self.alpha, self.s = self.levels.sigmoid().sqrt(), (-self.levels / 2).exp()
+        self.start: tuple[Tensor, Tensor] | None = None  # y and d where the step begins
+
+    def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
+        """Predict at even evaluations, correct at odd ones; see `Solver`."""
+        if i == len(self.levels) - 1:
+            return z_0
+        y = z / float(self.alpha[i])
+        slope = (y - z_0) / float(self.s[i])
+        if i % 2 == 0:
+            self.start = y, slope
+            return float(self.alpha[i + 1]) * (y + float(self.s[i + 1] - self.s[i]) * slope)
+        assert self.start is not None, "evaluations come in order"
+        y, first = self.start
+        return float(self.alpha[i]) * (y + float(self.s[i] - self.s[i - 1]) / 2 * (first + slope))
+
+
+class Ancestral:
+    """Ancestral sampling (Ho et al. 2020, Eq. 7): z' ~ q(z' | z, z_0 = x_0), the exact posterior.
+
+    With a = alpha/alpha' and v = sigma^2 - a^2 sigma'^2:
+
+        z' = a sigma'^2/sigma^2 z + alpha' v/sigma^2 x_0 + sigma' sqrt(v)/sigma noise
+    """
+
+    def __init__(self, log_snr: Tensor, noise: Callable[[int], Tensor]) -> None:
+        self.levels, self.noise = log_snr, noise
+        self.abar, self.variance = log_snr.sigmoid(), (-log_snr).sigmoid()
+
+    def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
+        """From level i to level i + 1; see `Solver`."""
+        if i == len(self.levels) - 1:
+            return z_0
+        a = (self.abar[i] / self.abar[i + 1]).sqrt()
+        v = self.variance[i] - a**2 * self.variance[i + 1]
+        keep = a * self.variance[i + 1] / self.variance[i]
+        push = self.abar[i + 1].sqrt() * v / self.variance[i]
+        spread = (self.variance[i + 1] * v / self.variance[i]).sqrt()
+        return float(keep) * z + float(push) * z_0 + float(spread) * self.noise(i)

@@ -3,167 +3,269 @@
 Shapes: b batch, n image tokens, m text tokens, c latent width, v vocabulary.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mdm.data.tokenizer import EOS, PAD
 from mdm.diffusion import schedule
-from mdm.diffusion.sampler import DPMSolverPP2M, log_snr_grid
+from mdm.diffusion.sampler import Solver, make_solver
+from mdm.generate.request import Request, Sampling
+from mdm.generate.selection import (
+    Selected,
+    Selection,
+    image_score_entropy,
+    text_score_entropy,
+)
 from mdm.model.embed import CLEAN, DROPPED
 from mdm.objective import Objective
 
-MODES = ("given", "asked", "absent")
 
+class Drawn(NamedTuple):
+    """What the loop returns."""
 
-@dataclass(frozen=True)
-class Request:
-    """What is given and what is asked for; `image` and `text` are each given, asked or absent."""
-
-    image: str
-    text: str
-    class_ids: Tensor  # i64 [b], -1 for none
-    noise_txt: Tensor  # [b, m, c] standard normal
-    noise_img: Tensor | None = None  # [b, n, c] standard normal; None for a text-only sequence
-    latents: Tensor | None = None  # [b, n, c] first-stage latents of a given picture
-    tokens: Tensor | None = None  # i64 [b, m] given text, or text of which `prompt` is given
-    prompt: Tensor | None = None  # bool [b, m]
-
-    def __post_init__(self) -> None:
-        for name, mode in (("image", self.image), ("text", self.text)):
-            if mode not in MODES:
-                raise ValueError(f"{name} is {mode!r}; choose one of {', '.join(MODES)}")
-        if self.image == "given" and self.latents is None:
-            raise ValueError("the image is given but latents are missing")
-        if self.text == "given" and self.tokens is None:
-            raise ValueError("the text is given but tokens are missing")
-        if self.image != "absent" and self.noise_img is None:
-            raise ValueError(f"the image is {self.image} but noise_img is missing")
+    latents: Tensor | None  # [b, n, c] of the first stage; None without a picture
+    tokens: Tensor  # i64 [b, m]; PAD after the first EOS
+    selected: Selected
 
 
 @torch.no_grad()
-def denoise(
-    objective: Objective,
-    request: Request,
-    *,
-    steps: int,
-    guidance: float = 0.0,
-    text_delay: float = 0.0,
-) -> tuple[Tensor | None, Tensor]:
+def denoise(objective: Objective, request: Request, how: Sampling) -> Drawn:
     """Sample what the request asks for.
 
-    Guidance acts on estimates of z_0: (1 + w) conditional - w unconditional (Ho & Salimans 2022);
-    the unconditional pass drops the class and the other modality.
-
-    Args:
-        objective: weights.
-        request: conditions and starting noise.
-        steps: evaluations of each modality that is asked for.
-        guidance: w; 0 takes one network call a step, more takes one more a modality.
-        text_delay: where both are asked for, by what share of its steps the text trails the
-            picture: it is then said of a picture that is partly there.
-
-    Returns:
-        First-stage latents [b, n, c] (None without a picture) and token ids [b, m].
+    Guidance acts on estimates of z_0: (1 + w) conditional - w unconditional (Ho & Salimans 2022),
+    within an interval of noise levels (Kynkäänniemi et al. 2024); the unconditional pass drops the
+    class and the other modality, and takes one more network call a modality.
     """
-    if not 0 <= text_delay <= 1:
-        raise ValueError(f"text_delay is {text_delay}; it is a share between 0 and 1")
-    both = request.image == request.text == "asked"
-    delay = round(text_delay * steps) if both else 0
-    state = _State(objective, request, steps, delay)
-    for i in range(steps + delay):
-        state.step(i, guidance)
-    return state.latents(), state.tokens()
+    state = _State(objective, request, how)
+    i = 0
+    while i < state.end:
+        state.step(i)
+        i += 1
+    return Drawn(state.latents(), state.known, state.selected(i))
 
 
 class _Track:
-    """One modality's way from noise to data: given, absent, or stepped from `delay` on."""
+    """One modality's way from noise to data: given, absent, or moved by a solver from `start` on.
 
-    def __init__(self, mode: str, table: schedule.Schedule, steps: int, delay: int) -> None:
-        self.mode, self.delay = mode, delay
-        self.grid = log_snr_grid(table, steps)
-        self.solver = DPMSolverPP2M(self.grid)
+    Text may go the way several times, once a block, each with a solver of its own.
+    """
+
+    def __init__(self, mode: str, solvers: list[Solver], start: int) -> None:
+        self.mode, self.solvers, self.start = mode, solvers, start
+        self.round = len(solvers[0].levels) if solvers else 0  # evaluations of a block
+        self.end = start + len(solvers) * self.round if mode == "asked" else 0
 
     def active(self, i: int) -> bool:
-        """Whether step i moves it."""
-        return self.mode == "asked" and 0 <= i - self.delay < len(self.grid)
+        """Whether evaluation i moves it."""
+        return self.mode == "asked" and self.start <= i < self.end
 
     def level(self, i: int) -> float:
-        """Its log-SNR at step i, as the network sees it."""
+        """Its log-SNR at evaluation i, as the network sees it."""
         if self.active(i):
-            return float(self.grid[i - self.delay])
-        done = self.mode == "given" or (self.mode == "asked" and i >= self.delay)
+            return float(self.solvers[0].levels[(i - self.start) % self.round])
+        done = self.mode == "given" or (self.mode == "asked" and i >= self.start)
         return CLEAN if done else DROPPED
 
     def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
-        """Z after step i, given the estimate z_0."""
-        return self.solver.step(i - self.delay, z, z_0)
+        """Z after evaluation i, given the estimate z_0."""
+        block, inside = divmod(i - self.start, self.round)
+        return self.solvers[block].step(inside, z, z_0)
+
+    def finished_block(self, i: int) -> int | None:
+        """The block whose last evaluation is i."""
+        block, inside = divmod(i - self.start, self.round)
+        return block if inside == self.round - 1 else None
 
 
 class _State:
-    """z of both modalities at one step of the loop."""
+    """z of both modalities at one evaluation of the loop."""
 
-    def __init__(self, objective: Objective, request: Request, steps: int, delay: int) -> None:
-        self.network, self.vae, self.request = objective.network, objective.vae, request
+    def __init__(self, objective: Objective, request: Request, how: Sampling) -> None:
+        self.network, self.vae = objective.network, objective.vae
+        self.request, self.how = request, how
         self.means, self.bias = self.vae.vocabulary()
-        self.image_track = _Track(request.image, schedule.IMAGE, steps, 0)
-        self.text_track = _Track(request.text, schedule.TEXT, steps, delay)
-        prompt = request.prompt
-        if prompt is None:
-            prompt = torch.zeros(request.noise_txt.shape[:2], dtype=torch.bool)
-        self.prompt = prompt | (request.text == "given")
-        self.image, self.text = request.noise_img, request.noise_txt
-        if request.tokens is not None:
-            given = self.means[request.tokens]
-            self.text = torch.where(self.prompt.unsqueeze(-1), given, self.text)
+        start = request.noise(0)
+        self.noise_img = None if start.image is None else start.image[:, 0]
+        self.noise_txt = start.text[:, 0]
+        if request.image != "absent" and self.noise_img is None:
+            raise ValueError(f"the image is {request.image} but its noise is missing")
+        self._set_tracks()
+        self._set_text()
+        self.image = self.noise_img
         if request.image == "given":
             assert request.latents is not None
             self.image = self.vae.normalize_image(self.vae.encode_image(request.latents)[0])
         # Fed back only to a network that has met its own estimates in training.
         self.self_conditions = objective.weights.p_self_condition > 0
-        self.estimate = torch.zeros_like(self.text)
-        self.logits: Tensor | None = None
+        b, m = self.prompt.shape
+        self.settled_img = Selection(
+            how.selection, b, 0 if self.image is None else self.image.shape[1]
+        )
+        self.settled_txt = Selection(how.selection, b, m)
+        self.last_z_0: Tensor | None = None
+        self.last_tokens: Tensor | None = None
 
-    def step(self, i: int, guidance: float) -> None:
-        """From noise level i to i + 1."""
-        draws_image, draws_text = self.image_track.active(i), self.text_track.active(i)
+    def _set_tracks(self) -> None:
+        request, how = self.request, self.how
+        both = request.image == request.text == "asked"
+        delay = round(how.text_delay * how.image_steps) if both else 0
+        image_solvers: list[Solver] = []
+        text_solvers: list[Solver] = []
+
+        def noise_img(i: int) -> Tensor:
+            drawn = request.noise(1 + i).image
+            assert drawn is not None
+            return drawn[:, 0]
+
+        def noise_txt(i: int) -> Tensor:
+            return request.noise(1 + i).text[:, 0]
+
+        if request.image == "asked":
+            image_solvers = [make_solver(how.solver, schedule.IMAGE, how.image_steps, noise_img)]
+        if request.text == "asked":
+            text_solvers = [
+                make_solver(how.solver, schedule.TEXT, how.text_steps, noise_txt)
+                for _ in range(how.text_blocks)
+            ]
+        self.image_track = _Track(request.image, image_solvers, 0)
+        self.text_track = _Track(request.text, text_solvers, delay)
+
+    def _set_text(self) -> None:
+        request = self.request
+        given = torch.zeros(self.noise_txt.shape[:2], dtype=torch.bool)
+        if request.prompt is not None:
+            given = given | request.prompt
+        self.given = given | (request.text == "given")
+        self.prompt = self.given  # grows by the tokens that are done
+        self.known = torch.zeros_like(given, dtype=torch.long)  # tokens where `prompt`
+        if request.tokens is not None:
+            self.known = request.tokens
+        asked = ~self.given
+        rank, count = asked.cumsum(1) - 1, asked.sum(1, keepdim=True).clamp(min=1)
+        self.block = torch.where(asked, rank * self.how.text_blocks // count, -1)
+        self._restart_text()
+
+    def _restart_text(self) -> None:
+        """Known tokens clean, all others at their starting noise, nothing estimated yet."""
+        self.text = torch.where(self.prompt.unsqueeze(-1), self.means[self.known], self.noise_txt)
+        self.estimate = torch.zeros_like(self.text)
+        self.last_tokens = None
+
+    @property
+    def end(self) -> int:
+        """Evaluations of the loop."""
+        return max(self.image_track.end, self.text_track.end)
+
+    def step(self, i: int) -> None:
+        """Evaluation i: from each active modality's noise level to its next."""
+        how = self.how
+        moves_image, moves_text = self.image_track.active(i), self.text_track.active(i)
+        if not (moves_image or moves_text):
+            return
         v, logits = self.predict(i)
-        if guidance and draws_image:
+        if moves_image and how.guides(how.image_guidance, self.image_track.level(i)):
             free, _ = self.predict(i, drop="text")
             assert v is not None
             assert free is not None
-            v = (1 + guidance) * v - guidance * free
-        if guidance and draws_text:
+            v = (1 + how.image_guidance) * v - how.image_guidance * free
+        hears_image = self.image is not None
+        if moves_text and hears_image and how.guides(how.text_guidance, self.text_track.level(i)):
             _, free_logits = self.predict(i, drop="image")
-            logits = (1 + guidance) * logits - guidance * free_logits
-        if draws_image:
+            logits = (1 + how.text_guidance) * logits - how.text_guidance * free_logits
+        if moves_image:
             assert v is not None
-            assert self.image is not None
-            # v = sqrt(abar) eps - sqrt(1 - abar) z_0, so z_0 = sqrt(abar) z_t - sqrt(1 - abar) v
-            abar = float(self.image_track.grid[i].sigmoid())
-            z_0 = abar**0.5 * self.image - (1 - abar) ** 0.5 * v
-            self.image = self.image_track.step(i, self.image, z_0)
-        if draws_text:
-            self.logits = logits
-            estimate = logits.softmax(-1) @ self.means
-            if self.self_conditions:
-                self.estimate = estimate
-            text = self.text_track.step(i, self.text, estimate)
-            self.text = torch.where(self.prompt.unsqueeze(-1), self.text, text)
+            self._step_image(i, v)
+        if moves_text:
+            self._step_text(i, logits)
+
+    def _step_image(self, i: int, v: Tensor) -> None:
+        assert self.image is not None
+        level = self.image_track.level(i)
+        # v = sqrt(abar) eps - sqrt(1 - abar) z_0, so z_0 = sqrt(abar) z_t - sqrt(1 - abar) v
+        abar = float(torch.tensor(level, dtype=torch.float64).sigmoid())
+        z_0 = abar**0.5 * self.image - (1 - abar) ** 0.5 * v
+        held = self.settled_img.settled.unsqueeze(-1)
+        moved = torch.where(held, self.image, self.image_track.step(i, self.image, z_0))
+        if self.how.selection and self.last_z_0 is not None:
+            new = self.settled_img.update(i, image_score_entropy(z_0, self.last_z_0, level))
+            moved = torch.where(new.unsqueeze(-1), z_0, moved)
+            if self.settled_img.settled.all():
+                self.image_track.end = i + 1
+        self.image, self.last_z_0 = moved, z_0
+
+    def _step_text(self, i: int, logits: Tensor) -> None:
+        estimate = logits.softmax(-1) @ self.means
+        if self.self_conditions:
+            self.estimate = estimate
+        text = self.text_track.step(i, self.text, estimate)
+        self.text = torch.where(self.prompt.unsqueeze(-1), self.text, text)
+        tokens = logits.argmax(-1)
+        if self.how.selection and self.last_tokens is not None:
+            level = self.text_track.level(i)
+            entropy = text_score_entropy(logits, self.last_tokens, level)
+            self._fix(self.settled_txt.update(i, entropy.where(~self.prompt, torch.inf)), tokens)
+        self.last_tokens = tokens
+        block = self.text_track.finished_block(i)
+        if block is not None:
+            self._fix(self.block <= block, tokens)
+            self._end_texts()
+        if self.prompt.all():
+            self.text_track.end = i + 1
+        elif block is not None:
+            self._restart_text()
+
+    def _fix(self, done: Tensor, tokens: Tensor) -> None:
+        """From now on the tokens that are `done` [b, m] are a clean condition."""
+        new = done & ~self.prompt
+        self.known = torch.where(new, tokens, self.known)
+        self.prompt = self.prompt | new
+        self.text = torch.where(new.unsqueeze(-1), self.means[self.known], self.text)
+
+    def _end_texts(self) -> None:
+        """After the first EOS that was drawn there is PAD alone."""
+        drawn = self.prompt & ~self.given
+        ends = drawn & (self.known == EOS)
+        after = ~self.given & (ends.cumsum(1) - ends.long() > 0)
+        self.known = torch.where(after, PAD, self.known)
+        self.prompt = self.prompt | after
+
+    def _kept(self, i: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which tokens the scans read; (None, None) for all.
+
+        Settled tokens are back as conditions once their modality is complete; a sample in which
+        nothing moves any more is left out whole.
+        """
+        if not (self.settled_img.settled.any() or self.settled_txt.settled.any()):
+            return None, None
+        keep_txt = torch.ones_like(self.prompt)
+        moving = torch.zeros(len(keep_txt), 1, dtype=torch.bool)
+        if self.text_track.active(i):
+            keep_txt = ~self.settled_txt.settled
+            moving = moving | (~self.prompt).any(1, keepdim=True)
+        if self.image is None:
+            return keep_txt & moving, None
+        keep_img = torch.ones_like(self.settled_img.settled)
+        if self.image_track.active(i):
+            keep_img = ~self.settled_img.settled
+            moving = moving | keep_img.any(1, keepdim=True)
+        return keep_txt & moving, keep_img & moving
 
     def predict(self, i: int, drop: str = "") -> tuple[Tensor | None, Tensor]:
         """(v [b, n, c] or None, logits [b, m, v]); `drop` makes a modality and the class noise."""
-        request, class_ids = self.request, self.request.class_ids
+        class_ids = self.request.class_ids
         image, text, prompt, estimate = self.image, self.text, self.prompt, self.estimate
         level_img, level_txt = self.image_track.level(i), self.text_track.level(i)
         if drop:
             class_ids = torch.full_like(class_ids, -1)
         if drop == "image" and image is not None:
-            image, level_img = request.noise_img, DROPPED
+            image, level_img = self.noise_img, DROPPED
         if drop == "text":
-            text, level_txt, estimate = request.noise_txt, DROPPED, torch.zeros_like(estimate)
+            text, level_txt, estimate = self.noise_txt, DROPPED, torch.zeros_like(estimate)
             prompt = torch.zeros_like(prompt)
         like = class_ids.float()
+        keep_txt, keep_img = self._kept(i)
         said = self.network(
             text,
             torch.full_like(like, level_txt),
@@ -172,6 +274,8 @@ class _State:
             image,
             None if image is None else torch.full_like(like, level_img),
             estimate,
+            keep_txt=keep_txt,
+            keep_img=keep_img,
         )
         v = None if said.image is None else said.image.float()
         return v, said.text.float() @ self.means.T + self.bias
@@ -182,12 +286,7 @@ class _State:
             return None
         return self.vae.decode_image(self.vae.denormalize_image(self.image))
 
-    def tokens(self) -> Tensor:
-        """The text, i64 [b, m]: the given one, or the likeliest tokens at the last step."""
-        if self.logits is None:
-            given = self.request.tokens
-            return given if given is not None else torch.zeros_like(self.prompt).long()
-        likeliest = self.logits.argmax(-1)
-        if self.request.tokens is None:
-            return likeliest
-        return torch.where(self.prompt, self.request.tokens, likeliest)
+    def selected(self, evaluations: int) -> Selected:
+        """When each token settled."""
+        image = None if self.image is None else self.settled_img.when
+        return Selected(image, self.settled_txt.when, evaluations)

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, TypedDict, Unpack
 
 import torch
 from safetensors.torch import load_file
@@ -15,7 +15,9 @@ from mdm.config import Config, from_dict
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.tokenizer import EOS, PAD, Tokenizer
 from mdm.diffusion import noise
-from mdm.generate.denoise import Request, denoise
+from mdm.generate.denoise import denoise
+from mdm.generate.request import Request, Sampling
+from mdm.generate.selection import Selected
 from mdm.objective import Objective
 
 log = logging.getLogger(__name__)
@@ -41,11 +43,23 @@ def load_objective(folder: Path, config: Config) -> Objective:
     return objective
 
 
+class Options(TypedDict, total=False):
+    """What every method of `Generator` takes besides; defaults and meaning are `Sampling`'s."""
+
+    solver: str
+    interval: tuple[float, float]
+    text_blocks: int
+    selection: float
+
+
 class Generator:
     """Class, text, picture or nothing in; picture, text or both out.
 
-    Results depend on `seed` and a sample's place in the call alone, not on the batch size.
+    Results depend on `seed` and a sample's place in the call alone, not on the batch size. `steps`
+    are evaluations of the network, without those of guidance.
     """
+
+    selected: Selected | None = None  # which tokens the last call selected, and when
 
     def __init__(
         self, config: Config, objective: Objective, tokenizer: Tokenizer, autoencoder: Decodes
@@ -82,7 +96,13 @@ class Generator:
         return cls(config, load_objective(folder, config), pieces, first_stage)
 
     def class_to_image(
-        self, class_ids: Sequence[int], *, guidance: float = 1.0, steps: int = 20, seed: int = 0
+        self,
+        class_ids: Sequence[int],
+        *,
+        guidance: float = 1.0,
+        steps: int = 20,
+        seed: int = 0,
+        **options: Unpack[Options],
     ) -> Tensor:
         """Pictures of the classes, f32 [b, 3, h, w] in [0, 1]."""
         n_classes = self.config.model.n_classes
@@ -93,12 +113,19 @@ class Generator:
 
         def request(index: Tensor) -> Request:
             classes = torch.tensor(class_ids)[index]
-            return Request("asked", "absent", classes, *self._noises(index, seed))
+            return Request("asked", "absent", classes, self._noise(index, seed))
 
-        return self._pixels(self._run(request, len(class_ids), steps, guidance)[0])
+        how = Sampling(image_steps=steps, image_guidance=guidance, **options)
+        return self._pixels(self._run(request, len(class_ids), how)[0])
 
     def text_to_image(
-        self, texts: Sequence[str], *, guidance: float = 1.0, steps: int = 20, seed: int = 0
+        self,
+        texts: Sequence[str],
+        *,
+        guidance: float = 1.0,
+        steps: int = 20,
+        seed: int = 0,
+        **options: Unpack[Options],
     ) -> Tensor:
         """Pictures of the captions, f32 [b, 3, h, w] in [0, 1].
 
@@ -112,22 +139,28 @@ class Generator:
 
         def request(index: Tensor) -> Request:
             none = torch.full_like(index, -1)
-            return Request("asked", "given", none, *self._noises(index, seed), tokens=tokens[index])
+            return Request("asked", "given", none, self._noise(index, seed), tokens=tokens[index])
 
-        return self._pixels(self._run(request, len(texts), steps, guidance)[0])
+        how = Sampling(image_steps=steps, image_guidance=guidance, **options)
+        return self._pixels(self._run(request, len(texts), how)[0])
 
     def image_to_text(
-        self, latents: Tensor, *, guidance: float = 0.0, steps: int = 20, seed: int = 0
+        self,
+        latents: Tensor,
+        *,
+        guidance: float = 0.0,
+        steps: int = 20,
+        seed: int = 0,
+        **options: Unpack[Options],
     ) -> list[str]:
         """Captions of pictures given as first-stage latents [b, n, c] (`Autoencoder.encode`)."""
 
         def request(index: Tensor) -> Request:
             none = torch.full_like(index, -1)
-            return Request(
-                "given", "asked", none, *self._noises(index, seed), latents=latents[index]
-            )
+            return Request("given", "asked", none, self._noise(index, seed), latents=latents[index])
 
-        return self._texts(self._run(request, len(latents), steps, guidance)[1])
+        how = Sampling(text_steps=steps, text_guidance=guidance, **options)
+        return self._texts(self._run(request, len(latents), how)[1])
 
     def reply(
         self,
@@ -136,6 +169,7 @@ class Generator:
         guidance: float = 0.0,
         steps: int = 40,
         seed: int = 0,
+        **options: Unpack[Options],
     ) -> list[str]:
         """The assistant's next turn in each dialogue (user first, alternating)."""
         length = self.config.data.dialogue_length
@@ -146,66 +180,73 @@ class Generator:
 
         def request(index: Tensor) -> Request:
             none = torch.full_like(index, -1)
-            text_noise = self._draw(index, seed, 0, length).text[:, 0]
+            draws = self._noise(index, seed, 0, length)
             return Request(
-                "absent", "asked", none, text_noise, tokens=tokens[index], prompt=prompt[index]
+                "absent", "asked", none, draws, tokens=tokens[index], prompt=prompt[index]
             )
 
-        ids = self._run(request, len(prompts), steps, guidance)[1]
+        how = Sampling(text_steps=steps, text_guidance=guidance, **options)
+        ids = self._run(request, len(prompts), how)[1]
         return [
             self.tokenizer.decode(row[n:]) for row, n in zip(ids.tolist(), lengths, strict=True)
         ]
 
     def joint(
-        self, n: int, *, guidance: float = 1.0, steps: int = 40, seed: int = 0
+        self,
+        n: int,
+        *,
+        guidance: float = 1.0,
+        steps: int = 40,
+        seed: int = 0,
+        text_guidance: float | None = None,
+        text_steps: int | None = None,
+        **options: Unpack[Options],
     ) -> tuple[Tensor, list[str]]:
         """`n` pictures f32 [n, 3, h, w] and their captions, made from noise in one loop.
 
-        Each modality hears the other at every step; the text trails the picture.
+        Each modality hears the other at every step; the text trails the picture. `guidance` and
+        `steps` are the picture's, and the text's too where it has none of its own.
         """
 
         def request(index: Tensor) -> Request:
             none = torch.full_like(index, -1)
-            return Request("asked", "asked", none, *self._noises(index, seed))
+            return Request("asked", "asked", none, self._noise(index, seed))
 
-        latents, tokens = self._run(request, n, steps, guidance, TEXT_DELAY)
+        how = Sampling(
+            image_steps=steps,
+            text_steps=steps if text_steps is None else text_steps,
+            image_guidance=guidance,
+            text_guidance=guidance if text_guidance is None else text_guidance,
+            text_delay=TEXT_DELAY,
+            **options,
+        )
+        latents, tokens = self._run(request, n, how)
         return self._pixels(latents), self._texts(tokens)
 
     def _run(
-        self,
-        request: Callable[[Tensor], Request],
-        n: int,
-        steps: int,
-        guidance: float,
-        text_delay: float = 0.0,
+        self, request: Callable[[Tensor], Request], n: int, how: Sampling
     ) -> tuple[Tensor, Tensor]:
         parts = torch.arange(n).split(BATCH)
         shown = tqdm(parts, desc="denoise", leave=False, disable=None if len(parts) > 1 else True)
         with torch.autocast("cpu", torch.bfloat16):  # as in training
-            done = [
-                denoise(
-                    self.objective,
-                    request(part),
-                    steps=steps,
-                    guidance=guidance,
-                    text_delay=text_delay,
-                )
-                for part in shown
-            ]
-        latents = [image.float() for image, _ in done if image is not None]
-        return torch.cat(latents) if latents else torch.empty(0), torch.cat([t for _, t in done])
+            done = [denoise(self.objective, request(part), how) for part in shown]
+        self.selected = Selected.join([drawn.selected for drawn in done])
+        latents = [drawn.latents.float() for drawn in done if drawn.latents is not None]
+        tokens = torch.cat([drawn.tokens for drawn in done])
+        return torch.cat(latents) if latents else torch.empty(0), tokens
 
-    def _noises(self, index: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Starting noise of a caption and of a picture."""
-        draws = self._draw(
-            index, seed, self.grid[0] * self.grid[1], self.config.data.caption_length
-        )
-        assert draws.image is not None
-        return draws.text[:, 0], draws.image[:, 0]
-
-    def _draw(self, index: Tensor, seed: int, n_image: int, n_text: int) -> noise.Draws:
+    def _noise(
+        self, index: Tensor, seed: int, n_image: int | None = None, n_text: int | None = None
+    ) -> Callable[[int], noise.Draws]:
+        """Normals of these samples, of a caption and a picture or of the lengths given."""
+        n_image = self.grid[0] * self.grid[1] if n_image is None else n_image
+        n_text = self.config.data.caption_length if n_text is None else n_text
         width = self.config.model.latent_dim
-        return noise.draw(seed, index, torch.zeros_like(index), n_image, n_text, width)
+
+        def draw(number: int) -> noise.Draws:
+            return noise.draw(seed, index, torch.full_like(index, number), n_image, n_text, width)
+
+        return draw
 
     def _padded(self, ids: list[int], length: int) -> Tensor:
         return torch.tensor(ids + [PAD] * (length - len(ids)))

@@ -16,6 +16,7 @@ from mdm.config import ModelConfig
 from mdm.model import scan
 from mdm.model.embed import N_HEAD, Embed
 from mdm.model.mamba2 import Mamba2, Weights, mix
+from mdm.model.packing import pack_order, sequence_mask
 from mdm.model.transformer import AttentionBlock
 
 EQ17_LEVEL = 8.0  # log-SNR from which on Eq. 17's term grows no more: a token is certain there
@@ -130,14 +131,41 @@ class Trunk(nn.Module):
             nn.init.zeros_(skip.weight)
         self.skips = nn.ModuleList(skips)
 
-    def forward(self, x: Tensor, m: int, grid: tuple[int, int] | None, pictures: int = 1) -> Tensor:
-        """[b, l, d] -> [b, l, d], for m text tokens and the image tokens of `pictures` grids."""
+    def forward(
+        self,
+        x: Tensor,
+        m: int,
+        grid: tuple[int, int] | None,
+        pictures: int = 1,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """[b, l, d] -> [b, l, d], for m text tokens and the image tokens of `pictures` grids.
+
+        Tokens outside `keep` bool [b, l] come back as they went in, and no other token hears of
+        them: what is left of all samples runs as one packed row.
+        """
+        orders = {scans: _order(scans, m, grid, pictures, x.device) for scans in set(self.scans)}
+        if keep is None:
+            return self._run(x, orders, None)
+        sample = keep.nonzero()[:, 0].unsqueeze(0)
+        packed = {k: Order(*pack_order(order.order, keep)) for k, order in orders.items()}
+        row = self._run(x[keep].unsqueeze(0), packed, sample)
+        x = x.to(row.dtype, copy=True)
+        x[keep] = row[0]
+        return x
+
+    def _run(
+        self,
+        x: Tensor,
+        orders: dict[tuple[tuple[int, int], ...], Order],
+        seq_idx: Tensor | None,
+    ) -> Tensor:
         first = len(self.blocks) - len(self.skips)
         kept: list[Tensor] = []
         for i, (block, scans) in enumerate(zip(self.blocks, self.scans, strict=True)):
             if i >= first:
                 x = x + self.skips[i - first](torch.cat([x, kept.pop()], -1))
-            x = block(x, _order(scans, m, grid, pictures, x.device))
+            x = block(x, orders[scans], seq_idx)
             if i < len(self.skips):
                 kept.append(x)
         return x
@@ -173,6 +201,8 @@ class Network(nn.Module):
         level_img: Tensor | None = None,
         estimate_txt: Tensor | None = None,
         picture_at: Tensor | None = None,
+        keep_txt: Tensor | None = None,
+        keep_img: Tensor | None = None,
     ) -> Prediction:
         """One denoising evaluation.
 
@@ -186,6 +216,8 @@ class Network(nn.Module):
             estimate_txt: [b, m, c] the last estimate of the clean text, zeros without one.
             picture_at: i64 [b, k] the text token at whose place a picture stands, -1 for a picture
                 beside the whole text; None: all beside it.
+            keep_txt: bool [b, m], text tokens that the blocks read; all of them without it.
+            keep_img: bool [b, n], the same of the image; given where `keep_txt` is.
 
         Returns:
             `Prediction`.
@@ -202,7 +234,8 @@ class Network(nn.Module):
             z_txt, estimate_txt, level_txt, prompt, class_ids, z_img, level_img, picture_at
         )
         m = z_txt.shape[1]
-        x = self.trunk(x, m, None if z_img is None else self.grid, k)
+        keep = None if keep_txt is None else sequence_mask(keep_txt, keep_img, k)
+        x = self.trunk(x, m, None if z_img is None else self.grid, k, keep)
         x = F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5)
         start = N_HEAD + 1
         text = self.text_out(x[:, start : start + m])

@@ -59,16 +59,19 @@ class AttentionBlock(nn.Module):
             for last in (self.o_proj, self.down_proj):
                 last.weight.mul_((2 * config.n_layer) ** -0.5)
 
-    def forward(self, x: Tensor, scan: Any = None) -> Tensor:
-        """[b, l, d] -> [b, l, d]; `scan` is a Mamba-2 block's, attention has no order."""
+    def forward(self, x: Tensor, scan: Any = None, seq_idx: Tensor | None = None) -> Tensor:
+        """[b, l, d] -> [b, l, d]; `scan` is a Mamba-2 block's, attention has no order.
+
+        With `seq_idx` [b, l] tokens hear those of the same number alone.
+        """
         normed = F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5)
-        x = x + self.o_proj(self._attend(normed))
+        x = x + self.o_proj(self._attend(normed, seq_idx))
         normed = F.rms_norm(x, x.shape[-1:], self.mlp_norm, eps=1e-5)
         gated = F.silu(self.gate_proj(normed)) * self.up_proj(normed)
         joined: Tensor = x + self.down_proj(gated)
         return joined
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, seq_idx: Tensor | None) -> Tensor:
         q, k, v = (
             project(x).unflatten(-1, (-1, self.headdim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -76,4 +79,7 @@ class AttentionBlock(nn.Module):
         # Repeated rather than `enable_gqa`, which leaves the CPU's flash kernel for one that holds
         # all l x l scores.
         k, v = (t.repeat_interleave(self.groups, 1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mask = None
+        if seq_idx is not None:
+            mask = (seq_idx.unsqueeze(2) == seq_idx.unsqueeze(1)).unsqueeze(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)

@@ -10,7 +10,8 @@ from mdm.config import Config, DataConfig, ModelConfig, to_dict
 from mdm.data import autoencoder
 from mdm.data.tokenizer import train_model
 from mdm.generate import Generator
-from mdm.generate.denoise import Request
+from mdm.generate import generator as module
+from mdm.generate.request import Request
 from mdm.objective import Objective
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -80,6 +81,27 @@ def test_every_other_task_answers(generator):
     assert pixels.shape[0] == len(texts) == 3
 
 
+def test_every_method_takes_solver_and_blocks(generator):
+    options = {"solver": "eq9", "interval": (-5.0, 5.0), "text_blocks": 2, "selection": 0.2}
+    assert generator.class_to_image([0], steps=3, **options).shape == (1, 3, 16, 16)
+    assert generator.text_to_image(["one"], steps=3, **options).shape == (1, 3, 16, 16)
+    assert len(generator.image_to_text(torch.randn(2, 16, 16), steps=3, **options)) == 2
+    assert len(generator.reply([("one cat",)], steps=3, **options)) == 1
+    assert len(generator.joint(2, steps=3, text_steps=4, text_guidance=0.5, **options)[1]) == 2
+    assert generator.selected.image.shape == (2, 16)
+    with pytest.raises(ValueError, match="choose one of dpmpp2m, eq9, ddpm"):
+        generator.class_to_image([0], solver="heun")
+
+
+@pytest.mark.parametrize("solver", ["dpmpp2m", "ddpm"])
+def test_results_do_not_depend_on_the_batch_size(generator, monkeypatch, solver):
+    whole = generator.class_to_image([0, 1, 2], steps=4, solver=solver)
+    monkeypatch.setattr(module, "BATCH", 2)
+    parts = generator.class_to_image([0, 1, 2], steps=4, solver=solver)
+    torch.testing.assert_close(whole, parts, rtol=0, atol=0.02)  # bf16
+    assert generator.selected.text.shape[0] == 3
+
+
 def test_long_captions_are_cut_with_a_warning(generator, caplog):
     long = "one two three four five six seven eight nine"
     assert generator.text_to_image([long], steps=3).shape == (1, 3, 16, 16)
@@ -93,7 +115,7 @@ def test_mistakes_name_both_values(generator, export, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         Generator.load(tmp_path)
     with pytest.raises(ValueError, match="choose one of given, asked, absent"):
-        Request("given", "wished", torch.zeros(1), torch.zeros(1, 2, 3), latents=torch.zeros(1))
+        Request("given", "wished", torch.zeros(1), lambda _: None, latents=torch.zeros(1))
     config = json.loads((export / "config.json").read_text())
     config["model"]["vocab_size"] = 30
     (tmp_path / "config.json").write_text(json.dumps(config))

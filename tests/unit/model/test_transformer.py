@@ -23,7 +23,14 @@ def test_attention_is_softmax_over_shared_keys():
         q = x @ block.q_proj.weight[own].T
         k, v = (x @ p.weight[shared].T for p in (block.k_proj, block.v_proj))
         heads.append((q @ k.transpose(1, 2) / 8**0.5).softmax(-1) @ v)
-    torch.testing.assert_close(block._attend(x), torch.cat(heads, -1))
+    torch.testing.assert_close(block._attend(x, None), torch.cat(heads, -1))
+
+
+def test_packed_sequences_do_not_hear_each_other():
+    block = AttentionBlock(SMALL, 1)
+    a, b = torch.randn(1, 3, 32), torch.randn(1, 4, 32)
+    packed = block(torch.cat([a, b], 1), seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1, 1]]))
+    torch.testing.assert_close(packed, torch.cat([block(a), block(b)], 1))
 
 
 def test_tokens_are_told_apart_by_their_embedding_alone():

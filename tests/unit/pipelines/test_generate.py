@@ -1,0 +1,18 @@
+"""The flags of the generation job."""
+
+import pytest
+
+from pipelines.generate import Flags
+
+
+def test_a_map_needs_selection():
+    with pytest.raises(
+        ValueError, match=r"--selection_map a\.png shows nothing with --selection 0"
+    ):
+        Flags(selection_map="a.png")
+    assert Flags(selection_map="a.png", selection=0.1).selection == 0.1
+
+
+def test_a_task_needs_its_input():
+    with pytest.raises(ValueError, match="--task reply needs --input"):
+        Flags(task="reply")
