@@ -81,7 +81,7 @@ def nested(element: Element, field: str, key: str) -> Iterator[tuple[str, Any]]:
     for i, item in enumerate(list_field(jsonfile.entry(element).get(field), field)):
         where = f"{field}[{i}]"
         try:
-            found = object_field(item, f"field {where}")
+            found = object_field(item, where)
             yield id_field(found.get(key), f"{where}.{key}"), found
         except ValueError as error:
             yield f"@{element.offset}/{i}", error

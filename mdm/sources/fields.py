@@ -62,7 +62,7 @@ def object_field(value: Any, name: str) -> dict[str, Any]:
     """`value` as a JSON object."""
     _present(value, name)
     if not isinstance(value, dict):
-        raise ValueError(f"{name} is {kind(value)}, not an object")
+        raise ValueError(f"field {name} is {kind(value)}, not an object")
     return value
 
 
@@ -75,7 +75,7 @@ def commonest(value: Any, name: str, key: str = "") -> str:
     for i, item in enumerate(list_field(value, name)):
         where = f"{name}[{i}]"
         if key:
-            item, where = object_field(item, f"field {where}").get(key), f"{where}.{key}"
+            item, where = object_field(item, where).get(key), f"{where}.{key}"
         if not isinstance(item, str) or item.strip():
             votes[text_field(item, where)] += 1
     if not votes:

@@ -38,7 +38,7 @@ class Join:
 
 
 class Joined:
-    """What was kept, by id. Of two entries with one id the first holds."""
+    """What was kept, by id. Two entries with one id that differ are both no good."""
 
     def __init__(self, join: Join | None) -> None:
         self._join = join
@@ -91,23 +91,34 @@ class Joined:
     def _fill(self, root: Path) -> "Joined":
         assert self._join is not None
         ids, numbers, offsets, texts = [], [], [], []
-        first: set[int] = set()
+        first: dict[int, int] = {}  # id -> index
         try:
             with open_file(root, self._join.file) as file:
                 for element in jsonfile.elements(file, self._join.section):
                     try:
                         entry = jsonfile.entry(element)
                         key = number_field(entry.get(self._join.key), self._join.key)
-                        if key in first:
-                            raise ValueError(f"duplicate {self._join.key} {key}")
                     except ValueError as error:
                         self._loose.append((element.offset, str(error)))
                         continue
+                    problem, number, text = "", 0, ""
                     try:
                         number, text = self._join.value(entry)
                     except ValueError as error:
-                        number, text, self._bad[key] = 0, "", str(error)
-                    first.add(key)
+                        problem = str(error)
+                    if key in first:
+                        self._loose.append((element.offset, f"duplicate {self._join.key} {key}"))
+                        at = first[key]
+                        if (numbers[at], texts[at], self._bad.get(key, "")) != (
+                            number,
+                            text,
+                            problem,
+                        ):
+                            self._bad[key] = "two entries with this id that differ"
+                        continue
+                    if problem:
+                        self._bad[key] = problem
+                    first[key] = len(ids)
                     ids.append(key)
                     numbers.append(number)
                     offsets.append(element.offset)

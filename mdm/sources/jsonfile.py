@@ -175,8 +175,9 @@ class _Cursor:
             except ValueError as error:  # a number of thousands of digits
                 reason = f"invalid JSON: {error}"
             else:
-                if end == len(self._text) and self._fill():
-                    continue  # a number may go on
+                number = isinstance(value, int | float)
+                if number and end >= len(self._text) - _MARGIN and self._fill():
+                    continue  # it may go on: "1", "1." and "1e+" at the window's end
                 return self._checked(value, end)
             self._skip(reason)
             return None, reason
@@ -195,12 +196,13 @@ class _Cursor:
 
     def _fill(self) -> bool:
         """Read on, dropping what lies before the cursor; False at the end of the file."""
-        kept = self._text[self._at :]
-        data = self._file.read(max(_WINDOW, len(kept)))
+        data = self._file.read(max(_WINDOW, len(self._text) - self._at))
+        if not data:
+            return False
+        self._text = self._text[self._at :] + data.decode("latin-1")
         self._base += self._at
         self._at = 0
-        self._text = kept + data.decode("latin-1")
-        return bool(data)
+        return True
 
     def _skip(self, reason: str) -> None:
         """Move behind a damaged value by quotes and brackets alone."""

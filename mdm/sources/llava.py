@@ -62,7 +62,7 @@ def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
     turns = []
     for i, turn in enumerate(list_field(entry.get("conversations"), "conversations")):
         where = f"conversations[{i}]"
-        turn = object_field(turn, f"field {where}")
+        turn = object_field(turn, where)
         role = text_field(turn.get("from"), f"{where}.from")
         if role != _ROLES[i % 2]:
             raise ValueError(f"field {where}.from is {role[:80]!r}, not {_ROLES[i % 2]!r}")

@@ -49,7 +49,7 @@ def locate(source: str, root: Path, *names: str) -> str:
 
 @contextmanager
 def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
-    """A loose or packed file as a stream that can seek forward, and unless in a tar back.
+    """A loose or packed file as a stream; to seek back in a packed one costs reading it again.
 
     Raises OSError where it cannot be read, with the reason.
     """
@@ -65,7 +65,7 @@ def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
                 _check(info)
                 file = stack.enter_context(packed.open(info))
             else:
-                packed_tar = open_tar(stack.enter_context(open_gzip(path)), streaming=True)
+                packed_tar = open_tar(stack.enter_context(open_gzip(path)), streaming=False)
                 file = _tar_member(stack.enter_context(packed_tar), member)
         except (*ZIP_ERRORS, tarfile.TarError, KeyError) as error:
             raise OSError(f"{name}: {describe(error)}") from None

@@ -132,6 +132,13 @@ class _Unpacked(gzip.GzipFile):
         check_ratio(self.tell(), self._packed.tell())
         return data
 
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As gzip; the way forward is read piece by piece, and so is limited, too."""
+        ahead = offset - self.tell() if whence == io.SEEK_SET else 0
+        while ahead > 0 and (data := self.read(min(ahead, 1 << 20))):
+            ahead -= len(data)
+        return super().seek(offset, whence)
+
 
 @contextmanager
 def open_gzip(path: Path) -> Iterator[IO[bytes]]:

@@ -194,7 +194,7 @@ def _messages(row: dict[str, Any]) -> tuple[str, ...]:
     turns = []
     for i, message in enumerate(list_field(row.get("messages"), "messages")):
         where = f"messages[{i}]"
-        message = object_field(message, f"field {where}")
+        message = object_field(message, where)
         role = text_field(message.get("role"), f"{where}.role")
         if role != _ROLES[i % 2]:
             raise ValueError(f"field {where}.role is {role[:80]!r}, not {_ROLES[i % 2]!r}")
