@@ -83,14 +83,18 @@ class Joined:
         if self._damage:
             yield 0, f"{section}@", f"unreadable {section}: {self._damage}"
         if self._join.required:
-            ids = {int(n) for n in named if n.removeprefix("-").isdecimal()}
+            # An id published as text may have any number of digits.
+            ids = {int(n) for n in named if n.removeprefix("-").isdecimal() and len(n) < 19}
             for at in np.flatnonzero(~np.isin(self._ids, np.fromiter(ids, np.int64))).tolist():
                 key = int(self._ids[at])
                 yield int(self._offsets[at]), str(key), f"{section} entry that nothing refers to"
 
     def _fill(self, root: Path) -> "Joined":
         assert self._join is not None
-        ids, numbers, offsets, texts = [], [], [], []
+        ids: list[int] = []
+        numbers: list[int] = []
+        offsets: list[int] = []
+        texts: list[str] = []
         first: dict[int, int] = {}  # id -> index
         try:
             with open_file(root, self._join.file) as file:
@@ -109,11 +113,8 @@ class Joined:
                     if key in first:
                         self._loose.append((element.offset, f"duplicate {self._join.key} {key}"))
                         at = first[key]
-                        if (numbers[at], texts[at], self._bad.get(key, "")) != (
-                            number,
-                            text,
-                            problem,
-                        ):
+                        kept = numbers[at], texts[at], self._bad.get(key, "")
+                        if kept != (number, text, problem):
                             self._bad[key] = "two entries with this id that differ"
                         continue
                     if problem:

@@ -239,7 +239,7 @@ def test_vqav2_damage(tmp_path):
 
     def asked(plain):
         rows = plain["questions"]
-        rows[0]["question_id"] = "0"
+        rows[0]["question_id"] = "9" * 30
         rows[1]["question_id"] = rows[2]["question_id"]
         rows[2]["question"] = {}
         rows[3]["question"] = " "
@@ -261,7 +261,7 @@ def test_vqav2_damage(tmp_path):
     assert [b for b in bad if "@" not in b[0]] == [
         (f"{n}", "annotations entry that nothing refers to"),
         (f"{n + 1}", "annotations entry that nothing refers to"),
-        ("0", "field question_id is text, not a whole number"),
+        ("9" * 30, "field question_id is text, not a whole number"),
         (f"{n + 2}", "question is about image_id 458752, its annotation about 458753"),
         (f"{n + 2}", "field question is an object, not text"),
         (f"{n + 3}", "field question is empty"),
