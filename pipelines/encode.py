@@ -34,7 +34,7 @@ from mdm.sources.record import Unit
 class Flags:
     """Flags of this job."""
 
-    dataset: str = field(metadata={"help": "published layout: imagenet, journeydb or ultrachat"})
+    dataset: str = field(metadata={"help": f"published layout: {', '.join(sources.READERS)}"})
     root: str = field(metadata={"help": "folder of the data set as published"})
     split: str = field(metadata={"help": "train, val, ... as the data set names it"})
     tokenizer: str = field(metadata={"help": "SentencePiece .model file"})

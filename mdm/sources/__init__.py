@@ -3,13 +3,37 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from mdm.sources import imagenet, journeydb, ultrachat
+from mdm.sources import (
+    coco,
+    flickr30k,
+    gqa,
+    imagenet,
+    journeydb,
+    llava,
+    ocrvqa,
+    okvqa,
+    textvqa,
+    ultrachat,
+    visual_genome,
+    vizwiz,
+    vqav2,
+)
 from mdm.sources.record import BadRecord, RawRecord, Reader
 
 READERS: dict[str, Reader] = {
     "imagenet": imagenet,
     "journeydb": journeydb,
     "ultrachat": ultrachat,
+    "coco": coco,
+    "flickr30k": flickr30k,
+    "gqa": gqa,
+    "ocrvqa": ocrvqa,
+    "textvqa": textvqa,
+    "visual_genome": visual_genome,
+    "vqav2": vqav2,
+    "vizwiz": vizwiz,
+    "okvqa": okvqa,
+    "llava": llava,
 }
 
 

@@ -1,22 +1,31 @@
-"""ImageNet (ILSVRC 2012): the published tars, or folders `train/<wnid>/*.JPEG` and `val/<wnid>/`.
+"""ImageNet (ILSVRC 2012): the published tars, or folders `train/<wnid>/*.JPEG` and `val/`.
 
 Tars: `ILSVRC2012_img_train.tar` (one tar a class inside) and `ILSVRC2012_img_val.tar`, whose labels
-stand in the devkit as ILSVRC ids (an order of their own, not that of the wnids). A label here is
-the index in the sorted list of wnids. Class names come from `LOC_synset_mapping.txt` or from the
-devkit's `meta.mat`; one of a class's names serves as a picture's caption.
+stand in the devkit as ILSVRC ids (an order of their own, not that of the wnids). Extracted, the
+validation pictures lie flat in `val/*.JPEG` with the same labels, or sorted into `val/<wnid>/`. A
+label here is the index in the sorted list of wnids. Class names come from `LOC_synset_mapping.txt`
+or from the devkit's `meta.mat`; one of a class's names serves as a picture's caption.
 """
 
-import gzip
 import hashlib
 import io
 import os
-import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_split, fingerprint
-from mdm.sources.streams import ARCHIVE_ERRORS, Member, Slice, describe, tar_members
+from mdm.sources.streams import (
+    ARCHIVE_ERRORS,
+    Member,
+    Slice,
+    describe,
+    headers,
+    open_tar,
+    read_file,
+    tar_members,
+    tgz_members,
+)
 
 SOURCE = "imagenet"
 SPLITS: tuple[str, ...] = ("train", "val")
@@ -54,7 +63,7 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
     for wnid, member in pictures:
         name = member.name.rsplit("/", 1)[-1]
         key = f"{SOURCE}/{unit.split}/{wnid}/{name}"
-        origin = f"{unit.split}/{wnid}/{name}"
+        origin = member.name
         if unit.kind != "files":
             origin = f"{unit.files[0]}::{wnid}.tar::{name}" if wnid else f"{unit.files[0]}::{name}"
         if not _is_unicode(key):
@@ -121,14 +130,16 @@ def _is_unicode(text: str) -> bool:
 
 def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
     listing: list[tuple[str, int]] = []
-    for folder in os.scandir(root / split):
-        if folder.is_dir():
-            for entry in os.scandir(folder.path):
-                if not entry.name.startswith(".") and not entry.is_dir():
-                    size = entry.stat().st_size if entry.is_file() else 0
-                    listing.append((f"{split}/{folder.name}/{entry.name}", size))
+    for outer in os.scandir(root / split):
+        folder = f"{split}/{outer.name}" if outer.is_dir() else split
+        for entry in os.scandir(outer.path) if outer.is_dir() else (outer,):
+            if not entry.name.startswith("."):
+                size = entry.stat().st_size if entry.is_file() else 0
+                listing.append((f"{folder}/{entry.name}", size))
     if not listing:
         raise ValueError(f"{SOURCE}: no pictures in {root / split}/<wnid>/")
+    if split == "val" and any(name.count("/") == 1 for name, _ in listing):
+        _ground_truth(root)
     listing.sort(key=lambda entry: (_hash(entry[0]), entry[0]))
     slices: list[list[tuple[str, int]]] = [[]]
     filled = 0
@@ -154,13 +165,14 @@ def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
 
 def _from_folder(unit: Unit) -> Iterator[tuple[str, Member]]:
     for file in unit.files:
-        _, wnid, name = file.split("/")
         try:
-            yield wnid, Member(name, (Path(unit.root) / file).read_bytes())
-        except FileNotFoundError:
-            yield wnid, Member(name, None, "missing file")
-        except OSError as error:
-            yield wnid, Member(name, None, f"unreadable file: {describe(error)}")
+            member = Member(file, read_file(Path(unit.root) / file))
+        except ValueError as error:
+            member = Member(file, None, str(error))
+        if file.count("/") == 1:
+            yield _validation_wnid(unit, member)
+        else:
+            yield file.split("/")[1], member
 
 
 # ---- tars
@@ -171,8 +183,8 @@ def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]
     ranges: list[tuple[str, int, int]] = []  # kind, first byte, end
     end = 0
     try:
-        with tarfile.open(tar, "r:") as outer:
-            for info in outer:
+        with tar.open("rb") as file, open_tar(file, streaming=False) as outer:
+            for info in headers(outer):
                 padded = info.offset_data + -(-info.size // 512) * 512
                 if split == "train":
                     inner = (f"class {info.name}", info.offset_data, info.offset_data + info.size)
@@ -234,7 +246,7 @@ def _from_tar(unit: Unit) -> Iterator[tuple[str, Member]]:
 
 def _validation_wnid(unit: Unit, member: Member) -> tuple[str, Member]:
     if unit.split == "train":
-        return "", Member(member.name, None, "picture outside a class's tar")
+        return "", Member(member.name, None, "picture outside a class's tar or folder")
     truth = _ground_truth(Path(unit.root))
     number = Path(member.name).stem.rsplit("_", 1)[-1]
     if not number.isdecimal() or not 1 <= int(number) <= len(truth):
@@ -283,10 +295,9 @@ def _devkit_file(root: Path, name: str) -> bytes:
     if not archive.is_file():
         raise ValueError(f"{SOURCE}: no devkit {archive.name} in {root}; val labels stand there")
     try:
-        with gzip.open(archive) as file:
-            for member in tar_members(io.BytesIO(file.read()), streaming=False):
-                if member.name == f"{DEVKIT}/{name}" and member.data is not None:
-                    return member.data
+        for member in tgz_members(archive):
+            if member.name == f"{DEVKIT}/{name}" and member.data is not None:
+                return member.data
     except ARCHIVE_ERRORS as error:
         raise ValueError(f"{archive}: unreadable: {describe(error)}") from None
     raise ValueError(f"{archive} holds no {DEVKIT}/{name}")

@@ -12,15 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mdm.sources.fields import text_field
 from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_split, fingerprint
-from mdm.sources.streams import (
-    ARCHIVE_ERRORS,
-    describe,
-    parse_row,
-    text_field,
-    tgz_lines,
-    tgz_members,
-)
+from mdm.sources.streams import ARCHIVE_ERRORS, describe, parse_row, tgz_lines, tgz_members
 
 SOURCE = "journeydb"
 SPLITS: tuple[str, ...] = ("train", "valid")

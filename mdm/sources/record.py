@@ -16,7 +16,8 @@ class RawRecord:
 
     `image` holds the file's bytes, `text` a caption, `turns` a dialogue (user first, alternating),
     `label` an index into the reader's class names. `origin` says where the bytes lie, for people:
-    a path below the data set's folder, or archive::member.
+    a path below the data set's folder, archive::member, or file@byte of an annotation; for an
+    annotated picture the last and one of the others.
     """
 
     id: str
@@ -45,8 +46,9 @@ class Unit:
     """One independent piece of a data set: what a worker reads without asking anyone else.
 
     `files` are paths below `root`; `kind` tells the reader how to read them; `start` and `stop`
-    bound the bytes of a piece of one file (0, 0: the whole). `fingerprint` is the sha256 of the
-    names and sizes of its input, without `root`: a moved data set keeps its fingerprints.
+    bound the bytes, or row groups, of a piece of one file (0, 0: the whole). `fingerprint` is the
+    sha256 of the names and sizes of its input, without `root`: a moved data set keeps its
+    fingerprints.
     """
 
     source: str
@@ -63,7 +65,8 @@ class Unit:
 class Reader(Protocol):
     """A published data set's layout. Modules of `mdm.sources` are readers."""
 
-    SPLITS: tuple[str, ...]  # as published; the first is for training, the second held out
+    # As published; the first is for training, the second held out if the data set holds any out.
+    SPLITS: tuple[str, ...]
 
     def units(self, root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
         """The split's units, the same list for the same files; ValueError without the files."""

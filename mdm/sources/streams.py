@@ -1,24 +1,62 @@
-"""Streaming pieces that several layouts share: tar members and JSON lines, with strict errors."""
+"""Streaming pieces that several layouts share: tar members and JSON lines, with strict errors.
+
+Nothing is ever extracted to disk, and what an archive claims decides neither how much memory nor
+how much time it gets: members, lines and headers have limits, and a stream that unpacks to more
+than MAX_RATIO times its bytes is a decompression bomb.
+"""
 
 import gzip
 import io
 import json
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
+
+from mdm.sources.fields import kind
 
 # A single picture or line beyond these is refused, so that one bad file cannot exhaust the memory.
 MAX_MEMBER_BYTES = 256 << 20
 MAX_LINE_BYTES = 16 << 20
+# Pictures hardly pack at all and annotations about 20:1; deflate's limit is 1032:1. Short streams
+# may be anything.
+MAX_RATIO = 200
+FREE_BYTES = 16 << 20
+# tarfile reads a header's extension (a long name, PAX fields) into memory whatever its size.
+_MAX_HEADER_BYTES = 1 << 20
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 
 ARCHIVE_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
+def check_ratio(unpacked: int, packed: int) -> None:
+    """OSError where so many bytes cannot come from honest data."""
+    if unpacked > FREE_BYTES + MAX_RATIO * packed:
+        raise OSError(f"decompression bomb: {packed} bytes unpack to {unpacked} or more")
+
+
 class _StrictHeader(tarfile.TarInfo):
-    """tarfile takes a damaged header after the first member for the end; here it is an error."""
+    """tarfile takes a damaged header after the first member for the end; here it is an error.
+
+    So is a header whose extension asks for more memory than any name needs.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _EXTENSIONS and not 0 <= header.size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"tar header asks for {header.size} bytes of names")
+        return header
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictHeader":
@@ -81,21 +119,85 @@ def describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+class _Unpacked(gzip.GzipFile):
+    """A gzip stream that stops at a decompression bomb."""
+
+    def __init__(self, packed: IO[bytes]) -> None:
+        super().__init__(fileobj=packed, mode="rb")
+        self._packed = packed
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As gzip; OSError where the stream unpacks to far too much."""
+        data = super().read(size)
+        check_ratio(self.tell(), self._packed.tell())
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As gzip; the way forward is read piece by piece, and so is limited, too."""
+        ahead = offset - self.tell() if whence == io.SEEK_SET else 0
+        while ahead > 0 and (data := self.read(min(ahead, 1 << 20))):
+            ahead -= len(data)
+        return super().seek(offset, whence)
+
+
+@contextmanager
+def open_gzip(path: Path) -> Iterator[IO[bytes]]:
+    """The unpacked stream of a gzip file. Read it in pieces: the limit is checked after each."""
+    with path.open("rb") as packed, _Unpacked(packed) as file:
+        yield cast(IO[bytes], file)
+
+
+@contextmanager
+def open_tar(file: IO[bytes] | io.IOBase, *, streaming: bool) -> Iterator[tarfile.TarFile]:
+    """A tar with strict headers. Take its members from `headers`."""
+    mode = "r|" if streaming else "r:"
+    with tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictHeader) as tar:  # type: ignore[call-overload]
+        yield tar
+
+
+def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Every member's header, forgotten once it is passed: tarfile would keep them all."""
+    while (info := tar.next()) is not None:
+        yield info
+        cast(Any, tar).members.clear()
+
+
+def read_file(path: Path) -> bytes:
+    """A picture's bytes; ValueError where it is missing, too large or no regular file."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a regular file")  # to open a pipe would wait for ever
+        if found.st_size > MAX_MEMBER_BYTES:
+            raise ValueError(f"file of {found.st_size} bytes is too large")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError("missing file") from None
+    except OSError as error:
+        raise ValueError(f"unreadable file: {describe(error)}") from None
+
+
+def is_inside(name: str) -> bool:
+    """Whether a published name stays below the folder it is taken from."""
+    return not (name.startswith("/") or ".." in name.split("/") or "\0" in name)
+
+
 def tar_members(file: IO[bytes] | io.IOBase, *, streaming: bool) -> Iterator[Member]:
     """Every regular file of a tar, in order; folders are passed over.
 
     A member that cannot be used is yielded with its problem. Raises one of ARCHIVE_ERRORS where
     the archive itself ends early or is damaged: what lies behind is out of reach.
     """
-    mode = "r|" if streaming else "r:"
-    with tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictHeader) as tar:  # type: ignore[call-overload]
-        for info in tar:
+    with open_tar(file, streaming=streaming) as tar:
+        for info in headers(tar):
             name = info.name.removeprefix("./")
             if info.isdir():
                 continue
             if not info.isfile():
                 yield Member(name, None, "tar member is a link or a device, not a file")
-            elif name.startswith("/") or ".." in name.split("/"):
+            elif info.issparse():
+                yield Member(name, None, "tar member is a sparse file, not a whole one")
+            elif not is_inside(name):
                 yield Member(name, None, "tar member's name points outside the archive")
             elif info.size > MAX_MEMBER_BYTES:
                 yield Member(name, None, f"tar member of {info.size} bytes is too large")
@@ -115,7 +217,7 @@ def tgz_members(path: Path) -> Iterator[Member]:
 
     Raises one of ARCHIVE_ERRORS, as `tar_members`.
     """
-    with gzip.open(path, "rb") as file:
+    with open_gzip(path) as file:
         yield from tar_members(file, streaming=True)
         while file.read(1 << 20):  # padding; the last read compares the checksum
             pass
@@ -126,11 +228,8 @@ def tgz_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
 
     Raises one of ARCHIVE_ERRORS.
     """
-    with (
-        gzip.open(path, "rb") as file,
-        tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictHeader) as tar,
-    ):
-        for info in tar:
+    with open_gzip(path) as file, open_tar(file, streaming=True) as tar:
+        for info in headers(tar):
             if not (info.isfile() and info.name.endswith(".jsonl")):
                 continue
             content = tar.extractfile(info)
@@ -166,32 +265,5 @@ def parse_row(line: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("invalid JSON: nested too deeply") from None
     if not isinstance(row, dict):
-        raise ValueError(f"line holds {_kind(row)}, not an object")
+        raise ValueError(f"line holds {kind(row)}, not an object")
     return row
-
-
-def text_field(value: Any, name: str) -> str:
-    """`value` as usable text; ValueError for an absent, wrong or empty one."""
-    if value is None:
-        raise ValueError(f"field {name} is absent")
-    if not isinstance(value, str):
-        raise ValueError(f"field {name} is {_kind(value)}, not text")
-    if not value.strip():
-        raise ValueError(f"field {name} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"field {name} holds half a surrogate pair, not valid Unicode") from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    return {
-        type(None): "null",
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }[type(value)]

@@ -127,6 +127,55 @@ def test_tars_and_their_extracted_folders_give_the_same_records(tars, tmp_path):
         )
 
 
+def test_validation_pictures_extracted_flat_have_the_devkits_labels(tars, tmp_path):
+    whole = read_all(tars, "val")
+    flat = tmp_path / "flat"
+    (flat / "val").mkdir(parents=True)
+    shutil.copy(tars / f"{imagenet.DEVKIT}.tar.gz", flat)
+    with tarfile.open(tars / imagenet.VAL_TAR) as tar:
+        tar.extractall(flat / "val", filter="data")
+    for unit_bytes in (1 << 30, 700):
+        found = sorted(read_all(flat, "val", unit_bytes=unit_bytes), key=lambda r: r.origin)
+        assert [(r.id, r.label, r.text, r.image) for r in found] == [
+            (r.id, r.label, r.text, r.image) for r in whole
+        ]
+    assert found[0].origin == "val/ILSVRC2012_val_00000001.JPEG"
+    (flat / "val/ILSVRC2012_val_00000007.JPEG").write_bytes(b"x")
+    (flat / "val/notes.txt").write_bytes(b"x")
+    (flat / "val/n00000001").mkdir()
+    (flat / "val/n00000001/own.JPEG").write_bytes(b"own")
+    found = read_all(flat, "val")
+    bad = {r.origin: r.reason for r in found if isinstance(r, BadRecord)}
+    assert bad == {
+        "val/ILSVRC2012_val_00000007.JPEG": "no label: picture number '00000007', "
+        "and labels for 1 to 6",
+        "val/notes.txt": "no label: picture number 'notes', and labels for 1 to 6",
+    }
+    assert len(found) == 9
+    (flat / imagenet.MAPPING).write_text("n00000001 one\n")
+    (flat / f"{imagenet.DEVKIT}.tar.gz").unlink()
+    imagenet._ground_truth.cache_clear()
+    imagenet._devkit_classes.cache_clear()
+    with pytest.raises(ValueError, match="no devkit"):
+        imagenet.units(flat, "val")
+
+
+def test_what_lies_where_no_picture_should_is_told(demo, tmp_path):
+    shutil.copytree(demo / "digits", tmp_path / "d")
+    folder = tmp_path / "d" / "train"
+    (folder / "stray.JPEG").write_bytes(b"x")
+    (folder / "n00000001" / "deeper").mkdir()
+    os.mkfifo(folder / "n00000001" / "pipe.JPEG")
+    bad = {
+        r.origin: r.reason for r in read_all(tmp_path / "d", "train") if isinstance(r, BadRecord)
+    }
+    assert bad == {
+        "train/stray.JPEG": "picture outside a class's tar or folder",
+        "train/n00000001/deeper": "not a regular file",
+        "train/n00000001/pipe.JPEG": "not a regular file",
+    }
+
+
 def test_truncated_train_tar_keeps_what_is_whole(tars):
     path = tars / imagenet.TRAIN_TAR
     path.write_bytes(path.read_bytes()[:-14_000])  # into the last class, zero padding included

@@ -5,8 +5,15 @@ from mdm import sources
 
 def test_table_knows_the_layouts_and_names_them():
     assert sources.get("journeydb").SPLITS == ("train", "valid")
-    with pytest.raises(ValueError, match="'laion'; choose one of imagenet, journeydb, ultrachat"):
+    with pytest.raises(ValueError, match="'laion'; choose one of imagenet, journeydb, ultra"):
         sources.get("laion")
+
+
+def test_all_thirteen_layouts_are_readers():
+    assert len(sources.READERS) == 13
+    for name, reader in sources.READERS.items():
+        assert name == reader.SOURCE
+        assert len(set(reader.SPLITS)) == len(reader.SPLITS) >= 2
 
 
 def test_datasets_flag(tmp_path):

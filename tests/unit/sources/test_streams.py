@@ -61,6 +61,56 @@ def test_gzip_checksum_is_verified(tmp_path):
         list(tgz_members(tmp_path / "a.tgz"))
 
 
+def test_decompression_bombs_are_errors_with_their_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "FREE_BYTES", 1 << 20)
+    path = tmp_path / "a.tgz"
+    for content in (
+        tar_bytes([("ok", b"1"), ("bomb.jsonl", bytes(8 << 20))]),
+        tar_bytes([("ok", b"1")]) + bytes(8 << 20),  # padding without end
+        bytes(8 << 20),  # nothing but padding
+    ):
+        path.write_bytes(gzip.compress(content))
+        with pytest.raises(streams.ARCHIVE_ERRORS, match=r"decompression bomb: .* unpack to"):
+            list(tgz_members(path))
+    path.write_bytes(gzip.compress(tar_bytes([("bomb.jsonl", bytes(8 << 20))])))
+    with pytest.raises(streams.ARCHIVE_ERRORS, match="decompression bomb"):
+        list(tgz_lines(path))
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_header_that_asks_for_gigabytes_gets_none(kind, streaming):
+    info = tarfile.TarInfo("a")
+    info.type, info.size = kind, 5 << 30
+    data = tar_bytes([("ok", b"1")])[:1024] + info.tobuf(tarfile.GNU_FORMAT) + bytes(2048)
+    members = tar_members(io.BytesIO(data), streaming=streaming)
+    assert next(members).name == "ok"
+    with pytest.raises(tarfile.ReadError, match="tar header asks for 5368709120 bytes of names"):
+        next(members)
+
+
+def test_sparse_members_are_problems():
+    info = tarfile.TarInfo("sparse.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[483:495] = b"%011o\0" % (200 << 20)  # the size it would have on a disk
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    members = list(tar_members(io.BytesIO(bytes(header) + bytes(1024)), streaming=False))
+    assert [(m.name, m.data) for m in members] == [("sparse.jpg", None)]
+    assert "sparse" in members[0].problem
+
+
+def test_members_are_forgotten_once_they_are_passed():
+    data = tar_bytes([(str(i), b"x") for i in range(200)])
+    with streams.open_tar(io.BytesIO(data), streaming=True) as tar:
+        names = []
+        for info in streams.headers(tar):
+            names.append(info.name)
+            assert len(tar.members) <= 1
+    assert names == [str(i) for i in range(200)]
+
+
 def test_lines_of_jsonl_members_with_numbers(tmp_path):
     content = tar_bytes([("x.jsonl", b"{}\n[]\n"), ("readme", b"no\n"), ("y.jsonl", b"1")])
     (tmp_path / "a.tgz").write_bytes(gzip.compress(content))

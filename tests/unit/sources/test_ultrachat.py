@@ -1,10 +1,13 @@
 import json
 import pickle
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from mdm.sources import ultrachat
 from mdm.sources.record import BadRecord, RawRecord
+from tests.published_sets import ULTRACHAT, write_ultrachat_200k
 
 
 def read_all(root, split="train", **options):
@@ -77,6 +80,88 @@ def test_broken_rows_are_reported_one_by_one(tmp_path):
         ("half", "field data[0] holds half a surrogate pair, not valid Unicode"),
         ("good", "duplicate id"),
     ]
+
+
+TALKS = [[f"question {n}", f"answer {n}", "and?", "so."][: 2 + n % 2 * 2] for n in range(10)]
+
+
+def test_parquet_of_the_200k_set_any_cut(tmp_path):
+    write_ultrachat_200k(tmp_path, TALKS)
+    whole = read_all(tmp_path, "train_sft")
+    assert [list(r.turns) for r in whole] == TALKS
+    stem = "train_sft-00000-of-00001-a3ecf92756993583"
+    assert whole[4].id == f"ultrachat/train_sft/{stem}/{4:064x}"
+    assert whole[4].origin == f"data/{stem}.parquet@1:1"
+    units = ultrachat.units(tmp_path, "train_sft", unit_bytes=1)
+    assert [(u.start, u.stop) for u in units] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert len({u.fingerprint for u in units}) == 4
+    assert [r for u in units for r in ultrachat.read(u)] == whole
+    assert [r.turns for r in read_all(tmp_path, "train")] == [r.turns for r in whole]
+    assert len(list(ultrachat.texts(tmp_path, "train_sft"))) == 30
+    with pytest.raises(ValueError, match=r"no test\.jsonl, .* or data/test_sft-\*\.parquet"):
+        ultrachat.units(tmp_path, "test")
+
+
+def test_broken_parquet_rows_are_reported_one_by_one(tmp_path):
+    user, reply = {"content": "a", "role": "user"}, {"content": "b", "role": "assistant"}
+    rows = [
+        ("good", [user, reply]),
+        ("system", [{"content": "be good", "role": "system"}, user, reply]),
+        ("odd", [user]),
+        ("none", []),
+        ("null", None),
+        ("blank", [user, {"content": " ", "role": "assistant"}]),
+        ("absent", [user, {"content": None, "role": "assistant"}]),
+        (None, [user, reply]),
+        ("latin", [user, {"content": "LATIN", "role": "assistant"}]),
+        ("good", [user, reply]),
+    ]
+    table = [{"prompt": "a", "prompt_id": i, "messages": m} for i, m in rows]
+    path = tmp_path / "train_gen-00000-of-00001.parquet"
+    pq.write_table(
+        pa.Table.from_pylist(table, ULTRACHAT), path, compression="none", use_dictionary=False
+    )
+    path.write_bytes(path.read_bytes().replace(b"LATIN", b"LAT\xe9N"))
+    found = read_all(tmp_path, "train_gen")
+    bad = [(r.id.rsplit("/", 1)[1], r.reason) for r in found if isinstance(r, BadRecord)]
+    assert bad == [
+        ("system", "field messages[0].role is 'system', not 'user'"),
+        ("odd", "dialogue of 1 turns: the last question has no reply"),
+        ("none", "empty dialogue"),
+        ("null", "field messages is absent"),
+        ("blank", "field messages[1].content is empty"),
+        ("absent", "field messages[1].content is absent"),
+        ("@0:7", "field prompt_id is absent"),
+        ("@0:8", "invalid UTF-8: invalid continuation byte"),
+        ("good", "duplicate id"),
+    ]
+    assert len(found) == 10
+
+
+def test_damaged_parquet_loses_its_row_group_alone(tmp_path, monkeypatch):
+    write_ultrachat_200k(tmp_path, TALKS)
+    (path,) = tmp_path.glob("data/*.parquet")
+    whole, data = read_all(tmp_path, "train_sft"), path.read_bytes()
+    with pq.ParquetFile(path) as file:
+        column = file.metadata.row_group(1).column(1)
+    broken = bytearray(data)
+    broken[column.dictionary_page_offset : column.dictionary_page_offset + 8] = b"\xff" * 8
+    path.write_bytes(broken)
+    found = read_all(tmp_path, "train_sft")
+    assert [r for r in found if isinstance(r, RawRecord)] == whole[:3] + whole[6:]
+    (bad,) = [r for r in found if isinstance(r, BadRecord)]
+    assert bad.reason.startswith("unreadable row group 1 after 0 rows: ")
+    path.write_bytes(data[:-20])
+    (bad,) = read_all(tmp_path, "train_sft")
+    assert bad.reason.startswith("unreadable parquet: ")
+    pq.write_table(pa.table({"prompt_id": ["a"]}), path)
+    (bad,) = read_all(tmp_path, "train_sft")
+    assert bad.reason == "unreadable parquet: no column messages"
+    path.write_bytes(data)
+    monkeypatch.setattr(ultrachat, "_MAX_GROUP_BYTES", 9)
+    bombs = read_all(tmp_path, "train_sft")
+    assert len(bombs) == 4
+    assert all("decompression bomb: a row group of" in r.reason for r in bombs)
 
 
 def test_file_that_vanishes_is_a_bad_record(demo, tmp_path):

@@ -1,0 +1,32 @@
+"""GQA: `{train,val,testdev}_balanced_questions.json` beside `images/<imageId>.jpg`.
+
+The published file is one object, question id -> `{question, imageId, answer, fullAnswer, …}`, loose
+or in `questions1.2.zip`; pictures may still be in `images.zip`. A record is one question with its
+short answer as a dialogue; the full sentence, the program and the scene graph are left.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mdm.sources.annotated import Annotated, Content, Layout, by_name
+from mdm.sources.fields import exchange, id_field
+from mdm.sources.joined import Joined
+from mdm.sources.packed import locate
+
+SOURCE = "gqa"
+SPLITS: tuple[str, ...] = ("train", "val", "testdev")
+
+
+def _find(root: Path, split: str) -> Layout:
+    name = f"{split}_balanced_questions.json"
+    found = locate(SOURCE, root, name, f"questions/{name}", f"questions1.2.zip::{name}")
+    return Layout(split, found, folders=("images",), archives=("images.zip",))
+
+
+def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
+    picture = id_field(entry.get("imageId"), "imageId")
+    return Content((f"images/{picture}.jpg",), turns=exchange(entry))
+
+
+_reader = Annotated(SOURCE, SPLITS, _find, by_name, _content)
+units, read, texts = _reader.units, _reader.read, _reader.texts

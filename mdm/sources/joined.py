@@ -1,0 +1,140 @@
+"""Entries of a second list, found by the id that an entry of the first one names.
+
+VQAv2 keeps questions and answers apart, COCO captions and file names. What is joined comes down to
+an id, a number and a text an entry; these are held in memory, some tens of bytes each, once a
+process.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdm.sources import jsonfile
+from mdm.sources.fields import number_field
+from mdm.sources.jsonfile import BrokenFileError
+from mdm.sources.packed import open_file
+from mdm.sources.streams import ARCHIVE_ERRORS, describe
+
+
+@dataclass(frozen=True)
+class Join:
+    """The list `section` of `file`, whose entries have the id `key`.
+
+    `value` is what is kept of an entry: a number and a text; ValueError where it is no good.
+    `required` says that an entry which nothing names is an error in itself.
+    """
+
+    file: str
+    section: str
+    key: str
+    value: Callable[[dict[str, Any]], tuple[int, str]]
+    required: bool = False
+
+
+class Joined:
+    """What was kept, by id. Two entries with one id that differ are both no good."""
+
+    def __init__(self, join: Join | None) -> None:
+        self._join = join
+        self._ids: NDArray[np.int64] = np.zeros(0, np.int64)  # sorted
+        self._numbers: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._texts: list[str] = []
+        self._offsets: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._bad: dict[int, str] = {}  # ids whose entry is no good
+        self._loose: list[tuple[int, str]] = []  # (byte, problem) of entries without a good id
+        self._damage = ""
+
+    @staticmethod
+    def load(root: Path, join: Join | None) -> "Joined":
+        """All entries of the list; nothing where there is nothing to join."""
+        if join is None:
+            return Joined(None)
+        try:
+            found = (root / join.file.partition("::")[0]).stat()
+        except OSError as error:
+            empty = Joined(join)
+            empty._damage = describe(error)
+            return empty
+        return _load(root, join, found.st_size, found.st_mtime_ns)
+
+    def get(self, key: int, name: str) -> tuple[int, str]:
+        """The entry's number and text; ValueError where there is none, or a bad one."""
+        assert self._join is not None
+        at = int(np.searchsorted(self._ids, key))
+        if at < len(self._ids) and self._ids[at] == key:
+            if key in self._bad:
+                raise ValueError(f"{self._join.section} entry of {name} {key}: {self._bad[key]}")
+            return int(self._numbers[at]), self._texts[at]
+        damage = f" (unreadable: {self._damage})" if self._damage else ""
+        raise ValueError(f"no entry in {self._join.section} for {name} {key}{damage}")
+
+    def unclaimed(self, named: Iterator[str]) -> Iterator[tuple[int, str, str]]:
+        """(byte, id, problem) of what no entry of the first list could report."""
+        assert self._join is not None
+        section = self._join.section
+        for offset, problem in self._loose:
+            yield offset, f"{section}@{offset}", f"{section} entry: {problem}"
+        if self._damage:
+            yield 0, f"{section}@", f"unreadable {section}: {self._damage}"
+        if self._join.required:
+            # An id published as text may have any number of digits.
+            ids = {int(n) for n in named if n.removeprefix("-").isdecimal() and len(n) < 19}
+            for at in np.flatnonzero(~np.isin(self._ids, np.fromiter(ids, np.int64))).tolist():
+                key = int(self._ids[at])
+                yield int(self._offsets[at]), str(key), f"{section} entry that nothing refers to"
+
+    def _fill(self, root: Path) -> "Joined":
+        assert self._join is not None
+        ids: list[int] = []
+        numbers: list[int] = []
+        offsets: list[int] = []
+        texts: list[str] = []
+        first: dict[int, int] = {}  # id -> index
+        try:
+            with open_file(root, self._join.file) as file:
+                for element in jsonfile.elements(file, self._join.section):
+                    try:
+                        entry = jsonfile.entry(element)
+                        key = number_field(entry.get(self._join.key), self._join.key)
+                    except ValueError as error:
+                        self._loose.append((element.offset, str(error)))
+                        continue
+                    problem, number, text = "", 0, ""
+                    try:
+                        number, text = self._join.value(entry)
+                    except ValueError as error:
+                        problem = str(error)
+                    if key in first:
+                        self._loose.append((element.offset, f"duplicate {self._join.key} {key}"))
+                        at = first[key]
+                        kept = numbers[at], texts[at], self._bad.get(key, "")
+                        if kept != (number, text, problem):
+                            self._bad[key] = "two entries with this id that differ"
+                        continue
+                    if problem:
+                        self._bad[key] = problem
+                    first[key] = len(ids)
+                    ids.append(key)
+                    numbers.append(number)
+                    offsets.append(element.offset)
+                    texts.append(sys.intern(text))  # most answers are among a few
+        except (BrokenFileError, *ARCHIVE_ERRORS) as error:
+            self._damage = describe(error)
+        order = np.argsort(np.array(ids, np.int64), kind="stable")
+        self._ids = np.array(ids, np.int64)[order]
+        self._numbers = np.array(numbers, np.int64)[order]
+        self._offsets = np.array(offsets, np.int64)[order]
+        self._texts = [texts[i] for i in order.tolist()]
+        return self
+
+
+@lru_cache(maxsize=2)
+def _load(root: Path, join: Join, size: int, changed_ns: int) -> Joined:
+    del size, changed_ns  # part of the key alone: a changed file is read again
+    return Joined(join)._fill(root)

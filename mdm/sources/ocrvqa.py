@@ -1,0 +1,59 @@
+"""OCR-VQA: `dataset.json` beside `images/<id><extension>`.
+
+The published file is one object, id -> `{imageURL, questions [], answers [], split, title, …}`;
+split 1 is for training, 2 for validation, 3 for testing. A picture is saved under the entry's id
+and the extension of its address, or as `.jpg`. A record is one question with its answer as a
+dialogue; title, author and genre are left. What is wrong with an entry of no known split is told
+with the training split.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mdm.sources import jsonfile
+from mdm.sources.annotated import Annotated, Content, Layout
+from mdm.sources.fields import exchange, id_field, list_field, number_field, text_field
+from mdm.sources.joined import Joined
+from mdm.sources.jsonfile import Element
+from mdm.sources.packed import locate
+
+SOURCE = "ocrvqa"
+SPLITS: tuple[str, ...] = ("train", "val", "test")
+
+
+def _find(root: Path, split: str) -> Layout:
+    found = locate(SOURCE, root, "dataset.json")
+    return Layout(split, found, folders=("images",), archives=("images.zip",))
+
+
+def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
+    try:
+        key, book = id_field(element.name, "id"), jsonfile.entry(element)
+        number = number_field(book.get("split"), "split")
+        if not 1 <= number <= len(SPLITS):
+            raise ValueError(f"field split is {number}, not 1, 2 or 3")
+    except ValueError:
+        if layout.split == SPLITS[0]:
+            raise
+        return
+    if SPLITS[number - 1] != layout.split:
+        return
+    questions = list_field(book.get("questions"), "questions")
+    answers = list_field(book.get("answers"), "answers")
+    if len(questions) != len(answers):
+        raise ValueError(f"{len(questions)} questions, but {len(answers)} answers")
+    for i, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        entry = {"question": question, "answer": answer, "imageURL": book.get("imageURL")}
+        yield f"{key}/{i}", {**entry, "id": key}
+
+
+def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
+    address = text_field(entry.get("imageURL"), "imageURL")
+    extension = PurePosixPath(address.partition("?")[0]).suffix
+    names = dict.fromkeys((f"images/{entry['id']}{extension}", f"images/{entry['id']}.jpg"))
+    return Content(tuple(names), turns=exchange(entry))
+
+
+_reader = Annotated(SOURCE, SPLITS, _find, _entries, _content)
+units, read, texts = _reader.units, _reader.read, _reader.texts

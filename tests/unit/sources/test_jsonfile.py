@@ -1,0 +1,161 @@
+import io
+import json
+import random
+import re
+
+import pytest
+
+from mdm.sources import jsonfile, streams
+from mdm.sources.jsonfile import BrokenFileError, elements, line_elements
+
+
+def read(data, section="", **options):
+    if isinstance(data, str):
+        data = data.encode()
+    return list(elements(io.BytesIO(data), section, **options))
+
+
+def pairs(data, section=""):
+    return [(e.name, e.value) for e in read(data, section)]
+
+
+@pytest.fixture(params=[1, 7, 64, 1 << 18])
+def window(request, monkeypatch):
+    """Windows that end anywhere: within a number, an escape, a key."""
+    monkeypatch.setattr(jsonfile, "_WINDOW", request.param)
+
+
+def values(seed, depth=3):
+    """A JSON value of any kind."""
+    draw = random.Random(seed)
+    kind = draw.randrange(8 if depth else 5)
+    if kind >= 5:
+        items = [values(draw.random(), depth - 1) for _ in range(draw.randrange(4))]
+        return items if kind == 5 else {f'k"{i}]': item for i, item in enumerate(items)}
+    return [
+        None,
+        True,
+        draw.randrange(-(10**12), 10**12),
+        draw.uniform(-1e9, 1e-9),
+        "".join(draw.choice('ab"\\{}[],: \n\té漢\U0001f600') for _ in range(draw.randrange(20))),
+    ][kind]
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_same_as_the_standard_parser(window, ascii_only):
+    for seed in range(12):
+        items = [values(f"{seed} {i}") for i in range(9)]
+        indent = seed % 3 or None
+        text = json.dumps(items, ensure_ascii=ascii_only, indent=indent)
+        assert pairs(text) == [("", item) for item in items]
+        named = {f"key {i} é": item for i, item in enumerate(items)}
+        text = json.dumps(named, ensure_ascii=ascii_only, indent=indent)
+        assert pairs(text) == list(named.items())
+        around = {"info": {"a": [1]}, "first": items, "n": -12.5e3, "second": items[::-1], "z": []}
+        text = json.dumps(around, ensure_ascii=ascii_only, indent=indent)
+        assert pairs(text, "second") == [("", item) for item in items[::-1]]
+        assert pairs(text, "z") == []
+
+
+def test_reading_may_begin_and_end_at_any_entry(window):
+    data = json.dumps({"a": [1], "b": [{"id": i, "é": "é" * i} for i in range(20)]}).encode()
+    whole = read(data, "b")
+    for at in range(1, 20):
+        start, stop = whole[at].offset, whole[-1].offset
+        assert data[start : start + 5] == b'{"id"'
+        assert read(data, "b", start=start) == whole[at:]
+        assert read(data, "b", stop=start) == whole[:at]
+        assert read(data, "b", start=start, stop=stop) == whole[at:-1]
+    named = json.dumps({f"q{i}": {"n": i} for i in range(9)}).encode()
+    whole = read(named)
+    assert read(named, start=whole[4].offset) == whole[4:]
+
+
+def test_memory_stays_at_one_window(monkeypatch):
+    monkeypatch.setattr(jsonfile, "_WINDOW", 1000)
+    data = json.dumps([{"id": i, "text": "x" * 50} for i in range(2000)]).encode()
+    asked = []
+
+    class Counted(io.BytesIO):
+        def read(self, size=-1):
+            asked.append(size)
+            return super().read(size)
+
+    entries = elements(Counted(data))
+    assert [next(entries).value["id"] for _ in range(10)] == list(range(10))
+    assert len(asked) <= 2
+    assert len(list(entries)) == 1990
+    assert max(asked) == 1000
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        ('{"id": 1 "c": "x"}', "invalid JSON: Expecting ',' delimiter at byte 19 of the file"),
+        ('{"c": "bad \\q escape ]}"}', r"invalid JSON: Invalid \\escape"),
+        ('{"c": "line\nbreak, \\" ["}', "invalid JSON: Invalid control character"),
+        ("{'c': 'x'}", "invalid JSON: Expecting property name"),
+        ("nan", "invalid JSON: Expecting value"),
+        ("", "invalid JSON: Expecting value"),
+        ('{"c": [1, {"d": tru}]}', "invalid JSON: Expecting value"),
+        ("[" * 5000 + "]" * 5000, "invalid JSON: nested too deeply"),
+        ('{"n": ' + "9" * 5000 + "}", "invalid JSON: Exceeds the limit"),
+        (b'{"c": "caf\xe9"}', "invalid UTF-8 at byte 10 of the entry"),
+    ],
+)
+def test_one_damaged_entry_is_told_and_those_behind_it_still_come(window, broken, reason):
+    broken = broken if isinstance(broken, bytes) else broken.encode()
+    found = read(b'[{"a": 1},' + broken + b', {"b": "{"}, 3]')
+    assert [e.value for e in found] == [{"a": 1}, None, {"b": "{"}, 3]
+    assert found[1].problem.startswith(reason.replace("\\\\", "\\"))
+    assert found[1].offset == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "reason"),
+    [
+        ('[{"a": 1}, {"a": 2', 1, "entry at byte 11 has no end: invalid JSON"),
+        ('[{"a": 1}, {"a": "2', 1, "entry at byte 11 has no end: invalid JSON: Unterminated"),
+        ('[{"a": 1}, {"a": 2}', 2, "the file ends at byte 19, before its last bracket"),
+        ('[{"a": 1}, {"a": 2, {"a": 3}]', 1, "entry at byte 11 has no end: invalid JSON"),
+        ('[{"a": 1}} , 2]', 1, "invalid JSON at byte 9: '}' behind an entry"),
+        ("[1] [2]", 1, "invalid JSON at byte 4: '[' behind the last entry"),
+        ('{"a": 1, 2: 3}', 1, "invalid JSON at byte 9: a key is missing"),
+    ],
+)
+def test_where_the_rest_is_out_of_reach_it_is_an_error(window, text, good, reason):
+    entries = elements(io.BytesIO(text.encode()))
+    for _ in range(good):
+        assert next(entries).problem == ""
+    with pytest.raises(BrokenFileError, match=re.escape(reason)):
+        next(entries)
+
+
+def test_damage_in_another_list_or_no_such_list_is_an_error():
+    with pytest.raises(BrokenFileError, match=r"at byte 8: '\{' behind an entry"):
+        read('{"a": [1{, "b": [2]}', "b")
+    with pytest.raises(BrokenFileError, match="no list 'c'"):
+        read('{"a": [1], "b": {"c": [1]}}', "c")
+    with pytest.raises(BrokenFileError, match="'a' is not a list"):
+        read('{"a": {}}', "a")
+
+
+def test_endless_entry_is_refused_and_the_next_one_comes(monkeypatch):
+    monkeypatch.setattr(streams, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(jsonfile, "_WINDOW", 16)
+    for endless in ('"' + "x" * 5000 + '"', "[" + "1," * 900 + "1]"):
+        found = read(f"[1, {endless}, 2]")
+        assert [e.value for e in found] == [1, None, 2]
+        assert found[1].problem == "entry is longer than 100 bytes"
+
+
+def test_byte_order_mark_is_no_part_of_the_text():
+    assert pairs(b"\xef\xbb\xbf[1, 2]") == [("", 1), ("", 2)]
+
+
+def test_lines():
+    data = "first\n\nzweite \xe9\n".encode() + b"caf\xe9\r\nlast"
+    found = list(line_elements(io.BytesIO(data)))
+    assert [e.value for e in found] == ["first", "zweite é", None, "last"]
+    assert found[2].problem == "invalid UTF-8 at byte 3 of the line"
+    assert list(line_elements(io.BytesIO(data), found[1].offset, found[3].offset)) == found[1:3]

@@ -1,0 +1,164 @@
+import os
+import zipfile
+
+import pytest
+
+from mdm.sources import packed, streams
+from mdm.sources.packed import Pictures, listing, locate, open_file, unpacked_size
+from tests.published_sets import write_tgz, write_zip
+
+
+def reason(root, name, archives=("p.zip",)):
+    with Pictures(root, archives) as pictures, pytest.raises(ValueError, match=r".") as error:
+        pictures.read((name,))
+    return str(error.value)
+
+
+def test_folder_before_archive_and_the_first_name_that_is_there(tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/1.jpg").write_bytes(b"loose")
+    write_zip(tmp_path / "p.zip", {"p/1.jpg": b"packed", "p/2.jpg": b"two"})
+    write_zip(tmp_path / "far/q.zip", {"q/3.jpg": b"three"})
+    with Pictures(tmp_path, ("p.zip", "far/q.zip", "none.zip")) as pictures:
+        assert pictures.read(("p/1.jpg",)) == ("p/1.jpg", b"loose")
+        assert pictures.read(("p/0.jpg", "p/2.jpg")) == ("p.zip::p/2.jpg", b"two")
+        assert pictures.read(("far/q/3.jpg",)) == ("far/q.zip::q/3.jpg", b"three")
+        with pytest.raises(ValueError, match=r"^missing file: q/3\.jpg$"):
+            pictures.read(("q/3.jpg",))
+
+
+def test_an_archive_is_opened_once_and_a_picture_named_again_is_not_read_again(
+    tmp_path, monkeypatch
+):
+    write_zip(tmp_path / "p.zip", {f"p/{n}.jpg": b"%d" % n for n in range(9)})
+    opened, unzipped = [], []
+    plain = packed._unzip
+
+    class Counted(zipfile.ZipFile):
+        def __init__(self, *arguments):
+            opened.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(packed.zipfile, "ZipFile", Counted)
+    monkeypatch.setattr(packed, "_unzip", lambda *a: unzipped.append(a) or plain(*a))
+    with Pictures(tmp_path, ("p.zip",)) as pictures:
+        for n in range(9):
+            for _ in range(5):
+                assert pictures.read((f"p/{n}.jpg",))[1] == b"%d" % n
+    assert (len(opened), len(unzipped)) == (1, 9)
+
+
+def test_decompression_bombs_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "FREE_BYTES", 1 << 20)
+    bomb = bytes(3 << 20)
+    write_zip(tmp_path / "p.zip", {"p/bomb.jpg": bomb, "p/ok.jpg": bytes(1 << 20)})
+    assert reason(tmp_path, "p/bomb.jpg").startswith("decompression bomb: ")
+    with Pictures(tmp_path, ("p.zip",)) as pictures:
+        assert len(pictures.read(("p/ok.jpg",))[1]) == 1 << 20
+    write_zip(tmp_path / "a.zip", {"a.json": bomb})
+    with pytest.raises(OSError, match="decompression bomb"), open_file(tmp_path, "a.zip::a.json"):
+        pass
+    write_tgz(tmp_path / "a.tar.gz", [("a.json", bomb)])
+    with open_file(tmp_path, "a.tar.gz::a.json") as file:
+        file.seek(2 << 20)
+        with pytest.raises(OSError, match="decompression bomb"):
+            file.read(1)
+
+
+def test_a_member_that_lies_about_its_size_gives_no_more_than_it_claims(tmp_path, monkeypatch):
+    path = tmp_path / "p.zip"
+    write_zip(path, {"p/liar.jpg": bytes(8 << 20)})
+    data = path.read_bytes()
+    path.write_bytes(data.replace((8 << 20).to_bytes(4, "little"), (1000).to_bytes(4, "little")))
+    assert reason(tmp_path, "p/liar.jpg").startswith("damaged archive member: Bad CRC-32")
+
+
+def test_what_a_zip_may_hold_besides_pictures(tmp_path, monkeypatch):
+    path = tmp_path / "p.zip"
+    write_zip(path, {"p/good.jpg": b"good" * 99})
+    data = bytearray(path.read_bytes())
+    data[40 + len("p/good.jpg")] ^= 0xFF  # in the packed bytes, behind header and name
+    path.write_bytes(data)
+    assert reason(tmp_path, "p/good.jpg").startswith("damaged archive member: ")
+    write_zip(path, {"p/odd.jpg": b"x" * 99}, zipfile.ZIP_BZIP2)
+    assert "packed by method 12" in reason(tmp_path, "p/odd.jpg")
+    write_zip(path, {"p/good.jpg": b"good"})
+    data = path.read_bytes()
+    central = data.index(b"PK\x01\x02")
+    path.write_bytes(data[: central + 8] + b"\x01" + data[central + 9 :])
+    assert reason(tmp_path, "p/good.jpg") == "archive member is encrypted"
+    monkeypatch.setattr(packed, "MAX_MEMBER_BYTES", 3)
+    write_zip(path, {"p/good.jpg": b"good"})
+    assert reason(tmp_path, "p/good.jpg") == "archive member of 4 bytes is too large"
+    path.write_bytes(b"no zip at all")
+    assert reason(tmp_path, "p/x.jpg") == (
+        "missing file: p/x.jpg; archive p.zip is unreadable: File is not a zip file"
+    )
+
+
+def test_names_that_point_outside_are_harmless(tmp_path):
+    root = tmp_path / "set"
+    root.mkdir()
+    (tmp_path / "secret").write_bytes(b"secret")
+    write_zip(root / "p.zip", {"../secret": b"from the zip", "/etc/x": b"x"})
+    for name in ("../secret", str(tmp_path / "secret"), "p/../../secret", "..", "p\0"):
+        assert reason(root, name).startswith("picture's name points outside the data set: ")
+    assert not list(tmp_path.glob("**/etc"))
+
+
+def test_a_pipe_or_a_folder_is_no_picture_and_nobody_waits_for_it(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert reason(tmp_path, "pipe.jpg") == "not a regular file"
+    (tmp_path / "folder.jpg").mkdir()
+    assert reason(tmp_path, "folder.jpg") == "not a regular file"
+    os.symlink("nowhere", tmp_path / "dangling.jpg")
+    assert reason(tmp_path, "dangling.jpg") == "missing file"
+    monkeypatch.setattr(streams, "MAX_MEMBER_BYTES", 2)
+    (tmp_path / "big.jpg").write_bytes(b"big")
+    assert reason(tmp_path, "big.jpg") == "file of 3 bytes is too large"
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.zip::in/a.json", "a.tar.gz::in/a.json"])
+def test_files_loose_or_packed(tmp_path, name):
+    data = bytes(range(256)) * 4000
+    (tmp_path / "a.json").write_bytes(data)
+    write_zip(tmp_path / "a.zip", {"other": b"x" * 9999, "in/a.json": data})
+    write_tgz(tmp_path / "a.tar.gz", [("other", b"x" * 9999), ("in/a.json", data)])
+    assert locate("set", tmp_path, "gone.json", "a.zip::gone.json", name) == name
+    assert unpacked_size(tmp_path, name) == len(data)
+    with open_file(tmp_path, name) as file:
+        file.seek(700_001)
+        assert file.read(300) == data[700_001:700_301]
+        file.seek(5)
+        assert file.read(9) == data[5:14]
+
+
+def test_damage_to_packed_annotations_is_an_error_of_reading(tmp_path):
+    write_zip(tmp_path / "a.zip", {"a.json": b"[1, 2]" * 999})
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[30 + len("a.json") + 5] ^= 0xFF
+    (tmp_path / "a.zip").write_bytes(data)
+    with pytest.raises(streams.ARCHIVE_ERRORS), open_file(tmp_path, "a.zip::a.json") as file:
+        file.read()
+    (tmp_path / "a.zip").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"a\.zip: unreadable: File is not a zip file"):
+        locate("set", tmp_path, "a.zip::a.json")
+    write_tgz(tmp_path / "a.tgz", [("b.json", b"")])
+    with (
+        pytest.raises(OSError, match=r"there is no a\.json in it"),
+        open_file(tmp_path, "a.tgz::a.json"),
+    ):
+        pass
+
+
+def test_listing_follows_names_and_sizes(tmp_path):
+    (tmp_path / "p/deep").mkdir(parents=True)
+    (tmp_path / "p/deep/1.jpg").write_bytes(b"1234")
+    write_zip(tmp_path / "q.zip", {"q/1.jpg": b"x"})
+    first, size = listing("set", tmp_path, ("p", "q"), ("q.zip", "r.zip"))
+    assert size == 4 + (tmp_path / "q.zip").stat().st_size
+    assert listing("set", tmp_path, ("p", "q"), ("q.zip", "r.zip"))[0] == first
+    (tmp_path / "p/deep/1.jpg").rename(tmp_path / "p/deep/2.jpg")
+    assert listing("set", tmp_path, ("p", "q"), ("q.zip", "r.zip"))[0] != first
+    with pytest.raises(ValueError, match=r"set: no pictures in .*: x/, y\.zip"):
+        listing("set", tmp_path, ("x",), ("y.zip",))
