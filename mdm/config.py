@@ -127,6 +127,9 @@ class ObjectiveConfig:
     p_image_to_text: float = doc(0.15, "share of samples with clean picture, noised text")
     p_image: float = doc(0.2, "share with the text dropped: class to image, and no condition")
     p_text: float = doc(0.05, "share with the picture dropped: text without a condition")
+    condition_noise: float = doc(
+        0.0, "pictures given for their text are noised up to this share of the steps (Ho 2021)"
+    )
     p_class: float = doc(0.8, "share of labelled samples of p_image that see their class")
     p_self_condition: float = doc(0.25, "share of steps that also see their own last estimate")
     text_warp: bool = doc(False, "draw text noise levels where the loss changes (CDCD)")
@@ -143,7 +146,7 @@ class ObjectiveConfig:
             value = getattr(self, name)
             _check(value >= 0, f"objective.{name} is {value}; it must not be negative")
         tasks = ("p_text_to_image", "p_image_to_text", "p_image", "p_text")
-        for name in (*tasks, "p_class", "p_self_condition"):
+        for name in (*tasks, "p_class", "p_self_condition", "condition_noise"):
             p = getattr(self, name)
             _check(0.0 <= p <= 1.0, f"objective.{name} is {p}; a share lies between 0 and 1")
         total = sum(getattr(self, name) for name in tasks)

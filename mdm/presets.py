@@ -79,7 +79,12 @@ LEARN = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.35, p_image=0.15, p_image_to_text=0.15, p_class=0.0, p_self_condition=0.1
+        p_text_to_image=0.25,
+        p_image_to_text=0.25,
+        p_image=0.1,
+        p_class=0.0,
+        condition_noise=0.4,
+        p_self_condition=0.1,
     ),
     data=DataConfig(
         root="runs/learn/data/encoded",

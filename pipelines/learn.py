@@ -33,7 +33,7 @@ class Flags:
     out: str = doc("runs/learn", "folder for everything it writes")
     ranks: int = doc(2, "training processes")
     train_flags: str = doc("", "more flags for the training job, separated by spaces")
-    guidance: float = doc(1.0, "guidance weight of pictures")
+    guidance: float = doc(0.3, "guidance weight of pictures")
     joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
     steps: int = doc(20, "solver steps")
     seed: int = doc(0, "of training and of everything drawn")
