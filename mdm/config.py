@@ -185,9 +185,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         names = [s.name for s in self.sources]
         _check(len(set(names)) == len(names), f"data.sources names one twice: {names}")
-        _check(
-            self.global_batch > 0, f"data.global_batch is {self.global_batch}; it must be positive"
-        )
+        for name in ("global_batch", "window", "caption_length", "dialogue_length"):
+            _check(
+                getattr(self, name) > 0,
+                f"data.{name} is {getattr(self, name)}; it must be positive",
+            )
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,12 @@ def score_entropy(log_s: Tensor, log_r: Tensor, weight: Tensor | float = 1.0) ->
 
     Zero exactly where s = r. For normalised s and r and unit weights it equals KL(r || s), and for
     a one-hot r the cross-entropy. log_r may hold -inf.
+
+    Raises:
+        ValueError: log_s and log_r of different shapes.
     """
+    if log_s.shape != log_r.shape:
+        raise ValueError(f"log_s has shape {tuple(log_s.shape)}, log_r {tuple(log_r.shape)}")
     s, r = log_s.float().exp(), log_r.float().exp()
     # r = 0 contributes s alone: 0 * -inf is 0 here.
     r_log = torch.where(r > 0, r * (log_r.float() - 1 - log_s.float()), torch.zeros_like(r))
@@ -66,10 +71,13 @@ def _check(z_t: Tensor, y: Tensor, alpha_bar: Tensor, eps_hat: Tensor) -> None:
         )
     if eps_hat.shape != z_t.shape:
         raise ValueError(f"eps_hat has shape {tuple(eps_hat.shape)}, z_t {tuple(z_t.shape)}")
-    if alpha_bar.dim() > z_t.dim() - 1:
-        raise ValueError(
-            f"alpha_bar has shape {tuple(alpha_bar.shape)}; z_t {tuple(z_t.shape)} needs [...]"
-        )
+    for name, lead in (("candidates", y.shape[:-2]), ("alpha_bar", alpha_bar.shape)):
+        pairs = zip(lead, z_t.shape[:-1], strict=False)
+        if len(lead) not in (0, z_t.dim() - 1) or any(a not in (1, b) for a, b in pairs):
+            raise ValueError(
+                f"the leading shape of {name} is {tuple(lead)}; z_t {tuple(z_t.shape)} needs "
+                f"{tuple(z_t.shape[:-1])}"
+            )
     if alpha_bar.numel() and (alpha_bar.min() < 0 or alpha_bar.max() >= 1):
         raise ValueError(
             f"alpha_bar spans {alpha_bar.min():g} to {alpha_bar.max():g}; it must lie in [0, 1): "

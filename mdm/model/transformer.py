@@ -3,7 +3,7 @@
 It stands where a Mamba-2 block does, in the same trunk with the same embeddings, which already tell
 places: no rotary positions. Attention is bidirectional over the joint sequence.
 
-Shapes: b batch, l length, d d_model, h query heads, g key and value heads, e channels a head.
+Shapes: b batch, l length, d d_model.
 """
 
 from typing import Any
@@ -44,7 +44,6 @@ class AttentionBlock(nn.Module):
         super().__init__()
         d, d_ff = config.d_model, feed_forward_width(config, n_scans)
         self.headdim = d // config.n_heads
-        self.groups = config.n_heads // config.n_kv_heads
         kv = config.n_kv_heads * self.headdim
         self.norm = nn.Parameter(torch.ones(d))
         self.q_proj = nn.Linear(d, d, bias=False)
@@ -76,10 +75,8 @@ class AttentionBlock(nn.Module):
             project(x).unflatten(-1, (-1, self.headdim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # Repeated rather than `enable_gqa`, which leaves the CPU's flash kernel for one that holds
-        # all l x l scores.
-        k, v = (t.repeat_interleave(self.groups, 1) for t in (k, v))
         mask = None
         if seq_idx is not None:
             mask = (seq_idx.unsqueeze(2) == seq_idx.unsqueeze(1)).unsqueeze(1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)

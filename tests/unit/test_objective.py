@@ -137,6 +137,13 @@ def test_a_dropped_text_takes_its_prompt_along():
     assert objective(asked, 1).eps_img > 0
 
 
+def test_total_is_eq_18_with_its_weights():
+    weights = {"lambda_se": 0.7, "eps_image": 0.3, "se_image": 0.2, "beta_kl": 0.05}
+    t = with_objective(**weights)(batch(0), 0)
+    diffusion = 0.3 * t.eps_img + 0.2 * t.se_img + t.se_txt
+    torch.testing.assert_close(t.total, t.rec_img + t.rec_txt + 0.05 * t.kl + 0.7 * diffusion)
+
+
 def test_image_encoder_hears_the_diffusion_only_if_told_to():
     objective = with_objective(detach_latents=False)
     terms = objective(batch(0), 0)

@@ -24,6 +24,21 @@ def test_log_ratio_is_eq_5():
     torch.testing.assert_close(log_ratio(z_t, y, abar), expected.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_energy_is_eq_17_with_a_residual():
+    torch.manual_seed(0)
+    z_0, eps, y = torch.randn(3, 16), torch.randn(3, 16), torch.randn(3, 7, 16)
+    y[:, 2] = z_0
+    abar = torch.tensor([0.1, 0.5, 0.9])
+    a = abar[:, None]
+    z_t = a.sqrt() * z_0 + (1 - a).sqrt() * eps
+    energies = energy(z_t, y, abar, eps)  # the true residual explains the true candidate whole
+    torch.testing.assert_close(energies[:, 2], z_t.square().sum(1) / 2)
+    assert (energies.argmax(1) == 2).all()
+    eps_y = (z_t.unsqueeze(1) - a[..., None].sqrt() * y) / (1 - a[..., None]).sqrt()
+    expected = energies[:, 2:3] - (eps_y - eps.unsqueeze(1)).square().sum(-1) / 2
+    torch.testing.assert_close(energies, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_is_zero_at_the_target_and_positive_elsewhere():
     torch.manual_seed(0)
     log_r = torch.randn(4, 9).log_softmax(-1)
@@ -88,5 +103,13 @@ def test_bad_input_names_both_values():
         log_ratio(z_t, y, torch.tensor([0.5, 1.0]))
     with pytest.raises(ValueError, match=r"candidates have shape \(2, 3, 5\)"):
         log_ratio(z_t, torch.zeros(2, 3, 5), torch.full((2,), 0.5))
+    with pytest.raises(ValueError, match=r"alpha_bar is \(3,\).*needs \(2,\)"):
+        log_ratio(z_t, y, torch.full((3,), 0.5))
+    with pytest.raises(ValueError, match=r"alpha_bar is \(2,\).*needs \(2, 3\)"):
+        log_ratio(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5, 4), torch.full((2,), 0.5))
+    with pytest.raises(ValueError, match=r"candidates is \(3,\)"):
+        log_ratio(z_t, torch.zeros(3, 3, 4), torch.full((2,), 0.5))
+    with pytest.raises(ValueError, match=r"log_s has shape \(2, 3\), log_r \(2, 4\)"):
+        score_entropy(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="eps_hat has shape"):
         energy(z_t, y, torch.full((2,), 0.5), torch.zeros(4))

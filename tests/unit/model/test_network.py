@@ -1,6 +1,9 @@
 """The decoder: information crosses between text and picture, presets have the paper's sizes."""
 
 import dataclasses
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from mdm.diffusion.score_entropy import log_ratio_vocabulary, log_score_ratio
 from mdm.model.count import trunk_macs
 from mdm.model.network import Network, _order
 from mdm.presets import DEV_1GPU, MDM_1B, MDM_7B
+from tests.helpers import ROOT
 
 SMALL = ModelConfig(
     d_model=32,
@@ -120,6 +124,14 @@ def test_the_papers_parameters():
     assert trunk == sum(mixers) + 49 * 2048
     assert f"{trunk / 1e9:.2f}" == "7.60"
     assert whole == 7_611_515_552
+
+
+def test_the_readmes_line_prints_what_it_says():
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r'^python -c "(import torch; from mdm.presets .*)"$', readme, re.M)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True)
+    assert printed.stdout == "7.60 B, 49, 2048\n", printed.stderr
+    assert f"prints `{printed.stdout.strip()}`" in readme
 
 
 def test_the_papers_gflops():

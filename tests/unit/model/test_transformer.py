@@ -23,7 +23,13 @@ def test_attention_is_softmax_over_shared_keys():
         q = x @ block.q_proj.weight[own].T
         k, v = (x @ p.weight[shared].T for p in (block.k_proj, block.v_proj))
         heads.append((q @ k.transpose(1, 2) / 8**0.5).softmax(-1) @ v)
-    torch.testing.assert_close(block._attend(x, None), torch.cat(heads, -1))
+    expected = torch.cat(heads, -1)
+    torch.testing.assert_close(block._attend(x, None), expected)
+    weights = (block.q_proj.weight, block.k_proj.weight, block.v_proj.weight)
+    ours, theirs = (
+        torch.autograd.grad(y.square().sum(), weights) for y in (block._attend(x, None), expected)
+    )
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_packed_sequences_do_not_hear_each_other():
