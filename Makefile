@@ -1,6 +1,8 @@
 # One door for people and CI. `make demo` and `make test` work as the first command on a fresh clone.
 PY := .venv/bin/python
 export DS_ACCELERATOR ?= cpu
+# Threads that wait by spinning starve each other as soon as a core is busy elsewhere.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test check format bench learn learn-ablate drill review gpu-check clean
 

@@ -106,7 +106,9 @@ def run(flags: Flags) -> dict[str, Any]:
     loaded = time.perf_counter()
 
     def generator(folder: Path) -> Generator:
-        return Generator.load(folder, tokenizer=flags.tokenizer, autoencoder=flags.autoencoder)
+        return Generator.load(
+            folder, tokenizer=flags.tokenizer, autoencoder=flags.autoencoder, compiled=True
+        )
 
     settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})
     export = Path(flags.checkpoint)

@@ -93,7 +93,8 @@ def load(export: Path, setting: Setting) -> Generator:
     """The generator of exported weights, with pixel patches in the autoencoder's place."""
     config = from_dict(Config, read_json(export / "config.json"))
     objective = load_objective(export, config)
-    return Generator(config, objective, Tokenizer(setting.tokenizer), setting.pixels)
+    pieces = Tokenizer(setting.tokenizer)
+    return Generator(config, objective, pieces, setting.pixels, compiled=True)
 
 
 def run(flags: Flags) -> dict[str, Any]:

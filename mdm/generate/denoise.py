@@ -29,6 +29,11 @@ class Drawn(NamedTuple):
     tokens: Tensor  # i64 [b, m]; PAD after the first EOS
     selected: Selected
 
+    def first(self, n: int) -> "Drawn":
+        """Those of the first `n` samples."""
+        latents = None if self.latents is None else self.latents[:n]
+        return Drawn(latents, self.tokens[:n], self.selected.first(n))
+
 
 @torch.no_grad()
 def denoise(objective: Objective, request: Request, how: Sampling) -> Drawn:

@@ -15,7 +15,7 @@ from mdm.config import Config, from_dict
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.tokenizer import EOS, PAD, Tokenizer
 from mdm.diffusion import noise
-from mdm.generate.denoise import denoise
+from mdm.generate.denoise import Drawn, denoise
 from mdm.generate.request import Request, Sampling
 from mdm.generate.selection import Selected
 from mdm.objective import Objective
@@ -62,20 +62,37 @@ class Generator:
     selected: Selected | None = None  # which tokens the last call selected, and when
 
     def __init__(
-        self, config: Config, objective: Objective, tokenizer: Tokenizer, autoencoder: Decodes
+        self,
+        config: Config,
+        objective: Objective,
+        tokenizer: Tokenizer,
+        autoencoder: Decodes,
+        *,
+        compiled: bool = False,
     ) -> None:
+        """Compiled blocks (`model.kernel compiled`) pay from some hundred samples on."""
+        self.compiled = compiled and objective.network.trunk.compiled
+        objective.network.trunk.compiled = self.compiled
         self.config, self.objective = config, objective.eval()
         self.tokenizer, self.autoencoder = tokenizer, autoencoder
         self.grid = (config.model.image_height, config.model.image_width)
 
     @classmethod
-    def load(cls, folder: str | Path, *, tokenizer: str = "", autoencoder: str = "") -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        tokenizer: str = "",
+        autoencoder: str = "",
+        compiled: bool = False,
+    ) -> Self:
         """From an export (config.json, model.safetensors).
 
         Args:
             folder: the export.
             tokenizer: SentencePiece model; the run's own by default.
             autoencoder: first-stage autoencoder; the run's own by default.
+            compiled: compile the blocks, if the run did.
 
         Raises:
             FileNotFoundError: a file that is missing, by name.
@@ -93,7 +110,8 @@ class Generator:
                 f"{config.model.vocab_size}; use the tokenizer of its run"
             )
         first_stage = Autoencoder.load(autoencoder or config.autoencoder)
-        return cls(config, load_objective(folder, config), pieces, first_stage)
+        objective = load_objective(folder, config)
+        return cls(config, objective, pieces, first_stage, compiled=compiled)
 
     def class_to_image(
         self,
@@ -229,11 +247,18 @@ class Generator:
         parts = torch.arange(n).split(BATCH)
         shown = tqdm(parts, desc="denoise", leave=False, disable=None if len(parts) > 1 else True)
         with torch.autocast("cpu", torch.bfloat16):  # as in training
-            done = [denoise(self.objective, request(part), how) for part in shown]
+            done = [self._denoise(request, part, how) for part in shown]
         self.selected = Selected.join([drawn.selected for drawn in done])
         latents = [drawn.latents.float() for drawn in done if drawn.latents is not None]
         tokens = torch.cat([drawn.tokens for drawn in done])
         return torch.cat(latents) if latents else torch.empty(0), tokens
+
+    def _denoise(self, request: Callable[[Tensor], Request], part: Tensor, how: Sampling) -> Drawn:
+        if not self.compiled:
+            return denoise(self.objective, request(part), how)
+        # One shape for all calls: the last sample fills the batch, and is cut off again.
+        filled = torch.cat([part, part[-1:].expand(BATCH - len(part))])
+        return denoise(self.objective, request(filled), how).first(len(part))
 
     def _noise(
         self, index: Tensor, seed: int, n_image: int | None = None, n_text: int | None = None

@@ -27,6 +27,11 @@ class Selected(NamedTuple):
     text: Tensor  # i64 [b, m]
     evaluations: int  # of the loop
 
+    def first(self, n: int) -> "Selected":
+        """Those of the first `n` samples."""
+        image = None if self.image is None else self.image[:n]
+        return Selected(image, self.text[:n], self.evaluations)
+
     @classmethod
     def join(cls, parts: "Sequence[Selected]") -> "Selected":
         """Those of several batches as one."""

@@ -98,8 +98,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, scan: Order, seq_idx: Tensor | None = None) -> Tensor:
         """[b, l, d] -> [b, l, d]."""
-        # Training has one shape; the many shapes of generation are not worth compiling.
-        run = _compiled_residual() if self.compiled and self.training else residual
+        # Packed rows differ in length at every evaluation: not worth compiling.
+        run = _compiled_residual() if self.compiled and seq_idx is None else residual
         return run(x, self.norm, self.mixer.weights, scan, seq_idx, **self.mixer.settings)
 
 
@@ -130,6 +130,17 @@ class Trunk(nn.Module):
         for skip in skips:
             nn.init.zeros_(skip.weight)
         self.skips = nn.ModuleList(skips)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the blocks run compiled, which takes seconds for every new shape."""
+        return any(isinstance(block, Block) and block.compiled for block in self.blocks)
+
+    @compiled.setter
+    def compiled(self, on: bool) -> None:
+        for block in self.blocks:
+            if isinstance(block, Block):
+                block.compiled = on
 
     def forward(
         self,

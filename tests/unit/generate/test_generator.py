@@ -1,6 +1,7 @@
 """Generation from an export of untrained weights: shapes, determinism, clear mistakes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -52,6 +53,23 @@ def export(tmp_path_factory):
 @pytest.fixture(scope="module")
 def generator(export):
     return Generator.load(export)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, inside its own compiler
+def test_compiled_blocks_draw_the_same(export, generator):
+    eager = generator.class_to_image([0, 1, 2], steps=3)
+    config = json.loads((export / "config.json").read_text())
+    config["model"]["kernel"] = "compiled"
+    other = export.parent / "compiled"
+    shutil.copytree(export, other)
+    (other / "config.json").write_text(json.dumps(config))
+    compiled = Generator.load(other, compiled=True)
+    assert compiled.compiled
+    assert not Generator.load(other).compiled
+    torch.testing.assert_close(
+        compiled.class_to_image([0, 1, 2], steps=3), eager, rtol=0, atol=0.05
+    )
+    assert compiled.selected.text.shape[0] == 3
 
 
 def test_pictures_have_the_autoencoders_size(generator):
