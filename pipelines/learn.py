@@ -18,7 +18,7 @@ from mdm.config import Config, doc, fail, from_dict, parse_cli
 from mdm.data.pixels import PixelPatches
 from mdm.data.tokenizer import Tokenizer
 from mdm.evaluate import classifier, learn_report
-from mdm.evaluate.learn import Task, evaluate
+from mdm.evaluate.learn import Ruler, Task, evaluate
 from mdm.generate import Generator
 from mdm.generate.generator import load_objective
 from pipelines import learn_data
@@ -43,8 +43,7 @@ class Flags:
 class Setting:
     """What all evaluations of one data set share."""
 
-    task: Task
-    judge: classifier.Classifier
+    ruler: Ruler
     pixels: PixelPatches
     tokenizer: Path
 
@@ -70,7 +69,7 @@ def prepare(folder: Path) -> Setting:
         heldout.labels,
         learn_data.captions,
     )
-    return Setting(task, judge, pixels, folder / "tokenizer.model")
+    return Setting(Ruler(judge, task), pixels, folder / "tokenizer.model")
 
 
 def train(out: Path, data: Path, ranks: int, flags: list[str]) -> dict[str, float]:
@@ -89,12 +88,12 @@ def train(out: Path, data: Path, ranks: int, flags: list[str]) -> dict[str, floa
     return done
 
 
-def load(export: Path, setting: Setting) -> Generator:
+def load(export: Path, setting: Setting, compiled: bool = True) -> Generator:
     """The generator of exported weights, with pixel patches in the autoencoder's place."""
     config = from_dict(Config, read_json(export / "config.json"))
     objective = load_objective(export, config)
     pieces = Tokenizer(setting.tokenizer)
-    return Generator(config, objective, pieces, setting.pixels, compiled=True)
+    return Generator(config, objective, pieces, setting.pixels, compiled=compiled)
 
 
 def run(flags: Flags) -> dict[str, Any]:
@@ -106,8 +105,7 @@ def run(flags: Flags) -> dict[str, Any]:
     trained = time.monotonic()
     metrics, drawn = evaluate(
         load(out / "train" / "export", setting),
-        setting.judge,
-        setting.task,
+        setting.ruler,
         guidance=flags.guidance,
         joint_guidance=flags.joint_guidance,
         steps=flags.steps,
@@ -120,7 +118,7 @@ def run(flags: Flags) -> dict[str, Any]:
         "evaluate_seconds": time.monotonic() - trained,
         "wall_seconds": time.monotonic() - began,
     }
-    return learn_report.write(out, report, setting.task, drawn, vars(flags))
+    return learn_report.write(out, report, setting.ruler.task, drawn, vars(flags))
 
 
 def main() -> int:

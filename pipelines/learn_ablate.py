@@ -8,6 +8,7 @@ weights, if `pipelines/learn.py` has made them. Run again, it goes on from the f
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from mdm.config import doc, fail, parse_cli
+from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate.learn import evaluate
 from pipelines.learn import Setting, load, prepare
 from pipelines.stages import read_json, write_json
@@ -26,11 +28,14 @@ VARIANTS = {
     "as shipped": "",
     "score entropy 0": "--objective.se_image 0",
     "score entropy 0.3": "--objective.se_image 0.3",
-    "target of Theorem 1": "--objective.target theorem1",
-    "latents not detached": "--objective.detach_latents false",
+    "target of Theorem 1": "--objective.target theorem1 --objective.eps_image 0",
+    "latents not detached": "--objective.detach_latents false --objective.normalize_latents false",
     "scans 12/1": "--model.scans 12/1",
-    "transformer": "--model.decoder transformer",
+    "transformer": "--model.decoder transformer --model.n_heads 4 --model.n_kv_heads 2 "
+    "--model.d_ff 256",
 }
+EVALUATIONS = (5, 10, 20, 40)
+SELECTIONS = (0.02, 0.1, 0.5)
 COLUMNS = {
     "t2i_accuracy": "caption → picture",
     "t2i_accuracy_unguided": "not guided",
@@ -53,6 +58,7 @@ class Flags:
     guidance: float = doc(1.0, "guidance weight of pictures")
     joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
     steps: int = doc(20, "solver steps")
+    weights: str = doc("runs/learn/train/export", "long-trained weights, to compare solvers on")
 
     def __post_init__(self) -> None:
         if unknown := set(self.names) - set(VARIANTS):
@@ -88,14 +94,63 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
         raise RuntimeError(f"{name}, seed {seed}: training ended with {code}; see {folder}/log.txt")
     metrics, _ = evaluate(
         load(folder / "train" / "export", setting),
-        setting.judge,
-        setting.task,
+        setting.ruler,
         guidance=flags.guidance,
         joint_guidance=flags.joint_guidance,
         steps=flags.steps,
     )
     write_json(found, metrics)
     return metrics
+
+
+def solvers(flags: Flags, setting: Setting) -> dict[str, dict[int, dict[str, Any]]]:
+    """Pictures from captions by every solver, against its evaluations of the network."""
+    generator, ruler = load(Path(flags.weights), setting), setting.ruler
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in SOLVERS}
+    for name in SOLVERS:
+        for n in EVALUATIONS:
+            pictures = generator.text_to_image(
+                ruler.texts, guidance=flags.guidance, steps=n, solver=name
+            )
+            found[name][n] = ruler.measure(pictures)[0]
+    return found
+
+
+def selections(flags: Flags, setting: Setting) -> dict[float, dict[str, Any]]:
+    """Pictures from captions with settled tokens frozen and dropped, by threshold in nats."""
+    generator, ruler = load(Path(flags.weights), setting, compiled=False), setting.ruler
+    found = {}
+    for threshold in (0.0, *SELECTIONS):
+        began = time.perf_counter()
+        pictures = generator.text_to_image(
+            ruler.texts, guidance=flags.guidance, steps=flags.steps, selection=threshold
+        )
+        seconds = time.perf_counter() - began
+        found[threshold] = ruler.measure(pictures)[0] | {"seconds": seconds}
+    return found
+
+
+def solver_table(found: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """Agreement and distance of every solver, as Markdown."""
+    counts = list(next(iter(found.values())))
+    lines = [
+        "| caption → picture / FID, evaluations | " + " | ".join(map(str, counts)) + " |",
+        "|---|" + "---:|" * len(counts),
+    ]
+    for name, row in found.items():
+        cells = [f"{row[n]['t2i_accuracy']:.2f} / {row[n]['fid64']:.2f}" for n in counts]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def selection_table(found: dict[float, dict[str, Any]]) -> str:
+    """Agreement, distance and time by threshold, as Markdown."""
+    lines = ["| selection below | caption → picture | FID, 64-d | time |", "|---|---:|---:|---:|"]
+    for threshold, row in found.items():
+        name = f"{threshold} nats" if threshold else "off"
+        share = row["seconds"] / found[0.0]["seconds"]
+        lines.append(f"| {name} | {row['t2i_accuracy']:.2f} | {row['fid64']:.2f} | {share:.2f} x |")
+    return "\n".join(lines)
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -114,10 +169,8 @@ def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def run(flags: Flags) -> dict[str, list[dict[str, Any]]]:
+def run(flags: Flags, setting: Setting) -> dict[str, list[dict[str, Any]]]:
     """All variants and seeds; the seeds of a variant come last, so that the table fills evenly."""
-    torch.set_num_threads(1)
-    setting = prepare(Path(flags.out) / "data")
     todo = [(name, seed) for seed in range(flags.seeds) for name in flags.names]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in flags.names}
     with ThreadPoolExecutor(flags.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
@@ -131,12 +184,21 @@ def run(flags: Flags) -> dict[str, list[dict[str, Any]]]:
 def main() -> int:
     """Run the job and print the table."""
     flags = parse_cli(Flags, description=__doc__ or "")
+    torch.set_num_threads(1)
+    setting = prepare(Path(flags.out) / "data")
     try:
-        found = run(flags)
+        found = run(flags, setting)
     except RuntimeError as error:
         fail(f"learn_ablate: {error}")
-    write_json(Path(flags.out) / "ablate.json", found)
     print(table(found))
+    plain: dict[str, Any] = {"variants": found, "flags": vars(flags)}
+    if (Path(flags.weights) / "model.safetensors").is_file():
+        by_solver, by_threshold = solvers(flags, setting), selections(flags, setting)
+        print(f"\n{solver_table(by_solver)}\n\n{selection_table(by_threshold)}")
+        plain |= {"solvers": by_solver, "selections": by_threshold}
+    else:
+        print(f"{flags.weights} holds no weights: solvers and selection not compared")
+    write_json(Path(flags.out) / "ablate.json", plain)
     return 0
 
 

@@ -61,10 +61,46 @@ class Drawn:
     joint_seen: list[int]
 
 
+class Ruler:
+    """Measures pictures against the held-out ones, all in features of one classifier."""
+
+    def __init__(self, judge: Classifier, task: Task) -> None:
+        self.judge, self.task, self.classes = judge, task, len(task.names)
+        self.seen, reference = judge.judge(task.real)
+        self.unit = float(np.sqrt(np.mean(reference**2)))
+        self.reference = reference / self.unit
+        self.wanted = torch.arange(len(task.labels)) % self.classes
+        self.texts = task.captions(self.wanted.tolist())
+
+    def measure(self, pictures: Tensor) -> tuple[dict[str, Any], image.Labels]:
+        """Numbers of as many pictures as are held out, drawn from `texts`; their classes."""
+        seen, features = self.judge.judge(pictures)
+        features = features / self.unit
+        precision, recall = image.precision_recall(self.reference, features)
+        shares = image.class_shares(seen, self.classes) * self.classes
+        return {
+            "t2i_accuracy": image.agreement(seen, self.wanted.numpy()),
+            "precision": precision,
+            "recall": recall,
+            "fid64": image.frechet_distance(self.reference, features),
+            "class_shares": [round(float(s), 3) for s in shares],
+        }, seen
+
+    def floor(self) -> dict[str, float]:
+        """The same of other real pictures."""
+        features = self.judge.judge(self.task.other)[1] / self.unit
+        precision, recall = image.precision_recall(self.reference, features)
+        return {
+            "classifier_accuracy": image.agreement(self.seen, self.task.labels.numpy()),
+            "precision_floor": precision,
+            "recall_floor": recall,
+            "fid64_floor": image.frechet_distance(self.reference, features),
+        }
+
+
 def evaluate(
     generator: Generates,
-    judge: Classifier,
-    task: Task,
+    ruler: Ruler,
     *,
     guidance: float,
     joint_guidance: float,
@@ -76,54 +112,24 @@ def evaluate(
     Pictures are asked for by caption, as many of each class as are held out; every distance is
     between equally many pictures.
     """
-    classes = len(task.names)
-    wanted = torch.arange(len(task.labels)) % classes
-    texts = task.captions(wanted.tolist())
-
-    real_seen, reference = judge.judge(task.real)
-    unit = float(np.sqrt(np.mean(reference**2)))
-    reference = reference / unit
-    floor = judge.judge(task.other)[1] / unit
-
-    def measured(name: str, weight: float) -> tuple[dict[str, Any], Tensor, image.Labels]:
-        pictures = generator.text_to_image(texts, guidance=weight, steps=steps, seed=seed)
-        seen, features = judge.judge(pictures)
-        features = features / unit
-        precision, recall = image.precision_recall(reference, features)
-        shares = image.class_shares(seen, classes) * classes
-        return (
-            {
-                f"t2i_accuracy{name}": image.agreement(seen, wanted.numpy()),
-                f"precision{name}": precision,
-                f"recall{name}": recall,
-                f"fid64{name}": image.frechet_distance(reference, features),
-                f"class_shares{name}": [round(float(s), 3) for s in shares],
-            },
-            pictures,
-            seen,
-        )
-
-    metrics, pictures, seen = measured("", guidance)
-    metrics |= measured("_unguided", 0.0)[0]
-    described = generator.image_to_text(task.latents, guidance=0.0, steps=steps, seed=seed)
+    task, wanted, texts = ruler.task, ruler.wanted.numpy(), ruler.texts
+    pictures = generator.text_to_image(texts, guidance=guidance, steps=steps, seed=seed)
+    metrics, seen = ruler.measure(pictures)
+    free = generator.text_to_image(texts, guidance=0.0, steps=steps, seed=seed)
+    metrics |= {f"{name}_unguided": value for name, value in ruler.measure(free)[0].items()}
+    described = generator.image_to_text(task.latents, guidance=0.0, steps=2 * steps, seed=seed)
     n = len(task.labels)
     joint_pictures, joint_captions = generator.joint(
         n, guidance=joint_guidance, steps=2 * steps, seed=seed
     )
-    joint_seen = judge.judge(joint_pictures)[0]
+    joint_seen = ruler.judge.judge(joint_pictures)[0]
     named = np.array([task.names.named(text) for text in joint_captions])
-    precision, recall = image.precision_recall(reference, floor)
-    metrics |= {
-        "shuffled_control": image.shuffled_control(seen, wanted.numpy(), seed=seed),
+    joint_shares = image.class_shares(joint_seen, ruler.classes) * ruler.classes
+    metrics |= ruler.floor() | {
+        "shuffled_control": image.shuffled_control(seen, wanted, seed=seed),
         "i2t_accuracy": caption_accuracy(task.names, described, task.labels.tolist())[0],
         "joint_agreement": image.agreement(named, joint_seen),
-        "joint_class_shares": [
-            round(float(s), 3) for s in image.class_shares(joint_seen, classes) * classes
-        ],
-        "classifier_accuracy": image.agreement(real_seen, task.labels.numpy()),
-        "precision_floor": precision,
-        "recall_floor": recall,
-        "fid64_floor": image.frechet_distance(reference, floor),
+        "joint_class_shares": [round(float(s), 3) for s in joint_shares],
         "n": n,
     }
     drawn = Drawn(
