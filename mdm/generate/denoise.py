@@ -193,7 +193,7 @@ class _State:
         z_0 = abar**0.5 * self.image - (1 - abar) ** 0.5 * v
         held = self.settled_img.settled.unsqueeze(-1)
         moved = torch.where(held, self.image, self.image_track.step(i, self.image, z_0))
-        if self.how.selection and self.last_z_0 is not None:
+        if self._selects(i) and self.last_z_0 is not None:
             new = self.settled_img.update(i, image_score_entropy(z_0, self.last_z_0, level))
             moved = torch.where(new.unsqueeze(-1), z_0, moved)
             if self.settled_img.settled.all():
@@ -207,7 +207,7 @@ class _State:
         text = self.text_track.step(i, self.text, estimate)
         self.text = torch.where(self.prompt.unsqueeze(-1), self.text, text)
         tokens = logits.argmax(-1)
-        if self.how.selection and self.last_tokens is not None:
+        if self._selects(i) and self.last_tokens is not None:
             level = self.text_track.level(i)
             entropy = text_score_entropy(logits, self.last_tokens, level)
             self._fix(self.settled_txt.update(i, entropy.where(~self.prompt, torch.inf)), tokens)
@@ -236,13 +236,19 @@ class _State:
         self.known = torch.where(after, PAD, self.known)
         self.prompt = self.prompt | after
 
+    def _selects(self, i: int) -> bool:
+        """Whether settled tokens may go: not while both modalities move, each has to be heard."""
+        both = self.image_track.active(i) and self.text_track.active(i)
+        return self.how.selection > 0 and not both
+
     def _kept(self, i: int) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens the scans read; (None, None) for all.
 
         Settled tokens are back as conditions once their modality is complete; a sample in which
         nothing moves any more is left out whole.
         """
-        if not (self.settled_img.settled.any() or self.settled_txt.settled.any()):
+        any_settled = self.settled_img.settled.any() or self.settled_txt.settled.any()
+        if not (any_settled and self._selects(i)):
             return None, None
         keep_txt = torch.ones_like(self.prompt)
         moving = torch.zeros(len(keep_txt), 1, dtype=torch.bool)

@@ -189,6 +189,20 @@ def test_a_picture_that_has_settled_needs_no_more_evaluations(objective):
     assert (drawn.selected.image == 5).all()
 
 
+def test_nothing_is_dropped_while_the_other_modality_has_to_hear_it(objective):
+    calls = seen_by(objective.network)
+    how = Sampling(image_steps=9, text_steps=9, text_delay=0.8, selection=1e9)
+    drawn = denoise(objective, request("asked", "asked"), how)
+    # The picture is above log-SNR 0 from evaluation 5 on; the text is drawn from 7 on.
+    assert (drawn.selected.image == 5).all()
+    assert drawn.selected.text.min() > 6
+    assert all(args[8] is None or args[8].all() for args in calls)
+    how = Sampling(image_steps=9, text_steps=9, selection=1e9)
+    drawn = denoise(objective, request("asked", "asked"), how)
+    assert (drawn.selected.image == -1).all()
+    assert (drawn.selected.text == -1).all()
+
+
 def test_selection_off_selects_nothing(objective):
     drawn = denoise(objective, request("asked", "asked"), Sampling(image_steps=4, text_steps=4))
     assert (drawn.selected.image == -1).all()
