@@ -11,6 +11,8 @@ setup: .venv/.ready
 	.venv/bin/pip install -q -c infra/constraints.txt pip setuptools wheel packaging ninja numpy
 	.venv/bin/pip install -q -c infra/constraints.txt torch==2.13.0
 	.venv/bin/pip install -q -c infra/constraints.txt -e ".[eval,demo,web,dev]"
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .venv/bin/pip install -q -c infra/constraints.txt \
+		--no-build-isolation --no-cache-dir --no-deps mamba-ssm  # its Triton sources, for the tests
 	touch $@
 
 demo: setup
@@ -32,7 +34,13 @@ format: setup
 review: setup
 	$(PY) pipelines/demo.py --review true
 
-bench learn drill gpu-check:
+bench: setup
+	$(PY) -m tests.benchmarks
+
+gpu-check: setup
+	$(PY) pipelines/gpu_check.py
+
+learn drill:
 	@echo "make $@ is not built yet" && exit 2
 
 clean:
