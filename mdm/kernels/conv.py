@@ -56,14 +56,14 @@ class _CausalConv(torch.autograd.Function):
 
 
 def _shifted(t: Tensor, back: int, taps: int) -> Tensor:
-    """t_{l - back} along the second axis, zeros beyond the ends; |back| < taps."""
+    """Read t_{l - back} along the second axis, zeros beyond the ends; |back| < taps."""
     room = taps - 1  # the same for every shift, so that a compiler pads once
     padded = F.pad(t, (0, 0, room, 0) if back > 0 else (0, 0, 0, room))
     return padded[:, (room if back > 0 else 0) - back :][:, : t.shape[1]]
 
 
 def _within(t: Tensor, seq_idx: Tensor | None, back: int) -> Tensor:
-    """t where the token `back` places earlier is of the same sequence, zero elsewhere."""
+    """Keep t where the token `back` places earlier is of the same sequence, else zero."""
     if seq_idx is None:
         return t
     same = F.pad(seq_idx[:, back:] == seq_idx[:, :-back], (back, 0))[:, : t.shape[1]]
