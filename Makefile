@@ -13,6 +13,8 @@ setup: .venv/.ready
 	.venv/bin/pip install -q -c infra/constraints.txt pip setuptools wheel packaging ninja numpy
 	.venv/bin/pip install -q -c infra/constraints.txt torch==2.13.0
 	.venv/bin/pip install -q -c infra/constraints.txt -e ".[eval,demo,web,dev]"
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .venv/bin/pip install -q -c infra/constraints.txt \
+		--no-build-isolation --no-cache-dir --no-deps mamba-ssm  # its Triton sources, for the tests
 	touch $@
 
 demo: setup
@@ -40,7 +42,13 @@ learn: setup
 learn-ablate: setup
 	$(PY) pipelines/learn_ablate.py
 
-bench drill gpu-check:
+bench: setup
+	$(PY) -m tests.benchmarks
+
+gpu-check: setup
+	$(PY) pipelines/gpu_check.py
+
+drill:
 	@echo "make $@ is not built yet" && exit 2
 
 clean:

@@ -1,5 +1,7 @@
 """Short causal depthwise convolution followed by SiLU, in torch."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,15 +19,56 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
     Returns:
         [b, l, channels] in x's dtype.
     """
-    length, taps = x.shape[1], weight.shape[-1]
-    padded = F.pad(x, (0, 0, taps - 1, 0))
-    w = weight.squeeze(1).T.to(x.dtype)  # [K, channels]
-    y = torch.addcmul(bias.to(x.dtype), padded[:, taps - 1 :], w[-1])
-    for k in range(taps - 1):
-        shifted = padded[:, k : k + length]
-        if seq_idx is not None:
-            back = taps - 1 - k
-            same = F.pad(seq_idx[:, back:] == seq_idx[:, :-back], (back, 0))[:, :length]
-            shifted = shifted * same.unsqueeze(-1)
-        y = torch.addcmul(y, shifted, w[k])
-    return F.silu(y)
+    y: Tensor = _CausalConv.apply(x, weight, bias, seq_idx)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _CausalConv(torch.autograd.Function):
+    """The gradient is written out: autograd's own, through slices of a padded copy, costs more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None
+    ) -> Tensor:
+        w = weight.squeeze(1).T.to(x.dtype)  # [K, channels]
+        taps = len(w)
+        mixed = torch.addcmul(bias.to(x.dtype), x, w[-1])
+        for back in range(taps - 1, 0, -1):
+            past = _within(_shifted(x, back, taps), seq_idx, back)
+            mixed = torch.addcmul(mixed, past, w[taps - 1 - back])
+        ctx.save_for_backward(x, weight, seq_idx, mixed)
+        return F.silu(mixed)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, seq_idx, mixed = ctx.saved_tensors
+        w = weight.squeeze(1).T.to(x.dtype)
+        taps = len(w)
+        grad = torch.ops.aten.silu_backward(grad_y, mixed)
+        grad_x = grad * w[-1]
+        grad_w = [_total(grad * x, weight)]
+        for back in range(1, taps):
+            masked = _within(grad, seq_idx, back)
+            grad_x = torch.addcmul(grad_x, _shifted(masked, -back, taps), w[taps - 1 - back])
+            grad_w.append(_total(masked * _shifted(x, back, taps), weight))
+        grad_weight = torch.stack(grad_w[::-1], 1).unsqueeze(1)
+        return grad_x, grad_weight, _total(grad, weight), None
+
+
+def _shifted(t: Tensor, back: int, taps: int) -> Tensor:
+    """Read t_{l - back} along the second axis, zeros beyond the ends; |back| < taps."""
+    room = taps - 1  # the same for every shift, so that a compiler pads once
+    padded = F.pad(t, (0, 0, room, 0) if back > 0 else (0, 0, 0, room))
+    return padded[:, (room if back > 0 else 0) - back :][:, : t.shape[1]]
+
+
+def _within(t: Tensor, seq_idx: Tensor | None, back: int) -> Tensor:
+    """Keep t where the token `back` places earlier is of the same sequence, else zero."""
+    if seq_idx is None:
+        return t
+    same = F.pad(seq_idx[:, back:] == seq_idx[:, :-back], (back, 0))[:, : t.shape[1]]
+    return t * same.unsqueeze(-1)
+
+
+def _total(t: Tensor, like: Tensor) -> Tensor:
+    return t.sum((0, 1), dtype=torch.promote_types(t.dtype, torch.float32)).to(like.dtype)

@@ -5,31 +5,84 @@ A named kernel that is missing raises; nothing falls back to torch by itself.
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from mdm.kernels.ssd import check_shapes
 
 INSTALL = 'pip install -c infra/constraints.txt --no-build-isolation ".[gpu]"'
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Any:
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """`mdm.kernels.ssd.ssd` on mamba_ssm's Triton kernel; same arguments and results."""
+    check_shapes(x, dt, A, B, C, seq_idx, initial_states)
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError as error:
         raise missing("mamba_ssm", error) from error
-    return mamba_chunk_scan_combined(x, dt, A, B, C, **options)
+    result: Tensor | tuple[Tensor, Tensor] = mamba_chunk_scan_combined(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        seq_idx=_labels(seq_idx),
+        dt_softplus=dt_softplus,
+        return_final_states=return_final_states,
+    )
+    return result
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-    """`mdm.kernels.conv.causal_conv` on causal-conv1d's kernel; same arguments and results."""
+    """`mdm.kernels.conv.causal_conv` on causal-conv1d's kernel; same arguments and results.
+
+    The kernel takes 2 to 4 taps and a multiple of 8 channels, and says so otherwise.
+    """
     try:
         from causal_conv1d import causal_conv1d_fn
     except ImportError as error:
         raise missing("causal_conv1d", error) from error
-    # The kernel reads [b, channels, l]; with seq_idx it wants that layout channel-last in memory.
+    # The kernel reads [b, channels, l]; with seq_idx only where the channels lie side by side in
+    # memory, as they do in the transpose of a contiguous [b, l, channels]. Weight and bias share
+    # one dtype, which may differ from x's.
     y: Tensor = causal_conv1d_fn(
-        x.transpose(1, 2), weight.squeeze(1), bias, activation="silu", seq_idx=seq_idx
+        x.contiguous().transpose(1, 2),
+        weight.squeeze(1),
+        bias.to(weight.dtype),
+        seq_idx=_labels(seq_idx),
+        activation="silu",
     )
     return y.transpose(1, 2)
+
+
+def stock_mixer(**sizes: Any) -> torch.nn.Module:
+    """`mamba_ssm.Mamba2`, the module that one slice of our stacked parameters loads into."""
+    try:
+        from mamba_ssm.modules.mamba2 import Mamba2
+    except ImportError as error:
+        raise missing("mamba_ssm", error) from error
+    mixer: torch.nn.Module = Mamba2(**sizes)
+    return mixer
 
 
 def missing(package: str, error: ImportError) -> ImportError:
@@ -38,3 +91,13 @@ def missing(package: str, error: ImportError) -> ImportError:
         f"model.kernel is 'fused' but {package} does not load ({error}); "
         f"on a CUDA machine run `{INSTALL}`, or set --model.kernel torch"
     )
+
+
+def _labels(seq_idx: Tensor | None) -> Tensor | None:
+    """Sequence numbers as the kernels want them.
+
+    Contiguous int32, each row's first sequence 0: that is the one `initial_states` belong to.
+    """
+    if seq_idx is None:
+        return None
+    return (seq_idx - seq_idx[:, :1]).to(torch.int32).contiguous()

@@ -7,6 +7,8 @@ Shapes: b batch, l length, h heads, p channels a head, g groups, n state size, c
 a chunk.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ def ssd(
         A: [h], negative.
         B: [b, l, g, n]; g divides h, head i uses group i // (h / g).
         C: [b, l, g, n].
-        chunk_size: tokens handled as one matrix product; changes speed, not the result.
+        chunk_size: tokens at most in one matrix product; changes speed, not the result.
         D: [h] or [h, p] skip.
         z: [b, l, h, p] gate.
         dt_bias: [h].
@@ -53,7 +55,7 @@ def ssd(
     Raises:
         ValueError: shapes that do not fit, with both values.
     """
-    _check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    check_shapes(x, dt, A, B, C, seq_idx, initial_states)
     dtype, length = x.dtype, x.shape[1]
     heads_per_group = x.shape[2] // B.shape[2]
     dt = dt.float()
@@ -61,7 +63,8 @@ def ssd(
         dt = dt + dt_bias.float()
     if dt_softplus:
         dt = F.softplus(dt)
-    q = min(chunk_size, length)
+    # Chunks of equal length: 289 tokens in chunks of at most 256 are 2 x 145, not 2 x 256.
+    q = math.ceil(length / math.ceil(length / chunk_size))
     pad = -length % q
     # Padding has dt = 0: it neither decays the state nor adds to it.
     xc, dtc, Bc, Cc = (_chunks(t.float(), q, pad) for t in (x, dt, B, C))
@@ -132,7 +135,7 @@ def ssd_reference(
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ssd` as the plain recurrence, token by token: the oracle of its tests. Same signature."""
-    _check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    check_shapes(x, dt, A, B, C, seq_idx, initial_states)
     b, length, h, p = x.shape
     Bh, Ch = (t.repeat_interleave(h // B.shape[2], 2).to(x.dtype) for t in (B, C))
     if dt_bias is not None:
@@ -182,7 +185,7 @@ def _chunk_seq(seq_idx: Tensor, q: int, pad: int) -> Tensor:
     return seq_idx.reshape(len(seq_idx), -1, q)
 
 
-def _check_shapes(
+def check_shapes(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -191,6 +194,7 @@ def _check_shapes(
     seq_idx: Tensor | None,
     initial_states: Tensor | None,
 ) -> None:
+    """Raise ValueError, with both values, over shapes that do not fit."""
     if x.dim() != 4:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; it must be [batch, length, heads, headdim]"

@@ -64,6 +64,20 @@ def test_bf16_inputs_accumulate_in_fp32():
     assert error.max() < 2**-7
 
 
+def test_bf16_gradients_accumulate_in_fp32():
+    data = {k: v.to(torch.bfloat16) for k, v in inputs(length=64, dtype=torch.float32).items()}
+    weight = torch.linspace(-1, 1, data["x"].numel()).view_as(data["x"])
+    grads = []
+    for function, dtype in ((ssd, torch.bfloat16), (ssd_reference, torch.float64)):
+        leaves = {k: v.detach().to(dtype, copy=True).requires_grad_() for k, v in data.items()}
+        y = function(**leaves, chunk_size=16, dt_softplus=True)
+        (y.double() * weight).sum().backward()
+        grads.append({k: v.grad.double() for k, v in leaves.items()})
+    for name, exact in grads[1].items():
+        error = (grads[0][name] - exact).abs().max() / exact.abs().max()
+        assert error < 2**-6, name
+
+
 def test_packed_texts_do_not_mix():
     data = inputs(length=12)
     del data["initial_states"]

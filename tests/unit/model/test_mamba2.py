@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
@@ -22,6 +23,43 @@ def perturbed(config: ModelConfig, n_scans: int) -> Mamba2:
     return mixer
 
 
+def naive(mixer: Mamba2, u: torch.Tensor, discretization: str) -> torch.Tensor:
+    """Slice 0 of the mixer token by token in fp64, Eqs. 10-13; u [b, l, d]."""
+    w = {name: p[0].double() for name, p in mixer.state_dict().items()}
+    heads, inner = len(w["D"]), len(w["norm.weight"])
+    n = (len(w["conv1d.bias"]) - inner) // 2
+    z, xBC, dt = (u.double() @ w["in_proj.weight"].T).split([inner, inner + 2 * n, heads], -1)
+    dt = F.softplus(dt + w["dt_bias"])
+    A = -w["A_log"].exp()
+    state = torch.zeros(len(u), heads, inner // heads, n, dtype=torch.float64)
+    rows = []
+    for i in range(u.shape[1]):
+        mixed = w["conv1d.bias"].expand(len(u), -1)
+        for k in range(4):
+            if i - 3 + k >= 0:
+                mixed = mixed + w["conv1d.weight"][:, 0, k] * xBC[:, i - 3 + k]
+        x, B, C = F.silu(mixed).split([inner, n, n], -1)
+        x = x.unflatten(1, (heads, -1))
+        decay = (dt[:, i] * A).exp()
+        written = dt[:, i] if discretization == "euler" else (decay - 1) / A
+        added = written[..., None, None] * x.unsqueeze(-1) * B[:, None, None]
+        state = decay[..., None, None] * state + added
+        y = (state * C[:, None, None]).sum(-1) + w["D"].unsqueeze(-1) * x
+        gated = y.flatten(1) * F.silu(z[:, i])
+        normed = gated * (gated.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        rows.append(normed * w["norm.weight"] @ w["out_proj.weight"].T)
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "euler"])
+def test_equals_the_naive_recurrence(discretization):
+    mixer = perturbed(dataclasses.replace(SMALL, discretization=discretization), 1)
+    u = torch.randn(2, 21, 32)
+    ours = mixer(u.unsqueeze(2)).squeeze(2)
+    expected = naive(mixer, u, discretization)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_equals_transformers_mixer():
     ours = perturbed(dataclasses.replace(SMALL, discretization="euler"), 1)
     theirs = Mamba2Mixer(
@@ -32,7 +70,43 @@ def test_equals_transformers_mixer():
     )
     theirs.load_state_dict({name: p[0] for name, p in ours.state_dict().items()}, strict=True)
     x = torch.randn(2, 21, 32)
-    torch.testing.assert_close(ours(x.unsqueeze(2)).squeeze(2), theirs(x), rtol=1e-4, atol=1e-5)
+    results = []
+    for module in (ours, theirs):
+        u = x.clone().requires_grad_()
+        y = module(u.unsqueeze(2)).squeeze(2) if module is ours else module(u)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        grads = {name: p.grad for name, p in module.named_parameters()}
+        results.append({"y": y, "u": u.grad} | grads)
+    for name, reference in results[1].items():
+        value = results[0][name].view_as(reference)
+        torch.testing.assert_close(value, reference, rtol=1e-3, atol=1e-4, msg=name)
+
+
+# Parameters of `mamba_ssm.Mamba2(d_model=32, d_state=16, headdim=16)`, by name.
+STOCK = {
+    "dt_bias": (4,),
+    "A_log": (4,),
+    "D": (4,),
+    "in_proj.weight": (164, 32),
+    "conv1d.weight": (96, 1, 4),
+    "conv1d.bias": (96,),
+    "norm.weight": (64,),
+    "out_proj.weight": (32, 64),
+}
+
+
+def test_a_slice_has_the_names_and_shapes_of_a_stock_mixer():
+    state = Mamba2(SMALL, 6).state_dict()
+    assert {name: tuple(p[5].shape) for name, p in state.items()} == STOCK
+
+
+def test_packed_texts_do_not_mix():
+    mixer = perturbed(SMALL, 2)
+    u = torch.randn(1, 15, 2, 32)
+    seq_idx = (torch.arange(15) >= 6).long()[None]
+    packed = mixer(u, seq_idx)
+    torch.testing.assert_close(packed[:, :6], mixer(u[:, :6]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(packed[:, 6:], mixer(u[:, 6:]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("discretization", ["zoh", "euler"])

@@ -1,0 +1,352 @@
+"""Check and measure the CUDA kernels: `make gpu-check`, on a machine with a GPU.
+
+Installs the extra `gpu`, compares the fused kernels with torch's in fp32 and bf16, and measures one
+block and a few training steps of `mdm_1b` and `mdm_7b`, with as many layers as fit, against a stack
+of stock `mamba_ssm.Mamba2`. Without a CUDA device it says so and exits with 0.
+
+**Not run** so far beyond that sentence: no machine with a GPU was at hand.
+"""
+
+import dataclasses
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mdm.config import Config, ModelConfig, doc, fail, parse_cli
+from mdm.data.batch import Batch
+from mdm.kernels import conv, fused
+from mdm.kernels import ssd as torch_ssd
+from mdm.model.embed import N_HEAD
+from mdm.model.network import Network, Trunk
+from mdm.objective import Objective
+from mdm.presets import PRESETS
+
+DEVICE = "cuda"
+MEASURED = ("mdm_1b", "mdm_7b")
+# Dense bf16 tensor-core peaks as the makers publish them, in TFLOP/s.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+}
+# Largest error as a share of the largest value. Triton multiplies fp32 in TF32, of 10 bits.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
+COLUMNS = ("what", "layers", "ms", "tokens/s", "MFU", "GiB")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Flags of this job."""
+
+    batch: int = doc(8, "sequences a step")
+    steps: int = doc(10, "measured steps, after three that do not count")
+    peak_tflops: float = doc(0.0, "dense bf16 peak of the GPU; 0 looks its name up")
+    out: str = doc("runs/gpu-check/report.json", "where the report goes")
+
+
+def forward_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs of the matrix products of one forward pass over one picture with `tokens` of text."""
+    with torch.device("meta"):
+        network = Network(dataclasses.replace(config, kernel="torch"))
+        latents = torch.zeros(1, config.image_height * config.image_width, config.latent_dim)
+        text = torch.zeros(1, tokens, config.latent_dim)
+        level, class_ids = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+        prompt = torch.zeros(1, tokens, dtype=torch.bool)
+        with FlopCounterMode(display=False) as counter:
+            network(text, level, prompt, class_ids, latents, level)
+    flops: int = counter.get_total_flops()
+    return flops
+
+
+def peak_flops(name: str, given_tflops: float) -> float | None:
+    """FLOP/s that the device `name` could reach; None if it is neither given nor known."""
+    if given_tflops > 0:
+        return 1e12 * given_tflops
+    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def layers_that_fit(budget: int, two: int, four: int, n_layer: int) -> int:
+    """Layers within `budget` bytes, from the peaks of a step with two and with four of them."""
+    a_layer = max((four - two) // 2, 1)
+    return max(0, min(n_layer, 2 + (budget - two) // a_layer))
+
+
+def row(
+    what: str, layers: int, seconds: float, tokens: int, flops: int, peak: float | None, memory: int
+) -> dict[str, Any]:
+    """One measured line: a step of `tokens` whose forward pass has `flops`."""
+    mfu = None if peak is None else 3 * flops / seconds / peak  # backward costs two forwards
+    values = (what, layers, 1e3 * seconds, tokens / seconds, mfu, memory / 2**30)
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as aligned text; None is a dash."""
+
+    def show(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+    cells = [list(rows[0]), *([show(v) for v in r.values()] for r in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    )
+
+
+def install() -> None:
+    """The extra `gpu`, built for this machine; what `make setup` left without CUDA is replaced."""
+    probe = [sys.executable, "-c", "import causal_conv1d, mamba_ssm"]
+    if subprocess.run(probe, stderr=subprocess.DEVNULL).returncode == 0:
+        return
+    pip = [sys.executable, "-m", "pip", "install", "-c", "infra/constraints.txt"]
+    pip += ["--no-build-isolation", "--no-cache-dir"]  # a cached wheel may lack the kernels
+    kernels = ["--force-reinstall", "--no-deps", "causal-conv1d", "mamba-ssm"]
+    try:
+        subprocess.run([*pip, *kernels], check=True)
+        subprocess.run([*pip, "-e", ".[gpu]"], check=True)
+    except subprocess.CalledProcessError as error:
+        fail(f"gpu-check: {error}; the kernels are built with nvcc of the CUDA that torch has")
+    importlib.invalidate_caches()
+
+
+def compare(
+    name: str, dtype: torch.dtype, ours: Sequence[Tensor], theirs: Sequence[Tensor]
+) -> dict[str, Any]:
+    """The worst difference between two lists of tensors, each relative to its largest value."""
+    errors = [
+        (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-12)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    error = float(torch.stack(errors).max())  # NaN if one is
+    return {
+        "what": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "error": error,
+        "limit": TOLERANCE[dtype],
+        "passed": error <= TOLERANCE[dtype],
+    }
+
+
+def outputs_and_gradients(run: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What `run` returns for `inputs`, then the gradient of every input."""
+    leaves = [t.detach().to(DEVICE, copy=True).requires_grad_() for t in inputs]
+    results = run(*leaves)
+    outputs = list(results) if isinstance(results, tuple) else [results]
+    total = sum(
+        (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum()
+        for y in outputs
+    )
+    assert isinstance(total, Tensor)
+    return [y.detach() for y in outputs] + list(torch.autograd.grad(total, leaves))
+
+
+def parity(dtype: torch.dtype, packed: bool) -> list[dict[str, Any]]:
+    """Scan and convolution, fused against torch, on the same inputs."""
+    torch.manual_seed(0)
+    b, length, h, p, n = 2, 300, 8, 64, 128
+    seq_idx = None
+    if packed:
+        place = torch.arange(length)
+        seq_idx = ((place >= 70).long() + (place >= 260)).expand(b, -1).to(DEVICE)
+    x, z = (torch.randn(b, length, h, p, dtype=dtype) for _ in range(2))
+    B, C = (torch.randn(b, length, 1, n, dtype=dtype) for _ in range(2))
+    dt, A, D = torch.rand(b, length, h), -torch.rand(h) - 0.1, torch.randn(h)
+    dt_bias, initial = torch.randn(h), torch.randn(b, h, p, n)
+
+    def scan(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*t: Tensor) -> Any:
+            names = ("D", "z", "dt_bias", "initial_states")
+            options = dict(zip(names, t[5:], strict=True))
+            return kernel(
+                *t[:5],
+                **options,
+                chunk_size=128,
+                dt_softplus=True,
+                seq_idx=seq_idx,
+                return_final_states=True,
+            )
+
+        return run
+
+    scan_inputs = (x, dt, A, B, C, D, z, dt_bias, initial)
+    scans = [outputs_and_gradients(scan(k), scan_inputs) for k in (fused.ssd, torch_ssd.ssd)]
+    conv_inputs = (x.flatten(2), torch.randn(h * p, 1, 4), torch.randn(h * p))
+    convs = [
+        outputs_and_gradients(lambda *t, kernel=kernel: kernel(*t, seq_idx), conv_inputs)
+        for kernel in (fused.causal_conv, conv.causal_conv)
+    ]
+    kind = "packed " if packed else ""
+    return [
+        compare(f"{kind}scan, forward and gradients", dtype, *scans),
+        compare(f"{kind}convolution, forward and gradients", dtype, *convs),
+    ]
+
+
+class StockStack(nn.Module):
+    """What a user of mamba_ssm would stack: x + the mean of a block's mixers over RMSNorm(x)."""
+
+    def __init__(self, config: ModelConfig, n_layer: int, n_scans: int) -> None:
+        super().__init__()
+        sizes = {
+            k: getattr(config, k) for k in ("d_model", "d_state", "headdim", "expand", "d_conv")
+        }
+        self.norms = nn.ModuleList(nn.RMSNorm(config.d_model, eps=1e-5) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                fused.stock_mixer(**sizes, chunk_size=config.chunk_size) for _ in range(n_scans)
+            )
+            for _ in range(n_layer)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, l, d] -> [b, l, d]."""
+        for norm, mixers in zip(self.norms, self.blocks, strict=True):
+            assert isinstance(mixers, nn.ModuleList)
+            normed = norm(x)
+            x = x + sum(mixer(normed) for mixer in mixers) / len(mixers)
+        return x
+
+
+def measure(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int) -> tuple[float, int]:
+    """Median seconds of a training step in bf16 autocast with AdamW, and bytes at the peak."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    torch.cuda.reset_peak_memory_stats()
+    taken = []
+    for _ in range(steps + 3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[3:]), torch.cuda.max_memory_allocated()
+
+
+def sequences(config: Config, size: int) -> Batch:
+    """Random pictures with captions of the preset's length, on the GPU."""
+    model = config.model
+    keys = torch.arange(size)
+    return Batch(
+        ids=tuple(str(i) for i in range(size)),
+        keys=keys,
+        epochs=torch.zeros_like(keys),
+        class_ids=keys % model.n_classes,
+        tokens=torch.randint(4, model.vocab_size, (size, config.data.caption_length)),
+        prompt=torch.zeros(size, config.data.caption_length, dtype=torch.bool),
+        latents=torch.randn(size, model.image_height * model.image_width, model.latent_dim),
+    ).to(DEVICE)
+
+
+def train_ours(config: Config, n_layer: int, flags: Flags, steps: int) -> tuple[float, int]:
+    """Seconds and peak bytes of `Objective`'s step with `n_layer` blocks."""
+    model = dataclasses.replace(config.model, n_layer=n_layer, kernel="fused")
+    objective = Objective(dataclasses.replace(config, model=model)).to(DEVICE).train()
+    batch = sequences(config, flags.batch)
+    step = iter(range(10**9))
+    return measure(lambda: objective(batch, next(step)).total, list(objective.parameters()), steps)
+
+
+def train_stack(
+    trunk: nn.Module, run: Callable[[Tensor], Tensor], shape: tuple[int, ...], steps: int
+) -> tuple[float, int]:
+    """Seconds and peak bytes of a step of blocks alone, on a mean-square loss."""
+    x = torch.randn(shape, device=DEVICE)
+    return measure(lambda: run(x).float().square().mean(), list(trunk.parameters()), steps)
+
+
+def train_block(
+    model: ModelConfig, text: int, shape: tuple[int, ...], steps: int
+) -> tuple[float, int]:
+    """Seconds and peak bytes of one block's step, in the orders of its own scans."""
+    trunk = Trunk(dataclasses.replace(model, n_layer=1)).to(DEVICE).train()
+    grid = (model.image_height, model.image_width)
+    return train_stack(trunk, lambda x: trunk(x, text, grid), shape, steps)
+
+
+def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, Any]]:
+    """One block and a few training steps of a preset, ours and stock."""
+    config = PRESETS[name]
+    model = dataclasses.replace(config.model, kernel="fused")
+    text = config.data.caption_length
+    length = N_HEAD + text + 2 + model.image_height * model.image_width + 2
+    shape = (flags.batch, length, model.d_model)
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, n_layer: int, took: tuple[float, int]) -> None:
+        flops = flags.batch * forward_flops(dataclasses.replace(model, n_layer=n_layer), text)
+        rows.append(
+            row(f"{name} {what}", n_layer, took[0], flags.batch * length, flops, peak, took[1])
+        )
+        torch.cuda.empty_cache()
+
+    def stock(n_layer: int) -> tuple[float, int]:
+        scans = 6 if model.scan_mode == "separate" else 1
+        stack = StockStack(model, n_layer, scans).to(DEVICE)
+        return train_stack(stack, stack, shape, flags.steps)
+
+    add("block", 1, train_block(model, text, shape, flags.steps))
+    add("block, stock", 1, stock(1))
+
+    peaks = []
+    for n_layer in (2, 4):
+        peaks.append(train_ours(config, n_layer, flags, 1)[1])
+        torch.cuda.empty_cache()
+    budget = int(0.92 * torch.cuda.get_device_properties(0).total_memory)
+    fit = layers_that_fit(budget, peaks[0], peaks[1], model.n_layer)
+    if fit == 0:
+        print(f"{name}: not even one layer fits at batch {flags.batch}; lower --batch")
+        return rows
+    add("training", fit, train_ours(config, fit, flags, flags.steps))
+    add("training, stock stack", fit, stock(fit))
+    return rows
+
+
+def main() -> int:
+    """Check, measure, report; 1 if a kernel differs."""
+    flags = parse_cli(Flags, description=__doc__ or "", default=Flags())
+    if not torch.cuda.is_available():
+        print("not run: no CUDA device")
+        return 0
+    install()
+    device = torch.cuda.get_device_name()
+    compared = [
+        line for dtype in TOLERANCE for packed in (False, True) for line in parity(dtype, packed)
+    ]
+    print(f"{device}\n\n{table(compared)}\n")
+    peak = peak_flops(device, flags.peak_tflops)
+    if peak is None:
+        print(f"no bf16 peak known for {device}: give --peak_tflops for the MFU")
+    measured = [line for name in MEASURED for line in check_preset(name, flags, peak)]
+    print(table(measured))
+    report = {"device": device, "torch": torch.__version__, "parity": compared, "speed": measured}
+    Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(flags.out).write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if all(line["passed"] for line in compared) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

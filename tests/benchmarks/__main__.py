@@ -1,0 +1,39 @@
+"""Run benchmarks: `python -m tests.benchmarks [names]`, all of them without a name.
+
+Each writes `runs/bench/<name>.json` and prints its lines.
+"""
+
+import importlib
+import json
+import pkgutil
+import sys
+from pathlib import Path
+
+import torch
+
+import tests.benchmarks as package
+from mdm.config import fail
+from tests.benchmarks import timing
+
+HELPERS = {"__main__", "timing", "shapes"}
+OUT = Path("runs/bench")
+
+
+def main(names: list[str]) -> None:
+    """Run `names`, or all."""
+    known = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in HELPERS]
+    for name in names:
+        if name not in known:
+            fail(f"bench: unknown benchmark {name!r}; there are {', '.join(known)}")
+    torch.set_num_threads(timing.THREADS)
+    OUT.mkdir(parents=True, exist_ok=True)
+    for name in names or known:
+        result: timing.Result = importlib.import_module(f"tests.benchmarks.{name}").run()
+        for case in result.cases:
+            print("  " + case.line(), flush=True)
+        print(result.line(), flush=True)
+        (OUT / f"{name}.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

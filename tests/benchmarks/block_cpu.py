@@ -1,0 +1,63 @@
+"""A Mamba-2 block on a CPU, forward and backward, against transformers' mixer."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import Mamba2Config
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from mdm.model.network import Block, Order
+from tests.benchmarks.shapes import SHAPES, Shape, projections, scan_products
+from tests.benchmarks.timing import THREADS, Result, matmul_floor, milliseconds, worst
+
+
+def peer(shape: Shape, chunk_size: int) -> Mamba2Mixer:
+    """transformers' mixer of the same sizes."""
+    config = shape.config
+    sizes = Mamba2Config(
+        hidden_size=shape.width,
+        state_size=config.d_state,
+        head_dim=config.headdim,
+        num_heads=shape.heads,
+        n_groups=1,
+        chunk_size=chunk_size,
+    )
+    return Mamba2Mixer(sizes, layer_idx=0).train()
+
+
+def case(shape: Shape, dtype: torch.dtype) -> Result:
+    """All contestants at one shape; ours also norms, reorders the sequence, adds the residual."""
+    torch.manual_seed(0)
+    x = torch.randn(shape.batch, shape.length, shape.width, requires_grad=True)
+    grad = torch.randn_like(x)
+    order = torch.arange(shape.length).unsqueeze(1)
+    mixed = dtype == torch.bfloat16
+
+    def timed(module: torch.nn.Module, *args: object) -> Callable[[], object]:
+        inputs = (x, *module.parameters())
+
+        def run() -> tuple[Tensor, ...]:
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                y = module(x, *args)
+            return torch.autograd.grad(y, inputs, grad.to(y.dtype))
+
+        return run
+
+    ours = Block(shape.config, 1).train()
+    names = {256: "transformers", shape.chunk: "transformers, chunks as ours"}
+    took = milliseconds(
+        {"ours": timed(ours, Order(order, order.clone()))}
+        | {name: timed(peer(shape, chunk)) for chunk, name in names.items()}
+        | {"floor": matmul_floor([*projections(shape), *scan_products(shape)], dtype)}
+    )
+    own, floor = took.pop("ours"), took.pop("floor")
+    precision = "bf16 autocast" if mixed else "fp32"
+    setting = f"{shape}, {precision}, {THREADS} thread"
+    return Result("block_cpu", "ms", own, took, setting, floor)
+
+
+def run() -> Result:
+    """Forward and backward of one block at every shape and precision."""
+    kinds = (torch.float32, torch.bfloat16)
+    return worst("block_cpu", [case(shape, kind) for kind in kinds for shape in SHAPES])
