@@ -17,6 +17,7 @@ from torch import Tensor
 from mdm.config import Config, doc, fail, from_dict, parse_cli
 from mdm.data.pixels import PixelPatches
 from mdm.data.tokenizer import Tokenizer
+from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import classifier, learn_report
 from mdm.evaluate.learn import Ruler, Task, evaluate
 from mdm.generate import Generator
@@ -36,6 +37,7 @@ class Flags:
     guidance: float = doc(0.3, "guidance weight of pictures")
     joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
     steps: int = doc(20, "solver steps")
+    solver: str = doc("ddpm", f"one of {', '.join(SOLVERS)}")
     seed: int = doc(0, "of training and of everything drawn")
 
 
@@ -109,6 +111,7 @@ def run(flags: Flags) -> dict[str, Any]:
         guidance=flags.guidance,
         joint_guidance=flags.joint_guidance,
         steps=flags.steps,
+        solver=flags.solver,
         seed=flags.seed,
     )
     report = metrics | {

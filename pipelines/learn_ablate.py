@@ -58,6 +58,7 @@ class Flags:
     guidance: float = doc(1.0, "guidance weight of pictures")
     joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
     steps: int = doc(20, "solver steps")
+    solver: str = doc("ddpm", f"one of {', '.join(SOLVERS)}")
     weights: str = doc("runs/learn/train/export", "long-trained weights, to compare solvers on")
 
     def __post_init__(self) -> None:
@@ -98,6 +99,7 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
         guidance=flags.guidance,
         joint_guidance=flags.joint_guidance,
         steps=flags.steps,
+        solver=flags.solver,
     )
     write_json(found, metrics)
     return metrics

@@ -20,18 +20,20 @@ class Generates(Protocol):
     """What is asked of a generator; results are a function of the arguments alone."""
 
     def text_to_image(
-        self, texts: Sequence[str], *, guidance: float, steps: int, seed: int
+        self, texts: Sequence[str], *, guidance: float, steps: int, seed: int, solver: str
     ) -> Tensor:
         """Pixels f32 [B, 3, H, W] in [0, 1]."""
         ...
 
     def image_to_text(
-        self, latents: Tensor, *, guidance: float, steps: int, seed: int
+        self, latents: Tensor, *, guidance: float, steps: int, seed: int, solver: str
     ) -> list[str]:
         """A caption for each of `latents` f32 [B, N, C]."""
         ...
 
-    def joint(self, n: int, *, guidance: float, steps: int, seed: int) -> tuple[Tensor, list[str]]:
+    def joint(
+        self, n: int, *, guidance: float, steps: int, seed: int, solver: str
+    ) -> tuple[Tensor, list[str]]:
         """Pictures and captions, drawn together."""
         ...
 
@@ -105,6 +107,7 @@ def evaluate(
     guidance: float,
     joint_guidance: float,
     steps: int,
+    solver: str,
     seed: int = 0,
 ) -> tuple[dict[str, Any], Drawn]:
     """Numbers beside their floors, and the pictures and texts behind them.
@@ -113,14 +116,18 @@ def evaluate(
     between equally many pictures.
     """
     task, wanted, texts = ruler.task, ruler.wanted.numpy(), ruler.texts
-    pictures = generator.text_to_image(texts, guidance=guidance, steps=steps, seed=seed)
+    pictures = generator.text_to_image(
+        texts, guidance=guidance, steps=steps, seed=seed, solver=solver
+    )
     metrics, seen = ruler.measure(pictures)
-    free = generator.text_to_image(texts, guidance=0.0, steps=steps, seed=seed)
+    free = generator.text_to_image(texts, guidance=0.0, steps=steps, seed=seed, solver=solver)
     metrics |= {f"{name}_unguided": value for name, value in ruler.measure(free)[0].items()}
-    described = generator.image_to_text(task.latents, guidance=0.0, steps=2 * steps, seed=seed)
+    described = generator.image_to_text(
+        task.latents, guidance=0.0, steps=2 * steps, seed=seed, solver=solver
+    )
     n = len(task.labels)
     joint_pictures, joint_captions = generator.joint(
-        n, guidance=joint_guidance, steps=2 * steps, seed=seed
+        n, guidance=joint_guidance, steps=2 * steps, seed=seed, solver=solver
     )
     joint_seen = ruler.judge.judge(joint_pictures)[0]
     named = np.array([task.names.named(text) for text in joint_captions])

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdm.config import doc
+from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import image
 from mdm.evaluate.caption import ClassNames, caption_accuracy, pair_agreement
 from mdm.evaluate.classifier import Classifier
@@ -26,26 +27,39 @@ class Generates(Protocol):
     """What the suite asks of a generator; results are a function of the arguments alone."""
 
     def class_to_image(
-        self, class_ids: list[int], *, guidance: float, steps: int, seed: int
+        self, class_ids: list[int], *, guidance: float, steps: int, seed: int, solver: str
     ) -> Tensor:
         """Pixels f32 [B, 3, H, W] in [0, 1]."""
         ...
 
-    def text_to_image(self, texts: list[str], *, guidance: float, steps: int, seed: int) -> Tensor:
+    def text_to_image(
+        self, texts: list[str], *, guidance: float, steps: int, seed: int, solver: str
+    ) -> Tensor:
         """Pixels f32 [B, 3, H, W] in [0, 1]."""
         ...
 
     def image_to_text(
-        self, latents: Tensor, *, guidance: float, steps: int, seed: int
+        self, latents: Tensor, *, guidance: float, steps: int, seed: int, solver: str
     ) -> list[str]:
         """A caption for each of `latents` f32 [B, N, C]."""
         ...
 
-    def reply(self, turns: list[tuple[str, ...]], *, steps: int, seed: int) -> list[str]:
+    def reply(
+        self, turns: list[tuple[str, ...]], *, steps: int, seed: int, solver: str
+    ) -> list[str]:
         """The next turn of each dialogue."""
         ...
 
-    def joint(self, n: int, *, guidance: float, steps: int, seed: int) -> tuple[Tensor, list[str]]:
+    def joint(
+        self,
+        n: int,
+        *,
+        guidance: float,
+        text_guidance: float,
+        steps: int,
+        seed: int,
+        solver: str,
+    ) -> tuple[Tensor, list[str]]:
         """Pictures and captions, drawn together."""
         ...
 
@@ -55,11 +69,13 @@ class Settings:
     """How much is drawn, and how."""
 
     n: int = doc(500, "pictures of each kind")
-    guidance: float = doc(6.0, "guidance weight w of (1 + w) cond - w uncond, pictures")
+    solver: str = doc("ddpm", f"one of {', '.join(SOLVERS)}")
+    guidance: float = doc(3.0, "guidance weight w of (1 + w) cond - w uncond, pictures")
     text_guidance: float = doc(1.0, "guidance weight for captions")
-    joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
+    joint_guidance: float = doc(2.0, "guidance weight of pictures drawn with their captions")
     steps: int = doc(20, "solver steps of a picture")
-    text_steps: int = doc(20, "solver steps of a text, alone or with a picture")
+    text_steps: int = doc(20, "solver steps of a text")
+    joint_steps: int = doc(40, "solver steps of each where both are drawn")
     seed: int = doc(0, "of everything drawn here")
 
 
@@ -171,7 +187,11 @@ class _Suite:
 
     def _draw_texts(self, texts: Sequence[str]) -> Tensor:
         return self.generator.text_to_image(
-            list(texts), guidance=self.how.guidance, steps=self.how.steps, seed=self.how.seed
+            list(texts),
+            guidance=self.how.guidance,
+            steps=self.how.steps,
+            seed=self.how.seed,
+            solver=self.how.solver,
         )
 
     def _describe(self, latents: Tensor) -> list[str]:
@@ -180,6 +200,7 @@ class _Suite:
             guidance=self.how.text_guidance,
             steps=self.how.text_steps,
             seed=self.how.seed,
+            solver=self.how.solver,
         )
 
     def reals(self) -> None:
@@ -202,7 +223,11 @@ class _Suite:
         wanted = self.wanted.numpy()
         for guidance, name in ((0.0, "{}_unguided"), (self.how.guidance, "{}")):
             pixels = self.generator.class_to_image(
-                self.wanted.tolist(), guidance=guidance, steps=self.how.steps, seed=self.how.seed
+                self.wanted.tolist(),
+                guidance=guidance,
+                steps=self.how.steps,
+                seed=self.how.seed,
+                solver=self.how.solver,
             )
             seen, features = self._judge(pixels)
             self.metrics[name.format("class2image_accuracy")] = image.agreement(seen, wanted)
@@ -260,8 +285,10 @@ class _Suite:
         pixels, texts = self.generator.joint(
             self.how.n,
             guidance=self.how.joint_guidance,
-            steps=self.how.text_steps,
+            text_guidance=self.how.text_guidance,
+            steps=self.how.joint_steps,
             seed=self.how.seed,
+            solver=self.how.solver,
         )
         seen, _ = self._judge(pixels)
         agreed, counted = pair_agreement(names, texts, seen.tolist())
@@ -301,7 +328,10 @@ class _Suite:
         if not self.data.prompts:
             return
         texts = self.generator.reply(
-            list(self.data.prompts), steps=self.how.text_steps, seed=self.how.seed
+            list(self.data.prompts),
+            steps=self.how.text_steps,
+            seed=self.how.seed,
+            solver=self.how.solver,
         )
         self.result.replies = [
             {"turns": list(turns), "reply": text}
@@ -324,7 +354,11 @@ def snapshot(
     """
     wanted = torch.arange(10 * max(1, 50 // n_classes)) % n_classes
     pixels = generator.class_to_image(
-        wanted.tolist(), guidance=settings.guidance, steps=settings.steps, seed=settings.seed
+        wanted.tolist(),
+        guidance=settings.guidance,
+        steps=settings.steps,
+        seed=settings.seed,
+        solver=settings.solver,
     )
     rough = image.agreement(judge.judge(pixels)[0], wanted.numpy())
     shown = pixels[: 2 * n_classes]
@@ -334,6 +368,7 @@ def snapshot(
             guidance=settings.guidance,
             steps=settings.steps,
             seed=settings.seed,
+            solver=settings.solver,
         )
         shown = torch.cat([shown, drawn])
     return save_sheet(shown, path, columns=n_classes), rough

@@ -24,7 +24,7 @@ def mistake(*args: str, ranks: int = 2) -> list[str]:
 def test_wrong_preset_and_flag():
     assert mistake("--preset", "dmeo") == [
         "pretrain.py: unknown preset 'dmeo'; did you mean 'demo'? "
-        "(presets: demo, dev_1gpu, mdm_1b, mdm_7b)"
+        "(presets: demo, learn, dev_1gpu, mdm_1b, mdm_7b)"
     ]
 
 

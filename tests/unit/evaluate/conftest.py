@@ -92,7 +92,7 @@ class Oracle:
         self.deaf = deaf  # ignores what it is asked for
 
     def class_to_image(
-        self, class_ids: list[int], *, guidance: float, steps: int, seed: int
+        self, class_ids: list[int], *, guidance: float, steps: int, seed: int, solver: str
     ) -> Tensor:
         rng = torch.Generator().manual_seed(seed)
         if self.deaf:
@@ -103,21 +103,36 @@ class Oracle:
         ]
         return self.pool.pixels[rows]
 
-    def text_to_image(self, texts: list[str], *, guidance: float, steps: int, seed: int) -> Tensor:
+    def text_to_image(
+        self, texts: list[str], *, guidance: float, steps: int, seed: int, solver: str
+    ) -> Tensor:
         classes = [NAMES.named(t) for t in texts]
-        return self.class_to_image(classes, guidance=guidance, steps=steps, seed=seed)
+        return self.class_to_image(
+            classes, guidance=guidance, steps=steps, seed=seed, solver=solver
+        )
 
     def image_to_text(
-        self, latents: Tensor, *, guidance: float, steps: int, seed: int
+        self, latents: Tensor, *, guidance: float, steps: int, seed: int, solver: str
     ) -> list[str]:
         if self.deaf:
             return ["digit one"] * len(latents)
         return [f"digit {WORDS[self.known[tuple(row)]]}" for row in latents.flatten(1).tolist()]
 
-    def reply(self, turns: list[tuple[str, ...]], *, steps: int, seed: int) -> list[str]:
+    def reply(
+        self, turns: list[tuple[str, ...]], *, steps: int, seed: int, solver: str
+    ) -> list[str]:
         return [f"<b>{turn[-1]}</b>" for turn in turns]
 
-    def joint(self, n: int, *, guidance: float, steps: int, seed: int) -> tuple[Tensor, list[str]]:
+    def joint(
+        self,
+        n: int,
+        *,
+        guidance: float,
+        text_guidance: float,
+        steps: int,
+        seed: int,
+        solver: str,
+    ) -> tuple[Tensor, list[str]]:
         classes = [i % 10 for i in range(n)]
-        pixels = self.class_to_image(classes, guidance=0.0, steps=steps, seed=seed)
+        pixels = self.class_to_image(classes, guidance=0.0, steps=steps, seed=seed, solver=solver)
         return pixels, [f"handwritten {WORDS[c]}" for c in classes]
