@@ -14,6 +14,7 @@ from torch import Tensor
 from mdm.diffusion import schedule
 from mdm.diffusion.sampler import make_solver
 from mdm.evaluate.solvers import Curves, chart, curves
+from tests.benchmarks.timing import Result
 from tests.mixture import Mixture, normal_quantiles
 
 N, AT = 65_536, 20
@@ -82,28 +83,22 @@ PEERS = (
 )
 
 
-def run() -> dict[str, Any]:
+def run() -> Result:
     """Measure; also writes the curves as `runs/bench/sampler.svg`."""
     measured: Curves = curves(ours)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "sampler.svg").write_text(
         chart(measured, "distance to the data against evaluations", log=True)
     )
-    peers = {name: 1 / theirs(name, AT) for name in PEERS}
-    best = 1 / measured["dpmpp2m"][AT]
     true = DATA.quantile(
         torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     )
-    return {
-        "name": "sampler",
-        "unit": f"1 / Wasserstein-1 distance to the data after {AT} evaluations, solver dpmpp2m",
-        "ours": best,
-        "peers": peers,
-        "ratio": best / max(peers.values()),
-        "setting": {
-            "data": "mixture of three Gaussians on the line, exact denoiser, float64",
-            "samples": N,
-            "error": measured,
-            "error_of_true_samples": distance(true),
-        },
-    }
+    return Result(
+        "sampler",
+        f"Wasserstein-1 distance to the data after {AT} evaluations",
+        measured["dpmpp2m"][AT],
+        {name: theirs(name, AT) for name in PEERS},
+        f"dpmpp2m, mixture of three Gaussians on the line, exact denoiser, {N} samples",
+        floor=distance(true),
+        more={"error_by_evaluations": measured},
+    )

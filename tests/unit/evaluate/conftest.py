@@ -128,10 +128,10 @@ class Oracle:
         n: int,
         *,
         guidance: float,
-        text_guidance: float,
         steps: int,
         seed: int,
         solver: str,
+        text_guidance: float = 0.0,
     ) -> tuple[Tensor, list[str]]:
         classes = [i % 10 for i in range(n)]
         pixels = self.class_to_image(classes, guidance=0.0, steps=steps, seed=seed, solver=solver)
