@@ -59,14 +59,15 @@ def mix(
     z, dt = _project(u, in_z), _project(u, in_dt)
 
     # Scans become further channels, heads and groups of one kernel call.
-    def convolve(weight: Tensor, channels: slice) -> Tensor:
-        taps, bias = w.conv1d_weight[:, channels], w.conv1d_bias[:, channels]
-        mixed = _project(u, weight).flatten(2)
-        convolved: Tensor = causal_conv(mixed, taps.flatten(0, 1), bias.flatten(0, 1), seq_idx)
-        return convolved
-
-    x = convolve(in_x, slice(d_inner)).unflatten(2, (-1, headdim))
-    B, C = convolve(in_BC, slice(d_inner, None)).unflatten(2, (s, -1)).chunk(2, -1)
+    channels = [d_inner, 2 * d_state]
+    taps, biases = w.conv1d_weight.split(channels, 1), w.conv1d_bias.split(channels, 1)
+    mixed = [_project(u, weight).flatten(2) for weight in (in_x, in_BC)]
+    x, BC = (
+        causal_conv(t, taps[i].flatten(0, 1), biases[i].flatten(0, 1), seq_idx)
+        for i, t in enumerate(mixed)
+    )
+    x = x.unflatten(2, (-1, headdim))
+    B, C = BC.unflatten(2, (s, -1)).chunk(2, -1)
     # Step sizes and decay stay fp32 whatever the autocast.
     A = -w.A_log.float().exp().flatten()
     dt = F.softplus(dt.float() + w.dt_bias.float()).flatten(2)
@@ -80,7 +81,7 @@ def mix(
 def _project(x: Tensor, weight: Tensor) -> Tensor:
     """[b, l, s, in] x [s, out, in] -> [b, l, s, out]."""
     if len(weight) == 1:
-        return F.linear(x, weight[0])
+        return F.linear(x, weight.squeeze(0))
     return torch.einsum("blsi,soi->blso", x, weight)
 
 
