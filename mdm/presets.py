@@ -25,9 +25,9 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.3,
-        p_image=0.17,
-        p_image_to_text=0.13,
+        p_text_to_image=0.35,
+        p_image=0.2,
+        p_image_to_text=0.15,
         p_class=0.9,
         p_self_condition=0.1,
     ),
