@@ -79,11 +79,11 @@ LEARN = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.25,
+        p_text_to_image=0.3,
         p_image_to_text=0.25,
         p_image=0.1,
         p_class=0.0,
-        condition_noise=0.4,
+        condition_noise=0.2,
         p_self_condition=0.1,
     ),
     data=DataConfig(
@@ -95,7 +95,7 @@ LEARN = Config(
         dialogue_length=10,
     ),
     train=TrainConfig(
-        steps=8000,
+        steps=9000,
         lr=2e-3,
         warmup=200,
         decay="cosine",

@@ -15,6 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+if not os.environ.get("RAY_ADDRESS"):
+    # Read when ray is imported; otherwise it takes the machine's own address for 127.0.0.1, and
+    # listens to the whole network.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
 import ray
 from tqdm import tqdm
 

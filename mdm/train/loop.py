@@ -127,7 +127,7 @@ def train(
     reporter.start(state, fresh=found is None)
     for path, reason in passed:
         reporter.say(f"passed over {path.name}: {reason}")
-    clock, window = Clock(state.seconds), Window()
+    clock, window = Clock(state.seconds), Window(world, state.window)
     run = Run(config, world, engine, ema, loader, state, tracker, reporter, clock, window)
     status = "FAILED"
     try:
@@ -152,9 +152,8 @@ def take_steps(run: Run, stop: "_StopFlag") -> bool:
         stopping, rate = take_step(run, stop)
         last = state.step == train.steps
         saving = last or stopping or state.step % train.checkpoint_every == 0
-        # A line before every save: then no checkpoint lies inside a window of metrics.
-        if saving or state.step % train.log_every == 0:
-            means = run.window.mean(run.world.size)
+        if last or state.step % train.log_every == 0:
+            means = run.window.mean()
             values = {**means, "lr": rate, "grad_norm": run.engine.grad_norm}
             run.reporter.log(state, run.clock, values)
         if saving:
@@ -199,6 +198,7 @@ def save(run: Run) -> None:
     run.clock.tick("other")
     run.state.seconds, run.state.tracking_id = dict(run.clock.seconds), run.tracker.run_id
     run.state.order_digest = run.loader.order_digest
+    run.state.window = run.window.state()
     loader_state, keep = run.loader.state_dict(), run.config.train.keep
     checkpoint.save(run.dir, run.engine, run.ema, run.state, loader_state, keep)
 

@@ -51,38 +51,60 @@ class Clock:
 
 
 class Window:
-    """Sums of loss terms since the last line of metrics, by task; no communication until `mean`."""
+    """Sums of loss terms over steps and ranks since the last line of metrics, by task.
 
-    def __init__(self) -> None:
+    A checkpoint may lie inside a window: `state` is what the next attempt begins with. Sums of fp32
+    terms are exact in float64, so that its line of metrics comes out the same.
+    """
+
+    def __init__(
+        self, world: World, saved: Mapping[str, Mapping[str, float]] | None = None
+    ) -> None:
+        self._size = world.size
         self._sums: dict[str, torch.Tensor] = {}
         self._steps: dict[str, int] = defaultdict(int)
         self._names: tuple[str, ...] = ()
+        for task, values in (saved or {}).items():
+            self._names = tuple(name for name in values if name != "steps")
+            row = torch.tensor([values[name] for name in self._names], dtype=torch.float64)
+            self._sums[task] = row if world.is_main else torch.zeros_like(row)
+            self._steps[task] = int(values["steps"])
 
     def add(self, task: str, terms: NamedTuple) -> None:
-        """Add one step's terms. All ranks take the same tasks in the same order."""
-        row = torch.stack([t.detach().float() for t in terms])
+        """Add one step's terms; no communication. All ranks take the same tasks in one order."""
+        row = torch.stack([t.detach().double() for t in terms])
         self._names = terms._fields
-        self._sums[task] = self._sums[task] + row if task in self._sums else row
+        known = self._sums.get(task)
+        self._sums[task] = row if known is None else known.to(row.device) + row
         self._steps[task] += 1
 
-    def mean(self, size: int) -> dict[str, float]:
+    def state(self) -> dict[str, dict[str, float]]:
+        """Sums over steps and ranks by task and term, and `steps`. All ranks must call."""
+        if not self._sums:
+            return {}
+        tasks = sorted(self._sums)
+        sums = torch.stack([self._sums[task] for task in tasks])
+        torch.distributed.all_reduce(sums)
+        return {
+            task: {"steps": self._steps[task], **dict(zip(self._names, row, strict=True))}
+            for task, row in zip(tasks, sums.tolist(), strict=True)
+        }
+
+    def mean(self) -> dict[str, float]:
         """Means over steps and ranks: `loss`, and `task/term`; then empty. All ranks must call.
 
         A term that was 0 throughout is one that the task does not have, and is left out.
         """
-        if not self._sums:
+        found = self.state()
+        if not found:
             return {}
-        tasks = sorted(self._sums)
-        sums = torch.stack([self._sums[t] for t in tasks])
-        torch.distributed.all_reduce(sums)
-        rows = (sums / size).tolist()
-        steps = [self._steps[t] for t in tasks]
-        means = {"loss": sum(r[0] for r in rows) / sum(steps)}
-        for task, row, n in zip(tasks, rows, steps, strict=True):
+        total = sum(values[self._names[0]] for values in found.values())
+        means = {"loss": total / self._size / sum(self._steps.values())}
+        for task, values in found.items():
             means |= {
-                f"{task}/{name}": value / n
-                for name, value in zip(self._names, row, strict=True)
-                if value != 0.0
+                f"{task}/{name}": values[name] / self._size / values["steps"]
+                for name in self._names
+                if values[name] != 0.0
             }
         self._sums, self._steps = {}, defaultdict(int)
         return means

@@ -35,6 +35,8 @@ class TrainState:
     tracking_id: str | None = None
     world_size: int = 1
     order_digest: str = ""
+    # Sums of loss terms since the last line of metrics, by task.
+    window: dict[str, dict[str, float]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

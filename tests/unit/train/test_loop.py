@@ -40,17 +40,39 @@ def test_window_means_by_task(tmp_path):
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
     try:
-        window = Window()
+        window = Window(World())
         window.add("image_text", Terms(torch.tensor(1.0), torch.tensor(0.5)))
         window.add("image_text", Terms(torch.tensor(3.0), torch.tensor(1.5)))
         window.add("text", Terms(torch.tensor(8.0), torch.tensor(0.0)))
-        assert window.mean(1) == {
+        assert window.mean() == {
             "loss": 4.0,
             "image_text/total": 2.0,
             "image_text/rec_img": 1.0,
             "text/total": 8.0,
         }
-        assert window.mean(1) == {}
+        assert window.mean() == {}
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_window_goes_on_from_its_state_as_if_never_left(tmp_path):
+    import torch.distributed as dist
+
+    draw = torch.Generator().manual_seed(0)
+    steps = [Terms(*(10 ** torch.randn(2, generator=draw))) for _ in range(9)]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
+    try:
+        whole, first = Window(World()), Window(World())
+        for i, terms in enumerate(steps):
+            whole.add("text" if i % 4 == 0 else "image_text", terms)
+        for i, terms in enumerate(steps[:5]):
+            first.add("text" if i % 4 == 0 else "image_text", terms)
+        saved = json.loads(json.dumps(first.state()))
+        second = Window(World(), saved)
+        for i, terms in enumerate(steps[5:], 5):
+            second.add("text" if i % 4 == 0 else "image_text", terms)
+        assert second.mean() == whole.mean()
+        assert Window(World(rank=1, size=2), saved)._sums["text"].tolist() == [0.0, 0.0]
     finally:
         dist.destroy_process_group()
 
