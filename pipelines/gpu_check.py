@@ -20,14 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mdm.config import Config, ModelConfig, doc, fail, parse_cli
 from mdm.data.batch import Batch
 from mdm.kernels import conv, fused
 from mdm.kernels import ssd as torch_ssd
+from mdm.model.count import trunk_macs
 from mdm.model.embed import N_HEAD
-from mdm.model.network import Network, Trunk
+from mdm.model.network import Trunk, block_scans
 from mdm.objective import Objective
 from mdm.presets import PRESETS
 
@@ -57,20 +57,6 @@ class Flags:
     steps: int = doc(10, "measured steps, after three that do not count")
     peak_tflops: float = doc(0.0, "dense bf16 peak of the GPU; 0 looks its name up")
     out: str = doc("runs/gpu-check/report.json", "where the report goes")
-
-
-def forward_flops(config: ModelConfig, tokens: int) -> int:
-    """FLOPs of the matrix products of one forward pass over one picture with `tokens` of text."""
-    with torch.device("meta"):
-        network = Network(dataclasses.replace(config, kernel="torch"))
-        latents = torch.zeros(1, config.image_height * config.image_width, config.latent_dim)
-        text = torch.zeros(1, tokens, config.latent_dim)
-        level, class_ids = torch.zeros(1), torch.zeros(1, dtype=torch.long)
-        prompt = torch.zeros(1, tokens, dtype=torch.bool)
-        with FlopCounterMode(display=False) as counter:
-            network(text, level, prompt, class_ids, latents, level)
-    flops: int = counter.get_total_flops()
-    return flops
 
 
 def peak_flops(name: str, given_tflops: float) -> float | None:
@@ -206,17 +192,14 @@ def parity(dtype: torch.dtype, packed: bool) -> list[dict[str, Any]]:
 class StockStack(nn.Module):
     """What a user of mamba_ssm would stack: x + the mean of a block's mixers over RMSNorm(x)."""
 
-    def __init__(self, config: ModelConfig, n_layer: int, n_scans: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        sizes = {
-            k: getattr(config, k) for k in ("d_model", "d_state", "headdim", "expand", "d_conv")
-        }
-        self.norms = nn.ModuleList(nn.RMSNorm(config.d_model, eps=1e-5) for _ in range(n_layer))
+        names = ("d_model", "d_state", "headdim", "expand", "d_conv", "chunk_size")
+        sizes = {name: getattr(config, name) for name in names}
+        blocks = block_scans(config)
+        self.norms = nn.ModuleList(nn.RMSNorm(config.d_model, eps=1e-5) for _ in blocks)
         self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                fused.stock_mixer(**sizes, chunk_size=config.chunk_size) for _ in range(n_scans)
-            )
-            for _ in range(n_layer)
+            nn.ModuleList(fused.stock_mixer(**sizes) for _ in scans) for scans in blocks
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,30 +244,32 @@ def sequences(config: Config, size: int) -> Batch:
     ).to(DEVICE)
 
 
-def train_ours(config: Config, n_layer: int, flags: Flags, steps: int) -> tuple[float, int]:
-    """Seconds and peak bytes of `Objective`'s step with `n_layer` blocks."""
-    model = dataclasses.replace(config.model, n_layer=n_layer, kernel="fused")
+def train_ours(config: Config, model: ModelConfig, flags: Flags, steps: int) -> tuple[float, int]:
+    """Seconds and peak bytes of a step of `Objective` with the sizes of `model`."""
     objective = Objective(dataclasses.replace(config, model=model)).to(DEVICE).train()
     batch = sequences(config, flags.batch)
     step = iter(range(10**9))
     return measure(lambda: objective(batch, next(step)).total, list(objective.parameters()), steps)
 
 
-def train_stack(
-    trunk: nn.Module, run: Callable[[Tensor], Tensor], shape: tuple[int, ...], steps: int
-) -> tuple[float, int]:
-    """Seconds and peak bytes of a step of blocks alone, on a mean-square loss."""
-    x = torch.randn(shape, device=DEVICE)
-    return measure(lambda: run(x).float().square().mean(), list(trunk.parameters()), steps)
-
-
 def train_block(
     model: ModelConfig, text: int, shape: tuple[int, ...], steps: int
 ) -> tuple[float, int]:
-    """Seconds and peak bytes of one block's step, in the orders of its own scans."""
-    trunk = Trunk(dataclasses.replace(model, n_layer=1)).to(DEVICE).train()
-    grid = (model.image_height, model.image_width)
-    return train_stack(trunk, lambda x: trunk(x, text, grid), shape, steps)
+    """Seconds and peak bytes of a step of our blocks alone, in the orders of their own scans."""
+    trunk = Trunk(model).to(DEVICE).train()
+    x, grid = torch.randn(shape, device=DEVICE), (model.image_height, model.image_width)
+    return measure(lambda: _loss(trunk(x, text, grid)), list(trunk.parameters()), steps)
+
+
+def train_stock(model: ModelConfig, shape: tuple[int, ...], steps: int) -> tuple[float, int]:
+    """Seconds and peak bytes of a step of stock mixers."""
+    stack = StockStack(model).to(DEVICE).train()
+    x = torch.randn(shape, device=DEVICE)
+    return measure(lambda: _loss(stack(x)), list(stack.parameters()), steps)
+
+
+def _loss(y: Tensor) -> Tensor:
+    return y.float().square().mean()
 
 
 def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, Any]]:
@@ -296,32 +281,36 @@ def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, 
     shape = (flags.batch, length, model.d_model)
     rows: list[dict[str, Any]] = []
 
-    def add(what: str, n_layer: int, took: tuple[float, int]) -> None:
-        flops = flags.batch * forward_flops(dataclasses.replace(model, n_layer=n_layer), text)
-        rows.append(
-            row(f"{name} {what}", n_layer, took[0], flags.batch * length, flops, peak, took[1])
-        )
-        torch.cuda.empty_cache()
+    def add(what: str, sizes: ModelConfig, run: Callable[[], tuple[float, int]]) -> None:
+        try:
+            seconds, memory = run()
+        except torch.OutOfMemoryError:
+            print(f"{name} {what}: {sizes.n_layer} layers do not fit at batch {flags.batch}")
+            return
+        finally:
+            torch.cuda.empty_cache()
+        tokens, flops = flags.batch * length, 2 * flags.batch * sum(trunk_macs(sizes, length))
+        rows.append(row(f"{name} {what}", sizes.n_layer, seconds, tokens, flops, peak, memory))
 
-    def stock(n_layer: int) -> tuple[float, int]:
-        scans = 6 if model.scan_mode == "separate" else 1
-        stack = StockStack(model, n_layer, scans).to(DEVICE)
-        return train_stack(stack, stack, shape, flags.steps)
+    def add_both(what: str, n_layer: int, ours: Callable[[ModelConfig], tuple[float, int]]) -> None:
+        sizes = dataclasses.replace(model, n_layer=n_layer)
+        add(what, sizes, lambda: ours(sizes))
+        plain = dataclasses.replace(sizes, long_skip=False)
+        add(f"{what}, stock mixers", plain, lambda: train_stock(plain, shape, flags.steps))
 
-    add("block", 1, train_block(model, text, shape, flags.steps))
-    add("block, stock", 1, stock(1))
+    add_both("block", 1, lambda sizes: train_block(sizes, text, shape, flags.steps))
 
     peaks = []
     for n_layer in (2, 4):
-        peaks.append(train_ours(config, n_layer, flags, 1)[1])
+        sizes = dataclasses.replace(model, n_layer=n_layer)
+        peaks.append(train_ours(config, sizes, flags, 1)[1])
         torch.cuda.empty_cache()
     budget = int(0.92 * torch.cuda.get_device_properties(0).total_memory)
     fit = layers_that_fit(budget, peaks[0], peaks[1], model.n_layer)
     if fit == 0:
         print(f"{name}: not even one layer fits at batch {flags.batch}; lower --batch")
         return rows
-    add("training", fit, train_ours(config, fit, flags, flags.steps))
-    add("training, stock stack", fit, stock(fit))
+    add_both("training", fit, lambda sizes: train_ours(config, sizes, flags, flags.steps))
     return rows
 
 

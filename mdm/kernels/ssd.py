@@ -63,8 +63,7 @@ def ssd(
         dt = dt + dt_bias.float()
     if dt_softplus:
         dt = F.softplus(dt)
-    # Chunks of equal length: 289 tokens in chunks of at most 256 are 2 x 145, not 2 x 256.
-    q = math.ceil(length / math.ceil(length / chunk_size))
+    q = chunk_length(length, chunk_size)
     pad = -length % q
     # Padding has dt = 0: it neither decays the state nor adds to it.
     xc, dtc, Bc, Cc = (_chunks(t.float(), q, pad) for t in (x, dt, B, C))
@@ -154,6 +153,14 @@ def ssd_reference(
         rows.append((state * Ch[:, i].unsqueeze(-2)).sum(-1))
     y = _skip_and_gate(torch.stack(rows, 1), x, D, z)
     return (y, state) if return_final_states else y
+
+
+def chunk_length(length: int, chunk_size: int) -> int:
+    """Tokens a chunk, at most `chunk_size`, all chunks alike.
+
+    289 tokens in chunks of at most 256 are 2 x 145, not 2 x 256.
+    """
+    return math.ceil(length / math.ceil(length / chunk_size))
 
 
 def zoh_scale(dt: Tensor, A: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ is `products`. What tokens exchange comes on top.
 from typing import NamedTuple
 
 from mdm.config import ModelConfig
+from mdm.kernels.ssd import chunk_length
 from mdm.model.network import block_scans
 from mdm.model.transformer import feed_forward_width
 
@@ -38,7 +39,7 @@ def _mamba_block(config: ModelConfig, n_scans: int, length: int) -> Macs:
     inner = config.expand * d
     in_proj = d * (2 * inner + 2 * n + inner // config.headdim)
     weights = in_proj + (inner + 2 * n) * config.d_conv + inner * d
-    q = min(config.chunk_size, length)
+    q = chunk_length(length, config.chunk_size)
     chunks = -(-length // q)
     within = q * q * (n + inner)  # scores C B^T of the one group, then scores times x, all heads
     between = 2 * q * inner * n if chunks > 1 else 0  # into the chunk's state, and out of it

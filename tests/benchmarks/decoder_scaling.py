@@ -45,13 +45,9 @@ def parameters(config: ModelConfig) -> int:
 
 
 def decoders() -> dict[str, ModelConfig]:
-    """Both decoders; the Transformer has as many layers as come nearest to Mamba's parameters."""
-    target = parameters(MAMBA)
-    candidates = [
-        dataclasses.replace(MAMBA, decoder="transformer", n_layer=n) for n in range(1, 25)
-    ]
-    nearest = min(candidates, key=lambda config: abs(parameters(config) - target))
-    return {"mamba": MAMBA, "transformer": nearest}
+    """Both decoders; the Transformer's MLP is as wide as gives it Mamba's parameters."""
+    transformer = dataclasses.replace(MAMBA, decoder="transformer", n_heads=8, n_kv_heads=2)
+    return {"mamba": MAMBA, "transformer": transformer}
 
 
 def resident(field: str) -> int:

@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 from mdm.config import ModelConfig
+from mdm.kernels.ssd import chunk_length
 
 
 class Shape(NamedTuple):
@@ -23,8 +24,8 @@ class Shape(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Tokens a chunk: the length in equal parts of at most CHUNK."""
-        return math.ceil(self.length / math.ceil(self.length / CHUNK))
+        """Tokens a chunk of the scan."""
+        return chunk_length(self.length, CHUNK)
 
     def __str__(self) -> str:
         return f"batch {self.batch}, length {self.length}, width {self.width}"
@@ -37,7 +38,8 @@ SHAPES = (Shape(64, 20, 128), Shape(32, 84, 256), Shape(4, 289, 512), Shape(1, 2
 def scan_products(shape: Shape) -> list[tuple[int, int, int, int]]:
     """(batch, m, k, n) of the scan's matrix products at the chunk that the scan uses."""
     n, p, h = shape.config.d_state, shape.config.headdim, shape.heads
-    chunks, q = math.ceil(shape.length / CHUNK), shape.chunk
+    q = shape.chunk
+    chunks = math.ceil(shape.length / q)
     bc = shape.batch * chunks
     inside = [(bc, q, n, q), (bc * h, q, q, p)]
     return inside if chunks == 1 else [*inside, (bc * h, p, q, n), (bc * h, q, n, p)]
