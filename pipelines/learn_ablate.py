@@ -55,10 +55,11 @@ class Flags:
     seeds: int = doc(3, "seeds of each variant")
     train_steps: int = doc(1500, "optimizer steps of each variant")
     jobs: int = doc(2, "variants at once")
-    guidance: float = doc(1.0, "guidance weight of pictures")
+    guidance: float = doc(0.2, "guidance weight of pictures")
     joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
     steps: int = doc(20, "solver steps")
-    solver: str = doc("ddpm", f"one of {', '.join(SOLVERS)}")
+    solver: str = doc("dpmpp2m", f"of pictures: one of {', '.join(SOLVERS)}")
+    text_solver: str = doc("ddpm", "of captions, and of pictures drawn with their captions")
     weights: str = doc("runs/learn/train/export", "long-trained weights, to compare solvers on")
 
     def __post_init__(self) -> None:
@@ -100,6 +101,7 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
         joint_guidance=flags.joint_guidance,
         steps=flags.steps,
         solver=flags.solver,
+        text_solver=flags.text_solver,
     )
     write_json(found, metrics)
     return metrics

@@ -108,12 +108,13 @@ def evaluate(
     joint_guidance: float,
     steps: int,
     solver: str,
+    text_solver: str,
     seed: int = 0,
 ) -> tuple[dict[str, Any], Drawn]:
     """Numbers beside their floors, and the pictures and texts behind them.
 
     Pictures are asked for by caption, as many of each class as are held out; every distance is
-    between equally many pictures.
+    between equally many pictures. `text_solver` draws captions, alone and with their pictures.
     """
     task, wanted, texts = ruler.task, ruler.wanted.numpy(), ruler.texts
     pictures = generator.text_to_image(
@@ -123,11 +124,11 @@ def evaluate(
     free = generator.text_to_image(texts, guidance=0.0, steps=steps, seed=seed, solver=solver)
     metrics |= {f"{name}_unguided": value for name, value in ruler.measure(free)[0].items()}
     described = generator.image_to_text(
-        task.latents, guidance=0.0, steps=2 * steps, seed=seed, solver=solver
+        task.latents, guidance=0.0, steps=2 * steps, seed=seed, solver=text_solver
     )
     n = len(task.labels)
     joint_pictures, joint_captions = generator.joint(
-        n, guidance=joint_guidance, steps=2 * steps, seed=seed, solver=solver
+        n, guidance=joint_guidance, steps=2 * steps, seed=seed, solver=text_solver
     )
     joint_seen = ruler.judge.judge(joint_pictures)[0]
     named = np.array([task.names.named(text) for text in joint_captions])

@@ -10,7 +10,7 @@ from mdm.evaluate.classifier import Classifier
 from mdm.evaluate.learn import Ruler, Task, evaluate
 from tests.unit.evaluate.conftest import NAMES, WORDS, Digits, Oracle
 
-HOW = {"guidance": 1.0, "joint_guidance": 1.0, "steps": 4, "solver": "ddpm"}
+HOW = {"guidance": 1.0, "joint_guidance": 1.0, "steps": 4, "solver": "ddpm", "text_solver": "ddpm"}
 
 
 @pytest.fixture(scope="module")
