@@ -348,6 +348,12 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _metavar(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):  # such as float | None
+        kind = typing.get_args(kind)[0]
+    return kind.__name__.upper() if isinstance(kind, type) else "LIST"
+
+
 def parse_cli(
     cls: type[T],
     argv: Sequence[str] | None = None,
@@ -384,7 +390,7 @@ def parse_cli(
             text = f"{text} (default {_show(cls.__dataclass_fields__[path].default)})"  # type: ignore[attr-defined]
         parser.add_argument(
             f"--{path}",
-            metavar=kind.__name__.upper() if isinstance(kind, type) else "LIST",
+            metavar=_metavar(kind),
             required=path in required,
             help=text.replace("%", "%%"),
         )

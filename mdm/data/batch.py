@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mdm.config import ModelConfig
 
+TASKS = ("image_text", "text")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -32,8 +34,8 @@ class Batch:
 
     @property
     def task(self) -> str:
-        """`image_text` or `text`."""
-        return "text" if self.latents is None else "image_text"
+        """One of `TASKS`."""
+        return TASKS[self.latents is None]
 
     def __len__(self) -> int:
         return len(self.ids)
