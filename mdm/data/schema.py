@@ -124,7 +124,7 @@ class ShardInfo:
     rows: int
     bytes: int
     sha256: str
-    batches: tuple[BatchInfo, ...]
+    batches: Sequence[BatchInfo]
 
 
 def write_shard(examples: Examples, schema: pa.Schema, batch_rows: int) -> tuple[bytes, ShardInfo]:

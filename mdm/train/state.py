@@ -14,6 +14,7 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep",
     "train.snapshots",
+    "data.stages",  # those to come; the loader refuses a change of what was consumed
     "run_dir",
     "experiment",
 )
