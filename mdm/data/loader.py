@@ -18,21 +18,16 @@ import numpy as np
 import torch
 
 from mdm.config import Config
+from mdm.data import packing, resume
 from mdm.data.batch import Batch, sample_key
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.order import Draw, Order, check_world, layout_of
 from mdm.data.reader import BatchKey, RowCache, SourceReader
-from mdm.data.schema import from_bfloat16_bits
+from mdm.data.resume import ResumeError as ResumeError
+from mdm.data.schema import Rows, from_bfloat16_bits
 from mdm.data.text import fit
 from mdm.data.tokenizer import PAD
 from mdm.dist import World
-
-STATE_VERSION = 1
-
-
-class ResumeError(ValueError):
-    """A saved state belongs to other data; the message names both values."""
-
 
 class Loader:
     """Iterates over this rank's `Batch` of step after step, endlessly.
@@ -91,31 +86,13 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been consumed of what, as JSON."""
-        return {
-            "version": STATE_VERSION,
-            "step": self.step,
-            "order_digest": self.order_digest,
-            **self._identity(),
-        }
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "global_batch": self.mixture.global_batch,
-            "window": self.mixture.window,
-            "manifests": {s.name: s.manifest.sha256 for s in self.mixture.sources},
-            "weights": {s.name: s.weight for s in self.mixture.sources},
-        }
+        return resume.state_dict(
+            self._order, self._lengths["text"], self.step, self.order_digest
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; ResumeError names what differs, saved and present."""
-        present = {"version": STATE_VERSION, **self._identity()}
-        for key, value in present.items():
-            if state.get(key) != value:
-                raise ResumeError(
-                    f"cannot resume: the checkpoint was made with data {key} {state.get(key)}, "
-                    f"this run has {value}"
-                )
+        resume.check(state, self._order, self._lengths["text"])
         self._stop()
         self.step = int(state["step"])
         self.order_digest = str(state["order_digest"])
@@ -124,23 +101,29 @@ class Loader:
     def make(self, step: int) -> tuple[Draw, Batch]:
         """The global draw of a step and this rank's batch of it."""
         draw = self._order.draw(step)
+        if draw.task == "text" and self.mixture.texts_per_row > 1:
+            return draw, self._collate_packed(draw)
         return draw, self._collate(draw.share(self.world))
 
-    def _collate(self, draw: Draw) -> Batch:
-        size, length = len(draw.ids), self._lengths[draw.task]
-        keys: list[BatchKey] = [(0, 0, 0)] * size
-        rows = np.empty(size, np.int64)
+    def _read(self, draw: Draw) -> tuple[list[BatchKey], list[int], dict[BatchKey, Rows]]:
+        """The record batch and the row in it of each sample, and the record batches."""
+        keys: list[BatchKey] = [(0, 0, 0)] * len(draw.ids)
+        rows = np.empty(len(draw.ids), np.int64)
         for source in np.unique(draw.sources):
             at = np.flatnonzero(draw.sources == source)
             shards, batches, rows[at] = self._layouts[source].locate(draw.rows[at])
             for i, shard, batch in zip(at.tolist(), shards.tolist(), batches.tolist(), strict=True):
                 keys[i] = (int(source), shard, batch)
-        held = self._cache.get(set(keys))
+        return keys, rows.tolist(), self._cache.get(set(keys))
+
+    def _collate(self, draw: Draw) -> Batch:
+        size, length = len(draw.ids), self._lengths[draw.task]
+        keys, rows, held = self._read(draw)
         tokens = np.full((size, length), PAD, np.int64)
         prompts = np.zeros((size, 1), np.int64)
         class_ids = np.empty(size, np.int64)
         latents: list[np.ndarray[Any, np.dtype[np.uint16]]] = []
-        for i, (key, row) in enumerate(zip(keys, rows.tolist(), strict=True)):
+        for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
             batch_rows = held[key]
             text, prompts[i] = fit(
                 batch_rows.text(row), int(batch_rows.prompt_lengths[row]), length
@@ -157,6 +140,34 @@ class Loader:
             tokens=torch.from_numpy(tokens),
             prompt=torch.from_numpy(np.arange(length) < prompts),
             latents=torch.from_numpy(from_bfloat16_bits(np.stack(latents))) if latents else None,
+        )
+
+    def _collate_packed(self, draw: Draw) -> Batch:
+        """This rank's rows of packed texts. The lengths of all the step's texts decide who reads
+        which: every rank looks at all of them.
+        """
+        length = self._lengths["text"]
+        keys, rows, held = self._read(draw)
+        fitted = [
+            fit(held[key].text(row), int(held[key].prompt_lengths[row]), length)
+            for key, row in zip(keys, rows, strict=True)
+        ]
+        packs = packing.plan([len(t) for t, _ in fitted], length, self.mixture.global_batch)
+        own = packing.share(packs, self.world.rank, self.world.size)
+        packed = packing.fill(own, [t for t, _ in fitted], [p for _, p in fitted], length)
+        places = [place for pack in own for place in pack]
+        mine = draw.take(np.array(places, np.int64))
+        class_ids = [int(held[keys[i]].class_ids[rows[i]]) for i in places]
+        return Batch(
+            ids=tuple(mine.ids),
+            keys=torch.tensor([sample_key(i) for i in mine.ids], dtype=torch.int64),
+            epochs=torch.from_numpy(mine.epochs),
+            class_ids=torch.tensor(class_ids, dtype=torch.int64),
+            tokens=torch.from_numpy(packed.tokens),
+            prompt=torch.from_numpy(packed.prompt),
+            latents=None,
+            text_of=torch.from_numpy(packed.text_of),
+            average_over=len(draw.ids) // self.world.size,
         )
 
     def _stop(self) -> None:
