@@ -64,6 +64,7 @@ class RowLayout:
 
     def __init__(self, manifest: Manifest) -> None:
         parts = manifest.shard_parts
+        self.manifest = manifest
         self.size = manifest.batch_rows
         self.rows = manifest.rows
         self.parts = len(parts.infos)
