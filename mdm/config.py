@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import sys
 import types
@@ -212,7 +213,7 @@ class DataConfig:
         _check(len(set(names)) == len(names), f"data.sources names one twice: {names}")
         steps = [s.step for s in self.stages]
         _check(
-            all(a < b for a, b in zip(steps, steps[1:], strict=False)),
+            all(a < b for a, b in itertools.pairwise(steps)),
             f"data.stages begin at steps {steps}; they must go up",
         )
         for name in (

@@ -116,8 +116,12 @@ def planned(
 def planned_shard(number: int, rows: int, batch_rows: int) -> ShardInfo:
     """A shard that no store holds: batches of a kilobyte a row."""
     batches = tuple(
-        BatchInfo(1024 * first, 1024 * min(batch_rows, rows - first), min(batch_rows, rows - first),
-                  f"{number << 20 | first:016x}")
+        BatchInfo(
+            1024 * first,
+            1024 * min(batch_rows, rows - first),
+            min(batch_rows, rows - first),
+            f"{number << 20 | first:016x}",
+        )
         for first in range(0, rows, batch_rows)
     )
     return ShardInfo(f"shards/{number}", rows, 1024 * rows, f"{number:064x}", batches)

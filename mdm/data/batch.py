@@ -84,13 +84,7 @@ class Batch:
                 raise ValueError("text_of tells the places of packed texts but there are latents")
         elif self.picture_at is not None:
             raise ValueError("picture_at tells the places of pictures but latents are None")
-        for name, (wanted, kind) in fields.items():
-            value = getattr(self, name)
-            if tuple(value.shape) != wanted or value.dtype != kind:
-                raise ValueError(
-                    f"{name} is {value.dtype} {tuple(value.shape)}; {b} samples of {shape[1]} "
-                    f"tokens on a grid of {n} x {model.latent_dim} need {kind} {wanted}"
-                )
+        self._check_fields(fields, shape, model)
         ranges = {
             "tokens": (0, model.vocab_size - 1, "the vocabulary of another tokenizer?"),
             "class_ids": (-1, model.n_classes - 1, "see model.n_classes"),
@@ -101,6 +95,21 @@ class Batch:
             value = getattr(self, name)
             if value is not None:
                 self._check_range(name, value, low, high, hint)
+
+    def _check_fields(
+        self,
+        fields: dict[str, tuple[tuple[int, ...], torch.dtype]],
+        shape: tuple[int, ...],
+        model: ModelConfig,
+    ) -> None:
+        b, n = len(self.ids), model.image_height * model.image_width
+        for name, (wanted, kind) in fields.items():
+            value = getattr(self, name)
+            if tuple(value.shape) != wanted or value.dtype != kind:
+                raise ValueError(
+                    f"{name} is {value.dtype} {tuple(value.shape)}; {b} samples of {shape[1]} "
+                    f"tokens on a grid of {n} x {model.latent_dim} need {kind} {wanted}"
+                )
 
     def _check_range(self, name: str, value: Tensor, low: int, high: int, hint: str) -> None:
         outside = ((value < low) | (value > high)).view(len(value), -1)

@@ -29,6 +29,7 @@ from mdm.data.text import fit
 from mdm.data.tokenizer import PAD
 from mdm.dist import World
 
+
 class Loader:
     """Iterates over this rank's `Batch` of step after step, endlessly.
 
@@ -86,9 +87,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been consumed of what, as JSON."""
-        return resume.state_dict(
-            self._order, self._lengths["text"], self.step, self.order_digest
-        )
+        return resume.state_dict(self._order, self._lengths["text"], self.step, self.order_digest)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; ResumeError names what differs, saved and present."""
@@ -143,8 +142,9 @@ class Loader:
         )
 
     def _collate_packed(self, draw: Draw) -> Batch:
-        """This rank's rows of packed texts. The lengths of all the step's texts decide who reads
-        which: every rank looks at all of them.
+        """This rank's rows of packed texts.
+
+        The lengths of all the step's texts decide who reads which: every rank looks at all.
         """
         length = self._lengths["text"]
         keys, rows, held = self._read(draw)

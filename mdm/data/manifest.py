@@ -179,8 +179,8 @@ def shard_from_json(plain: dict[str, Any]) -> ShardInfo:
 def publish(store: Store, manifest: Manifest) -> Manifest:
     """Commit `manifest`; ManifestError if another one was committed there before.
 
-    Its parts are written before. The manifest itself is created only if absent: of two jobs one wins. The hash beside it comes
-    after, so that a reader that finds both reads a finished data set.
+    Its parts come before. The manifest itself is created only if absent: of two jobs one wins. The
+    hash beside it comes after, so that a reader that finds both reads a finished data set.
     """
     manifest.shard_parts.write(store)
     manifest.quarantine_parts.write(store)

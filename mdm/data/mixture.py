@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +81,7 @@ class Mixture:
 
     def _check_stages(self, names: Sequence[str]) -> None:
         steps = [s.step for s in self.stages]
-        if steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+        if steps[0] != 0 or any(a >= b for a, b in pairwise(steps)):
             raise ValueError(f"stages begin at steps {steps}; they begin at 0 and go up")
         used = {name for stage in self.stages for name, _ in stage.weights}
         if used != set(names):

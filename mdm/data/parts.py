@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple, TypeVar, overload
 
 import numpy as np
@@ -137,11 +137,13 @@ class ShardPart(Sequence[ShardInfo]):
 
 def _check_shard(shard: ShardInfo, size: int) -> None:
     batches = shard.batches
-    if any(b.rows != size for b in batches[:-1]) or any(b.rows > size for b in batches) or (
-        sum(b.rows for b in batches) != shard.rows
+    if (
+        any(b.rows != size for b in batches[:-1])
+        or any(b.rows > size for b in batches)
+        or (sum(b.rows for b in batches) != shard.rows)
     ):
         raise ManifestError(f"shard {shard.key} is not {shard.rows} rows in batches of {size}")
-    for one, two in zip(batches, batches[1:], strict=False):
+    for one, two in pairwise(batches):
         if one.offset + one.length != two.offset:
             raise ManifestError(
                 f"shard {shard.key}: a record batch ends at byte {one.offset + one.length}, the "

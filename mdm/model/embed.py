@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdm.config import ModelConfig
-from mdm.model.packing import N_HEAD, TextRows
+from mdm.model.packing import TextRows
 
 CLEAN, DROPPED = 20.0, -20.0  # log-SNR of a clean condition and of pure noise, as the network sees
 

@@ -1,7 +1,7 @@
-"""One life of a run's loaders, all ranks in this process: a plan from stdin, lines to stdout.
+"""One life of a run's loaders, all ranks in this process: a plan from stdin.
 
-After each step a line with every rank's ids; after the committed steps the state; then it goes on
-as a run does that has not saved yet, and kills itself.
+It says every rank's ids of the committed steps and the state after them, having gone on as a run
+does that has not saved yet, and kills itself.
 """
 
 import json
@@ -44,5 +44,6 @@ def live(plan: dict[str, Any]) -> tuple[list[list[list[str]]], dict[str, Any]]:
 
 if __name__ == "__main__":
     steps, state = live(json.load(sys.stdin))
-    print(json.dumps([steps, state]), flush=True)
+    sys.stdout.write(json.dumps([steps, state]))
+    sys.stdout.flush()
     os.kill(os.getpid(), signal.SIGKILL)

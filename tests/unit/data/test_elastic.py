@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest

@@ -103,6 +103,10 @@ def test_shards_whose_batches_do_not_add_up_are_refused() -> None:
     shard = planned([20]).shards[0]
     with pytest.raises(ManifestError, match="21 rows"):
         dataclasses.replace(planned([20]), shards=(dataclasses.replace(shard, rows=21),))
-    apart = (shard.batches[0], dataclasses.replace(shard.batches[1], offset=9000), *shard.batches[2:])
+    apart = (
+        shard.batches[0],
+        dataclasses.replace(shard.batches[1], offset=9000),
+        *shard.batches[2:],
+    )
     with pytest.raises(ManifestError, match="ends at byte 8192, the next one begins at 9000"):
         dataclasses.replace(planned([20]), shards=(dataclasses.replace(shard, batches=apart),))
