@@ -10,10 +10,7 @@ import hashlib
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
 from types import TracebackType
 from typing import Any
 
@@ -22,99 +19,19 @@ import torch
 
 from mdm.config import Config
 from mdm.data.batch import Batch, sample_key
-from mdm.data.manifest import Manifest
-from mdm.data.mixture import Mixture, Source, open_mixture
+from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.order import Draw, Order, check_world, layout_of
-from mdm.data.schema import Rows, checksum, from_bfloat16_bits, read_rows
-from mdm.data.storage import Store, StoreError
+from mdm.data.reader import BatchKey, RowCache, SourceReader
+from mdm.data.schema import from_bfloat16_bits
 from mdm.data.text import fit
 from mdm.data.tokenizer import PAD
 from mdm.dist import World
 
 STATE_VERSION = 1
-_BatchKey = tuple[int, int, int]  # source, shard, record batch
 
 
 class ResumeError(ValueError):
     """A saved state belongs to other data; the message names both values."""
-
-
-class SourceReader:
-    """Reads record batches of one source by byte range and checks every one."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.manifest: Manifest = source.manifest
-        self.store: Store = source.manifest.store()
-
-    def runs(self, shard: int, batches: list[int]) -> list[tuple[int, list[int]]]:
-        """Adjacent record batches of a shard, to be read by one request each."""
-        runs = groupby(enumerate(sorted(batches)), key=lambda at: at[1] - at[0])
-        return [(shard, [batch for _, batch in run]) for _, run in runs]
-
-    def read(self, shard: int, run: list[int]) -> list[Rows]:
-        """These adjacent record batches; StoreError if one is damaged twice."""
-        info = self.manifest.shards[shard]
-        first, last = info.batches[run[0]], info.batches[run[-1]]
-        end = last.offset + last.length
-        data = memoryview(self.store.read_range(info.key, first.offset, end - first.offset))
-        found = []
-        for number in run:
-            batch = info.batches[number]
-            part = data[batch.offset - first.offset :][: batch.length]
-            if checksum(part) != batch.xxh3:
-                part = self._again(shard, number)
-            found.append(read_rows(part, self.manifest.schema))
-        return found
-
-    def _again(self, shard: int, number: int) -> memoryview:
-        """Bytes may be flipped on their way: one more try, then it is the object itself."""
-        info = self.manifest.shards[shard]
-        batch = info.batches[number]
-        data = self.store.read_range(info.key, batch.offset, batch.length)
-        if (found := checksum(data)) != batch.xxh3:
-            raise StoreError(
-                f"source {self.source.name!r}: record batch {number} of {self.store.uri}/{info.key}"
-                f" is damaged (bytes {batch.offset} to {batch.offset + batch.length}): xxh3 is "
-                f"{found}, the manifest says {batch.xxh3}; run verify.py, then restore the shard"
-            )
-        return memoryview(data)
-
-
-class RowCache:
-    """Record batches in memory, the least recently used dropped beyond a budget of bytes."""
-
-    def __init__(self, readers: list[SourceReader], budget: int, threads: int) -> None:
-        self.readers = readers
-        self.budget = budget
-        self._held: OrderedDict[_BatchKey, Rows] = OrderedDict()
-        self._bytes = 0
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mdm-read")
-
-    def get(self, wanted: set[_BatchKey]) -> dict[_BatchKey, Rows]:
-        """All of these; what is missing is read at once, adjacent ones by one request."""
-        missing = sorted(wanted - self._held.keys())
-        runs = [
-            (source, shard, run)
-            for (source, shard), keys in groupby(missing, key=lambda k: k[:2])
-            for _, run in self.readers[source].runs(shard, [k[2] for k in keys])
-        ]
-        fetched = self._pool.map(lambda at: self.readers[at[0]].read(at[1], at[2]), runs)
-        for (source, shard, run), batches in zip(runs, fetched, strict=True):
-            for number, rows in zip(run, batches, strict=True):
-                self._held[source, shard, number] = rows
-                self._bytes += rows.nbytes
-        found = {}
-        for key in wanted:
-            self._held.move_to_end(key)
-            found[key] = self._held[key]
-        while self._bytes > self.budget and len(self._held) > len(wanted):
-            self._bytes -= self._held.popitem(last=False)[1].nbytes
-        return found
-
-    def close(self) -> None:
-        """End the reading threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Loader:
@@ -211,7 +128,7 @@ class Loader:
 
     def _collate(self, draw: Draw) -> Batch:
         size, length = len(draw.ids), self._lengths[draw.task]
-        keys: list[_BatchKey] = [(0, 0, 0)] * size
+        keys: list[BatchKey] = [(0, 0, 0)] * size
         rows = np.empty(size, np.int64)
         for source in np.unique(draw.sources):
             at = np.flatnonzero(draw.sources == source)

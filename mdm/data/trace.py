@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mdm.data.loader import SourceReader
 from mdm.data.mixture import Mixture
 from mdm.data.order import Order, layout_of
+from mdm.data.reader import SourceReader
 
 
 @dataclass(frozen=True)

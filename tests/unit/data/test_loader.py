@@ -8,9 +8,10 @@ import torch
 
 from mdm.config import Config, DataConfig, ModelConfig, SourceConfig
 from mdm.data.batch import Batch, sample_key
-from mdm.data.loader import Loader, ResumeError, SourceReader, build_loader
+from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.mixture import Mixture, Source, open_mixture
 from mdm.data.order import Order, layout_of, sample_ids
+from mdm.data.reader import SourceReader
 from mdm.data.schema import from_bfloat16_bits
 from mdm.data.storage import LocalStore, StoreError, join
 from mdm.data.text import fit
