@@ -181,11 +181,15 @@ class DataConfig:
     window: int = doc(4, "record batches shuffled together")
     caption_length: int = doc(16, "text tokens beside a picture")
     dialogue_length: int = doc(48, "text tokens of a text-only sample")
+    cache_dir: str = doc(
+        "", "folder on a local disk that keeps what is read from S3, shared by a node's ranks"
+    )
+    cache_gb: float = doc(50.0, "largest size of cache_dir, in GB of 10^9 bytes")
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sources]
         _check(len(set(names)) == len(names), f"data.sources names one twice: {names}")
-        for name in ("global_batch", "window", "caption_length", "dialogue_length"):
+        for name in ("global_batch", "window", "caption_length", "dialogue_length", "cache_gb"):
             _check(
                 getattr(self, name) > 0,
                 f"data.{name} is {getattr(self, name)}; it must be positive",

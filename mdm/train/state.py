@@ -14,6 +14,8 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep",
     "train.snapshots",
+    "data.cache_dir",
+    "data.cache_gb",
     "run_dir",
     "experiment",
 )
