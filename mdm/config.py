@@ -207,6 +207,10 @@ class DataConfig:
     caption_length: int = doc(16, "text tokens beside a picture")
     dialogue_length: int = doc(48, "text tokens of a text-only sample, or of a row of packed ones")
     texts_per_row: int = doc(1, "text-only samples a row; above 1 they are packed, unpadded")
+    cache_dir: str = doc(
+        "", "folder on a local disk that keeps what is read from S3, shared by a node's ranks"
+    )
+    cache_gb: float = doc(50.0, "largest size of cache_dir, in GB of 10^9 bytes")
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sources]
@@ -218,7 +222,7 @@ class DataConfig:
         )
         for name in (
             *("global_batch", "window", "caption_length", "dialogue_length"),
-            "texts_per_row",
+            *("texts_per_row", "cache_gb"),
         ):
             _check(
                 getattr(self, name) > 0,

@@ -10,22 +10,24 @@ import hashlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mdm.config import Config
 from mdm.data import packing, resume
 from mdm.data.batch import Batch, sample_key
 from mdm.data.mixture import Mixture, open_mixture
+from mdm.data.node_cache import NodeCache
 from mdm.data.order import Draw, Order, check_world, layout_of
-from mdm.data.reader import BatchKey, RowCache, SourceReader
+from mdm.data.reader import BatchKey, Pending, RowCache, open_cache, open_readers
 from mdm.data.resume import ResumeError as ResumeError
-from mdm.data.schema import Rows, from_bfloat16_bits
-from mdm.data.text import fit
 from mdm.data.tokenizer import PAD
 from mdm.dist import World
 
@@ -48,6 +50,7 @@ class Loader:
         prefetch: int = 8,
         cache_bytes: int = 512 << 20,
         threads: int = 4,
+        node_cache: NodeCache | None = None,
     ) -> None:
         self.mixture = mixture
         self.seed = seed
@@ -56,7 +59,7 @@ class Loader:
         self._order = Order(mixture, seed)
         self._lengths = {"image_text": caption_length, "text": dialogue_length}
         self._layouts = [layout_of(s) for s in mixture.sources]
-        self._cache = RowCache([SourceReader(s) for s in mixture.sources], cache_bytes, threads)
+        self._cache = RowCache(open_readers(mixture, node_cache), cache_bytes, threads)
         self._prefetch = prefetch
         self._producer: _Producer | None = None
         self._began = time.perf_counter()
@@ -97,72 +100,76 @@ class Loader:
         self.order_digest = str(state["order_digest"])
         self._began, self.first_batch_seconds = time.perf_counter(), None
 
-    def make(self, step: int) -> tuple[Draw, Batch]:
-        """The global draw of a step and this rank's batch of it."""
+    def plan(self, step: int) -> "_Plan":
+        """What a step reads; the reading begins."""
         draw = self._order.draw(step)
-        if draw.task == "text" and self.mixture.texts_per_row > 1:
-            return draw, self._collate_packed(draw)
-        return draw, self._collate(draw.share(self.world))
+        # Which rank has a packed text is decided by the lengths of all: every rank reads them.
+        return self._ask(draw, draw if self._packs(draw) else draw.share(self.world))
 
-    def _read(self, draw: Draw) -> tuple[list[BatchKey], list[int], dict[BatchKey, Rows]]:
-        """The record batch and the row in it of each sample, and the record batches."""
-        keys: list[BatchKey] = [(0, 0, 0)] * len(draw.ids)
-        rows = np.empty(len(draw.ids), np.int64)
-        for source in np.unique(draw.sources):
-            at = np.flatnonzero(draw.sources == source)
-            shards, batches, rows[at] = self._layouts[source].locate(draw.rows[at])
+    def _packs(self, draw: Draw) -> bool:
+        return draw.task == "text" and self.mixture.texts_per_row > 1
+
+    def _ask(self, draw: Draw, share: Draw) -> "_Plan":
+        size = len(share.ids)
+        rows = np.empty(size, np.int64)
+        places: dict[BatchKey, list[int]] = {}
+        for source in np.unique(share.sources).tolist():
+            at = np.flatnonzero(share.sources == source)
+            shards, batches, rows[at] = self._layouts[source].locate(share.rows[at])
             for i, shard, batch in zip(at.tolist(), shards.tolist(), batches.tolist(), strict=True):
-                keys[i] = (int(source), shard, batch)
-        return keys, rows.tolist(), self._cache.get(set(keys))
+                places.setdefault((source, shard, batch), []).append(i)
+        return _Plan(draw, share, places, rows, self._cache.ask(places.keys()))
 
-    def _collate(self, draw: Draw) -> Batch:
-        size, length = len(draw.ids), self._lengths[draw.task]
-        keys, rows, held = self._read(draw)
-        tokens = np.full((size, length), PAD, np.int64)
-        prompts = np.zeros((size, 1), np.int64)
-        class_ids = np.empty(size, np.int64)
-        latents: list[np.ndarray[Any, np.dtype[np.uint16]]] = []
-        for i, (key, row) in enumerate(zip(keys, rows, strict=True)):
-            batch_rows = held[key]
-            text, prompts[i] = fit(
-                batch_rows.text(row), int(batch_rows.prompt_lengths[row]), length
-            )
-            tokens[i, : len(text)] = text
-            class_ids[i] = batch_rows.class_ids[row]
-            if batch_rows.latents is not None:
-                latents.append(batch_rows.latents[row])
+    def collate(self, plan: "_Plan") -> Batch:
+        """This rank's batch of a step; StoreError if its data cannot be read."""
+        share, rows = plan.share, plan.rows
+        size, length = len(share.ids), self._lengths[share.task]
+        tokens = np.empty((size, length), np.int64)
+        prompts, class_ids = np.empty(size, np.int64), np.empty(size, np.int64)
+        bits = None
+        for key, places in plan.places.items():
+            held = self._cache.wait(plan.pending[key])
+            at, within = np.array(places), rows[places]
+            texts, kept = held.texts(length)
+            tokens[at], prompts[at] = texts[within], kept[within]
+            class_ids[at] = held.class_ids[within]
+            if held.latents is not None:
+                if bits is None:
+                    bits = np.empty((size, *held.latents.shape[1:]), np.uint16)
+                bits[at] = held.latents[within]
+        if self._packs(plan.draw):
+            return self._pack(share, tokens, prompts, class_ids)
+        latents = None if bits is None else torch.from_numpy(bits.view(np.int16))
         return Batch(
-            ids=tuple(draw.ids),
-            keys=torch.tensor([sample_key(i) for i in draw.ids], dtype=torch.int64),
-            epochs=torch.from_numpy(draw.epochs.copy()),
+            ids=tuple(share.ids),
+            keys=torch.tensor([sample_key(i) for i in share.ids], dtype=torch.int64),
+            epochs=torch.from_numpy(share.epochs.copy()),
             class_ids=torch.from_numpy(class_ids),
             tokens=torch.from_numpy(tokens),
-            prompt=torch.from_numpy(np.arange(length) < prompts),
-            latents=torch.from_numpy(from_bfloat16_bits(np.stack(latents))) if latents else None,
+            prompt=torch.from_numpy(np.arange(length) < prompts[:, None]),
+            latents=None if latents is None else latents.view(torch.bfloat16).float(),
         )
 
-    def _collate_packed(self, draw: Draw) -> Batch:
-        """This rank's rows of packed texts.
-
-        The lengths of all the step's texts decide who reads which: every rank looks at all.
-        """
-        length = self._lengths["text"]
-        keys, rows, held = self._read(draw)
-        fitted = [
-            fit(held[key].text(row), int(held[key].prompt_lengths[row]), length)
-            for key, row in zip(keys, rows, strict=True)
-        ]
-        packs = packing.plan([len(t) for t, _ in fitted], length, self.mixture.global_batch)
+    def _pack(
+        self,
+        draw: Draw,
+        tokens: NDArray[np.int64],
+        prompts: NDArray[np.int64],
+        class_ids: NDArray[np.int64],
+    ) -> Batch:
+        """This rank's rows of a step's packed texts, [T, M] as yet."""
+        lengths = (tokens != PAD).sum(1).tolist()
+        packs = packing.plan(lengths, tokens.shape[1], self.mixture.global_batch)
         own = packing.share(packs, self.world.rank, self.world.size)
-        packed = packing.fill(own, [t for t, _ in fitted], [p for _, p in fitted], length)
-        places = [place for pack in own for place in pack]
-        mine = draw.take(np.array(places, np.int64))
-        class_ids = [int(held[keys[i]].class_ids[rows[i]]) for i in places]
+        texts = [text[:length] for text, length in zip(tokens, lengths, strict=True)]
+        packed = packing.fill(own, texts, prompts.tolist(), tokens.shape[1])
+        places = np.array([place for pack in own for place in pack], np.int64)
+        mine = draw.take(places)
         return Batch(
             ids=tuple(mine.ids),
             keys=torch.tensor([sample_key(i) for i in mine.ids], dtype=torch.int64),
             epochs=torch.from_numpy(mine.epochs),
-            class_ids=torch.tensor(class_ids, dtype=torch.int64),
+            class_ids=torch.from_numpy(class_ids[places]),
             tokens=torch.from_numpy(packed.tokens),
             prompt=torch.from_numpy(packed.prompt),
             latents=None,
@@ -192,6 +199,17 @@ class Loader:
         self.close()
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A step whose record batches have been asked for."""
+
+    draw: Draw  # of all ranks
+    share: Draw
+    places: dict[BatchKey, list[int]]  # where in the share the rows of a record batch go
+    rows: NDArray[np.int64]  # [B] rows in their record batches
+    pending: dict[BatchKey, Pending]
+
+
 class _Producer:
     """A thread that makes the batches of the next steps ahead of their use."""
 
@@ -204,9 +222,14 @@ class _Producer:
         self._thread.start()
 
     def _run(self, loader: Loader, step: int) -> None:
+        plans: deque[_Plan] = deque()
         while not self._closed.is_set():
             try:
-                made: tuple[Draw, Batch] | BaseException = loader.make(step)
+                # Steps ahead are asked for before this one is made: their latency is hidden.
+                while len(plans) <= self._ready.maxsize:
+                    plans.append(loader.plan(step + len(plans)))
+                plan = plans.popleft()
+                made: tuple[Draw, Batch] | BaseException = plan.draw, loader.collate(plan)
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 made = error
             while not self._closed.is_set():
@@ -265,4 +288,5 @@ def build_loader(config: Config, world: World) -> Loader:
         world,
         caption_length=config.data.caption_length,
         dialogue_length=config.data.dialogue_length,
+        node_cache=open_cache(mixture, config.data) if config.data.cache_dir else None,
     )

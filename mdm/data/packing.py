@@ -9,7 +9,7 @@ Shapes: T texts, R rows, M text tokens of a row.
 
 import heapq
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,7 +59,7 @@ class PackedRows(NamedTuple):
 
 def fill(
     packs: Sequence[Sequence[int]],
-    texts: Sequence[NDArray[np.uint16]],
+    texts: Sequence[NDArray[np.integer[Any]]],
     prompts: Sequence[int],
     length: int,
 ) -> PackedRows:

@@ -15,6 +15,8 @@ MAY_CHANGE = (
     "train.keep",
     "train.snapshots",
     "data.stages",  # those to come; the loader refuses a change of what was consumed
+    "data.cache_dir",
+    "data.cache_gb",
     "run_dir",
     "experiment",
 )

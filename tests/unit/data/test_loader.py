@@ -191,9 +191,10 @@ def test_memory_stays_within_its_budget(local: Mixture) -> None:
         for _ in range(30):
             next(loader)
             held.append(loader._cache._bytes)
+        loader._stop()  # else it reads on between the two
         cached = list(loader._cache._held.values())
         assert max(held) < 60_000
-        assert loader._cache._bytes == sum(rows.nbytes for rows in cached)
+        assert loader._cache._bytes == sum(pending.nbytes for pending in cached)
     with (
         Loader(local, 7, **LENGTHS, cache_bytes=20_000) as small,
         Loader(local, 7, **LENGTHS) as large,
