@@ -96,8 +96,13 @@ class Objective(nn.Module):
         batch.check(self.model)
         n = 0 if batch.latents is None else batch.latents.shape[1]
         draws = noise.draw(
-            *(self.seed, batch.keys, batch.epochs),
-            *(n, batch.tokens.shape[1], self.model.latent_dim, batch.text_of),
+            self.seed,
+            batch.keys,
+            batch.epochs,
+            n,
+            batch.tokens.shape[1],
+            self.model.latent_dim,
+            batch.text_of,
         )
         levels = self.draw_levels(draws.uniforms, batch)
         texts = Texts(batch.text_of, len(batch), batch.average_over)

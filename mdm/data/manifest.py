@@ -148,7 +148,7 @@ class Manifest:
         fetch = StoredParts(location)
         for name, decode in (("shards", ShardPart.decode), ("quarantine", decode_quarantine)):
             infos = (PartInfo(*info) for info in plain[name])
-            plain[name] = PartList(infos, decode, fetch)  # type: ignore[arg-type]
+            plain[name] = PartList(infos, decode, fetch)
         plain["class_names"] = tuple(plain["class_names"])
         if plain["image_grid"] is not None:
             plain["image_grid"] = tuple(plain["image_grid"])

@@ -37,17 +37,16 @@ def check(state: dict[str, Any], order: Order, dialogue_length: int) -> None:
                 f"this run has {value}"
             )
     step = int(state["step"])
-    saved, present = (
-        [s for s in stages if s["step"] < step]
-        for stages in (state["stages"], [s.to_json() for s in order.mixture.stages])
-    )
+    stages: list[dict[str, Any]] = [s.to_json() for s in order.mixture.stages]
+    saved: list[dict[str, Any]] = [s for s in state["stages"] if s["step"] < step]
+    present = [s for s in stages if s["step"] < step]
     if saved != present:
         raise ResumeError(
             f"cannot resume at step {step}: the steps before it were drawn in the stages {saved}, "
             f"this run says {present}; give those again, stages from step {step} on may change"
         )
     used = {name for stage in saved for name in stage["weights"]}
-    now = {
+    now: dict[str, dict[str, Any]] = {
         "manifests": {s.name: s.manifest.sha256 for s in order.mixture.sources},
         "cursors": _cursors(order, step),
     }

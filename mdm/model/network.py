@@ -325,7 +325,7 @@ class Network(nn.Module):
                 f"tokens (model.text_length), {c} numbers (model.latent_dim)]"
             )
         b, m, _ = z_txt.shape
-        wanted = {"prompt": (prompt, (b, m))}
+        wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {"prompt": (prompt, (b, m))}
         if text_of is not None:
             if z_img is not None:
                 raise ValueError("text_of tells of packed texts, which have no pictures")
