@@ -18,7 +18,7 @@ import numpy as np
 from mdm.data import resume
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Mixture, Source
-from mdm.data.order import Order
+from mdm.data.order import Order, layout_of
 from tests.benchmarks.timing import Result
 from tests.data_sets import vast
 
@@ -27,6 +27,7 @@ GLOBAL_BATCH, SEED, ROUNDS = 256, 5, 7
 
 
 def _order(uri: str) -> Order:
+    layout_of.cache_clear()  # as a new process begins
     manifest = Manifest.load(uri)
     return Order(Mixture((Source("web", manifest),), GLOBAL_BATCH), SEED)
 

@@ -37,7 +37,7 @@ def mixture(global_batch: int = 24) -> Mixture:
 
 
 @given(st.integers(1, 300), st.binary(min_size=1, max_size=16))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_permute_is_a_permutation(n: int, key: bytes) -> None:
     sent = [permute(i, n, key) for i in range(n)]
     assert sorted(sent) == list(range(n))
@@ -51,6 +51,7 @@ def test_a_shuffle_is_the_same_with_every_numpy() -> None:
 
 
 @given(SHAPES, st.integers(1, 9), st.integers(1, 3))
+@settings(max_examples=50, deadline=None)
 def test_blocks_hold_each_row_once_and_locate_finds_it(
     shape: list[int], size: int, part_shards: int
 ) -> None:
@@ -76,7 +77,7 @@ LARGER = st.lists(st.integers(1, 20), min_size=1, max_size=40)
 
 
 @given(LARGER, st.integers(1, 9), st.integers(1, 5), st.integers(0, 3), st.integers(1, 2))
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_every_epoch_has_each_row_once_and_each_row_knows_when(
     shape: list[int], size: int, window: int, seed: int, part_shards: int
 ) -> None:
@@ -167,7 +168,7 @@ def test_mixed_sources_are_each_passed_evenly() -> None:
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=6))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_quotas_are_exact_and_spread(weights: list[float]) -> None:
     quotas = exact_quotas(weights, [str(i) for i in range(len(weights))])
     assert sum(quotas) == QUOTA_BLOCK
@@ -183,7 +184,7 @@ def test_quotas_are_exact_and_spread(weights: list[float]) -> None:
 
 
 @given(st.integers(0, 5 * QUOTA_BLOCK))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_turns_are_counted_by_arithmetic(slot: int) -> None:
     turns = Interleaving((7059, 2941))
     counted = np.bincount(turns.turns(0, slot), minlength=2)

@@ -30,6 +30,7 @@ def test_a_plan_holds_each_text_once_and_no_row_too_much(lengths: list[int], row
 
 
 @given(st.integers(8, 40), st.sampled_from([1, 2, 3, 8]))
+@settings(deadline=None)
 def test_the_ranks_have_all_rows_in_turn_and_as_many_each(rows: int, ranks: int) -> None:
     packs = [[i] for i in range(rows)]
     shares = [packing.share(packs, rank, ranks) for rank in range(ranks)]
@@ -60,7 +61,7 @@ def test_a_packed_batch_holds_the_texts_of_its_step(mixture: Mixture) -> None:
             Mixture(mixture.sources, 24, 3), 1, caption_length=8, dialogue_length=40
         ) as unpacked,
     ):
-        for step in range(7):
+        for step in range(6):  # of one epoch: no text comes twice
             batch, plain = next(loader), next(unpacked)
             assert batch.tokens.shape == (6, 40)
             assert batch.average_over == 24

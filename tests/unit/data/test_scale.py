@@ -9,13 +9,14 @@ import numpy as np
 from mdm.data import resume
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Mixture, Source
-from mdm.data.order import POOL, Order
+from mdm.data.order import POOL, Order, layout_of
 from tests.data_sets import vast
 
 ROWS = 10**10
 
 
 def order(uri: Path) -> Order:
+    layout_of.cache_clear()  # as a new process begins
     manifest = Manifest.load(str(uri))
     assert manifest.shard_parts.fetched == 0
     return Order(Mixture((Source("web", manifest),), global_batch=256), 5)
