@@ -199,14 +199,14 @@ class DataConfig:
         "s3://mdm-demo/encoded", "folder or s3:// prefix that holds one encoded data set a source"
     )
     sources: tuple[SourceConfig, ...] = doc((), "name:weight, separated by commas")
-    stages: tuple[StageConfig, ...] = doc(
-        (), "other mixtures from later steps on: step=name:weight,name:weight;step=..."
-    )
     global_batch: int = doc(64, "samples a step, over all ranks; of packed texts, rows")
     window: int = doc(4, "record batches shuffled together")
     caption_length: int = doc(16, "text tokens beside a picture")
     dialogue_length: int = doc(48, "text tokens of a text-only sample, or of a row of packed ones")
     texts_per_row: int = doc(1, "text-only samples a row; above 1 they are packed, unpadded")
+    stages: tuple[StageConfig, ...] = doc(
+        (), "other mixtures from later steps on: step=name:weight,name:weight;step=..."
+    )
     cache_dir: str = doc(
         "", "folder on a local disk that keeps what is read from S3, shared by a node's ranks"
     )

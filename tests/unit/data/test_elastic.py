@@ -40,7 +40,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def data(root: str, texts_per_row: int, staged: bool = True) -> DataConfig:
     return DataConfig(
-        root, FIRST, (LATER,) if staged else (), 24, 2, texts_per_row=texts_per_row, **LENGTHS
+        root,
+        FIRST,
+        24,
+        2,
+        stages=(LATER,) if staged else (),
+        texts_per_row=texts_per_row,
+        **LENGTHS,
     )
 
 
