@@ -94,7 +94,7 @@ def test_every_epoch_has_each_row_once_and_each_row_knows_when(
 
 
 def test_epochs_seeds_and_names_are_shuffled_apart() -> None:
-    layout = RowLayout(planned([64] * 20, batch_rows=8))
+    layout = RowLayout(planned([64] * 200, batch_rows=8))
     orders = [
         SourceOrder("a", layout, 0, 4).rows(0, layout.rows)[0],
         SourceOrder("a", layout, 0, 4).rows(layout.rows, 2 * layout.rows)[0],
