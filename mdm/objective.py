@@ -35,6 +35,7 @@ from mdm.diffusion.score_entropy import (
 from mdm.diffusion.time_warp import TimeWarp
 from mdm.model.embed import CLEAN, DROPPED
 from mdm.model.network import Network
+from mdm.model.packing import Texts
 from mdm.model.vae import NoisyLatentVAE, kl
 
 MIN_ALPHA_BAR = 0.05  # caps the weight of almost pure noise
@@ -95,23 +96,29 @@ class Objective(nn.Module):
         batch.check(self.model)
         n = 0 if batch.latents is None else batch.latents.shape[1]
         draws = noise.draw(
-            self.seed, batch.keys, batch.epochs, n, batch.tokens.shape[1], self.model.latent_dim
+            self.seed,
+            batch.keys,
+            batch.epochs,
+            n,
+            batch.tokens.shape[1],
+            self.model.latent_dim,
+            batch.text_of,
         )
         levels = self.draw_levels(draws.uniforms, batch)
-        prompt = batch.prompt & (levels.t_txt < schedule.STEPS).unsqueeze(1)
+        texts = Texts(batch.text_of, len(batch), batch.average_over)
+        prompt = batch.prompt & texts.spread(levels.t_txt < schedule.STEPS)
         means, bias = self.vae.vocabulary()
 
         # Text: z_0 around mu_v, without a gradient from the diffusion into the encoder.
         mean_txt = means[batch.tokens]
         sigma_txt = self.vae.text_sigma(mean_txt)
         s_txt = mean_txt + sigma_txt * draws.text[:, 1]
-        rec_txt = F.cross_entropy(
-            self.vae.decode_text(s_txt).float().flatten(0, 1), batch.tokens.flatten()
-        )
-        kl_term = kl(mean_txt, sigma_txt).mean()
-        abar_txt = schedule.TEXT.alpha_bar(levels.t_txt)
+        said_txt = self.vae.decode_text(s_txt).float().transpose(1, 2)
+        rec_txt = texts.mean(F.cross_entropy(said_txt, batch.tokens, reduction="none"))
+        kl_term = texts.mean(kl(mean_txt, sigma_txt))
+        abar_txt = texts.spread(schedule.TEXT.alpha_bar(levels.t_txt))
         z_0_txt = s_txt.detach()
-        z_txt = schedule.noised(z_0_txt, draws.text[:, 0], abar_txt[:, None, None])
+        z_txt = schedule.noised(z_0_txt, draws.text[:, 0], abar_txt.unsqueeze(2))
         z_txt = torch.where(prompt.unsqueeze(-1), z_0_txt, z_txt)
 
         image = self._image_latents(batch, draws) if batch.latents is not None else None
@@ -128,16 +135,18 @@ class Objective(nn.Module):
                 first = self.network(
                     *(z_txt, level_txt, prompt, levels.class_ids, z_img, level_img),
                     picture_at=batch.picture_at,
+                    text_of=batch.text_of,
                 )
                 estimate = (first.text.float() @ means.T + bias).softmax(-1) @ means
         said = self.network(
             *(z_txt, level_txt, prompt, levels.class_ids, z_img, level_img),
             estimate_txt=estimate,
             picture_at=batch.picture_at,
+            text_of=batch.text_of,
         )
 
         logits = said.text.float() @ means.T + bias
-        text_losses = self._text_losses(logits, batch.tokens, prompt, z_txt, abar_txt, means)
+        text_losses = self._text_losses(logits, batch.tokens, prompt, z_txt, abar_txt, means, texts)
         text_losses = text_losses * _noisy(levels.t_txt)
         if self.text_warp is not None and self.training:
             self.text_warp.update(levels.t_txt, text_losses, schedule.STEPS)
@@ -151,7 +160,7 @@ class Objective(nn.Module):
             )
         # Means over all samples, not over the noisy ones: ranks then average to the global loss.
         eps_img, se_img = image_losses.mean(1)
-        se_txt = text_losses.mean()
+        se_txt = texts.average(text_losses)
         w = self.weights
         total = (
             rec_img
@@ -264,17 +273,18 @@ class Objective(nn.Module):
         z_t: Tensor,
         abar: Tensor,
         means: Tensor,
+        texts: Texts,
     ) -> Tensor:
         """Score entropy over the whole vocabulary, a mean over what is not prompt, [b]."""
         if self.weights.target == "theorem1":
             with torch.no_grad():  # of z_t and the vocabulary alone: nothing tells it the context
-                token_abar = abar.clamp(max=1 - 1e-6).unsqueeze(1).expand(tokens.shape)
+                token_abar = abar.clamp(max=1 - 1e-6).expand(tokens.shape)
                 log_r = log_score_ratio(log_ratio_vocabulary(z_t, means, token_abar))
             per_token = score_entropy(log_score_ratio(logits), log_r)
         else:  # with a one-hot target: cross-entropy
             per_token = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
         weight = ~prompt * torch.where(tokens == PAD, self.weights.pad_weight, 1.0)
-        return (per_token * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return texts.sums(per_token * weight) / texts.sums(weight).clamp(min=1)
 
 
 class _ImageLatents(NamedTuple):

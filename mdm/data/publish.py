@@ -7,6 +7,7 @@ from typing import Any
 
 from mdm.data.encoding import Receipt, Recipe
 from mdm.data.manifest import CARD, MANIFEST, Manifest, ManifestError, canonical, commit, publish
+from mdm.data.parts import quarantine_parts, shard_parts
 from mdm.data.storage import MissingObjectError, Store
 
 
@@ -34,11 +35,9 @@ def finish(
     counts: Counter[str] = Counter()
     for receipt in receipts:
         counts.update(receipt.counts)
-    quarantine = tuple(
-        sorted((q for r in receipts for q in r.quarantine), key=lambda q: (q.id, q.origin))
-    )
-    shards = tuple(s for r in receipts for s in r.shards)
-    counts["examples"] = sum(s.rows for s in shards)
+    quarantine = quarantine_parts((q for r in receipts for q in r.quarantine), store)
+    shards = shard_parts((s for r in receipts for s in r.shards), recipe.batch_rows, store)
+    counts["examples"] = int(shards.row_start[-1])
     counts["quarantined"] = len(quarantine)
     plain_counts = dict(sorted(counts.items()))
     if counts["examples"] == 0:
@@ -106,8 +105,8 @@ def _card(
 
 def clean(store: Store, manifest: Manifest) -> None:
     """Remove what the published manifest does not name: receipts, and shards of dead recipes."""
-    named = {s.key for s in manifest.shards}
-    for key in (*store.listing("work/"), *store.listing("shards/")):
+    named = set(manifest.objects())
+    for key in (*store.listing("work/"), *store.listing("parts/"), *store.listing("shards/")):
         if key not in named:
             store.delete(key)
     store.sweep()

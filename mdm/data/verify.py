@@ -87,7 +87,7 @@ def _whole(store: Store, manifest: Manifest) -> Iterator[str]:
         yield f"shards hold {manifest.rows} examples, the counts say {counts['examples']}"
     if len(manifest.quarantine) != counts["quarantined"]:
         yield f"{len(manifest.quarantine)} in quarantine, the counts say {counts['quarantined']}"
-    named = {s.key for s in manifest.shards}
-    for key in store.listing("shards/"):
+    named = set(manifest.objects())
+    for key in (*store.listing("parts/"), *store.listing("shards/")):
         if key not in named:
             yield f"orphan {key}"

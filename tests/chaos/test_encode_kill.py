@@ -95,7 +95,7 @@ def check_whole(uri: str, manifest_sha256: str) -> None:
     manifest = Manifest.load(uri)
     assert manifest.sha256 == manifest_sha256
     assert all(not v.problems for v in verify(manifest))
-    named = {MANIFEST, f"{MANIFEST}.sha256", "card.json", *(s.key for s in manifest.shards)}
+    named = set(manifest.objects())
     assert set(open_store(uri).listing()) == named  # no orphan, no receipt
 
 

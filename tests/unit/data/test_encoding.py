@@ -121,6 +121,7 @@ def test_pictures_become_rows_and_bad_ones_are_quarantined_with_reasons(
     assert "empty" in reasons["n00000000_4.JPEG"]
     assert manifest.rows == 36 - 1 - 3
     assert str(tmp_path) not in manifest.to_bytes().decode()
+    assert not [q for q in manifest.quarantine if str(tmp_path) in q.origin]
     assert all(not v.problems for v in verify(Manifest.load(uri)))
     # One record's latents, traced back to its file, are the autoencoder's.
     mixture = Mixture((Source("digits", Manifest.load(uri), 1.0),), global_batch=8)
