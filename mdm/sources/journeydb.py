@@ -18,6 +18,8 @@ from mdm.sources.streams import ARCHIVE_ERRORS, describe, parse_row, tgz_lines, 
 
 SOURCE = "journeydb"
 SPLITS: tuple[str, ...] = ("train", "valid")
+TRAINING = (("train",),)
+HELD_OUT = "valid"
 ANNOTATIONS = {
     "train": "data/train/train_anno_realease_repath.jsonl.tgz",
     "valid": "data/valid/valid_anno_repath.jsonl.tgz",

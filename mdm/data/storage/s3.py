@@ -149,6 +149,13 @@ class S3Store(Store):
             raise _OtherVersionError from None
         if status == 404:
             raise MissingObjectError(f"{what}: no such object") from None
+        if code == "RequestTimeTooSkewed":
+            there = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+            here = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+            raise StoreError(
+                f"{what}: the server refused it ({code}): its clock says {there}, this machine's "
+                f"{here}; set this one right (timedatectl set-ntp true)"
+            ) from None
         if status < 500 and code not in _PASSING and not (code in _DOUBTFUL and attempt < 3):
             raise StoreError(f"{what}: the server refused it ({code or status})") from None
 
@@ -359,20 +366,23 @@ class S3Store(Store):
         found: dict[str, int] = {}
         token: dict[str, str] = {}
         while True:
-            page = self._call(
-                "list",
-                prefix,
-                lambda _: self._client.list_objects_v2(
-                    Bucket=self._bucket,
-                    Prefix=self._prefix + checked(prefix),
-                    **token,  # noqa: B023
-                ),
-            )
-            for item in page.get("Contents", ()):
-                found[item["Key"].removeprefix(self._prefix)] = item["Size"]
-            if not page.get("IsTruncated"):
+            page, token = self._call("list", prefix, lambda _: self._page(prefix, token))  # noqa: B023
+            found |= page
+            if not token:
                 return dict(sorted(found.items()))
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _page(self, prefix: str, token: dict[str, str]) -> tuple[dict[str, int], dict[str, str]]:
+        """Sizes by key, and how to ask for the next page."""
+        asked = {"Bucket": self._bucket, "Prefix": self._prefix + checked(prefix), **token}
+        try:
+            page = self._client.list_objects_v2(**asked)
+            items = page.get("Contents", ())
+            found = {item["Key"].removeprefix(self._prefix): item["Size"] for item in items}
+            if page.get("IsTruncated"):
+                return found, {"ContinuationToken": page["NextContinuationToken"]}
+        except (ValueError, KeyError):  # bits flipped on their way: nothing checks them
+            raise _BrokenBodyError("the answer is garbled") from None
+        return found, {}
 
     def delete(self, key: str) -> None:  # noqa: D102
         self._pins.pop(key, None)
@@ -408,4 +418,4 @@ class _OtherVersionError(Exception):
 
 
 class _BrokenBodyError(Exception):
-    """A body that did not come whole."""
+    """A body that did not come whole or is not what a server says."""
