@@ -5,6 +5,7 @@ On a cluster set RAY_ADDRESS; without, Ray runs on this machine for the length o
 `--plan true` predicts what a run would write and how long it would take, and writes nothing.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -25,7 +26,7 @@ from mdm.data.duplicates import Ledger
 from mdm.data.first_stage import describe
 from mdm.data.lease import Lease, OtherJobError, hold
 from mdm.data.manifest import Manifest, ManifestError
-from mdm.data.receipt import Receipt, get_sealed, receipt_key, survey_key
+from mdm.data.receipt import Receipt, Sample, get_sealed, lowest, receipt_key, survey_key
 from mdm.data.recipe import Recipe, inputs_sha256
 from mdm.data.storage import Store, StoreError, StoreOptions, open_store
 from mdm.data.survey import Group, Survey, plan
@@ -179,7 +180,7 @@ def _encode(
     groups, total, bad = plan_groups(units, store, recipe)
     encoder.seconds["survey on the clock"] = time.perf_counter() - began
     check_bad(Counter({"unreadable": bad}), total, flags.max_bad_share)
-    done = load_receipts(store, recipe, groups)
+    done, samples = load_receipts(store, recipe, groups)
     resumed = len(done)
     todo = [g for g in groups if g.index not in done]
     before = sum(r.counts.get("records", 0) for r in done.values())
@@ -188,9 +189,11 @@ def _encode(
     with tqdm(total=total, initial=before, desc=title, unit=" records") as bar:
         for group, receipt in encoder.run(todo, bar.update):
             lease.check()
-            done[group.index] = receipt
+            done[group.index] = dataclasses.replace(receipt, samples=())
+            samples = lowest([*samples, *receipt.samples])
             reasons.update(_kind(q.reason) for q in receipt.quarantine)
             check_bad(reasons, total, flags.max_bad_share)
+    done[0] = dataclasses.replace(done[0], samples=samples)
     return [done[g.index] for g in groups], resumed, encoder.seconds
 
 
@@ -238,18 +241,25 @@ def plan_groups(
     return plan(units, sizes, left_out, recipe.shard_rows), sum(sizes), bad
 
 
-def load_receipts(store: Store, recipe: Recipe, groups: Sequence[Group]) -> dict[int, Receipt]:
-    """Receipts of groups that are done, by group index; one whose shards are gone counts not."""
+def load_receipts(
+    store: Store, recipe: Recipe, groups: Sequence[Group]
+) -> tuple[dict[int, Receipt], tuple[Sample, ...]]:
+    """Receipts of groups that are done, by group index, and the lowest samples of all of them.
+
+    One whose shards are gone counts not.
+    """
     known = store.listing(f"{recipe.work}/group/")
     shards = store.listing("shards/") if known else {}
-    found = {}
+    found: dict[int, Receipt] = {}
+    samples: tuple[Sample, ...] = ()
     for group in groups:
         key = receipt_key(recipe, group.index)
         if key in known and (data := get_sealed(store, key)) is not None:
             receipt = Receipt.from_bytes(data)
             if all(shards.get(s.key) == s.bytes for s in receipt.shards):
-                found[group.index] = receipt
-    return found
+                found[group.index] = dataclasses.replace(receipt, samples=())
+                samples = lowest([*samples, *receipt.samples])  # their pictures take memory
+    return found, samples
 
 
 def _summary(

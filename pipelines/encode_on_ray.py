@@ -163,7 +163,7 @@ def _root_cause(error: BaseException) -> str:
 def survey_units(
     todo: Iterable[tuple[Unit, str]], place: Place, near: bool, limit: int
 ) -> Iterator[tuple[int, int, float]]:
-    """(records, bad records, seconds of a core) of units as they are surveyed; `limit` at a time."""
+    """(records, bad records, core seconds) of units as they are surveyed; `limit` at a time."""
     waiting = deque(todo)
     running: set[Any] = set()
     while waiting or running:
@@ -190,7 +190,7 @@ class GroupEncoder:
 
     Each stage is held back by the next one: a decoder stops behind a few chunks that nobody took,
     chunks are taken while the encoders have few, and groups are begun while few are being written.
-    `seconds` says what the stages took: of a core, or of the GPU where the autoencoder is on one.
+    `seconds` says what the stages took: of a core, or of the GPU with the autoencoder.
     """
 
     def __init__(
