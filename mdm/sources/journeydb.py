@@ -1,11 +1,11 @@
 """JourneyDB: an annotation file of JSON lines and archives of pictures, each a gzipped tar.
 
 Layout: `data/train/train_anno_realease_repath.jsonl.tgz` (so spelled) beside
-`data/train/imgs/000.tgz` ..., and `data/valid/valid_anno_repath.jsonl.tgz` beside
-`data/valid/imgs/`; `data/test/test_questions.jsonl.tgz` beside `data/test/imgs.tgz`, one archive (or
-beside `imgs/`). A row holds `img_path` ("./000/<uuid>.jpg"), `prompt`, and often `Task2.Caption`; one
-without both is a bad record. The annotations outgrow memory, so a unit (one archive) streams them
-and keeps its own rows. What belongs to no archive is reported once, by the first unit.
+`data/train/imgs/000.tgz` ..., `data/valid/valid_anno_repath.jsonl.tgz` beside `data/valid/imgs/`,
+and `data/test/test_questions.jsonl.tgz` beside `data/test/imgs.tgz`, one archive (or `imgs/`). A
+row holds `img_path` ("./000/<uuid>.jpg"), `prompt`, and often `Task2.Caption`; one without both is
+a bad record. The annotations outgrow memory, so a unit (one archive) streams them and keeps its
+own rows. What belongs to no archive is reported once, by the first unit.
 """
 
 from collections import Counter
