@@ -101,7 +101,7 @@ class S3Store(Store):
 
         `end` is the deadline on the monotonic clock, for what takes long by itself.
         """
-        what = f"{operation} s3://{self._bucket}/{self._prefix}{key}"
+        what = f"{operation} s3://{self._bucket}/{self._prefix}{checked(key)}"
         began = time.monotonic()
         end = began + self.options.deadline
         for attempt in range(1, self.options.attempts + 1):
@@ -127,6 +127,9 @@ class S3Store(Store):
                 reason = str(error) if isinstance(error, _BrokenBodyError) else type(error).__name__
             except botocore.exceptions.BotoCoreError as error:
                 raise StoreError(f"{what}: {error}") from None
+            except (ValueError, KeyError) as error:
+                # Bits flipped in a header or in XML: nothing checks these.
+                reason = f"the answer is garbled ({type(error).__name__})"
             pause = _JITTER.uniform(
                 0, min(self.options.backoff_cap, self.options.backoff * 2**attempt)
             )
@@ -293,8 +296,8 @@ class S3Store(Store):
             if not page.get("IsTruncated"):
                 return
             marker = {
-                "KeyMarker": page["NextKeyMarker"],
-                "UploadIdMarker": page["NextUploadIdMarker"],
+                "KeyMarker": page.get("NextKeyMarker", at["Key"]),
+                "UploadIdMarker": page.get("NextUploadIdMarker", at["UploadId"]),
             }
 
     # ---- reading
@@ -308,6 +311,7 @@ class S3Store(Store):
         try:
             data, etag = self._download(key, (offset, length), self._pins.get(key, ""))
         except _OtherVersionError:
+            self._pins.pop(key, None)
             raise ChangedObjectError(
                 f"{self.uri}/{key} was replaced while it was being read: start again with the "
                 "manifest that is there now"
@@ -334,7 +338,7 @@ class S3Store(Store):
             if span or done:
                 last = "" if size is None else start + size - 1
                 wanted["Range"] = f"bytes={start + done}-{last}"
-            if etag:
+            if pinned or done:
                 wanted["IfMatch"] = etag
             try:
                 answer = self._client.get_object(**wanted)
@@ -373,15 +377,13 @@ class S3Store(Store):
 
     def _page(self, prefix: str, token: dict[str, str]) -> tuple[dict[str, int], dict[str, str]]:
         """Sizes by key, and how to ask for the next page."""
-        asked = {"Bucket": self._bucket, "Prefix": self._prefix + checked(prefix), **token}
-        try:
-            page = self._client.list_objects_v2(**asked)
-            items = page.get("Contents", ())
-            found = {item["Key"].removeprefix(self._prefix): item["Size"] for item in items}
-            if page.get("IsTruncated"):
-                return found, {"ContinuationToken": page["NextContinuationToken"]}
-        except (ValueError, KeyError):  # bits flipped on their way: nothing checks them
-            raise _BrokenBodyError("the answer is garbled") from None
+        page = self._client.list_objects_v2(
+            Bucket=self._bucket, Prefix=self._prefix + prefix, **token
+        )
+        items = page.get("Contents", ())
+        found = {item["Key"].removeprefix(self._prefix): item["Size"] for item in items}
+        if page.get("IsTruncated"):
+            return found, {"ContinuationToken": page["NextContinuationToken"]}
         return found, {}
 
     def delete(self, key: str) -> None:  # noqa: D102
@@ -418,4 +420,4 @@ class _OtherVersionError(Exception):
 
 
 class _BrokenBodyError(Exception):
-    """A body that did not come whole or is not what a server says."""
+    """A body that did not come whole."""
