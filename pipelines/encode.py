@@ -37,6 +37,9 @@ from pipelines import encode_on_ray
 from pipelines.encode_on_ray import GroupEncoder, Place, RayFailedError
 
 
+_RECORDS_AN_ENCODER = 2048  # an autoencoder takes seconds to load
+
+
 @dataclass(frozen=True)
 class Flags:
     """Flags of this job."""
@@ -166,14 +169,9 @@ def _encode(
         str(Path(flags.tokenizer).absolute()),
         str(Path(flags.autoencoder).absolute()) if flags.autoencoder else "",
     )
-    encoders = []
-    if recipe.image_size is not None:  # they load their network during the survey
-        count = flags.encoders or (
-            encode_on_ray.gpus()
-            if flags.device == "cuda"
-            else max(1, cores // flags.encoder_threads)
-        )
-        encoders = encode_on_ray.start_encoders(recipe, place.autoencoder, count)
+    # One loads its network during the survey; more only where there is work for them.
+    pictures = recipe.image_size is not None
+    encoders = encode_on_ray.start_encoders(recipe, place.autoencoder, 1) if pictures else []
     encoder = GroupEncoder(recipe, place, decoders, encoders)
     began = time.perf_counter()
     encoder.seconds["survey"] = survey_all(units, store, recipe, place, decoders)
@@ -184,6 +182,14 @@ def _encode(
     resumed = len(done)
     todo = [g for g in groups if g.index not in done]
     before = sum(r.counts.get("records", 0) for r in done.values())
+    if pictures:
+        most = flags.encoders or (
+            encode_on_ray.gpus()
+            if flags.device == "cuda"
+            else max(1, cores // flags.encoder_threads)
+        )
+        more = min(most, (total - before) // _RECORDS_AN_ENCODER) - 1
+        encoder.add(encode_on_ray.start_encoders(recipe, place.autoencoder, more))
     reasons = Counter(_kind(q.reason) for r in done.values() for q in r.quarantine)
     title = f"{flags.dataset}/{flags.split}"
     with tqdm(total=total, initial=before, desc=title, unit=" records") as bar:

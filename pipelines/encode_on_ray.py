@@ -204,11 +204,17 @@ class GroupEncoder:
         self._decode = _decode.options(
             num_returns="streaming", _generator_backpressure_num_objects=8
         )
-        self._encoders = list(encoders)
-        self._pending = [0] * len(self._encoders)
+        self._encoders: list[Any] = []
+        self._pending: list[int] = []
         self._decoding: list[_Running] = []
         self._encoding: dict[Any, tuple[_Running, int, int]] = {}
         self._writing: dict[Any, _Running] = {}
+        self.add(encoders)
+
+    def add(self, encoders: Sequence[Any]) -> None:
+        """Actors to encode with from now on."""
+        self._encoders += encoders
+        self._pending += [0] * len(encoders)
 
     def run(
         self, groups: Sequence[Group], advance: Callable[[int], object]
