@@ -36,7 +36,6 @@ from mdm.sources.record import Unit
 from pipelines import encode_on_ray
 from pipelines.encode_on_ray import GroupEncoder, Place, RayFailedError
 
-
 _RECORDS_AN_ENCODER = 2048  # an autoencoder takes seconds to load
 
 

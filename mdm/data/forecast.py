@@ -1,7 +1,7 @@
 """What encoding would write and how long it would take, from a sample of the input.
 
-A few units, chosen evenly over the fixed shuffle of all, are surveyed whole; of each the first
-records are decoded, and one batch goes through the autoencoder. All else is in proportion to the
+Units are surveyed whole, in the fixed shuffle of all, until they are enough; of each the first
+examples are decoded, and one batch goes through the autoencoder. All else is in proportion to the
 units' bytes. Duplicates are counted within the sample alone: the whole set has at least that share,
 so the prediction errs on the side of too much.
 """
@@ -27,7 +27,7 @@ from mdm.data.tokenizer import Tokenizer
 from mdm.sources.record import Unit
 
 SAMPLE_SHARE = 20  # one unit in so many,
-LEAST_UNITS = 3  # but at least these
+LEAST_RECORDS = 2000  # but at least so many records
 DECODED = 512  # examples of each
 _KEYS_A_PAGE = 1000  # of a listing
 
@@ -68,10 +68,15 @@ def predict(
     units: Sequence[Unit], recipe: Recipe, tokenizer: Tokenizer, autoencoder: str, cores: int
 ) -> Forecast:
     """Survey, decode and encode a sample; nothing is written."""
-    count = min(len(units), max(LEAST_UNITS, len(units) // SAMPLE_SHARE))
-    chosen = sorted(unit_order(len(units))[:: max(1, len(units) // count)][:count])
     began = time.perf_counter()
-    surveys = {n: survey(units[n], near=recipe.near_duplicates) for n in chosen}
+    surveys: dict[int, Survey] = {}
+    for number in unit_order(len(units)):
+        enough = sum(len(s) for s in surveys.values()) >= LEAST_RECORDS
+        if enough and len(surveys) * SAMPLE_SHARE >= len(units):
+            break
+        surveys[number] = survey(units[number], near=recipe.near_duplicates)
+    surveys = dict(sorted(surveys.items()))
+    chosen = list(surveys)
     survey_seconds = time.perf_counter() - began
     if not sum(len(s) for s in surveys.values()):
         raise ValueError("the sampled units hold not one record: nothing can be predicted")
@@ -97,7 +102,7 @@ def predict(
     ) / cores
     return Forecast(
         units=len(units),
-        units_sampled=count,
+        units_sampled=len(surveys),
         records=sum(records),
         examples=sum(rows),
         quarantined=round(totals.quarantined * share),

@@ -453,7 +453,7 @@ def test_a_receipt_that_was_damaged_counts_not(
 
 
 def test_a_forecast_is_near_what_is_written(
-    tmp_path: Path, tokenizer_path: Path, autoencoder: Autoencoder
+    tmp_path: Path, tokenizer_path: Path, autoencoder: Autoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_imagenet(tmp_path / "raw", 60)
     for i in range(24):  # a tenth is damaged
@@ -461,6 +461,7 @@ def test_a_forecast_is_near_what_is_written(
     tokenizer = Tokenizer(tokenizer_path)
     made = recipe("imagenet", tokenizer, shard_rows=40)
     found = sources.get("imagenet").units(root, "train", unit_bytes=2048)
+    monkeypatch.setattr(forecast, "LEAST_RECORDS", 100)
     said = forecast.predict(found, made, tokenizer, str(write_autoencoder(tmp_path / "ae")), 2)
     manifest = encode(root, made, tokenizer, autoencoder, str(tmp_path / "out"))
     assert said.units_sampled < said.units == len(found)
