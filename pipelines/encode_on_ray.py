@@ -119,6 +119,18 @@ def cluster() -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        _connect()
+        yield
+    except ray.exceptions.RayTaskError as error:
+        raise RayFailedError(_root_cause(error)) from None
+    except ray.exceptions.RayError as error:
+        raise RayFailedError(f"Ray failed ({type(error).__name__})") from None
+    finally:
+        ray.shutdown()
+
+
+def _connect() -> None:
     quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     try:
         if os.environ.get("RAY_ADDRESS"):
@@ -131,13 +143,9 @@ def cluster() -> Iterator[None]:
                 _node_ip_address="127.0.0.1",
                 **quiet,
             )
-        yield
-    except ray.exceptions.RayTaskError as error:
-        raise RayFailedError(_root_cause(error)) from None
-    except (ray.exceptions.RayError, ConnectionError) as error:
-        raise RayFailedError(f"Ray failed ({type(error).__name__})") from None
-    finally:
-        ray.shutdown()
+    except Exception as error:  # noqa: BLE001 what Ray raises here has no type of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RayFailedError(f"Ray did not start: {reason}") from None
 
 
 def cores() -> int:

@@ -94,7 +94,8 @@ def predict(
     numbers = {id(unit): n for n, unit in enumerate(units)}
     rows = [round(yielded * sum(records[numbers[id(u)]] for u in g.units)) for g in groups]
     shards = sum(len(shard_cuts(n, recipe)) for n in rows)
-    size = round(sum(rows) * _bytes_a_row(chunks, recipe))
+    a_shard, a_row = _bytes(chunks, recipe)
+    size = round(shards * a_shard + sum(rows) * a_row)
 
     share = sum(records) / max(1, totals.records)
     seconds = (
@@ -173,21 +174,21 @@ def _time_a_batch(chunks: Sequence[Chunk], recipe: Recipe, folder: str) -> float
     return seconds / recipe.encode_batch
 
 
-def _bytes_a_row(chunks: Sequence[Chunk], recipe: Recipe) -> float:
-    """Bytes of a row in a shard of the sampled texts; latents are all of one size."""
+def _bytes(chunks: Sequence[Chunk], recipe: Recipe) -> tuple[float, float]:
+    """Bytes of an empty shard, and of each row of the sampled texts; latents are of one size."""
     examples = Examples.concatenate([c.examples for c in chunks])
-    if not len(examples):
-        return 0.0
     if recipe.image_grid is not None:
-        # The latents' share is exact without making them.
         numbers = recipe.image_grid[0] * recipe.image_grid[1] * recipe.latent_dim
-        few = examples.take(np.arange(min(len(examples), 4 * recipe.batch_rows)))
-        few = dataclasses.replace(few, latents=np.zeros((len(few), numbers), np.uint16))
-        examples = few
-    data, _ = write_shard(
-        examples, example_schema(recipe.image_grid, recipe.latent_dim), recipe.batch_rows
+        examples = examples.take(np.arange(min(len(examples), 4 * recipe.batch_rows)))
+        zeros = np.zeros((len(examples), numbers), np.uint16)
+        examples = dataclasses.replace(examples, latents=zeros)
+    schema = example_schema(recipe.image_grid, recipe.latent_dim)
+    empty = write_shard(examples.take(np.arange(0)), schema, recipe.batch_rows)[1].bytes
+    if not len(examples):
+        return empty, 0.0
+    return empty, (write_shard(examples, schema, recipe.batch_rows)[1].bytes - empty) / len(
+        examples
     )
-    return len(data) / len(examples)
 
 
 def _requests(units: int, groups: int, shards: int, size: int) -> int:
