@@ -1,14 +1,23 @@
 """The last step of encoding: receipts -> dataset card and manifest; what is superseded goes."""
 
+import dataclasses
 import hashlib
+import importlib.metadata
+import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mdm.data.encoding import Receipt, Recipe
+from mdm.data.lease import LEASE
 from mdm.data.manifest import CARD, MANIFEST, Manifest, ManifestError, canonical, commit, publish
 from mdm.data.parts import quarantine_parts, shard_parts
+from mdm.data.receipt import Receipt, Sample, lowest
+from mdm.data.recipe import Recipe
 from mdm.data.storage import MissingObjectError, Store
+
+PAGE = "card.html"  # the card for people; nothing reads it
+# What the bytes of pictures, texts and shards come from.
+_LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
 
 
 def finished(store: Store, recipe: Recipe) -> Manifest | None:
@@ -29,9 +38,16 @@ def finished(store: Store, recipe: Recipe) -> Manifest | None:
 
 
 def finish(
-    store: Store, recipe: Recipe, receipts: Sequence[Receipt], class_names: Sequence[str]
+    store: Store,
+    recipe: Recipe,
+    receipts: Sequence[Receipt],
+    class_names: Sequence[str],
+    page: Callable[[dict[str, Any], Sequence[Sample]], str] | None = None,
 ) -> Manifest:
-    """Write the card, then commit the manifest. Equal receipts give equal bytes."""
+    """Write the card, then commit the manifest. Equal receipts give equal bytes.
+
+    `page` makes the card's HTML of the card and the sample examples.
+    """
     counts: Counter[str] = Counter()
     for receipt in receipts:
         counts.update(receipt.counts)
@@ -44,7 +60,12 @@ def finish(
         raise ManifestError(
             f"nothing of {recipe.dataset}/{recipe.split} is left to publish: {plain_counts}"
         )
-    card = canonical(_card(recipe, receipts, plain_counts, quarantine, class_names))
+    facts = _card(recipe, receipts, plain_counts, quarantine, class_names)
+    samples = lowest(s for r in receipts for s in r.samples)
+    facts["samples"] = [{"id": s.id, "text": s.text} for s in samples]
+    if page is not None:
+        store.put(PAGE, page(facts, samples).encode())
+    card = canonical(facts)
     store.put(CARD, card)
     manifest = Manifest(
         dataset=recipe.dataset,
@@ -95,10 +116,11 @@ def _card(
         "classes": named,
         "lineage": {
             "recipe_hash": recipe.hash,
-            "inputs_sha256": recipe.inputs_sha256,
-            "tokenizer_sha256": recipe.tokenizer_sha256,
-            "autoencoder_sha256": recipe.autoencoder_sha256,
-            "code_version": recipe.code_version,
+            "recipe": dataclasses.asdict(recipe),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            },
         },
     }
 
@@ -107,6 +129,6 @@ def clean(store: Store, manifest: Manifest) -> None:
     """Remove what the published manifest does not name: receipts, and shards of dead recipes."""
     named = set(manifest.objects())
     for key in (*store.listing("work/"), *store.listing("parts/"), *store.listing("shards/")):
-        if key not in named:
+        if key not in named and key != LEASE:
             store.delete(key)
     store.sweep()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from mdm.data.lease import LEASE
 from mdm.data.manifest import MANIFEST, Manifest
 from mdm.data.storage import Store, open_store
 from mdm.data.verify import verify
@@ -95,7 +97,7 @@ def check_whole(uri: str, manifest_sha256: str) -> None:
     manifest = Manifest.load(uri)
     assert manifest.sha256 == manifest_sha256
     assert all(not v.problems for v in verify(manifest))
-    named = set(manifest.objects())
+    named = {*manifest.objects(), "card.html"}
     assert set(open_store(uri).listing()) == named  # no orphan, no receipt
 
 
@@ -169,12 +171,29 @@ def test_a_job_killed_then_cut_off_from_its_store_ends_in_the_same_manifest(
         check_whole(uri, summary["manifest_sha256"])
 
 
+def test_of_two_jobs_on_one_output_one_wins_and_the_other_says_so(
+    job: Job, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    first = job.start(str(tmp_path / "out"))
+    wait_for(lambda: (tmp_path / "out" / LEASE).exists() or first.poll() is not None)
+    code, _, stderr = job.run(str(tmp_path / "out"))
+    assert code == 1
+    assert f"being written by another job (process {first.pid} on " in stderr
+    assert stderr.count("\n") == 1
+    code, _, stderr = job.run(str(tmp_path / "out"), "--text_length", "9")  # another recipe
+    assert code == 1
+    stdout, stderr = first.communicate(timeout=240)
+    assert first.returncode == 0, stderr
+    assert json.loads(stdout)["manifest_sha256"] == undisturbed[1]["manifest_sha256"]
+    check_whole(str(tmp_path / "out"), undisturbed[1]["manifest_sha256"])
+
+
 def test_too_many_bad_records_stop_the_job() -> None:
-    encode.check_bad(["damaged"] * 5, 10, 0.5)
+    encode.check_bad(Counter(damaged=5), 10, 0.5)
     with pytest.raises(
         encode.TooManyBadError, match=r"6 of 10 records are bad.*0\.5.*damaged; gone"
     ):
-        encode.check_bad(["damaged: here"] * 5 + ["gone"], 10, 0.5)
+        encode.check_bad(Counter(damaged=5, gone=1), 10, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,18 @@ def test_clock_covers_all_time():
     assert clock.seconds["other"] > 0
 
 
+def test_the_wait_for_data_is_a_metric(tmp_path):
+    reporter = Reporter(tmp_path, 10, World(), NullTracker())
+    state, clock = TrainState(), Clock({})
+    reporter.start(state, fresh=True)
+    clock.seconds |= {"data": 10.0, "forward": 30.0}
+    state.step, state.samples_seen = 1, 8
+    reporter.log(state, clock, {"loss": 0.5})
+    reporter.close()
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["share/data"] == pytest.approx(0.25, rel=1e-3)
+
+
 def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
     """Also a line that a kill cut short."""
     lines = [json.dumps({"step": s, "loss": 1.0}) for s in (2, 4, 6)]
