@@ -149,8 +149,8 @@ def write_emoji(root: Path, limit: int) -> dict[str, int]:
         files.setdefault(f"{split}/imgs/{archive}.tgz", []).append((path[2:], _jpeg(picture)))
     for name, members in files.items():
         _write_tgz(root / "data" / name, members)
-    for split, annotations in ANNOTATIONS.items():
-        lines = _json_lines(rows[split])
+    for split, found in rows.items():
+        annotations, lines = ANNOTATIONS[split], _json_lines(found)
         member = Path(annotations).name.removesuffix(".tgz")
         _write_tgz(root / annotations, [(member, lines)])
     return {split: len(found) for split, found in rows.items()}

@@ -216,8 +216,10 @@ def survey_all(
     if not todo:
         return 0.0
     found = encode_on_ray.survey_units(todo, place, recipe.near_duplicates, 2 * decoders)
-    bar = tqdm(found, "survey", len(todo), unit=" units", leave=False)
-    return sum(seconds for _, _, seconds in bar)
+    taken = 0.0
+    for _, _, seconds in tqdm(found, "survey", len(todo), unit=" units", leave=False):
+        taken += seconds
+    return taken
 
 
 def plan_groups(

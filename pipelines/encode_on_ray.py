@@ -150,12 +150,17 @@ def _connect() -> None:
 
 def cores() -> int:
     """CPUs of the cluster."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+    return max(1, _resource("CPU"))
+
+
+def _resource(name: str) -> int:
+    resources: Any = ray  # untyped there
+    return int(resources.cluster_resources().get(name, 0))
 
 
 def gpus() -> int:
     """GPUs of the cluster; ValueError without any."""
-    found = int(ray.cluster_resources().get("GPU", 0))
+    found = _resource("GPU")
     if not found:
         raise ValueError("--device cuda: Ray sees no GPU here; use --device cpu")
     return found

@@ -36,7 +36,8 @@ class Survey:
     def to_bytes(self) -> bytes:
         """As its object holds it."""
         file = io.BytesIO()
-        np.savez(file, **{k: np.asarray(v) for k, v in vars(self).items()})
+        arrays: dict[str, Any] = {k: np.asarray(v) for k, v in vars(self).items()}
+        np.savez(file, **arrays)
         return file.getvalue()
 
     @staticmethod

@@ -21,7 +21,7 @@ from mdm.sources.packed import locate
 SOURCE = "coco"
 _EDITIONS = ("train2017", "val2017", "train2014", "val2014")
 SPLITS: tuple[str, ...] = ("train", "val", *_EDITIONS, *karpathy.SPLITS)
-TRAINING = (("train",),)
+TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
 HELD_OUT = "val"
 
 

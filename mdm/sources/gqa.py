@@ -15,7 +15,7 @@ from mdm.sources.packed import locate
 
 SOURCE = "gqa"
 SPLITS: tuple[str, ...] = ("train", "val", "testdev")
-TRAINING = (("train",),)
+TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
 HELD_OUT = "val"
 
 

@@ -29,7 +29,7 @@ from mdm.sources.streams import (
 
 SOURCE = "imagenet"
 SPLITS: tuple[str, ...] = ("train", "val")
-TRAINING = (("train",),)
+TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
 HELD_OUT = "val"
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"

@@ -19,7 +19,7 @@ from mdm.sources.streams import ARCHIVE_ERRORS, describe, parse_row, tgz_lines, 
 
 SOURCE = "journeydb"
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
-TRAINING = (("train",),)
+TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
 HELD_OUT = "valid"
 ANNOTATIONS = {
     "train": "data/train/train_anno_realease_repath.jsonl.tgz",

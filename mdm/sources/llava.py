@@ -21,7 +21,7 @@ from mdm.sources.packed import locate
 
 SOURCE = "llava"
 SPLITS: tuple[str, ...] = ("train", "train-text")
-TRAINING = (("train", "train-text"),)
+TRAINING: tuple[tuple[str, ...], ...] = (("train", "train-text"),)
 HELD_OUT = ""
 _FOLDERS = (
     "coco/train2017",

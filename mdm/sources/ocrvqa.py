@@ -20,7 +20,7 @@ from mdm.sources.packed import locate
 
 SOURCE = "ocrvqa"
 SPLITS: tuple[str, ...] = ("train", "val", "test")
-TRAINING = (("train",),)
+TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
 HELD_OUT = "val"
 
 

@@ -16,7 +16,7 @@ from mdm.sources.packed import locate
 
 SOURCE = "textvqa"
 SPLITS: tuple[str, ...] = ("train", "val")
-TRAINING = (("train",),)
+TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
 HELD_OUT = "val"
 
 

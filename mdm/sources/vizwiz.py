@@ -17,7 +17,7 @@ from mdm.sources.packed import locate
 
 SOURCE = "vizwiz"
 SPLITS: tuple[str, ...] = ("train", "val")
-TRAINING = (("train",),)
+TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
 HELD_OUT = "val"
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 ENVIRONMENT = "MDM_STORE_"  # MDM_STORE_DEADLINE=120, MDM_STORE_SSE=aws:kms, ...
 # Smaller parts are refused by S3, and it takes ten thousand of them.
@@ -61,7 +62,7 @@ class StoreOptions:
     @classmethod
     def from_environment(cls) -> "StoreOptions":
         """The options that the environment sets; ValueError names a variable that is no good."""
-        fields = {f.name: type(f.default) for f in dataclasses.fields(cls)}
+        fields: dict[str, Any] = {f.name: type(f.default) for f in dataclasses.fields(cls)}
         found: dict[str, object] = {}
         for variable, text in os.environ.items():
             name = variable.removeprefix(ENVIRONMENT).lower()

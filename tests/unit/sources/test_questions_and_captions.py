@@ -29,7 +29,7 @@ def read(name, root, split):
 def test_coco(tmp_path):
     root = sets.write_coco(tmp_path, "val2017")
     good, _ = read("coco", root, "val2017")
-    assert list(good) == ["300", "200", "100", "301", "201", "101"]
+    assert list(good) == ["300", "301", "200", "201", "100", "101"]  # picture by picture
     assert good["301"] == "Caption 1 of é 3."
     assert next(sources.records("coco", root, "val")).id == "coco/val2017/300"
     record = next(sources.records("coco", root, "val2017"))
@@ -58,7 +58,7 @@ def test_coco_damage(tmp_path):
 
     change(root / "annotations/captions_train2014.json", damage)
     good, bad = read("coco", root, "train2014")
-    assert list(good) == ["400", "801", "701", "601", "401"]
+    assert list(good) == ["400", "401", "801", "701", "601"]  # picture by picture
     assert {key: reason for key, reason in bad.items() if "@" not in key} == {
         "800": "no entry in images for image_id 999",
         "700": "field image_id is text, not a whole number",
@@ -303,10 +303,11 @@ def test_damaged_answers_are_told_once_and_their_questions_with_them(tmp_path):
 def test_llava(tmp_path):
     root = sets.write_llava(tmp_path)
     records = list(sources.records("llava", root, "train"))
-    assert [r.turns[0] for r in records[:2]] == ["What?", "What is in 1?"]
+    # The first and the last entry are about one picture, and come together.
+    assert [r.turns[0] for r in records[:3]] == ["What?", "What?", "What is in 1?"]
     assert records[0].turns[1:] == ("Thing 0.", "And?", "No more.")
-    assert records[0].image == records[-1].image
-    assert records[0].id != records[-1].id
+    assert records[0].image == records[1].image
+    assert records[0].id != records[1].id
     assert [r.turns for r in sources.records("llava", root, "train-text")] == [("Hi", "Hello")]
 
     def damage(plain):
