@@ -12,6 +12,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 64 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
+_SIGNATURES = {
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG": "PNG",
+    b"GIF8": "GIF",
+    b"RIFF": "WEBP",
+}
+_LONGEST = 8  # sides of a picture whose ends are cut off before it is resized
+
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -37,7 +45,7 @@ def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ValueError(f"not a picture: begins with {data[:8].hex()}") from None
+        raise ValueError(_unidentified(data)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError(f"too many pixels: more than {MAX_PIXELS}") from None
     except _DECODER_ERRORS as error:
@@ -51,16 +59,57 @@ def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
         # JPEG can be unpacked at a fraction of its size; twice the target keeps all detail.
         picture.draft(None, (2 * size, 2 * size))
         picture.load()
+        if picture.format == "JPEG" and not _has_end(data):
+            raise OSError("file is truncated: no end marker")  # libjpeg fills it in grey
         rgb = _rgb(ImageOps.exif_transpose(picture))
     except _DECODER_ERRORS as error:
         kind = "truncated" if "truncated" in str(error) else "damaged"
         raise ValueError(f"{kind} picture: {error}") from None
+    rgb = _middle(rgb)
     scale = size / min(rgb.size)
     width, height = (max(size, round(side * scale)) for side in rgb.size)
     left, top = (width - size) // 2, (height - size) // 2
     rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
     rgb = rgb.crop((left, top, left + size, top + size))
     return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def _unidentified(data: bytes) -> str:
+    """What stands in the place of a picture."""
+    for signature, kind in _SIGNATURES.items():
+        if data.startswith(signature):
+            return f"damaged picture: begins as a {kind}, but its header cannot be read"
+    try:
+        with Image.open(io.BytesIO(data)) as other:
+            return f"a picture of another kind: {other.format}; read are {', '.join(FORMATS)}"
+    except (UnidentifiedImageError, Image.DecompressionBombError, *_DECODER_ERRORS):
+        pass
+    start = data[:24].decode("ascii", "replace").strip()
+    shown = repr(start) if start.isascii() and start.isprintable() and start else data[:8].hex()
+    return f"not a picture: begins with {shown}"
+
+
+def _has_end(jpeg: bytes) -> bool:
+    """Whether the end marker follows the pixels: a file filled up with zeros has lost it.
+
+    Segments before the pixels have lengths and are passed over (a thumbnail has an end, too); within
+    the pixels these two bytes cannot occur.
+    """
+    at = 2
+    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:
+        filler = jpeg[at + 1] == 0xFF
+        at += 1 if filler else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return jpeg.find(b"\xff\xd9", at) >= 0
+
+
+def _middle(picture: Image.Image) -> Image.Image:
+    """The middle of a picture that is much longer than wide: resized whole, it fills the memory."""
+    width, height = picture.size
+    longest = _LONGEST * min(width, height)
+    if max(width, height) <= longest:
+        return picture
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return picture.crop((left, top, width - left, height - top))
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

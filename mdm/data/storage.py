@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import boto3
 import botocore.config
 import botocore.exceptions
+import botocore.parsers
 
 T = TypeVar("T")
 
@@ -129,16 +130,16 @@ class LocalStore(Store):
         aside = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(aside, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
             try:
+                with open(aside, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
                 # A link, unlike a rename, fails if the name was taken in the meantime.
                 os.link(aside, path) if if_absent else os.replace(aside, path)
             except FileExistsError:
                 return False
-            finally:
+            finally:  # half an object on a full disk is in the way of others, too
                 aside.unlink(missing_ok=True)
             _sync_folder(path.parent)
         except OSError as error:
@@ -264,7 +265,10 @@ class S3Store(Store):
                 botocore.exceptions.HTTPClientError,
                 botocore.exceptions.ResponseStreamingError,
                 botocore.exceptions.IncompleteReadError,
+                botocore.exceptions.FlexibleChecksumError,  # bits flipped on their way here
+                botocore.parsers.ResponseParserError,
                 _ShortBodyError,
+                _GarbledError,
             ) as error:
                 reason = type(error).__name__
             except botocore.exceptions.BotoCoreError as error:
@@ -292,7 +296,17 @@ class S3Store(Store):
             raise MissingObjectError(f"{what}: no such object") from None
         if code == "PreconditionFailed" or status == 412:
             raise _TakenError from None
+        if code == "RequestTimeTooSkewed":
+            there = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+            here = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+            raise StoreError(
+                f"{what}: the server refused it ({code}): its clock says {there}, this machine's "
+                f"{here}; set this one right (timedatectl set-ntp true)"
+            ) from None
         if status < 500 and code not in (
+            "BadDigest",  # bits flipped on their way there, as the next two
+            "XAmzContentSHA256Mismatch",
+            "IncompleteBody",
             "ConditionalRequestConflict",
             "RequestTimeout",
             "SlowDown",
@@ -338,20 +352,23 @@ class S3Store(Store):
         found: dict[str, int] = {}
         token: dict[str, str] = {}
         while True:
-            page = self._call(
-                "list",
-                prefix,
-                lambda: self._client.list_objects_v2(
-                    Bucket=self._bucket,
-                    Prefix=self._name(prefix),
-                    **token,  # noqa: B023
-                ),
-            )
-            for item in page.get("Contents", ()):
-                found[item["Key"].removeprefix(self._prefix)] = item["Size"]
-            if not page.get("IsTruncated"):
+            page, token = self._call("list", prefix, lambda: self._page(prefix, token))  # noqa: B023
+            found |= page
+            if not token:
                 return dict(sorted(found.items()))
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _page(self, prefix: str, token: dict[str, str]) -> tuple[dict[str, int], dict[str, str]]:
+        """Sizes by key, and how to ask for the next page."""
+        asked = {"Bucket": self._bucket, "Prefix": self._name(prefix), **token}
+        try:
+            page = self._client.list_objects_v2(**asked)
+            items = page.get("Contents", ())
+            found = {item["Key"].removeprefix(self._prefix): item["Size"] for item in items}
+            if page.get("IsTruncated"):
+                return found, {"ContinuationToken": page["NextContinuationToken"]}
+        except (ValueError, KeyError) as error:  # bits flipped on their way: nothing checks them
+            raise _GarbledError from error
+        return found, {}
 
     def delete(self, key: str) -> None:  # noqa: D102
         self._call(
@@ -378,3 +395,7 @@ class _TakenError(Exception):
 
 class _ShortBodyError(Exception):
     """The body ended before its announced length."""
+
+
+class _GarbledError(Exception):
+    """The answer is not what a server says."""

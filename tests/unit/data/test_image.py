@@ -81,7 +81,7 @@ PHOTO = encoded(Image.fromarray(NOISE), "JPEG")
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"<html>not found", "not a picture: begins with 3c68746d"),
+        (b"<html>not found", "not a picture: begins with '<html>not found'"),
         (PHOTO[: len(PHOTO) // 2], "truncated picture"),
         (PHOTO[:30], "picture"),
         (bomb(9000, 9000), "too many pixels: 9000 x 9000"),
