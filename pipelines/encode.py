@@ -315,7 +315,12 @@ def run(flags: Flags) -> dict[str, Any]:
     store = open_store(flags.out)
     manifest = publish.finished(store, recipe)
     resumed = 0
-    if manifest is None:
+    lost = [] if manifest is None else publish.missing(store, manifest)
+    if lost:
+        print(f"{flags.out} lacks {len(lost)} of its objects: writing them again", file=sys.stderr)
+        for key in lost:  # one that is cut short would be taken for what is to be written
+            store.delete(key)
+    if manifest is None or lost:
         with _cluster():
             receipts, resumed = _encode(flags, units, store, recipe)
         manifest = publish.finish(store, recipe, receipts, class_names)

@@ -46,7 +46,6 @@ def finish(
             f"nothing of {recipe.dataset}/{recipe.split} is left to publish: {plain_counts}"
         )
     card = canonical(_card(recipe, receipts, plain_counts, quarantine, class_names))
-    store.put(CARD, card)
     manifest = Manifest(
         dataset=recipe.dataset,
         split=recipe.split,
@@ -63,7 +62,21 @@ def finish(
         counts=plain_counts,
         card_sha256=hashlib.sha256(card).hexdigest(),
     )
-    return publish(store, manifest)
+    try:
+        published = publish(store, manifest)
+    except ManifestError:  # what this job wrote must not stay among the winner's objects
+        clean(store, Manifest.from_bytes(store.get(MANIFEST), store.uri))
+        raise
+    # Behind the manifest, so that of two jobs the winner's card stays; `missing` sees if it is not.
+    store.put(CARD, card)
+    return published
+
+
+def missing(store: Store, manifest: Manifest) -> list[str]:
+    """Keys that a published data set should hold and does not, or not in their full length."""
+    there = store.listing()
+    lost = [s.key for s in manifest.shards if there.get(s.key) != s.bytes]
+    return lost if CARD in there else [*lost, CARD]
 
 
 def _card(
@@ -104,10 +117,19 @@ def _card(
     }
 
 
+def receipts_of(manifest: Manifest) -> str:
+    """Where the receipts of a published data set lie."""
+    return f"work/{manifest.recipe_hash[:16]}/group/"
+
+
 def clean(store: Store, manifest: Manifest) -> None:
-    """Remove what the published manifest does not name: receipts, and shards of dead recipes."""
+    """Remove what the published manifest does not name: surveys, and all of dead recipes.
+
+    The receipts of its groups stay: they tell which one gave a shard, should that be lost.
+    """
     named = {s.key for s in manifest.shards}
+    receipts = receipts_of(manifest)
     for key in (*store.listing("work/"), *store.listing("shards/")):
-        if key not in named:
+        if key not in named and not key.startswith(receipts):
             store.delete(key)
     store.sweep()

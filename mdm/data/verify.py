@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mdm.data.manifest import CARD, Manifest
+from mdm.data.manifest import CARD, MANIFEST, MANIFEST_SHA256, Manifest
+from mdm.data.publish import receipts_of
 from mdm.data.schema import Rows, ShardInfo, checksum, from_bfloat16_bits, read_rows
 from mdm.data.storage import Store, StoreError
 from mdm.data.tokenizer import EOS
@@ -87,7 +88,22 @@ def _whole(store: Store, manifest: Manifest) -> Iterator[str]:
         yield f"shards hold {manifest.rows} examples, the counts say {counts['examples']}"
     if len(manifest.quarantine) != counts["quarantined"]:
         yield f"{len(manifest.quarantine)} in quarantine, the counts say {counts['quarantined']}"
-    named = {s.key for s in manifest.shards}
-    for key in store.listing("shards/"):
-        if key not in named:
-            yield f"orphan {key}"
+    for key in strangers(store, manifest):
+        yield f"{key} belongs to no data set"
+
+
+def strangers(store: Store, manifest: Manifest) -> list[str]:
+    """Keys of what the data set neither names nor keeps to itself."""
+    named = {s.key for s in manifest.shards} | {MANIFEST, MANIFEST_SHA256}
+    own = (receipts_of(manifest), CARD.removesuffix(".json"))
+    return [k for k in store.listing() if k not in named and not k.startswith(own)]
+
+
+def discard(manifest: Manifest, damaged: list[Verdict]) -> list[str]:
+    """Delete damaged shards, a damaged card and strangers, so that encoding writes them again."""
+    store = manifest.store()
+    known = {s.key for s in manifest.shards} | {CARD}
+    keys = [v.key for v in damaged if v.key in known] + strangers(store, manifest)
+    for key in keys:
+        store.delete(key)
+    return keys

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mdm.data.manifest import MANIFEST, Manifest
+from mdm.data.publish import receipts_of
+from mdm.data.schema import ShardInfo, read_rows
 from mdm.data.storage import Store, open_store
 from mdm.data.verify import verify
 from tests.data_sets import write_autoencoder, write_imagenet, write_tokenizer
@@ -81,12 +83,21 @@ def receipts(store: Store) -> int:
 
 
 def check_whole(uri: str, manifest_sha256: str) -> None:
-    """Those bytes and nothing else: no orphan, no receipt, no example twice."""
+    """Those bytes and nothing else: no orphan, no survey, no example twice."""
     manifest = Manifest.load(uri)
     assert manifest.sha256 == manifest_sha256
     assert all(not v.problems for v in verify(manifest))
     named = {MANIFEST, f"{MANIFEST}.sha256", "card.json", *(s.key for s in manifest.shards)}
-    assert set(open_store(uri).listing()) == named
+    kept = {k for k in open_store(uri).listing() if not k.startswith(receipts_of(manifest))}
+    assert kept == named
+    ids = [i for s in manifest.shards for i in _ids(uri, manifest, s)]
+    assert len(set(ids)) == len(ids) == manifest.rows
+
+
+def _ids(uri: str, manifest: Manifest, shard: ShardInfo) -> list[str]:
+    data = open_store(uri).get(shard.key)
+    parts = [data[b.offset : b.offset + b.length] for b in shard.batches]
+    return [i for part in parts for i in read_rows(part, manifest.schema).ids]
 
 
 def one_line(stderr: str) -> str:

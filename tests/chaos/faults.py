@@ -2,10 +2,9 @@
 
 import os
 import random
-import resource
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,9 +37,6 @@ def wrong_clock(folder: Path, seconds: int) -> dict[str, str]:
     return {"LD_PRELOAD": str(library), "CLOCK_SKEW": str(seconds)}
 
 
-def full_disk(after: int) -> Callable[[], None]:
-    """For `preexec_fn`: no file of this process or its children grows beyond `after` bytes."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (after, after))
 
 
 def find_target(driver: int, name: str, rng: random.Random) -> psutil.Process | None:
