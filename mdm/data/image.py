@@ -92,8 +92,8 @@ def _unidentified(data: bytes) -> str:
 def _has_end(jpeg: bytes) -> bool:
     """Whether the end marker follows the pixels: a file filled up with zeros has lost it.
 
-    Segments before the pixels have lengths and are passed over (a thumbnail has an end, too); within
-    the pixels these two bytes cannot occur.
+    Segments before the pixels have lengths and are passed over (a thumbnail has an end, too);
+    within the pixels these two bytes cannot occur.
     """
     at = 2
     while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:

@@ -47,7 +47,7 @@ def check_ratio(unpacked: int, packed: int) -> None:
 
 
 class DamagedHeaderError(tarfile.ReadError):
-    """A member's header has a wrong checksum, or numbers that are none; `name` as it stands there."""
+    """A member's header with a wrong checksum, or numbers that are none; `name` as it says."""
 
     def __init__(self, error: tarfile.HeaderError, block: bytes | bytearray) -> None:
         super().__init__(str(error))
@@ -144,10 +144,7 @@ class _Unpacked(gzip.GzipFile):
 
         What was unpacked before the stream breaks off is given first, the error afterwards.
         """
-        if size is None or size < 0:
-            data = super().read(size)
-        else:
-            data = b"".join(self._parts(size))
+        data = super().read(size) if size is None or size < 0 else b"".join(self._parts(size))
         check_ratio(self.tell(), self._packed.tell())
         return data
 

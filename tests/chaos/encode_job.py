@@ -1,4 +1,4 @@
-"""A small real encode job to be killed, cut off and refused, and what must be true of its output."""
+"""A small real encode job to be killed, cut off and refused, and what its output must be."""
 
 import json
 import os

@@ -37,8 +37,6 @@ def wrong_clock(folder: Path, seconds: int) -> dict[str, str]:
     return {"LD_PRELOAD": str(library), "CLOCK_SKEW": str(seconds)}
 
 
-
-
 def find_target(driver: int, name: str, rng: random.Random) -> psutil.Process | None:
     """A process of the encode job of this driver by what it is; None where there is none now."""
     try:

@@ -171,7 +171,7 @@ def kill_once(bench: Bench, target: str, out: str, rng: random.Random) -> tuple[
 
 
 def disk_full(setting: Setting) -> Iterator[Row]:
-    """Encoding into a folder on a disk that is full: a clear error, nothing half-written; then on."""
+    """Encoding into a folder on a disk that is full: a clear error, no half object; then on."""
     job = Job(setting.folder / "job")
     undisturbed = job.run(str(setting.folder / "undisturbed"))
     assert undisturbed[0] == 0, undisturbed[2]
@@ -218,7 +218,7 @@ def clock_skew(setting: Setting) -> Iterator[Row]:
 
 
 def two_jobs(setting: Setting) -> Iterator[Row]:
-    """Two jobs on one output: of the same recipe both end well; of two, one wins and one says so."""
+    """Two jobs on one output: of one recipe both end well; of two, one wins, one says so."""
     with ExitStack() as stack:
         bench = Bench(setting.folder, stack)
         both = [bench.job.start("s3://drill/same") for _ in range(2)]

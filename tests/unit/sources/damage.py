@@ -1,4 +1,4 @@
-"""Pictures damaged, or only unusual, in the ways in which downloads and other people's tools do it."""
+"""Pictures damaged, or only unusual, in the ways in which downloads and tools do it."""
 
 import gzip
 import io

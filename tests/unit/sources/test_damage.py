@@ -192,7 +192,7 @@ def test_journeydb_archives_in_pieces(tmp_path: Path) -> None:
         "000/2.jpg": "picture without annotation",
         "line 2": "invalid JSON: a number of thousands of digits",
         "line 3": found["line 3"],
-        "001/1.jpg": "damaged tar header: invalid header",
+        "001/1.jpg": "damaged tar header: bad checksum",
         "002/": found["002/"],
     }
     assert found["line 3"].startswith("invalid UTF-8 at byte")
