@@ -198,22 +198,24 @@ def surviving_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | Damage
     Headers stand at multiples of 512 bytes, and no other bytes have their checksum.
     """
     plain = cast(Any, tar)
-    damaged = False
+    searching = damaged = False
     while True:
         try:
             info = tar.next()
         except DamagedHeaderError as error:
-            if not damaged:
+            if not searching:
                 yield error
-            damaged = True
+            searching = damaged = True
         else:
             if info is not None:
-                damaged = False
+                searching = False
                 yield info
                 plain.members.clear()
                 continue
+            # After damage a block of zeros may lie within a lost member: only the file's end counts.
             if not damaged or plain.fileobj.tell() <= plain.offset:
-                return  # the end, and not a block of zeros within a lost member
+                return
+            searching = True
         plain.offset += tarfile.BLOCKSIZE
 
 

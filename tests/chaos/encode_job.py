@@ -67,7 +67,7 @@ class Job:
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
     """Exit code, summary and stderr of a job that is waited for."""
-    stdout, stderr = process.communicate(timeout=300)
+    stdout, stderr = process.communicate(timeout=1200)
     return process.returncode, json.loads(stdout or "{}"), stderr
 
 

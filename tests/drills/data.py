@@ -269,7 +269,7 @@ def runbooks(setting: Setting) -> Iterator[Row]:
         outage = "s3://drill/encoded/outage"
         process = job.start(outage)
         store = open_store(outage)
-        wait_for(lambda: receipts(store) > 0 or process.poll() is not None, 300)
+        wait_for(lambda: receipts(store) > 0 or process.poll() is not None, 1200)
         server.kill()
         first = ended(process)
         assert first[0] == 2, first[2]
