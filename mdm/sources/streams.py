@@ -212,7 +212,7 @@ def surviving_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | Damage
                 yield info
                 plain.members.clear()
                 continue
-            # After damage a block of zeros may lie within a lost member: only the file's end counts.
+            # Behind damage a block of zeros may be a lost member's: only the file's end counts.
             if not damaged or plain.fileobj.tell() <= plain.offset:
                 return
             searching = True

@@ -53,7 +53,7 @@ def test_loading_through_a_spoilt_network_gives_the_same_batches(s3: str, tmp_pa
     config, setting = write_mixture(s3), Setting(tmp_path, 1, 0)
     expected = list(load(config, setting, 25))
     with (
-        FaultProxy(port, 0.1, ["503", "reset", "truncate", "flip"], seed=1) as proxy,
+        FaultProxy(port, 0.3, ["503", "reset", "truncate", "flip"], seed=1) as proxy,
         environment({"AWS_ENDPOINT_URL": proxy.endpoint}),
     ):
         found = list(load(config, setting, 25))
