@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import sys
 import types
@@ -170,6 +171,27 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """The mixture from a step on; data sets that it does not name rest."""
+
+    step: int
+    sources: tuple[SourceConfig, ...]
+
+    def __post_init__(self) -> None:
+        _check(
+            self.step > 0,
+            f"a stage of data.stages begins at step {self.step}; data.sources is the mixture of "
+            "step 0, stages begin after",
+        )
+        _check(bool(self.sources), f"the stage from step {self.step} on names no data set")
+        names = [s.name for s in self.sources]
+        _check(
+            len(set(names)) == len(names),
+            f"the stage from step {self.step} on names one twice: {names}",
+        )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The mixture of encoded data sets."""
 
@@ -177,15 +199,31 @@ class DataConfig:
         "s3://mdm-demo/encoded", "folder or s3:// prefix that holds one encoded data set a source"
     )
     sources: tuple[SourceConfig, ...] = doc((), "name:weight, separated by commas")
-    global_batch: int = doc(64, "samples a step, over all ranks")
+    stages: tuple[StageConfig, ...] = doc(
+        (), "other mixtures from later steps on: step=name:weight,name:weight;step=..."
+    )
+    global_batch: int = doc(64, "samples a step, over all ranks; of packed texts, rows")
     window: int = doc(4, "record batches shuffled together")
     caption_length: int = doc(16, "text tokens beside a picture")
-    dialogue_length: int = doc(48, "text tokens of a text-only sample")
+    dialogue_length: int = doc(48, "text tokens of a text-only sample, or of a row of packed ones")
+    texts_per_row: int = doc(1, "text-only samples a row; above 1 they are packed, unpadded")
+    cache_dir: str = doc(
+        "", "folder on a local disk that keeps what is read from S3, shared by a node's ranks"
+    )
+    cache_gb: float = doc(50.0, "largest size of cache_dir, in GB of 10^9 bytes")
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sources]
         _check(len(set(names)) == len(names), f"data.sources names one twice: {names}")
-        for name in ("global_batch", "window", "caption_length", "dialogue_length"):
+        steps = [s.step for s in self.stages]
+        _check(
+            all(a < b for a, b in itertools.pairwise(steps)),
+            f"data.stages begin at steps {steps}; they must go up",
+        )
+        for name in (
+            *("global_batch", "window", "caption_length", "dialogue_length"),
+            *("texts_per_row", "cache_gb"),
+        ):
             _check(
                 getattr(self, name) > 0,
                 f"data.{name} is {getattr(self, name)}; it must be positive",
@@ -273,10 +311,13 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
         kind = hints[key]
         if dataclasses.is_dataclass(kind):
             made[key] = from_dict(typing.cast(type, kind), value, f"{where}{key}.")
-        elif kind == tuple[SourceConfig, ...]:
-            made[key] = tuple(from_dict(SourceConfig, v, f"{where}{key}.") for v in value)
         elif typing.get_origin(kind) is tuple:
-            made[key] = tuple(value)
+            item = typing.get_args(kind)[0]
+            nested = dataclasses.is_dataclass(item)
+            made[key] = tuple(
+                from_dict(typing.cast(type, item), v, f"{where}{key}.") if nested else v
+                for v in value
+            )
         else:
             made[key] = value
     return cls(**made)
@@ -288,6 +329,16 @@ def _suggest(word: str, words: Any) -> str:
 
 
 def _parse(kind: Any, text: str) -> Any:
+    if kind == tuple[StageConfig, ...]:
+        stages = [item.partition("=") for item in text.split(";") if item]
+        _check(
+            all(step.strip().isdigit() and equals for step, equals, _ in stages),
+            f"{text!r} is not step=name:weight,name:weight;step=...",
+        )
+        return tuple(
+            StageConfig(int(step), _parse(tuple[SourceConfig, ...], sources))
+            for step, _, sources in stages
+        )
     if kind == tuple[SourceConfig, ...]:
         pairs = [item.rsplit(":", 1) for item in text.split(",") if item]
         _check(all(len(p) == 2 for p in pairs), f"{text!r} is not name:weight,name:weight")
@@ -303,6 +354,8 @@ def _parse(kind: Any, text: str) -> Any:
 def _show(value: Any) -> str:
     if isinstance(value, tuple) and value and isinstance(value[0], SourceConfig):
         return ",".join(f"{s.name}:{s.weight:g}" for s in value)
+    if isinstance(value, tuple) and value and isinstance(value[0], StageConfig):
+        return ";".join(f"{s.step}={_show(s.sources)}" for s in value)
     return repr(value)
 
 
@@ -348,6 +401,12 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _metavar(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):  # such as float | None
+        kind = typing.get_args(kind)[0]
+    return kind.__name__.upper() if isinstance(kind, type) else "LIST"
+
+
 def parse_cli(
     cls: type[T],
     argv: Sequence[str] | None = None,
@@ -384,7 +443,7 @@ def parse_cli(
             text = f"{text} (default {_show(cls.__dataclass_fields__[path].default)})"  # type: ignore[attr-defined]
         parser.add_argument(
             f"--{path}",
-            metavar=kind.__name__.upper() if isinstance(kind, type) else "LIST",
+            metavar=_metavar(kind),
             required=path in required,
             help=text.replace("%", "%%"),
         )

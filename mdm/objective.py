@@ -35,9 +35,23 @@ from mdm.diffusion.score_entropy import (
 from mdm.diffusion.time_warp import TimeWarp
 from mdm.model.embed import CLEAN, DROPPED
 from mdm.model.network import Network
+from mdm.model.packing import Texts
 from mdm.model.vae import NoisyLatentVAE, kl
 
 MIN_ALPHA_BAR = 0.05  # caps the weight of almost pure noise
+
+
+CONDITIONINGS = (
+    "class_to_image",
+    "image",  # nothing given
+    "text_to_image",
+    "image_to_text",
+    "answer",  # to a question about a picture
+    "text_alone",  # with or without a prompt
+    "both",
+)
+_KINDS = ("text_to_image", "image_to_text", "image", "text_alone", "both")  # as they are drawn
+CONDITIONED_TERMS = ("samples", "eps_img", "se_img", "se_txt")
 
 
 class LossTerms(NamedTuple):
@@ -50,6 +64,8 @@ class LossTerms(NamedTuple):
     eps_img: Tensor  # 1/2 |eps - eps_hat|^2 / abar, a mean over a token's numbers
     se_img: Tensor  # score entropy over image candidates
     se_txt: Tensor  # score entropy over the vocabulary
+    # [CONDITIONINGS, CONDITIONED_TERMS] sums over the samples of each conditioning, for metrics
+    by_conditioning: Tensor
 
 
 class Levels(NamedTuple):
@@ -58,6 +74,7 @@ class Levels(NamedTuple):
     t_img: Tensor  # i64 [b, p], 0 ... T
     t_txt: Tensor  # i64 [b]
     class_ids: Tensor  # i64 [b], -1 where dropped
+    conditioning: Tensor  # i64 [b], index into CONDITIONINGS
 
 
 class Objective(nn.Module):
@@ -79,23 +96,29 @@ class Objective(nn.Module):
         batch.check(self.model)
         n = 0 if batch.latents is None else batch.latents.shape[1]
         draws = noise.draw(
-            self.seed, batch.keys, batch.epochs, n, batch.tokens.shape[1], self.model.latent_dim
+            self.seed,
+            batch.keys,
+            batch.epochs,
+            n,
+            batch.tokens.shape[1],
+            self.model.latent_dim,
+            batch.text_of,
         )
         levels = self.draw_levels(draws.uniforms, batch)
-        prompt = batch.prompt & (levels.t_txt < schedule.STEPS).unsqueeze(1)
+        texts = Texts(batch.text_of, len(batch), batch.average_over)
+        prompt = batch.prompt & texts.spread(levels.t_txt < schedule.STEPS)
         means, bias = self.vae.vocabulary()
 
         # Text: z_0 around mu_v, without a gradient from the diffusion into the encoder.
         mean_txt = means[batch.tokens]
         sigma_txt = self.vae.text_sigma(mean_txt)
         s_txt = mean_txt + sigma_txt * draws.text[:, 1]
-        rec_txt = F.cross_entropy(
-            self.vae.decode_text(s_txt).float().flatten(0, 1), batch.tokens.flatten()
-        )
-        kl_term = kl(mean_txt, sigma_txt).mean()
-        abar_txt = schedule.TEXT.alpha_bar(levels.t_txt)
+        said_txt = self.vae.decode_text(s_txt).float().transpose(1, 2)
+        rec_txt = texts.mean(F.cross_entropy(said_txt, batch.tokens, reduction="none"))
+        kl_term = texts.mean(kl(mean_txt, sigma_txt))
+        abar_txt = texts.spread(schedule.TEXT.alpha_bar(levels.t_txt))
         z_0_txt = s_txt.detach()
-        z_txt = schedule.noised(z_0_txt, draws.text[:, 0], abar_txt[:, None, None])
+        z_txt = schedule.noised(z_0_txt, draws.text[:, 0], abar_txt.unsqueeze(2))
         z_txt = torch.where(prompt.unsqueeze(-1), z_0_txt, z_txt)
 
         image = self._image_latents(batch, draws) if batch.latents is not None else None
@@ -112,25 +135,32 @@ class Objective(nn.Module):
                 first = self.network(
                     *(z_txt, level_txt, prompt, levels.class_ids, z_img, level_img),
                     picture_at=batch.picture_at,
+                    text_of=batch.text_of,
                 )
                 estimate = (first.text.float() @ means.T + bias).softmax(-1) @ means
         said = self.network(
             *(z_txt, level_txt, prompt, levels.class_ids, z_img, level_img),
             estimate_txt=estimate,
             picture_at=batch.picture_at,
+            text_of=batch.text_of,
         )
 
         logits = said.text.float() @ means.T + bias
-        text_losses = self._text_losses(logits, batch.tokens, prompt, z_txt, abar_txt, means)
-        se_txt = (text_losses * _noisy(levels.t_txt)).mean()
+        text_losses = self._text_losses(logits, batch.tokens, prompt, z_txt, abar_txt, means, texts)
+        text_losses = text_losses * _noisy(levels.t_txt)
         if self.text_warp is not None and self.training:
             self.text_warp.update(levels.t_txt, text_losses, schedule.STEPS)
-        zero = logits.new_zeros(())
-        rec_img, eps_img, se_img = zero, zero, zero
+        rec_img = logits.new_zeros(())
+        image_losses = logits.new_zeros(2, len(batch))
         if image is not None and said.image is not None and z_img is not None:
             rec_img, kl_img = image.rec, image.kl
             kl_term = kl_term + kl_img
-            eps_img, se_img = self._image_loss(said.image.float(), image, z_img, abar_img, levels)
+            image_losses = self._image_losses(
+                said.image.float(), image, z_img, abar_img, levels.t_img
+            )
+        # Means over all samples, not over the noisy ones: ranks then average to the global loss.
+        eps_img, se_img = image_losses.mean(1)
+        se_txt = texts.average(text_losses)
         w = self.weights
         total = (
             rec_img
@@ -138,7 +168,11 @@ class Objective(nn.Module):
             + w.beta_kl * kl_term
             + w.lambda_se * (w.eps_image * eps_img + w.se_image * se_img + se_txt)
         )
-        return LossTerms(total, rec_img, rec_txt, kl_term, eps_img, se_img, se_txt)
+        losses = torch.stack([*image_losses, text_losses], 1).detach()
+        return LossTerms(
+            *(total, rec_img, rec_txt, kl_term, eps_img, se_img, se_txt),
+            _by_conditioning(levels.conditioning, losses),
+        )
 
     def draw_levels(self, uniforms: Tensor, batch: Batch) -> Levels:
         """Noise levels and kept classes from uniforms [b, 8]."""
@@ -149,7 +183,8 @@ class Objective(nn.Module):
         if self.text_warp is not None:
             t_txt = self.text_warp.steps(u_txt, last)
         if batch.latents is None:
-            return Levels(t_img.unsqueeze(1), t_txt, torch.full_like(batch.class_ids, -1))
+            alone = torch.full_like(batch.class_ids, CONDITIONINGS.index("text_alone"))
+            return Levels(t_img.unsqueeze(1), t_txt, torch.full_like(batch.class_ids, -1), alone)
         edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text])
         kind = torch.bucketize(task.contiguous(), edges.cumsum(0).to(task.device), right=True)
         t_txt = torch.where(kind == 0, 0, torch.where(kind == 2, last, t_txt))
@@ -160,7 +195,13 @@ class Objective(nn.Module):
         former = torch.where((kind == 2) | (kind == 3), last, 0).unsqueeze(1)
         former = former.expand(-1, batch.latents.shape[1] // self._grid - 1)
         t_img = torch.cat([former, t_img.unsqueeze(1)], 1)
-        return Levels(t_img, t_txt, torch.where(keep, batch.class_ids, -1))
+        class_ids = torch.where(keep, batch.class_ids, -1)
+        conditioning = torch.tensor([CONDITIONINGS.index(name) for name in _KINDS]).to(kind.device)
+        conditioning = conditioning[kind]
+        labelled, asked = (kind == 2) & (class_ids >= 0), (kind == 1) & batch.prompt.any(1)
+        conditioning[labelled] = CONDITIONINGS.index("class_to_image")
+        conditioning[asked] = CONDITIONINGS.index("answer")
+        return Levels(t_img, t_txt, class_ids, conditioning)
 
     @property
     def _grid(self) -> int:
@@ -188,11 +229,11 @@ class Objective(nn.Module):
             z_0 = z_0.detach()
         return _ImageLatents(z_0, draws.image[:, 0], rec, kl(mean, sigma).mean())
 
-    def _image_loss(
-        self, v: Tensor, image: "_ImageLatents", z_t: Tensor, abar: Tensor, levels: Levels
-    ) -> tuple[Tensor, Tensor]:
-        """The weighted noise prediction error, and the score entropy over candidates."""
-        noisy = _noisy(levels.t_img)
+    def _image_losses(
+        self, v: Tensor, image: "_ImageLatents", z_t: Tensor, abar: Tensor, t: Tensor
+    ) -> Tensor:
+        """[2, b]: the weighted noise prediction error, and the score entropy over candidates."""
+        noisy = _noisy(t)
         abar = abar.clamp(1e-6, 1 - 1e-6)  # conditions and drops carry no loss, only no NaN either
         token_abar = self._by_token(abar)
         a = token_abar.unsqueeze(2)
@@ -204,7 +245,7 @@ class Objective(nn.Module):
         candidates = torch.cat(
             [
                 image.z_0.unsqueeze(2),
-                self._trajectory(image, levels.t_img),
+                self._trajectory(image, t),
                 _others(image.z_0, self.weights.se_in_batch),
             ],
             2,
@@ -215,8 +256,7 @@ class Objective(nn.Module):
             se_img = self._by_picture(score_entropy(log_s, log_r)).mean(2)
         else:  # Eq. 4 with a one-hot target is the cross-entropy
             se_img = -self._by_picture(log_s[..., 0]).mean(2)
-        # A mean over all samples, not over the noisy ones: ranks then average to the global loss.
-        return (eps_img * noisy).sum(1).mean(), (se_img * noisy).sum(1).mean()
+        return torch.stack([(eps_img * noisy).sum(1), (se_img * noisy).sum(1)])
 
     def _trajectory(self, image: "_ImageLatents", t: Tensor) -> Tensor:
         """States of each token's own path at evenly spaced earlier steps, [b, n, k, c]."""
@@ -233,17 +273,18 @@ class Objective(nn.Module):
         z_t: Tensor,
         abar: Tensor,
         means: Tensor,
+        texts: Texts,
     ) -> Tensor:
         """Score entropy over the whole vocabulary, a mean over what is not prompt, [b]."""
         if self.weights.target == "theorem1":
             with torch.no_grad():  # of z_t and the vocabulary alone: nothing tells it the context
-                token_abar = abar.clamp(max=1 - 1e-6).unsqueeze(1).expand(tokens.shape)
+                token_abar = abar.clamp(max=1 - 1e-6).expand(tokens.shape)
                 log_r = log_score_ratio(log_ratio_vocabulary(z_t, means, token_abar))
             per_token = score_entropy(log_score_ratio(logits), log_r)
         else:  # with a one-hot target: cross-entropy
             per_token = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
         weight = ~prompt * torch.where(tokens == PAD, self.weights.pad_weight, 1.0)
-        return (per_token * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return texts.sums(per_token * weight) / texts.sums(weight).clamp(min=1)
 
 
 class _ImageLatents(NamedTuple):
@@ -256,6 +297,13 @@ class _ImageLatents(NamedTuple):
 def _noisy(t: Tensor) -> Tensor:
     """1 where a step carries a loss: neither given nor dropped."""
     return ((t > 0) & (t < schedule.STEPS)).float()
+
+
+def _by_conditioning(conditioning: Tensor, losses: Tensor) -> Tensor:
+    """Sums of [1, losses [b, terms]] over the samples of each conditioning."""
+    rows = torch.cat([torch.ones_like(losses[:, :1]), losses], 1).double()
+    sums = rows.new_zeros(len(CONDITIONINGS), rows.shape[1])
+    return sums.index_add_(0, conditioning, rows)
 
 
 def _level(table: schedule.Schedule, t: Tensor) -> Tensor:

@@ -1,21 +1,20 @@
 """Say what a step consumed, or which steps consume a sample.
 
-`--step N` lists the samples of step N: id, record, origin, shard, row. `--sample ID` takes a
-sample id (source:row) or a record's own id, and lists the steps below `--steps` that use it.
+`--step N` lists the samples of step N: id, record, origin, shard, row, and of packed texts the row
+they share. `--sample ID` takes a sample id (source:row), a record's own id or its origin, and lists
+the steps below `--steps` that use it. The other flags are the run's own.
 """
 
 import json
 import sys
 from dataclasses import asdict, dataclass, field
 
-from tqdm import tqdm
-
-from mdm.config import DataConfig, SourceConfig, doc, fail, parse_cli
+from mdm.config import DataConfig, SourceConfig, StageConfig, doc, fail, parse_cli
 from mdm.data.manifest import ManifestError
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.order import Order
 from mdm.data.storage import StoreError
-from mdm.data.trace import find, locate, uses
+from mdm.data.trace import find, locate, packs_of, uses
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,15 @@ class Flags:
     sources: tuple[SourceConfig, ...] = field(
         metadata={"help": "the run's name:weight,name:weight; names are folders of --data"}
     )
+    stages: tuple[StageConfig, ...] = doc((), "the run's step=name:weight,...;step=...")
     seed: int = doc(0, "the run's seed")
-    global_batch: int = doc(64, "samples a step, over all ranks")
+    global_batch: int = doc(64, "samples a step, over all ranks; of packed texts, rows")
+    texts_per_row: int = doc(1, "text-only samples a row; above 1 they are packed")
+    dialogue_length: int = doc(48, "text tokens of a row of packed texts")
     window: int = doc(4, "record batches shuffled together")
     step: int = doc(-1, "step to explain")
     sample: str = doc("", "sample to look for")
-    steps: int = doc(10_000, "how many steps to search for --sample")
+    steps: int = doc(10_000, "up to which step to list the uses of --sample")
 
     def __post_init__(self) -> None:
         if (self.step >= 0) == bool(self.sample):
@@ -42,7 +44,8 @@ def explain_step(mixture: Mixture, flags: Flags) -> None:
     """One line of JSON a sample."""
     draw = Order(mixture, flags.seed).draw(flags.step)
     print(f"step {flags.step}: {draw.task}, {len(draw.ids)} samples", file=sys.stderr)
-    for trace in locate(mixture, draw.ids, draw.epochs.tolist()):
+    packs = packs_of(mixture, draw, flags.dialogue_length)
+    for trace in locate(mixture, draw.ids, draw.epochs.tolist(), packs):
         print(json.dumps(asdict(trace), ensure_ascii=False))
 
 
@@ -54,7 +57,7 @@ def explain_sample(mixture: Mixture, flags: Flags) -> None:
         raise ValueError(f"no data set of the mixture has a record {flags.sample!r}")
     for trace in locate(mixture, samples):
         print(json.dumps(asdict(trace), ensure_ascii=False))
-        for step, epoch in tqdm(uses(mixture, flags.seed, trace.id, flags.steps), leave=False):
+        for step, epoch in uses(mixture, flags.seed, trace.id, flags.steps):
             print(json.dumps({"id": trace.id, "step": step, "epoch": epoch}))
 
 
@@ -68,6 +71,8 @@ def main() -> int:
                 sources=flags.sources,
                 global_batch=flags.global_batch,
                 window=flags.window,
+                stages=flags.stages,
+                texts_per_row=flags.texts_per_row,
             )
         )
         (explain_step if flags.step >= 0 else explain_sample)(mixture, flags)

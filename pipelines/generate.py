@@ -4,13 +4,15 @@
   generate.py --checkpoint runs/demo/train/export --task text-to-image --input "handwritten seven"
   generate.py --checkpoint runs/demo/train/export --task image-to-text --input a.png,b.jpg
   generate.py --checkpoint runs/demo/train/export --task reply --input "How are you?"
+  generate.py --task reply --input "<image> Which digit is this?" --pictures a.png
   generate.py --checkpoint runs/demo/train/export --task joint --n 16
   generate.py --checkpoint runs/demo/train/export --selection 0.5 --selection_map map.png
 
 Several inputs are separated by commas; for text and dialogue by '|'. Pictures go to --out, one
-PNG each and a grid; texts are printed. A step is one evaluation of the network, whatever the
-solver. `--selection_map` saves which tokens had settled at which evaluation: a row a result, a
-column an evaluation, orange for settled tokens of the picture and, below it, of the text.
+PNG each and a grid; texts are printed. A dialogue's turns are separated by '=>', user first;
+`<image>` in them marks where each of `--pictures` stands. A step is one evaluation of the network,
+whatever the solver. `--selection_map` saves which tokens had settled at which evaluation: a row a
+result, a column an evaluation, orange for settled tokens of the picture and, below it, of the text.
 """
 
 import math
@@ -41,6 +43,7 @@ class Flags:
     checkpoint: str = doc("runs/demo/train/export", "folder of an export")
     task: str = doc("joint", ", ".join(TASKS))
     input: str = doc("", "classes, captions, picture files or dialogue turns, as the task needs")
+    pictures: str = doc("", "picture files that every dialogue is about, for reply")
     n: int = doc(1, "results an input (or in all, for joint)")
     guidance: float = doc(3.0, "how strongly pictures follow their condition; 0 for none")
     text_guidance: float | None = doc(
@@ -66,6 +69,8 @@ class Flags:
             raise ValueError(f"--n is {self.n}; at least 1 result is needed")
         if not self.input and self.task != "joint":
             raise ValueError(f"--task {self.task} needs --input")
+        if self.pictures and self.task != "reply":
+            raise ValueError(f"--pictures belong to --task reply, not to {self.task}")
         if self.selection_map and not self.selection:
             raise ValueError(
                 f"--selection_map {self.selection_map} shows nothing with --selection "
@@ -133,18 +138,38 @@ def draw(generator: Generator, flags: Flags) -> None:
         )
         save(pixels, inputs, Path(flags.out))
     elif flags.task == "image-to-text":
-        autoencoder = generator.autoencoder
-        assert isinstance(autoencoder, Autoencoder)  # what `load` gives
-        size = autoencoder.image_size
-        pictures = [torch.from_numpy(decode_image(Path(i).read_bytes(), size)) for i in inputs]
-        latents = autoencoder.encode(torch.stack(pictures))
         texts = generator.image_to_text(
-            latents, guidance=flags.text_guidance or 0.0, steps=text_steps, seed=seed, **options
+            encode(generator, inputs),
+            guidance=flags.text_guidance or 0.0,
+            steps=text_steps,
+            seed=seed,
+            **options,
         )
         tell(inputs, texts)
     else:
-        turns = [(turn,) for turn in inputs]
-        tell(inputs, generator.reply(turns, steps=text_steps, seed=seed, **options))
+        dialogues = [[turn.strip() for turn in item.split("=>")] for item in inputs]
+        shown = None
+        if flags.pictures:
+            latents = encode(generator, [name.strip() for name in flags.pictures.split(",")])
+            shown = latents.expand(len(inputs), *latents.shape)
+        texts = generator.reply(
+            dialogues,
+            pictures=shown,
+            guidance=flags.text_guidance or 0.0,
+            steps=text_steps,
+            seed=seed,
+            **options,
+        )
+        tell(inputs, texts)
+
+
+def encode(generator: Generator, files: Sequence[str]) -> Tensor:
+    """First-stage latents [b, n, c] of picture files."""
+    autoencoder = generator.autoencoder
+    assert isinstance(autoencoder, Autoencoder)  # what `load` gives
+    size = autoencoder.image_size
+    pictures = [torch.from_numpy(decode_image(Path(i).read_bytes(), size)) for i in files]
+    return autoencoder.encode(torch.stack(pictures))
 
 
 def tell(inputs: Sequence[str], texts: Sequence[str]) -> None:

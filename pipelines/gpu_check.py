@@ -26,8 +26,8 @@ from mdm.data.batch import Batch
 from mdm.kernels import conv, fused
 from mdm.kernels import ssd as torch_ssd
 from mdm.model.count import trunk_macs
-from mdm.model.embed import N_HEAD
 from mdm.model.network import Trunk, block_scans
+from mdm.model.packing import N_HEAD
 from mdm.objective import Objective
 from mdm.presets import PRESETS
 

@@ -5,6 +5,7 @@ solvers, their evaluations and the selection of settled tokens are compared on t
 weights, if `pipelines/learn.py` has made them. Run again, it goes on from the finished variants.
 """
 
+import json
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,11 @@ from tqdm import tqdm
 
 from mdm.config import doc, fail, parse_cli
 from mdm.diffusion.sampler import SOLVERS
+from mdm.evaluate import learn_report
+from mdm.evaluate.ablation import runs_table, selection_table, solver_table
 from mdm.evaluate.learn import evaluate
+from mdm.evaluate.sheets import save_sheet
+from pipelines import learn_data
 from pipelines.learn import Setting, load, prepare
 from pipelines.stages import read_json, write_json
 from pipelines.supervise import supervised
@@ -30,20 +35,17 @@ VARIANTS = {
     "score entropy 0.3": "--objective.se_image 0.3",
     "target of Theorem 1": "--objective.target theorem1 --objective.eps_image 0",
     "latents not detached": "--objective.detach_latents false --objective.normalize_latents false",
+    "beta 0": "--objective.beta_kl 0",
+    "beta 1e-3": "--objective.beta_kl 1e-3",
+    "lambda 0.1": "--objective.lambda_se 0.1",
+    "lambda 10": "--objective.lambda_se 10",
     "scans 12/1": "--model.scans 12/1",
     "transformer": "--model.decoder transformer --model.n_heads 4 --model.n_kv_heads 2 "
     "--model.d_ff 256",
 }
+ONE_SEED = ("beta 0", "beta 1e-3", "lambda 0.1", "lambda 10")  # weights of Eq. 18, for a look
 EVALUATIONS = (5, 10, 20, 40)
 SELECTIONS = (0.02, 0.1, 0.5)
-COLUMNS = {
-    "t2i_accuracy": "caption → picture",
-    "t2i_accuracy_unguided": "not guided",
-    "i2t_accuracy": "picture → caption",
-    "joint_agreement": "both at once",
-    "recall": "recall",
-    "fid64": "FID, 64-d",
-}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Flags:
     out: str = doc("runs/learn/ablate", "folder for everything it writes")
     variants: str = doc("", "names of variants, separated by commas; all by default")
     seeds: int = doc(3, "seeds of each variant")
-    train_steps: int = doc(1500, "optimizer steps of each variant")
+    train_steps: int = doc(1000, "optimizer steps of each variant")
     jobs: int = doc(2, "variants at once")
     guidance: float = doc(0.2, "guidance weight of pictures")
     joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
@@ -74,9 +76,14 @@ class Flags:
         return tuple(self.variants.split(",")) if self.variants else tuple(VARIANTS)
 
 
+def folder_name(variant: str, seed: int) -> str:
+    """Where a variant's run with a seed lies."""
+    return f"{variant.replace(' ', '-').replace('/', '-')}-{seed}"
+
+
 def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, Any]:
     """Train and judge one variant with one seed, or read what was found before."""
-    folder = Path(flags.out) / f"{name.replace(' ', '-')}-{seed}"
+    folder = Path(flags.out) / folder_name(name, seed)
     found = folder / "metrics.json"
     if found.exists():
         return dict(read_json(found))
@@ -94,7 +101,7 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
         code = process.wait()
     if code:
         raise RuntimeError(f"{name}, seed {seed}: training ended with {code}; see {folder}/log.txt")
-    metrics, _ = evaluate(
+    metrics, drawn = evaluate(
         load(folder / "train" / "export", setting),
         setting.ruler,
         guidance=flags.guidance,
@@ -103,24 +110,30 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
         solver=flags.solver,
         text_solver=flags.text_solver,
     )
+    shown = drawn.pictures[: len(learn_data.WORDS)]
+    sheet = save_sheet(shown, folder / "pictures.png", columns=len(shown))
+    with (folder / "train" / "metrics.jsonl").open() as file:
+        losses = [json.loads(line)["loss"] for line in file]
+    last = losses[-max(1, len(losses) // 10) :]
+    metrics |= {"loss": statistics.fmean(last), "sheet": vars(sheet)}
     write_json(found, metrics)
     return metrics
 
 
-def solvers(flags: Flags, setting: Setting) -> dict[str, dict[int, dict[str, Any]]]:
+def solvers(flags: Flags, setting: Setting) -> dict[str, dict[str, dict[str, Any]]]:
     """Pictures from captions by every solver, against its evaluations of the network."""
     generator, ruler = load(Path(flags.weights), setting), setting.ruler
-    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in SOLVERS}
+    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in SOLVERS}
     for name in SOLVERS:
-        for n in EVALUATIONS:
+        for n in tqdm(EVALUATIONS, desc=name, unit="count"):
             pictures = generator.text_to_image(
                 ruler.texts, guidance=flags.guidance, steps=n, solver=name
             )
-            found[name][n] = ruler.measure(pictures)[0]
+            found[name][str(n)] = ruler.measure(pictures)[0]
     return found
 
 
-def selections(flags: Flags, setting: Setting) -> dict[float, dict[str, Any]]:
+def selections(flags: Flags, setting: Setting) -> dict[str, dict[str, Any]]:
     """Pictures from captions with settled tokens frozen and dropped, by threshold in nats."""
     generator, ruler = load(Path(flags.weights), setting, compiled=False), setting.ruler
     found = {}
@@ -130,52 +143,18 @@ def selections(flags: Flags, setting: Setting) -> dict[float, dict[str, Any]]:
             ruler.texts, guidance=flags.guidance, steps=flags.steps, selection=threshold
         )
         seconds = time.perf_counter() - began
-        found[threshold] = ruler.measure(pictures)[0] | {"seconds": seconds}
+        found[str(threshold)] = ruler.measure(pictures)[0] | {"seconds": seconds}
     return found
-
-
-def solver_table(found: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """Agreement and distance of every solver, as Markdown."""
-    counts = list(next(iter(found.values())))
-    lines = [
-        "| caption → picture / FID, evaluations | " + " | ".join(map(str, counts)) + " |",
-        "|---|" + "---:|" * len(counts),
-    ]
-    for name, row in found.items():
-        cells = [f"{row[n]['t2i_accuracy']:.2f} / {row[n]['fid64']:.2f}" for n in counts]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def selection_table(found: dict[float, dict[str, Any]]) -> str:
-    """Agreement, distance and time by threshold, as Markdown."""
-    lines = ["| selection below | caption → picture | FID, 64-d | time |", "|---|---:|---:|---:|"]
-    for threshold, row in found.items():
-        name = f"{threshold} nats" if threshold else "off"
-        share = row["seconds"] / found[0.0]["seconds"]
-        lines.append(f"| {name} | {row['t2i_accuracy']:.2f} | {row['fid64']:.2f} | {share:.2f} x |")
-    return "\n".join(lines)
-
-
-def table(rows: dict[str, list[dict[str, Any]]]) -> str:
-    """Mean and deviation over the seeds, as Markdown."""
-    lines = [
-        "| variant | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|" + "---:|" * len(COLUMNS),
-    ]
-    for name, found in rows.items():
-        cells = []
-        for column in COLUMNS:
-            values = [f[column] for f in found]
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.2f}{spread}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def run(flags: Flags, setting: Setting) -> dict[str, list[dict[str, Any]]]:
     """All variants and seeds; the seeds of a variant come last, so that the table fills evenly."""
-    todo = [(name, seed) for seed in range(flags.seeds) for name in flags.names]
+    todo = [
+        (name, seed)
+        for seed in range(flags.seeds)
+        for name in flags.names
+        if seed == 0 or name not in ONE_SEED
+    ]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in flags.names}
     with ThreadPoolExecutor(flags.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
         jobs = [(name, pool.submit(run_one, flags, setting, name, seed)) for name, seed in todo]
@@ -194,15 +173,24 @@ def main() -> int:
         found = run(flags, setting)
     except RuntimeError as error:
         fail(f"learn_ablate: {error}")
-    print(table(found))
-    plain: dict[str, Any] = {"variants": found, "flags": vars(flags)}
+    print(runs_table(found))
+    out = Path(flags.out)
+    sheets = {
+        name: rows[0].pop("sheet") | {"file": f"{folder_name(name, 0)}/pictures.png"}
+        for name, rows in found.items()
+    }
+    plain: dict[str, Any] = {"variants": found, "sheets": sheets, "flags": vars(flags)}
     if (Path(flags.weights) / "model.safetensors").is_file():
         by_solver, by_threshold = solvers(flags, setting), selections(flags, setting)
         print(f"\n{solver_table(by_solver)}\n\n{selection_table(by_threshold)}")
         plain |= {"solvers": by_solver, "selections": by_threshold}
     else:
         print(f"{flags.weights} holds no weights: solvers and selection not compared")
-    write_json(Path(flags.out) / "ablate.json", plain)
+    write_json(out / "ablate.json", plain)
+    learnt = out.parent / "report.json"
+    if learnt.exists():
+        learn_report.write_page(out.parent, read_json(learnt))
+        print(f"{out.parent}/report.html")
     return 0
 
 

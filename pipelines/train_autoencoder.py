@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -27,6 +29,8 @@ from mdm.data import fit_autoencoder
 from mdm.data.autoencoder import Autoencoder, build, save
 from mdm.data.image import decode_image
 from mdm.sources.record import RawRecord
+
+HELD_OUT = 20  # one picture in so many, of sets that publish none held out
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,23 @@ class TrainAutoencoderConfig:
         sources.parse_datasets(self.datasets)
 
 
-def load_pictures(name: str, root: Path, split: str, size: int, most: int) -> tuple[Tensor, int]:
-    """The first `most` pictures of a split, uint8 [n, 3, size, size], and how many were bad."""
+def load_pictures(
+    name: str, root: Path, split: str, size: int, most: int, wanted: Callable[[bytes], bool]
+) -> tuple[Tensor, int]:
+    """The first `most` pictures of a split, uint8 [n, 3, size, size], and how many were bad.
+
+    Of those that are `wanted`; a picture that neighbouring records share counts once.
+    """
+    last: bytes | None = None
     found: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     bad = 0
     for record in tqdm(sources.records(name, root, split), desc=f"{name} {split}", unit=" records"):
         if not isinstance(record, RawRecord) or record.image is None:
             bad += 1
             continue
+        if record.image == last or not wanted(record.image):
+            continue
+        last = record.image
         try:
             found.append(decode_image(record.image, size))
         except ValueError:
@@ -70,6 +83,21 @@ def load_pictures(name: str, root: Path, split: str, size: int, most: int) -> tu
     if not found:
         raise ValueError(f"dataset {name}: no usable picture in split {split} of {root}")
     return torch.from_numpy(np.stack(found)), bad
+
+
+def everything(picture: bytes) -> bool:
+    """Every picture."""
+    return True
+
+
+def is_held_out(picture: bytes) -> bool:
+    """One picture in HELD_OUT, by a hash of its bytes."""
+    return xxhash.xxh3_64_intdigest(picture) % HELD_OUT == 0
+
+
+def is_kept(picture: bytes) -> bool:
+    """The others."""
+    return not is_held_out(picture)
 
 
 def grid_picture(
@@ -98,13 +126,15 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
     held_out: dict[str, Tensor] = {}
     bad = 0
     for name, root in datasets:
-        splits = sources.get(name).SPLITS
         key = root.name
-        train_sets[key], lost = load_pictures(
-            name, root, splits[0], config.image_size, config.pictures
-        )
-        held_out[key], lost_too = load_pictures(name, root, splits[1], config.image_size, 1000)
-        bad += lost + lost_too
+        split = sources.training_splits(name, root)[0]
+        # A set that publishes none held out is divided by a hash of its pictures.
+        other = sources.held_out_split(name, root)
+        parts = (everything, everything) if other else (is_kept, is_held_out)
+        size = config.image_size
+        train_sets[key], lost = load_pictures(name, root, split, size, config.pictures, parts[0])
+        held_out[key], lost_too = load_pictures(name, root, other or split, size, 1000, parts[1])
+        bad += lost + lost_too if other else lost
     loaded = time.perf_counter()
     history: list[dict[str, float]] = []
     terms = fit_autoencoder.fit(

@@ -39,8 +39,9 @@ class TrainTokenizerConfig:
 def texts(datasets: str) -> Iterator[str]:
     """Every text of the training splits."""
     for name, root in sources.parse_datasets(datasets):
-        reader = sources.get(name)
-        yield from tqdm(reader.texts(root, reader.SPLITS[0]), desc=name, unit=" texts")
+        for split in sources.training_splits(name, root):
+            found = sources.get(name).texts(root, split)
+            yield from tqdm(found, desc=f"{name} {split}", unit=" texts")
 
 
 def measure(tokenizer: Tokenizer, lines: Iterator[str]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mdm.data import autoencoder
 from mdm.data.manifest import CARD, Manifest, canonical, publish
+from mdm.data.parts import PART_SHARDS, PartList, ShardPart, StoredParts, shard_parts
 from mdm.data.schema import BatchInfo, Examples, ShardInfo, example_schema, write_shard
 from mdm.data.storage import open_store
 from mdm.data.tokenizer import EOS, train_model
@@ -77,7 +78,12 @@ def examples(rows: int, *, pictures: bool = True, seed: int = 0) -> Examples:
 
 
 def encoded(
-    uri: str, shard_rows: Sequence[int], *, pictures: bool = True, batch_rows: int = 8
+    uri: str,
+    shard_rows: Sequence[int],
+    *,
+    pictures: bool = True,
+    batch_rows: int = 8,
+    part_shards: int = 256,
 ) -> Manifest:
     """A published data set of random rows: real shards, real hashes."""
     store = open_store(uri)
@@ -90,25 +96,54 @@ def encoded(
         shards.append(info)
     card = canonical({})
     store.put(CARD, card)
-    return publish(store, manifest_of(shards, batch_rows, grid, hashlib.sha256(card).hexdigest()))
+    parts = shard_parts(shards, batch_rows, size=part_shards)
+    return publish(store, manifest_of(parts, batch_rows, grid, hashlib.sha256(card).hexdigest()))
 
 
-def planned(shard_rows: Sequence[int], *, pictures: bool = True, batch_rows: int = 8) -> Manifest:
+def planned(
+    shard_rows: Sequence[int],
+    *,
+    pictures: bool = True,
+    batch_rows: int = 8,
+    part_shards: int = 256,
+) -> Manifest:
     """A manifest of that shape without shards behind it, for the order alone."""
-    shards = [
-        ShardInfo(
-            f"shards/{n}",
-            rows,
-            0,
-            "",
-            tuple(
-                BatchInfo(0, 0, min(batch_rows, rows - first), "")
-                for first in range(0, rows, batch_rows)
-            ),
+    shards = [planned_shard(n, rows, batch_rows) for n, rows in enumerate(shard_rows)]
+    parts = shard_parts(shards, batch_rows, size=part_shards)
+    return manifest_of(parts, batch_rows, (2, 2) if pictures else None)
+
+
+def planned_shard(number: int, rows: int, batch_rows: int) -> ShardInfo:
+    """A shard that no store holds: batches of a kilobyte a row."""
+    batches = tuple(
+        BatchInfo(
+            1024 * first,
+            1024 * min(batch_rows, rows - first),
+            min(batch_rows, rows - first),
+            f"{number << 20 | first:016x}",
         )
-        for n, rows in enumerate(shard_rows)
-    ]
-    return manifest_of(shards, batch_rows, (2, 2) if pictures else None)
+        for first in range(0, rows, batch_rows)
+    )
+    return ShardInfo(f"shards/{number}", rows, 1024 * rows, f"{number:064x}", batches)
+
+
+def vast(uri: str, rows: int, *, batch_rows: int = 64, shard_rows: int = 8192) -> Manifest:
+    """A published manifest of this many rows in real parts; no shard lies behind it.
+
+    All full parts are the same object: their content is, and their content names them.
+    """
+    store = open_store(uri)
+    per_part = PART_SHARDS * shard_rows
+    kinds = {}
+    for left in (per_part, rows % per_part):
+        shards = (
+            planned_shard(n, min(shard_rows, left - n * shard_rows), batch_rows)
+            for n in range(-(-left // shard_rows))
+        )
+        kinds[left] = shard_parts(shards, batch_rows, store)
+    infos = kinds[per_part].infos * (rows // per_part) + kinds[rows % per_part].infos
+    parts = PartList(infos, ShardPart.decode, StoredParts(store.uri))
+    return publish(store, manifest_of(parts, batch_rows, (2, 2)))
 
 
 def manifest_of(
@@ -128,8 +163,14 @@ def manifest_of(
         vocab_size=60,
         class_names=NAMES,
         batch_rows=batch_rows,
-        shards=tuple(shards),
+        shards=shards,
         quarantine=(),
-        counts={"examples": sum(s.rows for s in shards), "quarantined": 0},
+        counts={"examples": _rows(shards), "quarantined": 0},
         card_sha256=card_sha256,
     )
+
+
+def _rows(shards: Sequence[ShardInfo]) -> int:
+    if isinstance(shards, PartList):
+        return int(shards.row_start[-1])
+    return sum(s.rows for s in shards)

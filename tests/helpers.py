@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
 from mdm.data.batch import Batch, sample_key
 from mdm.dist import World
+from mdm.objective import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, VOCAB, LATENTS, CHANNELS = 12, 64, 4, 16
@@ -39,16 +40,6 @@ def small_config(run_dir: Path, global_batch: int = 8, **train: Any) -> Config:
         seed=1,
         run_dir=str(run_dir),
     )
-
-
-class LossTerms(NamedTuple):
-    total: Tensor
-    rec_img: Tensor
-    rec_txt: Tensor
-    kl: Tensor
-    eps_img: Tensor
-    se_img: Tensor
-    se_txt: Tensor
 
 
 class Mixer(nn.Module):
@@ -106,7 +97,10 @@ class SmallObjective(nn.Module):
         )
         image = self.image_out(x[:, batch.tokens.shape[1] :])
         eps_img = zero if batch.latents is None else F.mse_loss(image.float(), batch.latents)
-        return LossTerms(rec_txt + eps_img, zero, rec_txt, zero, eps_img, zero, zero)
+        by_conditioning = torch.zeros(len(CONDITIONINGS), len(CONDITIONED_TERMS))
+        return LossTerms(
+            *(rec_txt + eps_img, zero, rec_txt, zero, eps_img, zero, zero), by_conditioning
+        )
 
 
 class MemoryLoader:

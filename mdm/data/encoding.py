@@ -1,13 +1,13 @@
-"""The second pass of encoding: records -> decoded chunks -> latents -> shards.
+"""The second pass of encoding: records -> decoded chunks -> latents.
 
-Each stage is a plain function; the executor in `pipelines/encode.py` says where it runs. The same
-recipe and input give the same bytes, however the work is split, interrupted or retried.
+Each stage is a plain function; the executor in `pipelines/encode_on_ray.py` says where it runs. The
+same recipe and input give the same bytes, however the work is split, interrupted or retried. A
+picture that neighbouring records share is decoded and encoded once.
 
-Shapes: n examples of a chunk, H x W pixels, N image tokens, C numbers a latent.
+Shapes: n examples and p pictures of a chunk, H x W pixels, N image tokens, C numbers a latent.
 """
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,74 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdm import sources
+from mdm.data.duplicates import ID_TAKEN
 from mdm.data.image import decode_image
-from mdm.data.manifest import Quarantined, canonical, shard_from_json
-from mdm.data.schema import (
-    MAX_VOCAB_SIZE,
-    Examples,
-    ShardInfo,
-    example_schema,
-    to_bfloat16_bits,
-    write_shard,
-)
+from mdm.data.manifest import Quarantined
+from mdm.data.quality import text_problem
+from mdm.data.receipt import SAMPLES, Receipt, Sample, lowest, sample_rank, write_group
+from mdm.data.recipe import Recipe
+from mdm.data.schema import Examples, to_bfloat16_bits
 from mdm.data.storage import Store
-from mdm.data.survey import ID_TAKEN, Group
+from mdm.data.survey import Group
 from mdm.data.text import fit
 from mdm.data.tokenizer import EOS, Tokenizer
 from mdm.sources.record import BadRecord, RawRecord, Unit
 
-# Raise it whenever the same input would give other bytes.
-CODE_VERSION = 1
-TOO_SHORT = "too short text"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that determines the bytes of an encoded data set."""
-
-    dataset: str
-    split: str
-    inputs_sha256: str  # of the units' fingerprints
-    tokenizer_sha256: str
-    vocab_size: int
-    autoencoder_sha256: str | None
-    image_size: int | None  # pixels, each way; None for text alone
-    image_grid: tuple[int, int] | None
-    latent_dim: int
-    text_length: int
-    min_chars: int
-    shard_rows: int
-    batch_rows: int
-    encode_batch: int
-    encoder_threads: int
-    device: str
-    code_version: int = CODE_VERSION
-
-    def __post_init__(self) -> None:
-        if self.vocab_size > MAX_VOCAB_SIZE:
-            raise ValueError(
-                f"the tokenizer has {self.vocab_size} pieces, shards hold up to {MAX_VOCAB_SIZE}"
-            )
-        if self.text_length < 4:
-            raise ValueError(f"text_length is {self.text_length}; at least 4 tokens are needed")
-        for name in ("min_chars", "shard_rows", "batch_rows", "encode_batch", "encoder_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-
-    @property
-    def hash(self) -> str:
-        """sha256 of all of it."""
-        return hashlib.sha256(canonical(dataclasses.asdict(self))).hexdigest()
-
-    @property
-    def work(self) -> str:
-        """Where this recipe's receipts lie until the manifest is published."""
-        return f"work/{self.hash[:16]}"
-
-
-def inputs_sha256(units: Sequence[Unit]) -> str:
-    """sha256 over the units' fingerprints, in order."""
-    return hashlib.sha256("\n".join(u.fingerprint for u in units).encode()).hexdigest()
+# A chunk's examples, at most this many for each picture it may hold: dialogues have many turns.
+_EXAMPLES_A_PICTURE = 8
 
 
 def has_pictures(units: Sequence[Unit]) -> bool:
@@ -110,9 +57,11 @@ class Chunk:
     """Some examples on their way, and what became of the records read beside them."""
 
     examples: Examples
-    pixels: NDArray[np.uint8] | None  # [n, 3, H, W] until they are encoded
+    pixels: NDArray[np.uint8] | None  # [p, 3, H, W] until they are encoded
+    pictures: NDArray[np.int64]  # [n] which of the pictures is whose
     quarantine: tuple[Quarantined, ...]
     counts: Counter[str]
+    samples: tuple[Sample, ...]
 
 
 @dataclass
@@ -122,122 +71,172 @@ class _Gathering:
     class_ids: list[int] = field(default_factory=list)
     tokens: list[NDArray[np.uint16]] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
+    pictures: list[int] = field(default_factory=list)
     pixels: list[NDArray[np.uint8]] = field(default_factory=list)
     quarantine: list[Quarantined] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    samples: list[Sample] = field(default_factory=list)
 
-    def take(self, n: int) -> Chunk:
-        """The first `n` examples and all the news as a chunk."""
-        chunk = Chunk(
+    def chunk(self) -> Chunk:
+        """All of it."""
+        return Chunk(
             Examples(
-                self.ids[:n],
-                self.origins[:n],
-                np.array(self.class_ids[:n], np.int32),
-                self.tokens[:n],
-                np.array(self.prompts[:n], np.uint16),
+                self.ids,
+                self.origins,
+                np.array(self.class_ids, np.int32),
+                self.tokens,
+                np.array(self.prompts, np.uint16),
                 None,
             ),
-            np.stack(self.pixels[:n]) if self.pixels else None,
+            np.stack(self.pixels) if self.pixels else None,
+            np.array(self.pictures, np.int64),
             tuple(self.quarantine),
             self.counts,
+            tuple(self.samples),
         )
-        for part in (self.ids, self.origins, self.class_ids, self.tokens, self.prompts):
-            del part[:n]
-        del self.pixels[:n]
-        self.quarantine, self.counts = [], Counter()
+
+
+class _Decoder:
+    """The state of one group's decoding."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.now = _Gathering()
+        self._last: tuple[bytes, NDArray[np.uint8] | str] | None = None
+        self._ranks: list[int] = []  # of the samples so far
+
+    def full(self, record: RawRecord) -> bool:
+        """Whether the chunk has to be taken before the record is added."""
+        batch = self.recipe.encode_batch
+        if record.image is None:
+            return len(self.now.ids) >= batch
+        shared = self._last is not None and self._last[0] == record.image
+        return len(self.now.ids) >= _EXAMPLES_A_PICTURE * batch or (
+            len(self.now.pixels) >= batch and not shared
+        )
+
+    def take(self) -> Chunk:
+        """The chunk, and begin another."""
+        chunk, self.now, self._last = self.now.chunk(), _Gathering(), None
         return chunk
+
+    def add(self, record: RawRecord) -> str | None:
+        """Add the record's examples; the reason if it belongs in quarantine instead."""
+        if (record.image is None) != (self.recipe.image_size is None):
+            return (
+                "no picture in a data set of pictures"
+                if record.image is None
+                else ("a picture in a data set of texts")
+            )
+        try:
+            record.id.encode()
+            texts = list(self._texts(record))
+            pixels = self._pixels(record.image) if record.image is not None and texts else None
+        except UnicodeEncodeError:
+            return "text is not valid Unicode"
+        except ValueError as error:
+            return str(error)
+        now = self.now
+        for suffix, tokens, prompt in texts:
+            now.ids.append(record.id + suffix)
+            now.origins.append(below(record.origin, None))
+            now.class_ids.append(-1 if record.label is None else record.label)
+            now.tokens.append(tokens)
+            now.prompts.append(prompt)
+            now.pictures.append(len(now.pixels) - 1)
+            self._sample(now.ids[-1], tokens, pixels)
+        return None
+
+    def _pixels(self, data: bytes) -> NDArray[np.uint8]:
+        """The picture, decoded unless the record before had the same."""
+        assert self.recipe.image_size is not None
+        if self._last is None or self._last[0] != data:
+            try:
+                pixels = decode_image(data, self.recipe.image_size)
+            except ValueError as error:
+                self._last = data, str(error)
+            else:
+                self._last = data, pixels
+                self.now.pixels.append(pixels)
+        found = self._last[1]
+        if isinstance(found, str):
+            raise ValueError(found)
+        return found
+
+    def _sample(
+        self, example: str, tokens: NDArray[np.uint16], pixels: NDArray[np.uint8] | None
+    ) -> None:
+        rank = sample_rank(example)
+        if len(self._ranks) < SAMPLES or rank < self._ranks[-1]:
+            self._ranks = sorted([*self._ranks, rank])[:SAMPLES]
+            text = self.tokenizer.decode(tokens.tolist())
+            self.now.samples.append(Sample.of(example, text, pixels))
+
+    def _texts(self, record: RawRecord) -> Iterator[tuple[str, NDArray[np.uint16], int]]:
+        """(id suffix, tokens, prompt length): the caption, or one reply after another."""
+        if not record.turns:
+            if record.text is None:
+                raise ValueError("neither caption nor dialogue")
+            if self._drop(record.text, self.recipe.min_chars):
+                return
+            ids = [*self.tokenizer.encode(record.text), EOS]
+            if len(ids) == 1:
+                raise ValueError("the text has no tokens")
+            yield "", *self._fitted(ids, 0)
+            return
+        if len(record.turns) < 2:
+            raise ValueError("a dialogue without a reply")
+        # "2" is a good answer to a question about a picture.
+        least = self.recipe.min_chars if record.image is None else 1
+        for k in range(len(record.turns) // 2):
+            turns = record.turns[: 2 * k + 2]
+            if self._drop(turns[-1], least):
+                continue
+            ids, prompt = self.tokenizer.encode_dialogue(turns)
+            shortened = len(ids) > self.recipe.text_length
+            # Forget whole exchanges, the oldest first, before cutting into one.
+            while len(ids) > self.recipe.text_length and len(turns) > 2:
+                turns = turns[2:]
+                ids, prompt = self.tokenizer.encode_dialogue(turns)
+            if len(ids) <= self.recipe.text_length:
+                self.now.counts["shortened texts"] += shortened
+            yield f"#t{k}", *self._fitted(ids, prompt)
+
+    def _drop(self, text: str, least: int) -> bool:
+        reason = text_problem(text, least)
+        if reason and (self.recipe.text_filters or reason == "too short text"):
+            self.now.counts[f"dropped: {reason}"] += 1
+            return True
+        return False
+
+    def _fitted(self, ids: list[int], prompt: int) -> tuple[NDArray[np.uint16], int]:
+        self.now.counts["shortened texts"] += len(ids) > self.recipe.text_length
+        return fit(np.array(ids, np.uint16), prompt, self.recipe.text_length)
 
 
 def decode_group(group: Group, recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Chunk]:
-    """The group's chunks, each of `encode_batch` examples but the last, which may be empty."""
-    now = _Gathering()
+    """The group's chunks: `encode_batch` pictures, or texts, but the last, which may be empty."""
+    decoder = _Decoder(recipe, tokenizer)
     for unit, left_out in zip(group.units, group.left_out, strict=True):
         for position, record in enumerate(sources.get(unit.source).read(unit)):
-            now.counts["records"] += 1
+            if isinstance(record, RawRecord) and decoder.full(record):
+                yield decoder.take()
+            decoder.now.counts["records"] += 1
             reason = record.reason if isinstance(record, BadRecord) else left_out.get(position)
             if isinstance(record, RawRecord) and reason is None:
-                reason = _add(now, record, recipe, tokenizer)
+                reason = decoder.add(record)
             elif isinstance(record, RawRecord) and reason != ID_TAKEN:
-                now.counts[f"dropped: {reason}"] += 1
+                decoder.now.counts[f"dropped: {reason}"] += 1
                 reason = None
             if reason is not None:
-                origin = _below(record.origin, unit.root)
-                now.quarantine.append(Quarantined(_printable(record.id), reason, origin))
-            while len(now.ids) >= recipe.encode_batch:
-                yield now.take(recipe.encode_batch)
-    yield now.take(len(now.ids))
+                origin = below(record.origin, unit.root)
+                decoder.now.quarantine.append(
+                    Quarantined(_printable(record.id), _printable(reason), origin)
+                )
+    yield decoder.take()
 
 
-def _add(now: _Gathering, record: RawRecord, recipe: Recipe, tokenizer: Tokenizer) -> str | None:
-    """Add the record's examples; the reason if it belongs in quarantine instead."""
-    pixels = None
-    if (record.image is None) != (recipe.image_size is None):
-        return (
-            "no picture in a data set of pictures"
-            if record.image is None
-            else ("a picture in a data set of texts")
-        )
-    try:
-        record.id.encode()
-        texts = list(_texts(record, recipe, tokenizer, now.counts))
-        if record.image is not None and recipe.image_size is not None and texts:
-            pixels = decode_image(record.image, recipe.image_size)
-    except UnicodeEncodeError:
-        return "text is not valid Unicode"
-    except ValueError as error:
-        return str(error)
-    for suffix, tokens, prompt in texts:
-        now.ids.append(record.id + suffix)
-        now.origins.append(_below(record.origin, None))
-        now.class_ids.append(-1 if record.label is None else record.label)
-        now.tokens.append(tokens)
-        now.prompts.append(prompt)
-        if pixels is not None:
-            now.pixels.append(pixels)
-    return None
-
-
-def _texts(
-    record: RawRecord, recipe: Recipe, tokenizer: Tokenizer, counts: Counter[str]
-) -> Iterator[tuple[str, NDArray[np.uint16], int]]:
-    """(id suffix, tokens, prompt length): the caption, or one reply of a dialogue after another."""
-    if not record.turns:
-        if record.text is None:
-            raise ValueError("neither caption nor dialogue")
-        if len(" ".join(record.text.split())) < recipe.min_chars:
-            counts[f"dropped: {TOO_SHORT}"] += 1
-            return
-        ids = [*tokenizer.encode(record.text), EOS]
-        if len(ids) == 1:
-            raise ValueError("the text has no tokens")
-        yield "", *_fitted(ids, 0, recipe, counts)
-        return
-    if len(record.turns) < 2:
-        raise ValueError("a dialogue without a reply")
-    for k in range(len(record.turns) // 2):
-        turns = record.turns[: 2 * k + 2]
-        if len(turns[-1].strip()) < recipe.min_chars:
-            counts[f"dropped: {TOO_SHORT}"] += 1
-            continue
-        ids, prompt = tokenizer.encode_dialogue(turns)
-        shortened = len(ids) > recipe.text_length
-        # Forget whole exchanges, the oldest first, before cutting into one.
-        while len(ids) > recipe.text_length and len(turns) > 2:
-            turns = turns[2:]
-            ids, prompt = tokenizer.encode_dialogue(turns)
-        if len(ids) <= recipe.text_length:
-            counts["shortened texts"] += shortened
-        yield f"#t{k}", *_fitted(ids, prompt, recipe, counts)
-
-
-def _fitted(
-    ids: list[int], prompt: int, recipe: Recipe, counts: Counter[str]
-) -> tuple[NDArray[np.uint16], int]:
-    counts["shortened texts"] += len(ids) > recipe.text_length
-    return fit(np.array(ids, np.uint16), prompt, recipe.text_length)
-
-
-def _below(origin: str, root: str | None) -> str:
+def below(origin: str, root: str | None) -> str:
     """`origin` without the machine's part of its path, fit for UTF-8."""
     if root is not None and Path(origin).is_absolute():
         origin = origin.removeprefix(root).lstrip("/")
@@ -258,77 +257,38 @@ def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> C
         return chunk
     import torch  # the stages that need no network start without it
 
-    n = len(chunk.pixels)
+    p = len(chunk.pixels)
     full = np.zeros((recipe.encode_batch, *chunk.pixels.shape[1:]), np.uint8)
-    full[:n] = chunk.pixels
-    latents = autoencoder.encode(torch.from_numpy(full))[:n].float().cpu().numpy().reshape(n, -1)
+    full[:p] = chunk.pixels
+    latents = autoencoder.encode(torch.from_numpy(full))[:p].float().cpu().numpy().reshape(p, -1)
     good = np.isfinite(latents).all(axis=1)
+    kept = np.flatnonzero(good[chunk.pictures])
     bad = tuple(
         Quarantined(chunk.examples.ids[i], "latents are not finite", chunk.examples.origins[i])
-        for i in np.flatnonzero(~good).tolist()
+        for i in np.flatnonzero(~good[chunk.pictures]).tolist()
     )
-    kept = chunk.examples.take(np.flatnonzero(good))
-    examples = dataclasses.replace(kept, latents=to_bfloat16_bits(latents[good]))
-    return Chunk(examples, None, chunk.quarantine + bad, chunk.counts)
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """A group that is done: its shards are written."""
-
-    shards: tuple[ShardInfo, ...]
-    quarantine: tuple[Quarantined, ...]
-    counts: dict[str, int]
-    token_lengths: dict[str, int]  # length -> texts
-    classes: dict[str, int]  # class id -> examples
-
-    def to_bytes(self) -> bytes:
-        """As its object holds it."""
-        return canonical(dataclasses.asdict(self))
-
-    @staticmethod
-    def from_json(plain: dict[str, Any]) -> "Receipt":
-        """The receipt that `to_bytes` wrote."""
-        shards = tuple(shard_from_json(s) for s in plain["shards"])
-        quarantine = tuple(Quarantined(**q) for q in plain["quarantine"])
-        return Receipt(**(plain | {"shards": shards, "quarantine": quarantine}))
-
-
-def write_group(store: Store, group: Group, recipe: Recipe, chunks: Sequence[Chunk]) -> Receipt:
-    """Write the group's shards, then its receipt.
-
-    Rows are shuffled within the group, and the shards are of about `shard_rows` rows. An object
-    that is there already has the same bytes: its name is their hash.
-    """
-    examples = Examples.concatenate(
-        [c.examples for c in chunks if len(c.examples)] or [chunks[0].examples]
+    latents[~good] = 0
+    bits = to_bfloat16_bits(latents)[chunk.pictures[kept]]
+    return dataclasses.replace(
+        chunk,
+        examples=dataclasses.replace(chunk.examples.take(kept), latents=bits),
+        pixels=None,
+        pictures=np.zeros(0, np.int64),
+        quarantine=chunk.quarantine + bad,
     )
-    rows = np.random.Generator(np.random.Philox(key=1, counter=group.index)).permutation(
-        len(examples)
-    )
-    schema = example_schema(recipe.image_grid, recipe.latent_dim)
-    parts = max(1, round(len(rows) / recipe.shard_rows))
-    size = -(-len(rows) // parts // recipe.batch_rows) * recipe.batch_rows
-    shards = []
-    for start in range(0, len(rows), max(size, recipe.batch_rows)):
-        part = examples.take(rows[start : start + max(size, recipe.batch_rows)])
-        data, info = write_shard(part, schema, recipe.batch_rows)
-        store.put(info.key, data, if_absent=True)
-        shards.append(info)
+
+
+def write_chunks(store: Store, group: Group, recipe: Recipe, chunks: Sequence[Chunk]) -> Receipt:
+    """Write the group whose chunks these are, all of them and in order."""
     counts: Counter[str] = Counter()
     for chunk in chunks:
         counts.update(chunk.counts)
-    quarantine = tuple(q for c in chunks for q in c.quarantine)
-    receipt = Receipt(
-        tuple(shards),
-        quarantine,
-        {k: v for k, v in sorted(counts.items()) if v},
-        _histogram(len(t) for t in examples.tokens),
-        _histogram(examples.class_ids.tolist()),
+    return write_group(
+        store,
+        group,
+        recipe,
+        [c.examples for c in chunks],
+        [q for c in chunks for q in c.quarantine],
+        counts,
+        lowest(s for c in chunks for s in c.samples),
     )
-    store.put(f"{recipe.work}/group/{group.index:06d}.json", receipt.to_bytes())
-    return receipt
-
-
-def _histogram(values: Any) -> dict[str, int]:
-    return {str(k): v for k, v in sorted(Counter(values).items())}

@@ -40,6 +40,29 @@ def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
     The EXIF orientation is applied, transparency lies over white. ValueError says why a picture is
     refused: empty, not a picture, truncated, damaged, or of too many pixels.
     """
+    # JPEG can be unpacked at a fraction of its size; twice the target keeps all detail.
+    rgb = _decoded(data, 2 * size)
+    rgb = _middle(rgb)
+    scale = size / min(rgb.size)
+    width, height = (max(size, round(side * scale)) for side in rgb.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+    rgb = rgb.crop((left, top, left + size, top + size))
+    return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def thumbnail(data: bytes) -> NDArray[np.uint8]:
+    """The whole picture in 96 bytes: 8 x 8 luma, then 4 x 4 of each chroma; errors as above."""
+    small = _decoded(data, 64).convert("YCbCr")
+    luma, blue, red = (
+        part.resize(size, Image.Resampling.BOX)
+        for part, size in zip(small.split(), ((8, 8), (4, 4), (4, 4)), strict=True)
+    )
+    return np.concatenate([np.asarray(part, np.uint8).reshape(-1) for part in (luma, blue, red)])
+
+
+def _decoded(data: bytes, least: int) -> Image.Image:
+    """RGB, at its own size or, for JPEG, a fraction of it that is at least `least` pixels."""
     if not data:
         raise ValueError("empty file")
     try:
@@ -56,22 +79,14 @@ def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
     if min(width, height) < 1:
         raise ValueError(f"picture of no pixels: {width} x {height}")
     try:
-        # JPEG can be unpacked at a fraction of its size; twice the target keeps all detail.
-        picture.draft(None, (2 * size, 2 * size))
+        picture.draft(None, (least, least))
         picture.load()
         if picture.format == "JPEG" and not _has_end(data):
             raise OSError("file is truncated: no end marker")  # libjpeg fills it in grey
-        rgb = _rgb(ImageOps.exif_transpose(picture))
+        return _rgb(ImageOps.exif_transpose(picture))
     except _DECODER_ERRORS as error:
         kind = "truncated" if "truncated" in str(error) else "damaged"
         raise ValueError(f"{kind} picture: {error}") from None
-    rgb = _middle(rgb)
-    scale = size / min(rgb.size)
-    width, height = (max(size, round(side * scale)) for side in rgb.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    rgb = rgb.crop((left, top, left + size, top + size))
-    return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
 
 
 def _unidentified(data: bytes) -> str:

@@ -10,111 +10,26 @@ import hashlib
 import queue
 import threading
 import time
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mdm.config import Config
+from mdm.data import packing, resume
 from mdm.data.batch import Batch, sample_key
-from mdm.data.manifest import Manifest
-from mdm.data.mixture import Mixture, Source, open_mixture
+from mdm.data.mixture import Mixture, open_mixture
+from mdm.data.node_cache import NodeCache
 from mdm.data.order import Draw, Order, check_world, layout_of
-from mdm.data.schema import Rows, checksum, from_bfloat16_bits, read_rows
-from mdm.data.storage import Store, StoreError
-from mdm.data.text import fit
+from mdm.data.reader import BatchKey, Pending, RowCache, open_cache, open_readers
+from mdm.data.resume import ResumeError as ResumeError
 from mdm.data.tokenizer import PAD
 from mdm.dist import World
-
-STATE_VERSION = 1
-_BatchKey = tuple[int, int, int]  # source, shard, record batch
-
-
-class ResumeError(ValueError):
-    """A saved state belongs to other data; the message names both values."""
-
-
-class SourceReader:
-    """Reads record batches of one source by byte range and checks every one."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.manifest: Manifest = source.manifest
-        self.store: Store = source.manifest.store()
-
-    def runs(self, shard: int, batches: list[int]) -> list[tuple[int, list[int]]]:
-        """Adjacent record batches of a shard, to be read by one request each."""
-        runs = groupby(enumerate(sorted(batches)), key=lambda at: at[1] - at[0])
-        return [(shard, [batch for _, batch in run]) for _, run in runs]
-
-    def read(self, shard: int, run: list[int]) -> list[Rows]:
-        """These adjacent record batches; StoreError if one is damaged twice."""
-        info = self.manifest.shards[shard]
-        first, last = info.batches[run[0]], info.batches[run[-1]]
-        end = last.offset + last.length
-        data = memoryview(self.store.read_range(info.key, first.offset, end - first.offset))
-        found = []
-        for number in run:
-            batch = info.batches[number]
-            part = data[batch.offset - first.offset :][: batch.length]
-            if checksum(part) != batch.xxh3:
-                part = self._again(shard, number)
-            found.append(read_rows(part, self.manifest.schema))
-        return found
-
-    def _again(self, shard: int, number: int) -> memoryview:
-        """Bytes may be flipped on their way: one more try, then it is the object itself."""
-        info = self.manifest.shards[shard]
-        batch = info.batches[number]
-        data = self.store.read_range(info.key, batch.offset, batch.length)
-        if (found := checksum(data)) != batch.xxh3:
-            raise StoreError(
-                f"source {self.source.name!r}: record batch {number} of {self.store.uri}/{info.key}"
-                f" is damaged (bytes {batch.offset} to {batch.offset + batch.length}): xxh3 is "
-                f"{found}, the manifest says {batch.xxh3}; run verify.py, then restore the shard"
-            )
-        return memoryview(data)
-
-
-class RowCache:
-    """Record batches in memory, the least recently used dropped beyond a budget of bytes."""
-
-    def __init__(self, readers: list[SourceReader], budget: int, threads: int) -> None:
-        self.readers = readers
-        self.budget = budget
-        self._held: OrderedDict[_BatchKey, Rows] = OrderedDict()
-        self._bytes = 0
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mdm-read")
-
-    def get(self, wanted: set[_BatchKey]) -> dict[_BatchKey, Rows]:
-        """All of these; what is missing is read at once, adjacent ones by one request."""
-        missing = sorted(wanted - self._held.keys())
-        runs = [
-            (source, shard, run)
-            for (source, shard), keys in groupby(missing, key=lambda k: k[:2])
-            for _, run in self.readers[source].runs(shard, [k[2] for k in keys])
-        ]
-        fetched = self._pool.map(lambda at: self.readers[at[0]].read(at[1], at[2]), runs)
-        for (source, shard, run), batches in zip(runs, fetched, strict=True):
-            for number, rows in zip(run, batches, strict=True):
-                self._held[source, shard, number] = rows
-                self._bytes += rows.nbytes
-        found = {}
-        for key in wanted:
-            self._held.move_to_end(key)
-            found[key] = self._held[key]
-        while self._bytes > self.budget and len(self._held) > len(wanted):
-            self._bytes -= self._held.popitem(last=False)[1].nbytes
-        return found
-
-    def close(self) -> None:
-        """End the reading threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Loader:
@@ -135,6 +50,7 @@ class Loader:
         prefetch: int = 8,
         cache_bytes: int = 512 << 20,
         threads: int = 4,
+        node_cache: NodeCache | None = None,
     ) -> None:
         self.mixture = mixture
         self.seed = seed
@@ -143,7 +59,7 @@ class Loader:
         self._order = Order(mixture, seed)
         self._lengths = {"image_text": caption_length, "text": dialogue_length}
         self._layouts = [layout_of(s) for s in mixture.sources]
-        self._cache = RowCache([SourceReader(s) for s in mixture.sources], cache_bytes, threads)
+        self._cache = RowCache(open_readers(mixture, node_cache), cache_bytes, threads)
         self._prefetch = prefetch
         self._producer: _Producer | None = None
         self._began = time.perf_counter()
@@ -174,72 +90,91 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been consumed of what, as JSON."""
-        return {
-            "version": STATE_VERSION,
-            "step": self.step,
-            "order_digest": self.order_digest,
-            **self._identity(),
-        }
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "global_batch": self.mixture.global_batch,
-            "window": self.mixture.window,
-            "manifests": {s.name: s.manifest.sha256 for s in self.mixture.sources},
-            "weights": {s.name: s.weight for s in self.mixture.sources},
-        }
+        return resume.state_dict(self._order, self._lengths["text"], self.step, self.order_digest)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; ResumeError names what differs, saved and present."""
-        present = {"version": STATE_VERSION, **self._identity()}
-        for key, value in present.items():
-            if state.get(key) != value:
-                raise ResumeError(
-                    f"cannot resume: the checkpoint was made with data {key} {state.get(key)}, "
-                    f"this run has {value}"
-                )
+        resume.check(state, self._order, self._lengths["text"])
         self._stop()
         self.step = int(state["step"])
         self.order_digest = str(state["order_digest"])
         self._began, self.first_batch_seconds = time.perf_counter(), None
 
-    def make(self, step: int) -> tuple[Draw, Batch]:
-        """The global draw of a step and this rank's batch of it."""
+    def plan(self, step: int) -> "_Plan":
+        """What a step reads; the reading begins."""
         draw = self._order.draw(step)
-        return draw, self._collate(draw.share(self.world))
+        # Which rank has a packed text is decided by the lengths of all: every rank reads them.
+        return self._ask(draw, draw if self._packs(draw) else draw.share(self.world))
 
-    def _collate(self, draw: Draw) -> Batch:
-        size, length = len(draw.ids), self._lengths[draw.task]
-        keys: list[_BatchKey] = [(0, 0, 0)] * size
+    def _packs(self, draw: Draw) -> bool:
+        return draw.task == "text" and self.mixture.texts_per_row > 1
+
+    def _ask(self, draw: Draw, share: Draw) -> "_Plan":
+        size = len(share.ids)
         rows = np.empty(size, np.int64)
-        for source in np.unique(draw.sources):
-            at = np.flatnonzero(draw.sources == source)
-            shards, batches, rows[at] = self._layouts[source].locate(draw.rows[at])
+        places: dict[BatchKey, list[int]] = {}
+        for source in np.unique(share.sources).tolist():
+            at = np.flatnonzero(share.sources == source)
+            shards, batches, rows[at] = self._layouts[source].locate(share.rows[at])
             for i, shard, batch in zip(at.tolist(), shards.tolist(), batches.tolist(), strict=True):
-                keys[i] = (int(source), shard, batch)
-        held = self._cache.get(set(keys))
-        tokens = np.full((size, length), PAD, np.int64)
-        prompts = np.zeros((size, 1), np.int64)
-        class_ids = np.empty(size, np.int64)
-        latents: list[np.ndarray[Any, np.dtype[np.uint16]]] = []
-        for i, (key, row) in enumerate(zip(keys, rows.tolist(), strict=True)):
-            batch_rows = held[key]
-            text, prompts[i] = fit(
-                batch_rows.text(row), int(batch_rows.prompt_lengths[row]), length
-            )
-            tokens[i, : len(text)] = text
-            class_ids[i] = batch_rows.class_ids[row]
-            if batch_rows.latents is not None:
-                latents.append(batch_rows.latents[row])
+                places.setdefault((source, shard, batch), []).append(i)
+        return _Plan(draw, share, places, rows, self._cache.ask(places.keys()))
+
+    def collate(self, plan: "_Plan") -> Batch:
+        """This rank's batch of a step; StoreError if its data cannot be read."""
+        share, rows = plan.share, plan.rows
+        size, length = len(share.ids), self._lengths[share.task]
+        tokens = np.empty((size, length), np.int64)
+        prompts, class_ids = np.empty(size, np.int64), np.empty(size, np.int64)
+        bits = None
+        for key, places in plan.places.items():
+            held = self._cache.wait(plan.pending[key])
+            at, within = np.array(places), rows[places]
+            texts, kept = held.texts(length)
+            tokens[at], prompts[at] = texts[within], kept[within]
+            class_ids[at] = held.class_ids[within]
+            if held.latents is not None:
+                if bits is None:
+                    bits = np.empty((size, *held.latents.shape[1:]), np.uint16)
+                bits[at] = held.latents[within]
+        if self._packs(plan.draw):
+            return self._pack(share, tokens, prompts, class_ids)
+        latents = None if bits is None else torch.from_numpy(bits.view(np.int16))
         return Batch(
-            ids=tuple(draw.ids),
-            keys=torch.tensor([sample_key(i) for i in draw.ids], dtype=torch.int64),
-            epochs=torch.from_numpy(draw.epochs.copy()),
+            ids=tuple(share.ids),
+            keys=torch.tensor([sample_key(i) for i in share.ids], dtype=torch.int64),
+            epochs=torch.from_numpy(share.epochs.copy()),
             class_ids=torch.from_numpy(class_ids),
             tokens=torch.from_numpy(tokens),
-            prompt=torch.from_numpy(np.arange(length) < prompts),
-            latents=torch.from_numpy(from_bfloat16_bits(np.stack(latents))) if latents else None,
+            prompt=torch.from_numpy(np.arange(length) < prompts[:, None]),
+            latents=None if latents is None else latents.view(torch.bfloat16).float(),
+        )
+
+    def _pack(
+        self,
+        draw: Draw,
+        tokens: NDArray[np.int64],
+        prompts: NDArray[np.int64],
+        class_ids: NDArray[np.int64],
+    ) -> Batch:
+        """This rank's rows of a step's packed texts, [T, M] as yet."""
+        lengths = (tokens != PAD).sum(1).tolist()
+        packs = packing.plan(lengths, tokens.shape[1], self.mixture.global_batch)
+        own = packing.share(packs, self.world.rank, self.world.size)
+        texts = [text[:length] for text, length in zip(tokens, lengths, strict=True)]
+        packed = packing.fill(own, texts, prompts.tolist(), tokens.shape[1])
+        places = np.array([place for pack in own for place in pack], np.int64)
+        mine = draw.take(places)
+        return Batch(
+            ids=tuple(mine.ids),
+            keys=torch.tensor([sample_key(i) for i in mine.ids], dtype=torch.int64),
+            epochs=torch.from_numpy(mine.epochs),
+            class_ids=torch.from_numpy(class_ids[places]),
+            tokens=torch.from_numpy(packed.tokens),
+            prompt=torch.from_numpy(packed.prompt),
+            latents=None,
+            text_of=torch.from_numpy(packed.text_of),
+            average_over=len(draw.ids) // self.world.size,
         )
 
     def _stop(self) -> None:
@@ -264,6 +199,17 @@ class Loader:
         self.close()
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A step whose record batches have been asked for."""
+
+    draw: Draw  # of all ranks
+    share: Draw
+    places: dict[BatchKey, list[int]]  # where in the share the rows of a record batch go
+    rows: NDArray[np.int64]  # [B] rows in their record batches
+    pending: dict[BatchKey, Pending]
+
+
 class _Producer:
     """A thread that makes the batches of the next steps ahead of their use."""
 
@@ -276,9 +222,14 @@ class _Producer:
         self._thread.start()
 
     def _run(self, loader: Loader, step: int) -> None:
+        plans: deque[_Plan] = deque()
         while not self._closed.is_set():
             try:
-                made: tuple[Draw, Batch] | BaseException = loader.make(step)
+                # Steps ahead are asked for before this one is made: their latency is hidden.
+                while len(plans) <= self._ready.maxsize:
+                    plans.append(loader.plan(step + len(plans)))
+                plan = plans.popleft()
+                made: tuple[Draw, Batch] | BaseException = plan.draw, loader.collate(plan)
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 made = error
             while not self._closed.is_set():
@@ -337,4 +288,5 @@ def build_loader(config: Config, world: World) -> Loader:
         world,
         caption_length=config.data.caption_length,
         dialogue_length=config.data.dialogue_length,
+        node_cache=open_cache(mixture, config.data) if config.data.cache_dir else None,
     )

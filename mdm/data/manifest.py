@@ -1,34 +1,38 @@
-"""The commit record of an encoded data set: written last, immutable, identified by its sha256."""
+"""The commit record of an encoded data set: written last, immutable, identified by its sha256.
+
+It names the parts in which its shards and its quarantine lie (`parts.py`): opening it costs the
+same for a thousand samples as for 10^10, but for 80 bytes a part of about two million.
+"""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
 
-from mdm.data.schema import SCHEMA_VERSION, BatchInfo, ShardInfo, example_schema
+from mdm.data.parts import ManifestError as ManifestError
+from mdm.data.parts import (
+    PartInfo,
+    PartList,
+    ShardPart,
+    StoredParts,
+    decode_quarantine,
+    quarantine_parts,
+    shard_parts,
+)
+from mdm.data.parts import Quarantined as Quarantined
+from mdm.data.parts import canonical as canonical
+from mdm.data.schema import BatchInfo, ShardInfo, example_schema
 from mdm.data.storage import MissingObjectError, Store, open_store
 
 MANIFEST = "manifest.json"
 MANIFEST_SHA256 = "manifest.json.sha256"
 CARD = "card.json"
-
-
-class ManifestError(ValueError):
-    """A manifest that cannot be used; the message is one line for the user."""
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """A record that could not be encoded, why, and where it lies."""
-
-    id: str
-    reason: str
-    origin: str
+MANIFEST_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -45,26 +49,39 @@ class Manifest:
     vocab_size: int
     class_names: tuple[str, ...]
     batch_rows: int  # of every record batch but a shard's last
-    shards: tuple[ShardInfo, ...]
-    quarantine: tuple[Quarantined, ...]
+    shards: Sequence[ShardInfo]  # held in parts, whatever is given
+    quarantine: Sequence[Quarantined]  # in parts too
     counts: dict[str, int]  # records, examples, dropped and quarantined by reason, truncated texts
     card_sha256: str
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = MANIFEST_VERSION
     location: str = field(default="", compare=False)  # where it was loaded from; not in the file
 
     def __post_init__(self) -> None:
-        for shard in self.shards:
-            if any(b.rows != self.batch_rows for b in shard.batches[:-1]) or (
-                sum(b.rows for b in shard.batches) != shard.rows
-            ):
-                raise ManifestError(
-                    f"shard {shard.key} is not {shard.rows} rows in batches of {self.batch_rows}"
-                )
+        # ManifestError for shards that do not fit batch_rows.
+        if not isinstance(self.shards, PartList):
+            object.__setattr__(self, "shards", shard_parts(self.shards, self.batch_rows))
+        if not isinstance(self.quarantine, PartList):
+            object.__setattr__(self, "quarantine", quarantine_parts(self.quarantine))
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    @property
+    def shard_parts(self) -> PartList[ShardInfo]:
+        """`shards`, as the list in parts that it is."""
+        assert isinstance(self.shards, PartList)
+        return self.shards
+
+    @property
+    def quarantine_parts(self) -> PartList[Quarantined]:
+        """`quarantine`, as the list in parts that it is."""
+        assert isinstance(self.quarantine, PartList)
+        return self.quarantine
 
     @property
     def rows(self) -> int:
         """Examples in all shards."""
-        return sum(s.rows for s in self.shards)
+        return int(self.shard_parts.row_start[-1])
 
     @property
     def task(self) -> str:
@@ -78,12 +95,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: the same manifest is the same bytes."""
-        plain = dataclasses.asdict(self)
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del plain["location"]
-        for shard in plain["shards"]:
-            shard["batches"] = [
-                [b["offset"], b["length"], b["rows"], b["xxh3"]] for b in shard["batches"]
-            ]
+        plain["shards"] = self.shard_parts.infos
+        plain["quarantine"] = self.quarantine_parts.infos
         return canonical(plain)
 
     @cached_property
@@ -125,29 +140,32 @@ class Manifest:
     def from_bytes(data: bytes, location: str = "") -> "Manifest":
         """The manifest that `to_bytes` wrote; ManifestError for another version."""
         plain: dict[str, Any] = json.loads(data)
-        if (version := plain.get("schema_version")) != SCHEMA_VERSION:
+        if (version := plain.get("schema_version")) != MANIFEST_VERSION:
             raise ManifestError(
                 f"{location or 'the manifest'} has schema version {version}, this code reads "
-                f"{SCHEMA_VERSION}: encode the data set again"
+                f"{MANIFEST_VERSION}: encode the data set again"
             )
-        plain["shards"] = tuple(shard_from_json(s) for s in plain["shards"])
-        plain["quarantine"] = tuple(Quarantined(**q) for q in plain["quarantine"])
+        fetch = StoredParts(location)
+        for name, decode in (("shards", ShardPart.decode), ("quarantine", decode_quarantine)):
+            infos = (PartInfo(*info) for info in plain[name])
+            plain[name] = PartList(infos, decode, fetch)
         plain["class_names"] = tuple(plain["class_names"])
         if plain["image_grid"] is not None:
             plain["image_grid"] = tuple(plain["image_grid"])
         return Manifest(**plain, location=location)
+
+    def objects(self) -> Iterator[str]:
+        """Keys of all objects of the data set."""
+        yield from (MANIFEST, MANIFEST_SHA256, CARD)
+        yield from (i.key for i in self.shard_parts.infos)
+        yield from (i.key for i in self.quarantine_parts.infos)
+        yield from (s.key for s in self.shards)
 
     def batches(self) -> Iterator[tuple[int, int, BatchInfo]]:
         """(shard index, batch index, where it lies), in storage order."""
         for s, shard in enumerate(self.shards):
             for b, batch in enumerate(shard.batches):
                 yield s, b, batch
-
-
-def canonical(plain: Any) -> bytes:
-    """Sorted, unspaced JSON with a newline."""
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text.encode() + b"\n"
 
 
 def shard_from_json(plain: dict[str, Any]) -> ShardInfo:
@@ -161,9 +179,11 @@ def shard_from_json(plain: dict[str, Any]) -> ShardInfo:
 def publish(store: Store, manifest: Manifest) -> Manifest:
     """Commit `manifest`; ManifestError if another one was committed there before.
 
-    The manifest itself is created only if absent: of two jobs one wins. The hash beside it comes
-    after, so that a reader that finds both reads a finished data set.
+    Its parts come before. The manifest itself is created only if absent: of two jobs one wins. The
+    hash beside it comes after, so that a reader that finds both reads a finished data set.
     """
+    manifest.shard_parts.write(store)
+    manifest.quarantine_parts.write(store)
     data = manifest.to_bytes()
     if not store.put(MANIFEST, data, if_absent=True):
         there = store.get(MANIFEST)

@@ -1,7 +1,11 @@
-"""Which data sets a run reads, in which shares."""
+"""Which data sets a run reads, in which shares, from which step on."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +23,7 @@ class Source:
 
     name: str
     manifest: Manifest
-    weight: float
+    weight: float = 1.0  # in the first stage that reads it
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
@@ -32,15 +36,30 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """The shares from `step` to the next stage; a source that is not named rests."""
+
+    step: int
+    weights: tuple[tuple[str, float], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As a loader's state holds it."""
+        return {"step": self.step, "weights": dict(self.weights)}
+
+
+@dataclass(frozen=True)
 class Mixture:
     """Data sets and their shares of the samples.
 
     A step has one task, so the tasks share the steps and the sources of a task share its slots.
+    Without `stages` the sources' own weights hold from the first step to the last.
     """
 
     sources: tuple[Source, ...]
     global_batch: int = 64
     window: int = 4  # record batches shuffled together
+    stages: tuple[Stage, ...] = ()
+    texts_per_row: int = 1  # of a text-only task; above 1 they are packed
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sources]
@@ -48,14 +67,30 @@ class Mixture:
             raise ValueError("a mixture needs at least one source (data.sources is empty)")
         if len(set(names)) != len(names):
             raise ValueError(f"a source is named twice: {names}")
-        for name, value in (("global_batch", self.global_batch), ("window", self.window)):
-            if value < 1:
+        for name in ("global_batch", "window", "texts_per_row"):
+            if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; it must be positive")
+        if not self.stages:
+            first = Stage(0, tuple((s.name, s.weight) for s in self.sources))
+            object.__setattr__(self, "stages", (first,))
+        self._check_stages(names)
         for what in ("tokenizer_sha256", "vocab_size"):
             self._same(what, self.sources)
         pictures = [s for s in self.sources if s.manifest.task == "image_text"]
         for what in ("autoencoder_sha256", "image_grid", "latent_dim"):
             self._same(what, pictures)
+
+    def _check_stages(self, names: Sequence[str]) -> None:
+        steps = [s.step for s in self.stages]
+        if steps[0] != 0 or any(a >= b for a, b in pairwise(steps)):
+            raise ValueError(f"stages begin at steps {steps}; they begin at 0 and go up")
+        used = {name for stage in self.stages for name, _ in stage.weights}
+        if used != set(names):
+            raise ValueError(f"stages read {sorted(used)}, the sources are {sorted(names)}")
+        for stage in self.stages:
+            for name, weight in stage.weights:
+                if weight <= 0:
+                    raise ValueError(f"weight of {name!r} from step {stage.step} on is {weight}")
 
     @staticmethod
     def _same(what: str, sources: Sequence[Source]) -> None:
@@ -67,24 +102,80 @@ class Mixture:
                     f"and {other}; encode both with the same tokenizer and autoencoder"
                 )
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks that occur, in a fixed order."""
-        found = {s.manifest.task for s in self.sources}
-        return tuple(t for t in ("image_text", "text") if t in found)
+    def slots(self, task: str) -> int:
+        """Samples that a step of this task consumes."""
+        return self.global_batch * (self.texts_per_row if task == "text" else 1)
 
-    @property
-    def task_quotas(self) -> tuple[int, ...]:
-        """Steps of each task in QUOTA_BLOCK."""
-        return exact_quotas(
-            [sum(s.weight for s in self.sources if s.manifest.task == t) for t in self.tasks],
-            list(self.tasks),
-        )
+    @cached_property
+    def shares(self) -> tuple["Shares", ...]:
+        """How steps and slots are shared out in each stage."""
+        return tuple(Shares(self, stage) for stage in self.stages)
 
-    def quotas(self, indices: Sequence[int]) -> tuple[int, ...]:
-        """Slots in QUOTA_BLOCK of each of these sources, which share one task's slots."""
-        own = [self.sources[i] for i in indices]
-        return exact_quotas([s.weight for s in own], [s.name for s in own])
+    def stage_at(self, step: int) -> int:
+        """Index of the stage that `step` belongs to."""
+        return bisect_right([s.step for s in self.stages], step) - 1
+
+
+class Shares:
+    """One stage's exact shares: of the steps for each task, of a task's slots for each source."""
+
+    def __init__(self, mixture: Mixture, stage: Stage) -> None:
+        weights = dict(stage.weights)
+        place = {s.name: i for i, s in enumerate(mixture.sources)}
+        of_task = {s.name: s.manifest.task for s in mixture.sources}
+        found = {of_task[name] for name in weights}
+        self.tasks = tuple(t for t in ("image_text", "text") if t in found)
+        # By name: a source that joins later, or another order in the configuration, moves no turn.
+        named = {t: [n for n in sorted(weights) if of_task[n] == t] for t in self.tasks}
+        totals = [sum(weights[n] for n in named[t]) for t in self.tasks]
+        self.steps = Interleaving(exact_quotas(totals, self.tasks))
+        # Task -> its sources' indices in the mixture, and how they take turns.
+        self.sources = {t: [place[n] for n in names] for t, names in named.items()}
+        self.slots = {
+            t: Interleaving(exact_quotas([weights[n] for n in names], names))
+            for t, names in named.items()
+        }
+        self._mixture = mixture
+
+    def consumed(self, steps: int) -> NDArray[np.int64]:
+        """Samples of each source of the mixture that the stage's first `steps` steps take."""
+        count = np.zeros(len(self._mixture.sources), np.int64)
+        for task, turns in zip(self.tasks, self.steps.before(steps).tolist(), strict=True):
+            slots = turns * self._mixture.slots(task)
+            count[self.sources[task]] += self.slots[task].before(slots)
+        return count
+
+    def step_of(self, source: int, turn: int) -> int:
+        """The stage's step that takes its sample number `turn` of a source of its own."""
+        task = next(t for t in self.tasks if source in self.sources[t])
+        slot = self.slots[task].nth(self.sources[task].index(source), turn)
+        return self.steps.nth(self.tasks.index(task), slot // self._mixture.slots(task))
+
+
+class Interleaving:
+    """Turns taken in fixed proportion: each block of QUOTA_BLOCK has its exact quota of each."""
+
+    def __init__(self, quotas: Sequence[int]) -> None:
+        self.quotas = np.array(quotas, np.int64)
+        self.block = interleave(quotas)  # [QUOTA_BLOCK] whose turn it is
+        taken = self.block[:, None] == np.arange(len(quotas))
+        self.taken = np.concatenate([np.zeros((1, len(quotas)), np.int64), taken.cumsum(0)])
+
+    def turns(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Whose turn slots `start` to `stop` are."""
+        turns: NDArray[np.int64] = self.block[np.arange(start, stop) % QUOTA_BLOCK]
+        return turns
+
+    def before(self, slot: int) -> NDArray[np.int64]:
+        """How many turns each has had before `slot`."""
+        block, within = divmod(slot, QUOTA_BLOCK)
+        count: NDArray[np.int64] = block * self.quotas + self.taken[within]
+        return count
+
+    def nth(self, who: int, turn: int) -> int:
+        """The slot of `who`'s turn number `turn`."""
+        block, within = divmod(turn, int(self.quotas[who]))
+        return block * QUOTA_BLOCK + int(np.flatnonzero(self.block == who)[within])
 
 
 def exact_quotas(weights: Sequence[float], names: Sequence[str]) -> tuple[int, ...]:
@@ -113,11 +204,22 @@ def interleave(quotas: Sequence[int]) -> NDArray[np.int64]:
 
 def open_mixture(config: DataConfig) -> Mixture:
     """The mixture that a run's configuration names; ManifestError if a data set is missing."""
+    stages = [(0, config.sources), *((s.step, s.sources) for s in config.stages)]
+    first: dict[str, float] = {}
+    for _, sources in stages:
+        for source in sources:
+            first.setdefault(source.name, source.weight)
     return Mixture(
         tuple(
-            Source(s.name, Manifest.load(join(config.root, s.name)), s.weight)
-            for s in config.sources
+            Source(name, Manifest.load(join(config.root, name)), weight)
+            for name, weight in first.items()
         ),
         global_batch=config.global_batch,
         window=config.window,
+        stages=tuple(
+            Stage(step, tuple((s.name, s.weight) for s in sources)) for step, sources in stages
+        )
+        if config.sources
+        else (),
+        texts_per_row=config.texts_per_row,
     )

@@ -1,73 +1,93 @@
 """Which samples a step consumes: a pure function of (manifest, seed, step).
 
 Never of rank or worker count: the ranks share one ordered global batch. Nothing is scanned: any
-step is found by arithmetic, however many samples there are.
+step is found by arithmetic, however many samples there are, and so are the steps of any sample.
 
-    step -> task (exact quota) -> global slots -> source of each slot (exact quota)
-         -> n-th sample of the source -> (epoch, position) -> row
+    step -> stage -> task (exact quota) -> global slots -> source of each slot (exact quota)
+         -> n-th sample of the source -> epoch -> pool of parts -> window of blocks -> row
 
-In a source, an epoch visits its record batches in a permuted order, and shuffles the rows of W
-successive ones: little to fetch at a time, well mixed all the same.
+An epoch of a source passes its parts in a permuted order, `POOL` of them at a time; the blocks of
+a pool are permuted together, and the rows of W successive ones shuffled: little to fetch at a
+time, well mixed all the same. A data set of at most `POOL` parts (30 million samples or so) is one
+pool.
 """
 
-import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mdm.data.layout import RowLayout, Rows
 from mdm.data.manifest import Manifest
-from mdm.data.mixture import QUOTA_BLOCK, Mixture, Source, interleave
+from mdm.data.mixture import Mixture, Source
+from mdm.data.parts import starts
+from mdm.data.shuffle import key_of, permute, shuffled, unpermute
 from mdm.dist import World
 
-Rows = NDArray[np.int64]
+POOL = 16  # parts
 
 
-class RowLayout:
-    """Rows of one manifest, numbered through in storage order, in blocks of `batch_rows`.
+class _Epoch(NamedTuple):
+    """In which order an epoch passes the parts."""
 
-    A block is a full record batch. The short last batches of the shards are strung together and
-    cut into blocks as well, so that all blocks but one have the same size.
+    parts: Rows  # their numbers
+    turn_of: Rows  # the inverse: when each is passed
+    pool_start: Rows  # first position of each pool of POOL parts, and the end
+
+
+class _Pool:
+    """Parts passed at the same time: their blocks permuted, then windows of their rows shuffled.
+
+    Full blocks come first, so that windows begin at fixed places; the last window also takes the
+    one block of each part that may be short.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
-        size = manifest.batch_rows
-        rows = np.array([s.rows for s in manifest.shards], np.int64)
-        self.size = size
-        self.rows = int(rows.sum())
-        self.shard_start = _cumulative(rows)  # first row of each shard
-        self.full_start = _cumulative(rows // size)  # full batches before each shard
-        self.tail_start = _cumulative(rows % size)  # rows in short batches before each shard
+    def __init__(self, layout: RowLayout, parts: Rows, key: bytes, window: int) -> None:
+        self.layout, self.parts, self.window = layout, parts, window
+        full, rest = np.divmod(layout.part_rows[parts], layout.size)
+        self.full_start = starts(full)  # full blocks before each part
         self.full = int(self.full_start[-1])
-        self.blocks = -(-self.rows // size)
+        self.short = [
+            (part, blocks)
+            for part, blocks, left in zip(parts.tolist(), full.tolist(), rest.tolist(), strict=True)
+            if left
+        ]
+        self.windows = max(1, self.full // window)
+        self.key = key
 
-    def block(self, index: int) -> Rows:
-        """Row numbers of a block."""
-        if index < self.full:
-            shard = int(np.searchsorted(self.full_start, index, side="right")) - 1
-            first = self.shard_start[shard] + (index - self.full_start[shard]) * self.size
-            return np.arange(first, first + self.size)
-        tail = np.arange(
-            (index - self.full) * self.size,
-            min((index - self.full + 1) * self.size, int(self.tail_start[-1])),
-        )
-        shard_of = np.searchsorted(self.tail_start, tail, side="right") - 1
-        short = self.shard_start[shard_of + 1] - self.tail_start[shard_of + 1]
-        rows: Rows = short + tail
-        return rows
+    def window_at(self, position: int) -> tuple[int, int]:
+        """(window, place in it) of a position in the pool."""
+        span = self.window * self.layout.size
+        window = min(position // span, self.windows - 1)
+        return window, position - window * span
 
-    def locate(self, rows: Rows) -> tuple[Rows, Rows, Rows]:
-        """(shard, record batch in it, row in the batch) of each row number."""
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
-            raise ValueError(f"rows {rows.min()} to {rows.max()} of a data set of {self.rows} rows")
-        shards = np.searchsorted(self.shard_start, rows, side="right") - 1
-        batches, within = np.divmod(rows - self.shard_start[shards], self.size)
-        return shards, batches, within
+    def rows(self, window: int) -> Rows:
+        """The rows of a window, in the order in which they are used."""
+        first = window * self.window
+        last = self.full if window == self.windows - 1 else first + self.window
+        blocks = [self._block(permute(i, self.full, self.key)) for i in range(first, last)]
+        if window == self.windows - 1:
+            blocks += [self.layout.block(part, index) for part, index in self.short]
+        found: Rows = np.concatenate(blocks)[
+            shuffled(sum(map(len, blocks)), self.key, stream=1 + window)
+        ]
+        return found
 
+    def _block(self, index: int) -> Rows:
+        turn = int(np.searchsorted(self.full_start, index, side="right")) - 1
+        return self.layout.block(int(self.parts[turn]), index - int(self.full_start[turn]))
 
-def _cumulative(values: Rows) -> Rows:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(values)])
+    def window_of(self, turn: int, row: int) -> int:
+        """The window that holds a row of the pool's part number `turn`."""
+        part = int(self.parts[turn])
+        block = self.layout.part(part).block_of(row - int(self.layout.part_start[part]))
+        if block >= self.full_start[turn + 1] - self.full_start[turn]:
+            return self.windows - 1
+        place = unpermute(int(self.full_start[turn]) + block, self.full, self.key)
+        return min(place // self.window, self.windows - 1)
 
 
 class SourceOrder:
@@ -78,17 +98,22 @@ class SourceOrder:
         self.layout = layout
         self.seed = seed
         self.window = window
-        self._window_rows = lru_cache(maxsize=4)(self._make_window)
+        self._epoch = lru_cache(maxsize=4)(self._make_epoch)
+        self._pool = lru_cache(maxsize=4)(self._make_pool)
+        self._window_rows = lru_cache(maxsize=8)(
+            lambda epoch, pool, window: self._pool(epoch, pool).rows(window)
+        )
 
     def rows(self, start: int, stop: int) -> tuple[Rows, Rows]:
         """(row numbers, epochs) of the source's samples number `start` to `stop`."""
         found: list[Rows] = []
         epochs: list[Rows] = []
-        span = self.window * self.layout.size
         while start < stop:
             epoch, position = divmod(start, self.layout.rows)
-            window, first = divmod(position, span)
-            part = self._window_rows(epoch, window)[first : first + stop - start]
+            pools = self._epoch(epoch).pool_start
+            pool = int(np.searchsorted(pools, position, side="right")) - 1
+            window, first = self._pool(epoch, pool).window_at(position - int(pools[pool]))
+            part = self._window_rows(epoch, pool, window)[first : first + stop - start]
             found.append(part)
             epochs.append(np.full(len(part), epoch, np.int64))
             start += len(part)
@@ -96,42 +121,27 @@ class SourceOrder:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         return np.concatenate(found), np.concatenate(epochs)
 
-    def _make_window(self, epoch: int, window: int) -> Rows:
-        first = window * self.window
-        blocks = range(first, min(first + self.window, self.layout.blocks))
-        key = _key(self.seed, self.name, epoch)
-        # The one block that may be short ends every epoch, so that windows start at fixed places.
-        n = self.layout.blocks - 1
-        rows = np.concatenate(
-            [self.layout.block(permute(i, n, key) if i < n else i) for i in blocks]
-        )
-        shuffled: Rows = np.random.Generator(
-            np.random.Philox(key=int.from_bytes(key, "little"), counter=window)
-        ).permutation(rows)
-        return shuffled
+    def turn_of(self, row: int, epoch: int) -> int:
+        """The number of the source's sample that is this row, in this epoch."""
+        passed = self._epoch(epoch)
+        pool, turn = divmod(int(passed.turn_of[self.layout.part_of(row)]), POOL)
+        blocks = self._pool(epoch, pool)
+        window = blocks.window_of(turn, row)
+        place = int(np.flatnonzero(self._window_rows(epoch, pool, window) == row)[0])
+        position = window * self.window * self.layout.size + place
+        return epoch * self.layout.rows + int(passed.pool_start[pool]) + position
 
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        parts = shuffled(self.layout.parts, key_of(self.seed, epoch, self.name))
+        turn_of = np.empty_like(parts)
+        turn_of[parts] = np.arange(len(parts))
+        before = starts(self.layout.part_rows[parts])
+        return _Epoch(parts, turn_of, np.append(before[:-1:POOL], before[-1]))
 
-def _key(seed: int, name: str, epoch: int) -> bytes:
-    return hashlib.blake2b(f"{seed}/{epoch}/{name}".encode(), digest_size=16).digest()
-
-
-def permute(index: int, n: int, key: bytes) -> int:
-    """Where a keyed permutation of range(n) sends `index`, without making the permutation.
-
-    A Feistel network over the next even power of two, walked along its cycle until it is below n.
-    """
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for turn in range(6):
-            mixed = hashlib.blake2b(
-                right.to_bytes(8, "little") + bytes([turn]), digest_size=8, key=key
-            ).digest()
-            left, right = right, left ^ (int.from_bytes(mixed, "little") & mask)
-        index = left << half | right
-        if index < n:
-            return index
+    def _make_pool(self, epoch: int, pool: int) -> _Pool:
+        parts = self._epoch(epoch).parts[pool * POOL : (pool + 1) * POOL]
+        key = key_of(self.seed, epoch, pool, self.name)
+        return _Pool(self.layout, parts, key, self.window)
 
 
 @dataclass(frozen=True)
@@ -147,8 +157,12 @@ class Draw:
     def share(self, world: World) -> "Draw":
         """The contiguous part of one rank."""
         part = len(self.ids) // world.size
-        own = slice(world.rank * part, (world.rank + 1) * part)
-        return Draw(self.task, self.sources[own], self.rows[own], self.epochs[own], self.ids[own])
+        return self.take(np.arange(world.rank * part, (world.rank + 1) * part))
+
+    def take(self, places: NDArray[np.int64]) -> "Draw":
+        """The samples at these places."""
+        ids = [self.ids[i] for i in places.tolist()]
+        return Draw(self.task, self.sources[places], self.rows[places], self.epochs[places], ids)
 
 
 class Order:
@@ -162,62 +176,62 @@ class Order:
         ]
 
     @cached_property
-    def _tasks(self) -> dict[str, tuple[list[int], "Interleaving"]]:
-        """Task -> its sources' indices and how they take turns over its slots."""
-        found = {}
-        for task in self.mixture.tasks:
-            own = [i for i, s in enumerate(self.mixture.sources) if s.manifest.task == task]
-            quota = self.mixture.quotas(own)
-            found[task] = (own, Interleaving(quota))
+    def _before(self) -> list[NDArray[np.int64]]:
+        """Samples of each source that were consumed before each stage."""
+        mixture = self.mixture
+        found = [np.zeros(len(mixture.sources), np.int64)]
+        for shares, this, following in zip(
+            mixture.shares, mixture.stages, mixture.stages[1:], strict=False
+        ):
+            found.append(found[-1] + shares.consumed(following.step - this.step))
         return found
 
-    @cached_property
-    def _steps(self) -> "Interleaving":
-        """How the tasks take turns over the steps."""
-        return Interleaving(self.mixture.task_quotas)
+    def consumed(self, step: int) -> NDArray[np.int64]:
+        """Samples of each source that all steps before `step` consume."""
+        stage = self.mixture.stage_at(step)
+        inside = step - self.mixture.stages[stage].step
+        return self._before[stage] + self.mixture.shares[stage].consumed(inside)
 
     def draw(self, step: int) -> Draw:
         """The global batch of `step`."""
         if step < 0:
             raise ValueError(f"step is {step}; steps count from 0")
-        size = self.mixture.global_batch
-        turn = int(self._steps.turns(step, step + 1)[0])
-        task = self.mixture.tasks[turn]
-        first = int(self._steps.before(step)[turn]) * size
-        own, slots = self._tasks[task]
+        mixture = self.mixture
+        stage = mixture.stage_at(step)
+        shares, inside = mixture.shares[stage], step - mixture.stages[stage].step
+        turn = int(shares.steps.turns(inside, inside + 1)[0])
+        task = shares.tasks[turn]
+        size = mixture.slots(task)
+        first = int(shares.steps.before(inside)[turn]) * size
+        own, slots = shares.sources[task], shares.slots[task]
         turns = slots.turns(first, first + size)
-        starts, stops = slots.before(first), slots.before(first + size)
+        before = self._before[stage][own]
+        begin, end = before + slots.before(first), before + slots.before(first + size)
         sources = np.array(own, np.int64)[turns]
         rows, epochs = np.empty(size, np.int64), np.empty(size, np.int64)
         for place, source in enumerate(own):
             taken = turns == place
             rows[taken], epochs[taken] = self.sources[source].rows(
-                int(starts[place]), int(stops[place])
+                int(begin[place]), int(end[place])
             )
-        names = [s.name for s in self.mixture.sources]
+        names = [s.name for s in mixture.sources]
         ids = [f"{names[s]}:{r}" for s, r in zip(sources.tolist(), rows.tolist(), strict=True)]
         return Draw(task, sources, rows, epochs, ids)
 
-
-class Interleaving:
-    """Turns taken in fixed proportion: each block of QUOTA_BLOCK has its exact quota of each."""
-
-    def __init__(self, quotas: tuple[int, ...]) -> None:
-        self.quotas = np.array(quotas, np.int64)
-        self.block = interleave(quotas)  # [QUOTA_BLOCK] whose turn it is
-        taken = self.block[:, None] == np.arange(len(quotas))
-        self.taken = np.concatenate([np.zeros((1, len(quotas)), np.int64), taken.cumsum(0)])
-
-    def turns(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Whose turn slots `start` to `stop` are."""
-        turns: NDArray[np.int64] = self.block[np.arange(start, stop) % QUOTA_BLOCK]
-        return turns
-
-    def before(self, slot: int) -> NDArray[np.int64]:
-        """How many turns each has had before `slot`."""
-        block, within = divmod(slot, QUOTA_BLOCK)
-        count: NDArray[np.int64] = block * self.quotas + self.taken[within]
-        return count
+    def uses(self, source: int, row: int, steps: int) -> Iterator[tuple[int, int]]:
+        """(step, epoch) of each of the first `steps` steps that uses this row of a source."""
+        order = self.sources[source]
+        consumed = int(self.consumed(steps)[source])
+        for epoch in range(-(-consumed // order.layout.rows)):
+            turn = order.turn_of(row, epoch)
+            if turn >= consumed:
+                return
+            before = [int(b[source]) for b in self._before]
+            # The last stage that begins at or below this turn: those that rest begin where the
+            # next one does.
+            stage = max(k for k, first in enumerate(before) if first <= turn)
+            inside = self.mixture.shares[stage].step_of(source, turn - before[stage])
+            yield self.mixture.stages[stage].step + inside, epoch
 
 
 @lru_cache(maxsize=16)
@@ -261,9 +275,13 @@ def sample_ids(
     """Ids (`source:row`) of the samples that `world.rank` consumes at `step`, in order.
 
     The ranks' lists, one after the other, are the same for every world size. `global_batch` is
-    64 for a manifest without mixture. ValueError if the ranks cannot share it evenly.
+    64 for a manifest without mixture. ValueError if the ranks cannot share it evenly, or where
+    texts are packed: which rank reads a text depends on the lengths of all of the step's texts.
     """
     mixture = as_mixture(manifest, global_batch)
     world = world or World()
     check_world(mixture.global_batch, world)
-    return _order(mixture, seed).draw(step).share(world).ids
+    draw = _order(mixture, seed).draw(step)
+    if world.size > 1 and draw.task == "text" and mixture.texts_per_row > 1:
+        raise ValueError("texts are packed: ask for the step's ids without ranks")
+    return draw.share(world).ids

@@ -1,13 +1,23 @@
 """The last step of encoding: receipts -> dataset card and manifest; what is superseded goes."""
 
+import dataclasses
 import hashlib
+import importlib.metadata
+import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mdm.data.encoding import Receipt, Recipe
+from mdm.data.lease import LEASE
 from mdm.data.manifest import CARD, MANIFEST, Manifest, ManifestError, canonical, commit, publish
+from mdm.data.parts import quarantine_parts, shard_parts
+from mdm.data.receipt import Receipt, Sample, lowest
+from mdm.data.recipe import Recipe
 from mdm.data.storage import MissingObjectError, Store
+
+PAGE = "card.html"  # the card for people; nothing reads it
+# What the bytes of pictures, texts and shards come from.
+_LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
 
 
 def finished(store: Store, recipe: Recipe) -> Manifest | None:
@@ -28,24 +38,35 @@ def finished(store: Store, recipe: Recipe) -> Manifest | None:
 
 
 def finish(
-    store: Store, recipe: Recipe, receipts: Sequence[Receipt], class_names: Sequence[str]
+    store: Store,
+    recipe: Recipe,
+    receipts: Sequence[Receipt],
+    class_names: Sequence[str],
+    page: Callable[[dict[str, Any], Sequence[Sample]], str] | None = None,
 ) -> Manifest:
-    """Write the card, then commit the manifest. Equal receipts give equal bytes."""
+    """Write the card, then commit the manifest. Equal receipts give equal bytes.
+
+    `page` makes the card's HTML of the card and the sample examples.
+    """
     counts: Counter[str] = Counter()
     for receipt in receipts:
         counts.update(receipt.counts)
-    quarantine = tuple(
-        sorted((q for r in receipts for q in r.quarantine), key=lambda q: (q.id, q.origin))
-    )
-    shards = tuple(s for r in receipts for s in r.shards)
-    counts["examples"] = sum(s.rows for s in shards)
+    quarantine = quarantine_parts((q for r in receipts for q in r.quarantine), store)
+    shards = shard_parts((s for r in receipts for s in r.shards), recipe.batch_rows, store)
+    counts["examples"] = int(shards.row_start[-1])
     counts["quarantined"] = len(quarantine)
     plain_counts = dict(sorted(counts.items()))
     if counts["examples"] == 0:
         raise ManifestError(
             f"nothing of {recipe.dataset}/{recipe.split} is left to publish: {plain_counts}"
         )
-    card = canonical(_card(recipe, receipts, plain_counts, quarantine, class_names))
+    facts = _card(recipe, receipts, plain_counts, quarantine, class_names)
+    samples = lowest(s for r in receipts for s in r.samples)
+    facts["samples"] = [{"id": s.id, "text": s.text} for s in samples]
+    if page is not None:
+        store.put(PAGE, page(facts, samples).encode())
+    card = canonical(facts)
+    store.put(CARD, card)
     manifest = Manifest(
         dataset=recipe.dataset,
         split=recipe.split,
@@ -62,21 +83,7 @@ def finish(
         counts=plain_counts,
         card_sha256=hashlib.sha256(card).hexdigest(),
     )
-    try:
-        published = publish(store, manifest)
-    except ManifestError:  # what this job wrote must not stay among the winner's objects
-        clean(store, Manifest.from_bytes(store.get(MANIFEST), store.uri))
-        raise
-    # Behind the manifest, so that of two jobs the winner's card stays; `missing` sees if it is not.
-    store.put(CARD, card)
-    return published
-
-
-def missing(store: Store, manifest: Manifest) -> list[str]:
-    """Keys that a published data set should hold and does not, or not in their full length."""
-    there = store.listing()
-    lost = [s.key for s in manifest.shards if there.get(s.key) != s.bytes]
-    return lost if CARD in there else [*lost, CARD]
+    return publish(store, manifest)
 
 
 def _card(
@@ -109,12 +116,26 @@ def _card(
         "classes": named,
         "lineage": {
             "recipe_hash": recipe.hash,
-            "inputs_sha256": recipe.inputs_sha256,
-            "tokenizer_sha256": recipe.tokenizer_sha256,
-            "autoencoder_sha256": recipe.autoencoder_sha256,
-            "code_version": recipe.code_version,
+            "recipe": dataclasses.asdict(recipe),
+            "versions": {
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+            },
         },
     }
+
+
+def missing(store: Store, manifest: Manifest) -> list[str]:
+    """Keys that a published data set should hold and does not, or not in their full length.
+
+    Without one of its parts only parts are named: what those list is seen by its receipts.
+    """
+    there = store.listing()
+    infos = (*manifest.shard_parts.infos, *manifest.quarantine_parts.infos)
+    lost = [key for key in (CARD, *(i.key for i in infos)) if key not in there]
+    if not lost or lost == [CARD]:
+        lost += [s.key for s in manifest.shards if there.get(s.key) != s.bytes]
+    return lost
 
 
 def receipts_of(manifest: Manifest) -> str:
@@ -127,9 +148,8 @@ def clean(store: Store, manifest: Manifest) -> None:
 
     The receipts of its groups stay: they tell which one gave a shard, should that be lost.
     """
-    named = {s.key for s in manifest.shards}
-    receipts = receipts_of(manifest)
-    for key in (*store.listing("work/"), *store.listing("shards/")):
-        if key not in named and not key.startswith(receipts):
+    named, receipts = set(manifest.objects()), receipts_of(manifest)
+    for key in (*store.listing("work/"), *store.listing("parts/"), *store.listing("shards/")):
+        if key not in named and key != LEASE and not key.startswith(receipts):
             store.delete(key)
     store.sweep()

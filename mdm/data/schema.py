@@ -13,6 +13,8 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from mdm.data.text import fit_all
+
 Number = TypeVar("Number", np.int32, np.uint16)
 
 SCHEMA_VERSION = 1
@@ -124,7 +126,7 @@ class ShardInfo:
     rows: int
     bytes: int
     sha256: str
-    batches: tuple[BatchInfo, ...]
+    batches: Sequence[BatchInfo]
 
 
 def write_shard(examples: Examples, schema: pa.Schema, batch_rows: int) -> tuple[bytes, ShardInfo]:
@@ -186,6 +188,9 @@ class Rows:
     latents: NDArray[np.uint16] | None  # [R, N, C], bfloat16 bits
     nbytes: int
     batch: pa.RecordBatch = field(repr=False)
+    _fitted: dict[int, tuple[NDArray[np.uint16], NDArray[np.int64]]] = field(
+        default_factory=dict, repr=False
+    )
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -193,6 +198,12 @@ class Rows:
     def text(self, row: int) -> NDArray[np.uint16]:
         """Token ids of one row."""
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
+
+    def texts(self, length: int) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        """All texts fitted to a length, and their prompts' lengths: [R, length], [R]; made once."""
+        if length not in self._fitted:
+            self._fitted[length] = fit_all(self.tokens, self.offsets, self.prompt_lengths, length)
+        return self._fitted[length]
 
     @property
     def ids(self) -> list[str]:

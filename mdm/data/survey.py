@@ -1,40 +1,53 @@
-"""The first pass of encoding: count records, find duplicates, plan the groups of work.
+"""The first pass of encoding: count records, hash what they hold, plan the groups of work.
 
-It reads every record but decodes none. Its results are small: two hashes a record.
+It reads every record and, where near duplicates are looked for, decodes pictures as thumbnails.
 """
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from mdm import sources
+from mdm.data import similar
 from mdm.sources.record import RawRecord, Unit
-
-DUPLICATE = "duplicate"  # the same content again: dropped
-ID_TAKEN = "id taken by another record"  # other content under the same id: quarantined
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one unit holds. Positions count everything its reader yields, bad records too."""
+    """What one unit's n good records hold. Positions count all that its reader yields.
 
-    records: tuple[tuple[int, str, str], ...]  # position, hash of the id, hash of the content
+    A record whose picture cannot be decoded has no content hash (zeros) and no keys: it is no
+    duplicate of anything, so that the second pass says what is wrong with it.
+    """
+
+    positions: NDArray[np.uint32]  # [n]
+    ids: NDArray[np.uint64]  # [n, 2] hashes of ids
+    contents: NDArray[np.uint64]  # [n, 2] hashes of all but id and origin
+    signatures: NDArray[np.uint8]  # [n, SIGNATURE_BYTES], or [0, SIGNATURE_BYTES]
+    key_rows: NDArray[np.uint32]  # [k] which record has the key
+    keys: NDArray[np.uint64]  # [k]
     bad: int
 
-    def to_json(self) -> dict[str, Any]:
-        """As a receipt holds it."""
-        return {"records": [list(r) for r in self.records], "bad": self.bad}
+    def to_bytes(self) -> bytes:
+        """As its object holds it."""
+        file = io.BytesIO()
+        np.savez(file, **{k: np.asarray(v) for k, v in vars(self).items()})
+        return file.getvalue()
 
     @staticmethod
-    def from_json(plain: dict[str, Any]) -> "Survey":
-        """The survey that `to_json` wrote."""
-        return Survey(tuple((p, i, c) for p, i, c in plain["records"]), plain["bad"])
+    def from_bytes(data: bytes) -> "Survey":
+        """The survey that `to_bytes` wrote."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            fields: dict[str, Any] = dict(arrays)
+        return Survey(**(fields | {"bad": int(fields["bad"])}))
 
     def __len__(self) -> int:
-        return len(self.records) + self.bad
+        return len(self.positions) + self.bad
 
 
 @dataclass(frozen=True)
@@ -43,60 +56,72 @@ class Group:
 
     index: int
     units: tuple[Unit, ...]
-    left_out: tuple[dict[int, str], ...]  # of each unit: position -> DUPLICATE or ID_TAKEN
+    left_out: tuple[dict[int, str], ...]  # of each unit: position -> reason
 
 
-def survey(unit: Unit) -> Survey:
-    """One pass over a unit's records."""
-    found: list[tuple[int, str, str]] = []
+def survey(unit: Unit, *, near: bool) -> Survey:
+    """One pass over a unit's records; signatures and keys only if `near`."""
+    positions: list[int] = []
+    ids: list[bytes] = []
+    contents: list[bytes] = []
+    signatures: list[NDArray[np.uint8]] = []
+    keys: list[tuple[int, int]] = []
+    nothing = np.zeros(similar.SIGNATURE_BYTES, np.uint8)
     bad = 0
     for position, record in enumerate(sources.get(unit.source).read(unit)):
-        if isinstance(record, RawRecord):
-            found.append((position, _hash([record.id]), content_hash(record)))
-        else:
+        if not isinstance(record, RawRecord):
             bad += 1
-    return Survey(tuple(found), bad)
+            continue
+        found, meets, good = nothing, list[int](), record.image != b""
+        if near:
+            try:
+                found, meets = similar.signature(record)
+            except ValueError:
+                good = False
+        keys += [(len(positions), key) for key in meets]
+        positions.append(position)
+        ids.append(_hash([record.id]))
+        contents.append(content_hash(record) if good else bytes(16))
+        signatures.append(found)
+    rows, values = zip(*keys, strict=True) if keys else ((), ())
+    return Survey(
+        np.array(positions, np.uint32),
+        np.frombuffer(b"".join(ids), np.uint64).reshape(-1, 2),
+        np.frombuffer(b"".join(contents), np.uint64).reshape(-1, 2),
+        np.array(signatures if near else [], np.uint8).reshape(-1, similar.SIGNATURE_BYTES),
+        np.array(rows, np.uint32),
+        np.array(values, np.uint64),
+        bad,
+    )
 
 
-def content_hash(record: RawRecord) -> str:
-    """Equal for records that differ at most in id and origin."""
+def content_hash(record: RawRecord) -> bytes:
+    """Equal for records that differ at most in id and origin; 16 bytes."""
     return _hash([repr(record.label), repr(record.text), repr(record.turns)], record.image or b"")
 
 
-def _hash(texts: Sequence[str], data: bytes = b"") -> str:
+def _hash(texts: Sequence[str], data: bytes = b"") -> bytes:
     digest = xxhash.xxh3_128()
     for text in texts:
         part = text.encode("utf-8", "backslashreplace")
         digest.update(len(part).to_bytes(8, "little") + part)
     digest.update(data)
-    return digest.hexdigest()
+    return digest.digest()
 
 
-def plan(units: Sequence[Unit], surveys: Sequence[Survey], shard_rows: int) -> list[Group]:
-    """Groups of at least `shard_rows` records, from units in a shuffled but fixed order.
-
-    Of records that are alike, the first in the units' own order stays.
-    """
-    ids: set[str] = set()
-    contents: set[str] = set()
-    left_out: list[dict[int, str]] = []
-    for found in surveys:
-        out: dict[int, str] = {}
-        for position, record_id, content in found.records:
-            if content in contents:
-                out[position] = DUPLICATE
-            elif record_id in ids:
-                out[position] = ID_TAKEN
-            else:
-                ids.add(record_id)
-                contents.add(content)
-        left_out.append(out)
+def plan(
+    units: Sequence[Unit],
+    records: Sequence[int],
+    left_out: Sequence[dict[int, str]],
+    shard_rows: int,
+) -> list[Group]:
+    """Groups of at least `shard_rows` of the units' `records`, in a shuffled but fixed order."""
     groups: list[Group] = []
     members: list[int] = []
     # Neighbouring units are often alike (one class, one archive): mix them before cutting.
-    for number in np.random.Generator(np.random.Philox(key=0)).permutation(len(units)).tolist():
+    for number in unit_order(len(units)):
         members.append(number)
-        if sum(len(surveys[m]) for m in members) >= shard_rows:
+        if sum(records[m] for m in members) >= shard_rows:
             groups.append(_group(len(groups), members, units, left_out))
             members = []
     if members:
@@ -104,7 +129,16 @@ def plan(units: Sequence[Unit], surveys: Sequence[Survey], shard_rows: int) -> l
     return groups
 
 
+def unit_order(units: int) -> list[int]:
+    """The fixed shuffle of units."""
+    order: list[int] = np.random.Generator(np.random.Philox(key=0)).permutation(units).tolist()
+    return order
+
+
 def _group(
-    index: int, members: list[int], units: Sequence[Unit], left_out: list[dict[int, str]]
+    index: int,
+    members: list[int],
+    units: Sequence[Unit],
+    left_out: Sequence[dict[int, str]],
 ) -> Group:
     return Group(index, tuple(units[m] for m in members), tuple(left_out[m] for m in members))

@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from mdm.data.tokenizer import PAD
+
 
 def fit(
     tokens: NDArray[np.uint16], prompt_length: int, length: int
@@ -20,3 +22,28 @@ def fit(
         reply = np.concatenate([reply[: longest - 1], reply[-1:]])
     kept = length - len(reply) if prompt_length else 0
     return np.concatenate([tokens[prompt_length - kept : prompt_length], reply]), kept
+
+
+def fit_all(
+    tokens: NDArray[np.uint16],
+    offsets: NDArray[np.int32],
+    prompt_lengths: NDArray[np.uint16],
+    length: int,
+) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """`fit` for R texts at once: ([R, length] tokens, PAD after their end, new prompts [R]).
+
+    Text r is `tokens[offsets[r] : offsets[r + 1]]`.
+    """
+    begin, end = offsets[:-1].astype(np.int64), offsets[1:].astype(np.int64)
+    prompts = prompt_lengths.astype(np.int64)
+    long = end - begin > length
+    reply = np.minimum(end - begin - prompts, length - (prompts > 0))
+    kept = np.where(long, np.where(prompts > 0, length - reply, 0), prompts)
+    begin += np.where(long, prompts - kept, 0)
+    sizes = np.minimum(end - begin, length)
+    places = np.arange(length)
+    index = begin[:, None] + places
+    index[np.arange(len(index)), sizes - 1] = end - 1  # whatever was cut, the last one stays
+    found: NDArray[np.uint16] = tokens.take(index, mode="clip")
+    found[places >= sizes[:, None]] = PAD
+    return found, kept

@@ -19,7 +19,13 @@ class Draws(NamedTuple):
 
 
 def draw(
-    seed: int, keys: Tensor, epochs: Tensor, n_image: int, n_text: int, latent_dim: int
+    seed: int,
+    keys: Tensor,
+    epochs: Tensor,
+    n_image: int,
+    n_text: int,
+    latent_dim: int,
+    text_of: Tensor | None = None,
 ) -> Draws:
     """Uniforms and normals of each sample.
 
@@ -30,16 +36,23 @@ def draw(
         n_image: image tokens, 0 without pictures.
         n_text: text tokens.
         latent_dim: numbers a token.
+        text_of: i64 [r, m] of packed texts, as `Batch` has it; the text's normals are then
+            [r, 2, m, c], for each text those that it draws alone.
     """
     uniforms = np.empty((len(keys), N_UNIFORMS), np.float32)
     image = np.empty((len(keys), 2, n_image, latent_dim), np.float32)
-    text = np.empty((len(keys), 2, n_text, latent_dim), np.float32)
+    rows = len(keys) if text_of is None else len(text_of)
+    text = np.zeros((rows, 2, n_text, latent_dim), np.float32)
+    spans = [(i, 0, n_text) for i in range(rows)] if text_of is None else _spans(text_of)
     for i, (key, epoch) in enumerate(zip(keys.tolist(), epochs.tolist(), strict=True)):
         philox = [seed & 0xFFFFFFFF | epoch << 32, key]
         uniforms[i] = _generator(philox, 0).random(N_UNIFORMS, np.float32)
         if n_image:
             _generator(philox, IMAGE).standard_normal(out=image[i], dtype=np.float32)
-        _generator(philox, TEXT).standard_normal(out=text[i], dtype=np.float32)
+        row, start, end = spans[i]
+        text[row, :, start:end] = _generator(philox, TEXT).standard_normal(
+            (2, end - start, latent_dim), np.float32
+        )
     return Draws(
         torch.from_numpy(uniforms).to(keys.device),
         torch.from_numpy(image).to(keys.device) if n_image else None,
@@ -49,3 +62,15 @@ def draw(
 
 def _generator(key: list[int], stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, stream]))
+
+
+def _spans(text_of: Tensor) -> list[tuple[int, int, int]]:
+    """(row, first token, end) of each packed text."""
+    flat, width = text_of.cpu().flatten().numpy(), text_of.shape[1]
+    texts, first, lengths = np.unique(flat, return_index=True, return_counts=True)
+    found = []
+    for text, at, length in zip(texts.tolist(), first.tolist(), lengths.tolist(), strict=True):
+        if text >= 0:
+            row, start = divmod(at, width)
+            found.append((row, start, start + length))
+    return found

@@ -5,6 +5,7 @@ Classes: `grid` (lines), `tick` (numbers), `raw` (every value), `line` (smoothed
 
 import math
 from collections.abc import Sequence
+from html import escape
 
 WIDTH, HEIGHT = 300, 150
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 20
@@ -89,3 +90,37 @@ def line_chart(x: Sequence[float], y: Sequence[float], title: str) -> str:
         )
     parts.append(f'<path class="raw" d="{path(ys)}"/><path class="line" d="{path(smooth(ys))}"/>')
     return "".join(parts) + "</svg>"
+
+
+def bar_chart(edges: Sequence[float], heights: Sequence[float], title: str) -> str:
+    """An SVG of bars between neighbouring `edges` (one more than heights), from zero."""
+    top = max(heights)
+    ticks = _ticks(0, top, 4)
+    high = max(top, ticks[-1])
+    span = edges[-1] - edges[0]
+
+    def across(value: float) -> float:
+        return LEFT + (value - edges[0]) / span * (WIDTH - LEFT - RIGHT)
+
+    def up(value: float) -> float:
+        return HEIGHT - BOTTOM - value / high * (HEIGHT - TOP - BOTTOM)
+
+    lines = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    for tick in ticks:
+        lines.append(
+            f'<path class="grid" d="M{LEFT} {up(tick):.1f}H{WIDTH - RIGHT}"/>'
+            f'<text class="tick" x="{LEFT - 4}" y="{up(tick) + 3:.1f}" text-anchor="end">'
+            f"{short(tick)}</text>"
+        )
+    for left, right, height in zip(edges, edges[1:], heights, strict=False):
+        x, width = across(left), max(0.5, across(right) - across(left) - 1)
+        lines.append(
+            f'<rect class="block" x="{x:.1f}" y="{up(height):.1f}" width="{width:.1f}" '
+            f'height="{HEIGHT - BOTTOM - up(height):.1f}"/>'
+        )
+    for tick in (t for t in _ticks(edges[0], edges[-1], 6) if t == int(t)):
+        lines.append(
+            f'<text class="tick" x="{across(tick):.1f}" y="{HEIGHT - 6}" text-anchor="middle">'
+            f"{short(tick)}</text>"
+        )
+    return "".join([*lines, "</svg>"])

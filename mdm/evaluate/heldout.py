@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from mdm import sources
 from mdm.data.image import decode_image
-from mdm.data.loader import SourceReader
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Source
+from mdm.data.reader import SourceReader
 from mdm.data.schema import from_bfloat16_bits
 from mdm.data.tokenizer import Tokenizer
 from mdm.sources.record import RawRecord

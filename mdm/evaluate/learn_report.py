@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mdm.evaluate.ablation import section
 from mdm.evaluate.learn import Drawn, Task
 from mdm.evaluate.page import Target, loss_charts, render, tiles, write_report
 from mdm.evaluate.runner import Label
 from mdm.evaluate.sheets import save_sheet
 
 SHOWN = 100  # tiles of a sheet
+SHEETS = "sheets.json"
 
 
 def targets(metrics: Mapping[str, Any]) -> list[Target]:
@@ -33,8 +35,8 @@ def targets(metrics: Mapping[str, Any]) -> list[Target]:
     ]  # fmt: skip
 
 
-def sheets(task: Task, drawn: Drawn, wanted: Sequence[int], folder: Path) -> dict[str, Any]:
-    """The tiles of everything drawn, with what the classifier and the captions say of them."""
+def save_sheets(task: Task, drawn: Drawn, wanted: Sequence[int], folder: Path) -> None:
+    """Save the tiles of everything drawn, with what the classifier and the captions say of them."""
     named = task.names.named
     parts = {
         "drawn": (
@@ -64,7 +66,8 @@ def sheets(task: Task, drawn: Drawn, wanted: Sequence[int], folder: Path) -> dic
     for name, (pictures, marks) in parts.items():
         found[name] = vars(save_sheet(pictures[:SHOWN], folder / f"{name}.png", columns=10))
         labels[name] = [vars(mark) for mark in marks[:SHOWN]]
-    return tiles(found, labels, folder)
+    text = json.dumps({"sheets": found, "labels": labels})
+    (folder / SHEETS).write_text(text, encoding="utf-8")
 
 
 def write(
@@ -74,22 +77,31 @@ def write(
     shares = metrics["class_shares"]
     numbers = {**metrics, "class_share_min": min(shares), "class_share_max": max(shares)}
     rows = [target.row(numbers) for target in targets(numbers)]
-    with (run / "train" / "metrics.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
     wanted = [i % len(task.names) for i in range(len(drawn.seen))]
     plain = numbers | {
         "targets": {row["metric"]: row["ok"] for row in rows if row["ok"] is not None},
         "settings": dict(settings),
     }
-    page = render(
-        "learn.html.j2",
-        {
-            "metrics": numbers,
-            "targets": rows,
-            "tiles": sheets(task, drawn, wanted, run / "sheets"),
-            "losses": loss_charts(lines),
-            "settings": settings,
-        },
-    )
-    write_report(run, page, plain)
+    save_sheets(task, drawn, wanted, run / "sheets")
+    write_page(run, plain)
     return plain
+
+
+def write_page(run: Path, plain: Mapping[str, Any]) -> None:
+    """Write the page of what lies in `run`, with the ablation's part if there is one."""
+    metrics = {k: v for k, v in plain.items() if k not in ("targets", "settings")}
+    with (run / "train" / "metrics.jsonl").open(encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    drawn = json.loads((run / "sheets" / SHEETS).read_text(encoding="utf-8"))
+    ablation = run / "ablate" / "ablate.json"
+    content = {
+        "metrics": metrics,
+        "targets": [target.row(metrics) for target in targets(metrics)],
+        "tiles": tiles(drawn["sheets"], drawn["labels"], run / "sheets"),
+        "losses": loss_charts(lines),
+        "settings": plain["settings"],
+        "ablation": section(json.loads(ablation.read_text(encoding="utf-8")), ablation.parent)
+        if ablation.exists()
+        else None,
+    }
+    write_report(run, render("learn.html.j2", content), plain)

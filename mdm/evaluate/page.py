@@ -29,6 +29,14 @@ TERMS = {
     "kl": "KL",
 }
 TASKS = {"image_text": "Pictures with text", "text": "Text alone"}
+CONDITIONINGS = {
+    "class_to_image": ("class → picture", ("eps_img",)),
+    "text_to_image": ("text → picture", ("eps_img",)),
+    "image": ("picture of nothing", ("eps_img",)),
+    "image_to_text": ("picture → text", ("se_txt",)),
+    "answer": ("picture and question → answer", ("se_txt",)),
+    "both": ("both at once", ("eps_img", "se_txt")),
+}
 
 
 @dataclass(frozen=True)
@@ -91,11 +99,16 @@ def tiles(
 
 
 def loss_charts(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A chart of the loss and of every term of every task that occurs."""
+    """A chart of the loss, of every term of every task, and of the chief ones by conditioning."""
     wanted = {"loss": "Loss, all tasks (Eq. 18)"} | {
         f"{task}/{term}": f"{task_title}: {term_title}"
         for task, task_title in TASKS.items()
         for term, term_title in TERMS.items()
+    }
+    wanted |= {
+        f"{name}/{term}": f"{title}: {TERMS[term]}"
+        for name, (title, terms) in CONDITIONINGS.items()
+        for term in terms
     }
     charts = []
     for name, title in wanted.items():

@@ -285,6 +285,7 @@ class _State:
             image,
             None if image is None else torch.full_like(like, level_img),
             estimate,
+            None if image is None else self.request.picture_at,
             keep_txt=keep_txt,
             keep_img=keep_img,
         )

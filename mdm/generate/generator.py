@@ -22,6 +22,7 @@ from mdm.objective import Objective
 
 log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
+PICTURE = "<image>"  # in a turn of a dialogue: here stands a picture
 TEXT_DELAY = 0.5  # of joint drawing: captions follow pictures more surely than the reverse
 
 
@@ -184,30 +185,70 @@ class Generator:
         self,
         dialogues: Sequence[Sequence[str]],
         *,
+        pictures: Tensor | None = None,
         guidance: float = 0.0,
         steps: int = 40,
         seed: int = 0,
         **options: Unpack[Options],
     ) -> list[str]:
-        """The assistant's next turn in each dialogue (user first, alternating)."""
-        length = self.config.data.dialogue_length
-        prompts = [self.tokenizer.encode_prompt(turns)[-(length - 2) :] for turns in dialogues]
-        tokens = torch.stack([self._padded(p, length) for p in prompts])
-        lengths = torch.tensor([len(p) for p in prompts])
+        """The assistant's next turn in each dialogue (user first, alternating).
+
+        `pictures` are first-stage latents [b, k, n, c] of k pictures a dialogue. The k-th mark
+        `<image>` in a dialogue's turns is where its k-th picture stands; without any, pictures
+        stand beside the whole dialogue.
+
+        Raises:
+            ValueError: pictures or marks that are too many or too few, with both numbers.
+        """
+        data = self.config.data
+        length = data.dialogue_length if pictures is None else data.caption_length
+        k = 0 if pictures is None else pictures.shape[1]
+        if pictures is not None and len(pictures) != len(dialogues):
+            raise ValueError(f"{len(pictures)} sets of pictures for {len(dialogues)} dialogues")
+        asked = [self._asked(turns, k, length) for turns in dialogues]
+        tokens = torch.stack([self._padded(ids, length) for ids, _ in asked])
+        lengths = torch.tensor([len(ids) for ids, _ in asked])
+        places = torch.tensor([at for _, at in asked])
         prompt = torch.arange(length) < lengths.unsqueeze(1)
+        latents = None if pictures is None else pictures.flatten(1, 2)
 
         def request(index: Tensor) -> Request:
-            none = torch.full_like(index, -1)
-            draws = self._noise(index, seed, 0, length)
             return Request(
-                "absent", "asked", none, draws, tokens=tokens[index], prompt=prompt[index]
+                "absent" if latents is None else "given",
+                "asked",
+                torch.full_like(index, -1),
+                self._noise(index, seed, 0 if latents is None else latents.shape[1], length),
+                latents=None if latents is None else latents[index],
+                picture_at=None if latents is None else places[index],
+                tokens=tokens[index],
+                prompt=prompt[index],
             )
 
         how = Sampling(text_steps=steps, text_guidance=guidance, **options)
-        ids = self._run(request, len(prompts), how)[1]
+        ids = self._run(request, len(dialogues), how)[1]
         return [
             self.tokenizer.decode(row[n:]) for row, n in zip(ids.tolist(), lengths, strict=True)
         ]
+
+    def _asked(self, turns: Sequence[str], k: int, length: int) -> tuple[list[int], list[int]]:
+        """A dialogue's prompt, cut at its beginning, and where its k pictures stand in it."""
+        said: list[str] = []
+        places = []
+        for turn in turns:
+            text, *rest = (part.strip() for part in turn.split(PICTURE))
+            for part in rest:
+                # Every turn begins with the mark of who speaks.
+                places.append(sum(1 + len(self.tokenizer.encode(t)) for t in (*said, text)))
+                text = f"{text} {part}".strip()
+            said.append(text)
+        ids = self.tokenizer.encode_prompt(said)
+        cut = max(len(ids) - (length - 2), 0)
+        if places and len(places) != k:
+            raise ValueError(
+                f"a dialogue marks {len(places)} places with {PICTURE} but has {k} pictures: "
+                f"{turns!r}"
+            )
+        return ids[cut:], [max(at - cut, 0) for at in places] or [-1] * k
 
     def joint(
         self,

@@ -23,7 +23,8 @@ class Request:
     text: str
     class_ids: Tensor  # i64 [b], -1 for none
     noise: Callable[[int], Draws]  # normals of number 0, to start from, 1, 2, ...
-    latents: Tensor | None = None  # [b, n, c] first-stage latents of a given picture
+    latents: Tensor | None = None  # [b, n, c] first-stage latents of a given picture, or of several
+    picture_at: Tensor | None = None  # i64 [b, pictures], as in `mdm.data.batch.Batch`
     tokens: Tensor | None = None  # i64 [b, m] given text, or text of which `prompt` is given
     prompt: Tensor | None = None  # bool [b, m]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mdm.config import ModelConfig
+from mdm.model.packing import TextRows
 
-N_HEAD = 2  # time and class tokens
 CLEAN, DROPPED = 20.0, -20.0  # log-SNR of a clean condition and of pure noise, as the network sees
 
 
@@ -77,8 +77,7 @@ class Embed(nn.Module):
         text = text + torch.where(prompt.unsqueeze(-1), clean, noised)
         # The time token tells the level of the last picture: former ones are conditions.
         time = self.time_token + embedded[:, 0] + (embedded[:, -1] if z_img is not None else 0)
-        null = self.class_embedding.num_embeddings - 1
-        label = self.class_embedding(torch.where(class_ids < 0, null, class_ids))
+        label = self._label(class_ids)
         pads = self.pads.unsqueeze(1).expand(-1, b, -1).unsqueeze(2)  # [4, b, 1, d]
         parts = [time.unsqueeze(1), label.unsqueeze(1), pads[0], text, pads[1]]
         if z_img is not None:
@@ -92,3 +91,34 @@ class Embed(nn.Module):
             for image in (grids + self.image_position + told.unsqueeze(2)).unbind(1):
                 parts += [pads[2], image, pads[3]]
         return torch.cat(parts, 1)
+
+    def packed(
+        self,
+        z_txt: Tensor,
+        estimate_txt: Tensor,
+        level_txt: Tensor,
+        prompt: Tensor,
+        class_ids: Tensor,
+        text_of: Tensor,
+        rows: TextRows,
+    ) -> Tensor:
+        """The rows of packed texts, one after the other, [1, r (m + 4), d_model].
+
+        Each text's tokens are those that `forward` gives it alone; see `Network.forward`.
+        """
+        own = text_of.clamp(min=0)
+        noised, clean = self.level(torch.stack([level_txt, torch.full_like(level_txt, CLEAN)]))
+        text = self.text_in(torch.cat([z_txt, estimate_txt], -1))
+        text = text + self.text_position[rows.position]
+        text = text + torch.where(prompt.unsqueeze(-1), clean[own], noised[own])
+        frame = [self.time_token + noised, self._label(class_ids)]
+        frame += [pad.expand(len(noised), -1) for pad in self.pads[:2]]
+        tokens = torch.cat([text.flatten(0, 1), *frame])
+        x = tokens.new_zeros(rows.seq_idx.numel() + 1, tokens.shape[1])
+        places = torch.cat([rows.place.flatten(), rows.frame.flatten()])
+        return x.index_copy(0, places, tokens)[:-1].unsqueeze(0)
+
+    def _label(self, class_ids: Tensor) -> Tensor:
+        null = self.class_embedding.num_embeddings - 1
+        label: Tensor = self.class_embedding(torch.where(class_ids < 0, null, class_ids))
+        return label

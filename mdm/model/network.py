@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mdm.config import ModelConfig
 from mdm.model import scan
-from mdm.model.embed import N_HEAD, Embed
+from mdm.model.embed import Embed
 from mdm.model.mamba2 import Mamba2, Weights, mix
-from mdm.model.packing import pack_order, sequence_mask
+from mdm.model.packing import N_HEAD, TextRows, pack_order, sequence_mask, text_rows
 from mdm.model.transformer import AttentionBlock
 
 EQ17_LEVEL = 8.0  # log-SNR from which on Eq. 17's term grows no more: a token is certain there
@@ -72,10 +72,15 @@ def _unscan(y: Tensor, inverse: Tensor) -> Tensor:
 def residual(
     x: Tensor, norm: Tensor, weights: Weights, scan: Order, seq_idx: Tensor | None, **settings: Any
 ) -> Tensor:
-    """Sum of x [b, l, d] and the mean over its scans of Mamba2(RMSNorm(x)), as a pure function."""
+    """Sum of x [b, l, d] and the mean over its scans of Mamba2(RMSNorm(x)), as a pure function.
+
+    With `seq_idx` [r, w] x is [1, r w, d]: r rows end to end, none of which a scan leaves.
+    """
     normed = F.rms_norm(x, x.shape[-1:], norm, eps=1e-5)
     u: Tensor = _Scan.apply(normed, *scan)  # type: ignore[no-untyped-call]
-    total: Tensor = _Unscan.apply(mix(u, weights, seq_idx, **settings), *scan)  # type: ignore[no-untyped-call]
+    rows = u if seq_idx is None else u.view(*seq_idx.shape, *u.shape[2:])
+    mixed = mix(rows, weights, seq_idx, **settings).view(u.shape)
+    total: Tensor = _Unscan.apply(mixed, *scan)  # type: ignore[no-untyped-call]
     return x + total / u.shape[2]
 
 
@@ -165,6 +170,15 @@ class Trunk(nn.Module):
         x[keep] = row[0]
         return x
 
+    def packed(self, x: Tensor, rows: TextRows) -> Tensor:
+        """[1, l, d] -> [1, l, d]: rows of packed texts end to end, none of which hears another."""
+        m = rows.place.shape[1]
+        orders = {
+            scans: Order(*rows.order(_order(scans, m, None, 1, x.device).order))
+            for scans in set(self.scans)
+        }
+        return self._run(x, orders, rows.seq_idx)
+
     def _run(
         self,
         x: Tensor,
@@ -214,6 +228,7 @@ class Network(nn.Module):
         picture_at: Tensor | None = None,
         keep_txt: Tensor | None = None,
         keep_img: Tensor | None = None,
+        text_of: Tensor | None = None,
     ) -> Prediction:
         """One denoising evaluation.
 
@@ -229,6 +244,8 @@ class Network(nn.Module):
                 beside the whole text; None: all beside it.
             keep_txt: bool [b, m], text tokens that the blocks read; all of them without it.
             keep_img: bool [b, n], the same of the image; given where `keep_txt` is.
+            text_of: i64 [r, m] which of b packed texts a token belongs to, as
+                `mdm.model.packing.Texts` has it; what else is [b, m] above is then [r, m].
 
         Returns:
             `Prediction`.
@@ -236,9 +253,11 @@ class Network(nn.Module):
         Raises:
             ValueError: shapes that do not fit, with both values.
         """
-        k = self._check(z_txt, level_txt, prompt, class_ids, z_img, level_img, picture_at)
+        k = self._check(z_txt, level_txt, prompt, class_ids, z_img, level_img, picture_at, text_of)
         if estimate_txt is None:
             estimate_txt = torch.zeros_like(z_txt)
+        if text_of is not None:
+            return self._packed(z_txt, estimate_txt, level_txt, prompt, class_ids, text_of)
         if level_img is not None:
             level_img = level_img.view(len(level_img), -1).expand(-1, k)
         x = self.embed(
@@ -256,6 +275,24 @@ class Network(nn.Module):
         starts = [start + m + 2 + i * (n + 2) for i in range(k)]
         pictures = [self.image_out(x[:, s : s + n]) for s in starts]
         return Prediction(torch.cat(pictures, 1) if pictures else None, text)
+
+    def _packed(
+        self,
+        z_txt: Tensor,
+        estimate_txt: Tensor,
+        level_txt: Tensor,
+        prompt: Tensor,
+        class_ids: Tensor,
+        text_of: Tensor,
+    ) -> Prediction:
+        rows = text_rows(text_of, len(class_ids))
+        x = self.embed.packed(z_txt, estimate_txt, level_txt, prompt, class_ids, text_of, rows)
+        x = self.trunk.packed(x, rows).squeeze(0)
+        x = x[rows.place.clamp(max=len(x) - 1)]
+        text = self.text_out(F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5))
+        if self.eq17_gain is not None:
+            text = text + self._eq17(level_txt).squeeze(-1)[text_of.clamp(min=0)] * z_txt
+        return Prediction(None, text)
 
     def _eq17(self, level: Tensor) -> Tensor:
         """What Eq. 17 with eps_hat = 0 adds to h as a multiple of z_t, [b, 1, 1].
@@ -278,6 +315,7 @@ class Network(nn.Module):
         z_img: Tensor | None,
         level_img: Tensor | None,
         picture_at: Tensor | None,
+        text_of: Tensor | None,
     ) -> int:
         """How many pictures a sample holds; ValueError for shapes that do not fit."""
         c, longest, n = self.config.latent_dim, self.config.text_length, self.grid[0] * self.grid[1]
@@ -287,9 +325,14 @@ class Network(nn.Module):
                 f"tokens (model.text_length), {c} numbers (model.latent_dim)]"
             )
         b, m, _ = z_txt.shape
-        wanted = {
+        wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {"prompt": (prompt, (b, m))}
+        if text_of is not None:
+            if z_img is not None:
+                raise ValueError("text_of tells of packed texts, which have no pictures")
+            wanted["text_of"] = (text_of, (b, m))
+            b = len(class_ids)
+        wanted |= {
             "level_txt": (level_txt, (b,)),
-            "prompt": (prompt, (b, m)),
             "class_ids": (class_ids, (b,)),
         }
         k = 0

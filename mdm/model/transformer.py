@@ -61,10 +61,12 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, scan: Any = None, seq_idx: Tensor | None = None) -> Tensor:
         """[b, l, d] -> [b, l, d]; `scan` is a Mamba-2 block's, attention has no order.
 
-        With `seq_idx` [b, l] tokens hear those of the same number alone.
+        With `seq_idx` [r, w] x is [1, r w, d], r rows end to end, in each of which tokens hear
+        those of the same number alone.
         """
         normed = F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5)
-        x = x + self.o_proj(self._attend(normed, seq_idx))
+        rows = normed if seq_idx is None else normed.view(*seq_idx.shape, -1)
+        x = x + self.o_proj(self._attend(rows, seq_idx)).view(x.shape)
         normed = F.rms_norm(x, x.shape[-1:], self.mlp_norm, eps=1e-5)
         gated = F.silu(self.gate_proj(normed)) * self.up_proj(normed)
         joined: Tensor = x + self.down_proj(gated)

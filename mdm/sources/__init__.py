@@ -44,6 +44,34 @@ def get(name: str) -> Reader:
     return READERS[name]
 
 
+def training_splits(name: str, root: Path) -> tuple[str, ...]:
+    """The splits of the data set in this folder to train on; ValueError names what is missing."""
+    reader = get(name)
+    missing: list[ValueError] = []
+    for form in reader.TRAINING:
+        found = []
+        for split in form:
+            try:
+                reader.units(root, split)
+                found.append(split)
+            except ValueError as error:
+                missing.append(error)
+        if found:
+            return tuple(found)
+    raise missing[0]
+
+
+def held_out_split(name: str, root: Path) -> str:
+    """The split of the data set in this folder to measure on; "" where there is none."""
+    reader = get(name)
+    if reader.HELD_OUT:
+        try:
+            reader.units(root, reader.HELD_OUT)
+        except ValueError:
+            return ""
+    return reader.HELD_OUT
+
+
 def records(name: str, root: Path, split: str) -> Iterator[RawRecord | BadRecord]:
     """All of a split, unit after unit, in one process."""
     reader = get(name)

@@ -3,13 +3,14 @@
 Most published sets for captions and questions are one JSON file whose entries name pictures in a
 folder or a zip. A data set's module says where its files lie (`Layout`) and what an entry holds
 (`Content`); the rest is here. A unit is a run of entries of the annotation file, known by the byte
-where it begins, and its records come in the file's order. Where the pictures are a gzipped tar,
-which cannot be entered in the middle, the set is one unit in the archive's order.
+where it begins; its records come in the file's order, but those of one picture together. Where the
+pictures are a gzipped tar, which cannot be entered in the middle, the set is one unit in the
+archive's order.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_spl
 from mdm.sources.streams import ARCHIVE_ERRORS, describe, tgz_members
 
 _TARS = (".tgz", ".tar.gz")
+# Entries that are looked through for others about the same picture: some tens of megabytes.
+_WINDOW = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class Annotated:
             yield from self._from_tar(root, layout, tar, rows)
             return
         with Pictures(root, layout.archives) as pictures:
-            for row in rows:
+            for row in _by_picture(rows):
                 place, data, problem = "", None, row.problem
                 if not problem and row.content.pictures:
                     try:
@@ -292,6 +295,16 @@ def _elements(file: Any, layout: Layout, start: int, stop: int) -> Iterator[Elem
     if layout.lines:
         return jsonfile.line_elements(file, start, stop)
     return jsonfile.elements(file, layout.section, start, stop)
+
+
+def _by_picture(rows: Iterator[_Row]) -> Iterator[_Row]:
+    """The rows of a window picture by picture, so that each is read and decoded once."""
+    while window := list(islice(rows, _WINDOW)):
+        groups: dict[Any, list[_Row]] = {}
+        for number, row in enumerate(window):
+            groups.setdefault(row.content.pictures or number, []).append(row)
+        for group in groups.values():
+            yield from group
 
 
 def _tar(root: Path, layout: Layout) -> str:

@@ -21,6 +21,8 @@ from mdm.sources.packed import locate
 SOURCE = "coco"
 _EDITIONS = ("train2017", "val2017", "train2014", "val2014")
 SPLITS: tuple[str, ...] = ("train", "val", *_EDITIONS, *karpathy.SPLITS)
+TRAINING = (("train",),)
+HELD_OUT = "val"
 
 
 def _files(split: str) -> tuple[str, ...]:

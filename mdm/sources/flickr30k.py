@@ -19,6 +19,8 @@ from mdm.sources.packed import locate
 
 SOURCE = "flickr30k"
 SPLITS: tuple[str, ...] = ("train", "val", "test", "all")
+TRAINING = (("train",), ("all",))
+HELD_OUT = "val"
 _TOKENS = "results_20130124.token"
 _FOLDERS = ("flickr30k-images", "flickr30k_images")
 

@@ -15,6 +15,8 @@ from mdm.sources.packed import locate
 
 SOURCE = "gqa"
 SPLITS: tuple[str, ...] = ("train", "val", "testdev")
+TRAINING = (("train",),)
+HELD_OUT = "val"
 
 
 def _find(root: Path, split: str) -> Layout:

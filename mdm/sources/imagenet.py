@@ -30,6 +30,8 @@ from mdm.sources.streams import (
 
 SOURCE = "imagenet"
 SPLITS: tuple[str, ...] = ("train", "val")
+TRAINING = (("train",),)
+HELD_OUT = "val"
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 MAPPING = "LOC_synset_mapping.txt"

@@ -1,9 +1,10 @@
 """JourneyDB: an annotation file of JSON lines and archives of pictures, each a gzipped tar.
 
 Layout: `data/train/train_anno_realease_repath.jsonl.tgz` (so spelled) beside
-`data/train/imgs/000.tgz` ..., and `data/valid/valid_anno_repath.jsonl.tgz` beside
-`data/valid/imgs/`. A row holds `img_path` ("./000/<uuid>.jpg"), `prompt`, and often
-`Task2.Caption`. The annotations outgrow memory, so a unit (one archive) streams them and keeps its
+`data/train/imgs/000.tgz` ..., `data/valid/valid_anno_repath.jsonl.tgz` beside `data/valid/imgs/`,
+and `data/test/test_questions.jsonl.tgz` beside `data/test/imgs.tgz`, one archive (or `imgs/`). A
+row holds `img_path` ("./000/<uuid>.jpg"), `prompt`, and often `Task2.Caption`; one without both is
+a bad record. The annotations outgrow memory, so a unit (one archive) streams them and keeps its
 own rows. What belongs to no archive is reported once, by the first unit.
 """
 
@@ -17,11 +18,15 @@ from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_spl
 from mdm.sources.streams import ARCHIVE_ERRORS, describe, parse_row, tgz_lines, tgz_members
 
 SOURCE = "journeydb"
-SPLITS: tuple[str, ...] = ("train", "valid")
+SPLITS: tuple[str, ...] = ("train", "valid", "test")
+TRAINING = (("train",),)
+HELD_OUT = "valid"
 ANNOTATIONS = {
     "train": "data/train/train_anno_realease_repath.jsonl.tgz",
     "valid": "data/valid/valid_anno_repath.jsonl.tgz",
+    "test": "data/test/test_questions.jsonl.tgz",
 }
+_ONE_ARCHIVE = "imgs.tgz"  # of a split whose pictures lie in no archives of their own
 
 
 def units(root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
@@ -33,7 +38,10 @@ def units(root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]
     annotations = root / ANNOTATIONS[split]
     if not annotations.is_file():
         raise ValueError(f"{SOURCE}: no annotations {ANNOTATIONS[split]} in {root}")
-    archives = sorted((root / "data" / split / "imgs").glob("*.tgz"))
+    folder = root / "data" / split
+    archives = sorted((folder / "imgs").glob("*.tgz"))
+    if not archives and (folder / _ONE_ARCHIVE).is_file():
+        archives = [folder / _ONE_ARCHIVE]
     if not archives:
         raise ValueError(f"{SOURCE}: no data/{split}/imgs/*.tgz in {root}")
     head = (ANNOTATIONS[split], annotations.stat().st_size)
@@ -118,13 +126,14 @@ def texts(root: Path, split: str) -> Iterator[str]:
 
 def _collect(unit: Unit, archive: str, rows: dict[str, str | None]) -> Iterator[BadRecord]:
     """Fill `rows` with file name -> text of this archive, and yield what is wrong."""
+    single = PurePosixPath(unit.files[0]).name == _ONE_ARCHIVE
     present = {path.stem for path in (Path(unit.root) / unit.files[0]).parent.glob("*.tgz")}
     elsewhere: Counter[str] = Counter()
     for number, row in _annotations(unit, archive):
         if isinstance(row, str):
             yield _bad_row(unit, f"line {number}", number, row)
             continue
-        folder, file = _path(row)
+        folder, file = _path(row, single)
         if folder not in present:
             elsewhere[folder] += 1
         if folder != archive:
@@ -157,7 +166,7 @@ def _annotations(unit: Unit, archive: str) -> Iterator[tuple[int, dict[str, Any]
                 continue
             try:
                 row = parse_row(line)
-                _path(row)
+                _path(row, PurePosixPath(unit.files[0]).name == _ONE_ARCHIVE)
                 yield number, row
             except ValueError as error:
                 if reporter:
@@ -172,9 +181,12 @@ def _bad_row(unit: Unit, name: str, number: int, reason: str) -> BadRecord:
     return BadRecord(key, SOURCE, unit.split, f"{ANNOTATIONS[unit.split]}:{number}", reason)
 
 
-def _path(row: dict[str, Any]) -> tuple[str, str]:
+def _path(row: dict[str, Any], single: bool) -> tuple[str, str]:
+    """(archive, file); whatever folders stand before it where there is a `single` archive."""
     path = text_field(row.get("img_path"), "img_path")
     parts = PurePosixPath(path).parts
+    if single and parts and ".." not in parts:
+        return PurePosixPath(_ONE_ARCHIVE).stem, parts[-1]
     if len(parts) != 2 or ".." in parts:
         raise ValueError(f"field img_path is {path[:80]!r}, not ./<archive>/<file>")
     return parts[0], parts[1]

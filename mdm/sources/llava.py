@@ -21,6 +21,8 @@ from mdm.sources.packed import locate
 
 SOURCE = "llava"
 SPLITS: tuple[str, ...] = ("train", "train-text")
+TRAINING = (("train", "train-text"),)
+HELD_OUT = ""
 _FOLDERS = (
     "coco/train2017",
     "gqa/images",

@@ -15,6 +15,8 @@ from mdm.sources.joined import Join, Joined
 from mdm.sources.packed import locate
 
 SPLITS: tuple[str, ...] = ("train", "val")
+TRAINING = (("train",),)
+HELD_OUT = "val"
 
 # Names of the two files of a split, without the folders or archives they may lie in.
 Names = Callable[[str], tuple[tuple[str, ...], tuple[str, ...]]]

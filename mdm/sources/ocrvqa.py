@@ -20,6 +20,8 @@ from mdm.sources.packed import locate
 
 SOURCE = "ocrvqa"
 SPLITS: tuple[str, ...] = ("train", "val", "test")
+TRAINING = (("train",),)
+HELD_OUT = "val"
 
 
 def _find(root: Path, split: str) -> Layout:

@@ -12,6 +12,7 @@ from mdm.sources.fields import commonest
 
 SOURCE = "okvqa"
 SPLITS = mscoco_vqa.SPLITS
+TRAINING, HELD_OUT = mscoco_vqa.TRAINING, mscoco_vqa.HELD_OUT
 
 
 def _names(split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

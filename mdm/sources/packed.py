@@ -131,7 +131,7 @@ class Pictures:
     def read(self, names: tuple[str, ...]) -> tuple[str, bytes]:
         """(where it lies, bytes) of the first of `names` that is there; ValueError says why not.
 
-        Annotations of one picture mostly stand together: the last picture is kept.
+        Records of one picture come together: the last picture is kept.
         """
         if names != self._last[0]:
             self._last = (names, self._find(names))

@@ -65,8 +65,11 @@ class Unit:
 class Reader(Protocol):
     """A published data set's layout. Modules of `mdm.sources` are readers."""
 
-    # As published; the first is for training, the second held out if the data set holds any out.
-    SPLITS: tuple[str, ...]
+    SPLITS: tuple[str, ...]  # as published
+    # The splits to train on, of those forms of the data set that are there the first one's. The
+    # first split of a form has all of its pictures.
+    TRAINING: tuple[tuple[str, ...], ...]
+    HELD_OUT: str  # the split to measure on, "" where none is published
 
     def units(self, root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
         """The split's units, the same list for the same files; ValueError without the files."""

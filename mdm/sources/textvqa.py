@@ -16,6 +16,8 @@ from mdm.sources.packed import locate
 
 SOURCE = "textvqa"
 SPLITS: tuple[str, ...] = ("train", "val")
+TRAINING = (("train",),)
+HELD_OUT = "val"
 
 
 def _find(root: Path, split: str) -> Layout:

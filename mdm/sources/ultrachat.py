@@ -17,6 +17,8 @@ from mdm.sources.streams import MAX_MEMBER_BYTES, bounded_lines, describe, parse
 
 SOURCE = "ultrachat"
 SPLITS: tuple[str, ...] = ("train", "test", "train_sft", "test_sft", "train_gen", "test_gen")
+TRAINING = (("train",), ("train_gen",))
+HELD_OUT = "test"
 _ROLES = ("user", "assistant")
 _COLUMNS = ("prompt_id", "messages")
 _BATCH_ROWS = 64

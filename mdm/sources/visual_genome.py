@@ -20,6 +20,8 @@ from mdm.sources.packed import locate
 
 SOURCE = "visual_genome"
 SPLITS: tuple[str, ...] = ("qa", "regions")
+TRAINING = (("qa", "regions"),)
+HELD_OUT = ""
 _FOLDERS = ("VG_100K", "VG_100K_2")
 
 

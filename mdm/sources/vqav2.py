@@ -13,6 +13,7 @@ from mdm.sources.fields import commonest, text_field
 
 SOURCE = "vqav2"
 SPLITS = mscoco_vqa.SPLITS
+TRAINING, HELD_OUT = mscoco_vqa.TRAINING, mscoco_vqa.HELD_OUT
 
 
 def _names(split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

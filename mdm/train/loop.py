@@ -22,6 +22,7 @@ from torch import nn
 from mdm.config import Config, fingerprint, to_dict
 from mdm.data.batch import Batch
 from mdm.dist import World, agree, from_main, gather_to_all
+from mdm.objective import LossTerms
 from mdm.tracking import MlflowTracker, NullTracker, Tracker
 from mdm.train import checkpoint
 from mdm.train.ema import EMA
@@ -234,7 +235,7 @@ def _find(run_dir: Path, resume: str) -> tuple[checkpoint.Checkpoint | None, lis
     return found, passed
 
 
-def _report_nonfinite(terms: Any, batch: Batch, step: int) -> None:
+def _report_nonfinite(terms: LossTerms, batch: Batch, step: int) -> None:
     """Stop, naming the step and the samples.
 
     Those whose latents are not finite, if there are any: the other samples of the global batch meet
@@ -242,7 +243,7 @@ def _report_nonfinite(terms: Any, batch: Batch, step: int) -> None:
     """
     value = float(terms.total)
     own = () if math.isfinite(value) else batch.ids
-    parts = {k: float(v) for k, v in terms._asdict().items()}
+    parts = {k: float(v) for k, v in terms._asdict().items() if v.dim() == 0}
     reports = gather_to_all((value, own, parts, batch.nonfinite()))
     broken = any(bad for *_, bad in reports)
     blamed = [

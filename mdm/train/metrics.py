@@ -13,20 +13,24 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed
 from tqdm import tqdm
 
+from mdm.data.batch import TASKS
 from mdm.dist import World, gather_to_all
+from mdm.objective import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
 from mdm.tracking import Tracker
 from mdm.train.checkpoint import write_synced
 from mdm.train.state import TrainState
 
 MODEL_PARTS = ("forward", "backward")
 PARTS = ("data", *MODEL_PARTS, "optimizer", "ema", "other")
+_TERMS = tuple(name for name in LossTerms._fields if name != "by_conditioning")
+_NAMES = (*_TERMS, *(f"{c}/{name}" for c in CONDITIONINGS for name in CONDITIONED_TERMS))
 
 
 class Clock:
@@ -63,17 +67,14 @@ class Window:
         self._size = world.size
         self._sums: dict[str, torch.Tensor] = {}
         self._steps: dict[str, int] = defaultdict(int)
-        self._names: tuple[str, ...] = ()
         for task, values in (saved or {}).items():
-            self._names = tuple(name for name in values if name != "steps")
-            row = torch.tensor([values[name] for name in self._names], dtype=torch.float64)
+            row = torch.tensor([values[name] for name in _NAMES], dtype=torch.float64)
             self._sums[task] = row if world.is_main else torch.zeros_like(row)
             self._steps[task] = int(values["steps"])
 
-    def add(self, task: str, terms: NamedTuple) -> None:
+    def add(self, task: str, terms: LossTerms) -> None:
         """Add one step's terms; no communication. All ranks take the same tasks in one order."""
-        row = torch.stack([t.detach().double() for t in terms])
-        self._names = terms._fields
+        row = torch.cat([t.detach().double().view(-1) for t in terms])
         known = self._sums.get(task)
         self._sums[task] = row if known is None else known.to(row.device) + row
         self._steps[task] += 1
@@ -86,25 +87,36 @@ class Window:
         sums = torch.stack([self._sums[task] for task in tasks])
         torch.distributed.all_reduce(sums)
         return {
-            task: {"steps": self._steps[task], **dict(zip(self._names, row, strict=True))}
+            task: {"steps": self._steps[task], **dict(zip(_NAMES, row, strict=True))}
             for task, row in zip(tasks, sums.tolist(), strict=True)
         }
 
     def mean(self) -> dict[str, float]:
-        """Means over steps and ranks: `loss`, and `task/term`; then empty. All ranks must call.
+        """Means: `loss`, `task/term` and `conditioning/term`; then empty. All ranks must call.
 
-        A term that was 0 throughout is one that the task does not have, and is left out.
+        A task's terms are means over steps and ranks, a conditioning's over the samples that had
+        it. A term that was 0 throughout is one that the task does not have, and is left out.
         """
         found = self.state()
         if not found:
             return {}
-        total = sum(values[self._names[0]] for values in found.values())
+        total = sum(values["total"] for values in found.values())
         means = {"loss": total / self._size / sum(self._steps.values())}
         for task, values in found.items():
             means |= {
                 f"{task}/{name}": values[name] / self._size / values["steps"]
-                for name in self._names
+                for name in _TERMS
                 if values[name] != 0.0
+            }
+        for conditioning in CONDITIONINGS:
+            samples, *sums = (
+                sum(values[f"{conditioning}/{name}"] for values in found.values())
+                for name in CONDITIONED_TERMS
+            )
+            means |= {
+                f"{conditioning}/{name}": value / samples
+                for name, value in zip(CONDITIONED_TERMS[1:], sums, strict=True)
+                if value != 0.0
             }
         self._sums, self._steps = {}, defaultdict(int)
         return means
@@ -167,8 +179,11 @@ class Reporter:
         with self._path.open("a") as file:
             file.write(json.dumps(row | {"time": time.time()}) + "\n")
         self.tracker.log_metrics({**values, **speeds}, step=state.samples_seen)
-        shown = {k.split("/")[-1]: f"{v:.3f}" for k, v in values.items() if "/" in k or k == "loss"}
-        shown.pop("total", None)
+        shown = {
+            name.split("/")[-1]: f"{value:.3f}"
+            for name, value in values.items()
+            if name == "loss" or (name.split("/")[0] in TASKS and not name.endswith("/total"))
+        }
         self._bar.set_postfix(
             {**shown, "samples/s": f"{speeds['samples_per_second']:.0f}"}, refresh=False
         )

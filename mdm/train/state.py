@@ -14,6 +14,9 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.keep",
     "train.snapshots",
+    "data.stages",  # those to come; the loader refuses a change of what was consumed
+    "data.cache_dir",
+    "data.cache_gb",
     "run_dir",
     "experiment",
 )

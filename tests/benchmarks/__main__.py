@@ -15,7 +15,7 @@ import tests.benchmarks as package
 from mdm.config import fail
 from tests.benchmarks import timing
 
-HELPERS = {"__main__", "timing", "shapes"}
+HELPERS = {"__main__", "timing", "shapes", "encoding"}
 OUT = Path("runs/bench")
 
 
@@ -29,8 +29,6 @@ def main(names: list[str]) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     for name in names or known:
         result: timing.Result = importlib.import_module(f"tests.benchmarks.{name}").run()
-        for case in result.cases:
-            print("  " + case.line(), flush=True)
         print(result.line(), flush=True)
         (OUT / f"{name}.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
 

@@ -60,4 +60,4 @@ def case(shape: Shape, dtype: torch.dtype) -> Result:
 def run() -> Result:
     """Forward and backward of one block at every shape and precision."""
     kinds = (torch.float32, torch.bfloat16)
-    return worst("block_cpu", [case(shape, kind) for kind in kinds for shape in SHAPES])
+    return worst("block_cpu", (case(shape, kind) for kind in kinds for shape in SHAPES))

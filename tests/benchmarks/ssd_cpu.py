@@ -84,4 +84,4 @@ def case(shape: Shape) -> Result:
 
 def run() -> Result:
     """Forward and backward of the scan at every shape."""
-    return worst("ssd_cpu", [case(shape) for shape in SHAPES])
+    return worst("ssd_cpu", (case(shape) for shape in SHAPES))

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,8 +48,15 @@ class Result:
         )
 
 
-def worst(name: str, cases: list[Result]) -> Result:
-    """A benchmark's headline: its least favourable case, with all of them below it."""
+def worst(name: str, measured: Iterable[Result]) -> Result:
+    """A benchmark's headline: its least favourable case, with all of them below it.
+
+    Each is printed as it comes.
+    """
+    cases = []
+    for case in measured:
+        print("  " + case.line(), flush=True)
+        cases.append(case)
     least = min(cases, key=lambda case: case.ratio)
     return Result(
         name,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mdm.data.manifest import MANIFEST, Manifest
+from mdm.data.manifest import Manifest
 from mdm.data.publish import receipts_of
 from mdm.data.schema import ShardInfo, read_rows
 from mdm.data.storage import Store, open_store
@@ -87,9 +87,8 @@ def check_whole(uri: str, manifest_sha256: str) -> None:
     manifest = Manifest.load(uri)
     assert manifest.sha256 == manifest_sha256
     assert all(not v.problems for v in verify(manifest))
-    named = {MANIFEST, f"{MANIFEST}.sha256", "card.json", *(s.key for s in manifest.shards)}
     kept = {k for k in open_store(uri).listing() if not k.startswith(receipts_of(manifest))}
-    assert kept == named
+    assert kept == {*manifest.objects(), "card.html"}
     ids = [i for s in manifest.shards for i in _ids(uri, manifest, s)]
     assert len(set(ids)) == len(ids) == manifest.rows
 

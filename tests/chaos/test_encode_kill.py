@@ -1,15 +1,18 @@
 """The encode job killed, refused and cut off from its store: same manifest, or nothing at all."""
 
+import json
 import os
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from mdm.data.lease import LEASE
 from mdm.data.manifest import MANIFEST
 from mdm.data.storage import open_store
 from pipelines import encode
@@ -89,12 +92,29 @@ def test_a_job_killed_then_cut_off_from_its_store_ends_in_the_same_manifest(
         check_whole(uri, summary["manifest_sha256"])
 
 
+def test_of_two_jobs_on_one_output_one_wins_and_the_other_says_so(
+    job: Job, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    first = job.start(str(tmp_path / "out"))
+    wait_for(lambda: (tmp_path / "out" / LEASE).exists() or first.poll() is not None)
+    code, _, stderr = job.run(str(tmp_path / "out"))
+    assert code == 1
+    assert f"being written by another job (process {first.pid} on " in stderr
+    assert stderr.count("\n") == 1
+    code, _, stderr = job.run(str(tmp_path / "out"), "--text_length", "9")  # another recipe
+    assert code == 1
+    stdout, stderr = first.communicate(timeout=240)
+    assert first.returncode == 0, stderr
+    assert json.loads(stdout)["manifest_sha256"] == undisturbed[1]["manifest_sha256"]
+    check_whole(str(tmp_path / "out"), undisturbed[1]["manifest_sha256"])
+
+
 def test_too_many_bad_records_stop_the_job() -> None:
-    encode.check_bad(["damaged"] * 5, 10, 0.5)
+    encode.check_bad(Counter(damaged=5), 10, 0.5)
     with pytest.raises(
         encode.TooManyBadError, match=r"6 of 10 records are bad.*0\.5.*damaged; gone"
     ):
-        encode.check_bad(["damaged: here"] * 5 + ["gone"], 10, 0.5)
+        encode.check_bad(Counter(damaged=5, gone=1), 10, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,17 @@ def drawn(objective: Objective, part: Batch) -> list[torch.Tensor]:
     return found if draws.image is None else [*found, draws.image]
 
 
-def learn(objective: Objective, part: slice) -> list[tuple[list[torch.Tensor], torch.Tensor]]:
+def learn(
+    objective: Objective, part: slice
+) -> list[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]]:
     """Draws and loss terms of every step; gradients add up in the objective."""
     rows = []
     for step in STEPS:
         own = share(batch(step), part)
         draws, terms = drawn(objective, own), objective(own, step)
         terms.total.backward()
-        rows.append((draws, torch.stack([t.detach() for t in terms])))
+        *scalars, sums = [t.detach() for t in terms]
+        rows.append((draws, torch.stack(scalars), sums))
     return rows
 
 
@@ -58,11 +61,14 @@ def main() -> None:
     part = slice(rank * GLOBAL_BATCH // size, (rank + 1) * GLOBAL_BATCH // size)
     together = made()
     found = learn(together, part)
-    for (draws, terms), (whole_draws, whole_terms) in zip(found, expected, strict=True):
-        for ours, whole in zip(draws, whole_draws, strict=True):
-            assert torch.equal(ours, whole[part])
+    for ours, whole in zip(found, expected, strict=True):
+        (draws, terms, sums), (whole_draws, whole_terms, whole_sums) = ours, whole
+        for own, of_all in zip(draws, whole_draws, strict=True):
+            assert torch.equal(own, of_all[part])
         dist.all_reduce(terms)
         torch.testing.assert_close(terms / size, whole_terms, rtol=1e-5, atol=1e-6)
+        dist.all_reduce(sums)
+        torch.testing.assert_close(sums, whole_sums, rtol=1e-5, atol=1e-6)
     single = dict(alone.named_parameters())
     for name, p in together.named_parameters():
         assert (p.grad is None) == (single[name].grad is None), name

@@ -218,12 +218,13 @@ def clock_skew(setting: Setting) -> Iterator[Row]:
 
 
 def two_jobs(setting: Setting) -> Iterator[Row]:
-    """Two jobs on one output: of one recipe both end well; of two, one wins, one says so."""
+    """Two jobs on one output: one wins and the other says so."""
     with ExitStack() as stack:
         bench = Bench(setting.folder, stack)
-        both = [bench.job.start("s3://drill/same") for _ in range(2)]
-        codes = [ended(p)[0] for p in both]
-        assert codes == [0, 0]
+        both = [ended(p) for p in [bench.job.start("s3://drill/same") for _ in range(2)]]
+        assert sorted(code for code, _, _ in both) == [0, 1], [r[2][-500:] for r in both]
+        loser = next(r for r in both if r[0])
+        assert "is being written by another job" in one_line(loser[2]), loser[2]
         check_whole("s3://drill/same", bench.sha256)
         yield Row("two encode jobs, one recipe", 1, 1, 0, True, 0.0)
         jobs = [
@@ -231,10 +232,11 @@ def two_jobs(setting: Setting) -> Iterator[Row]:
             bench.job.start("s3://drill/other", "--text_length", "9"),
         ]
         results = [ended(p) for p in jobs]
-        assert sorted(r[0] for r in results) == [0, 2], [r[2][-500:] for r in results]
+        assert sorted(r[0] for r in results) in ([0, 1], [0, 2]), [r[2][-500:] for r in results]
         winner = next(r for r in results if not r[0])
         loser = next(r for r in results if r[0])
-        assert winner[1]["recipe_hash"] in one_line(loser[2])
+        said = one_line(loser[2])
+        assert "is being written by another job" in said or winner[1]["recipe_hash"] in said
         check_whole("s3://drill/other", winner[1]["manifest_sha256"])
         equal = winner is results[1] or winner[1]["manifest_sha256"] == bench.sha256
         yield Row("two encode jobs, two recipes", 1, 1, 0, equal, 0.0)

@@ -70,7 +70,8 @@ def run() -> list[dict[str, float]]:
         optimizer.zero_grad()
         terms.total.backward()
         optimizer.step()
-        rows.append({k: round(float(v.detach()), 5) for k, v in terms._asdict().items()})
+        scalars = {k: v for k, v in terms._asdict().items() if v.dim() == 0}
+        rows.append({k: round(float(v.detach()), 5) for k, v in scalars.items()})
     return rows
 
 

@@ -69,6 +69,37 @@ def test_help_names_every_field(capsys):
         assert f"--model.{field.name}" in out
 
 
+def test_stages_are_read_shown_and_kept():
+    argv = ["--preset", "demo", "--data.sources", "a:1"]
+    argv += ["--data.stages", "100=a:1,b:0.5;250=b:1"]
+    config = parse_cli(Config, argv, presets=PRESETS)
+    assert [(s.step, [(d.name, d.weight) for d in s.sources]) for s in config.data.stages] == [
+        (100, [("a", 1.0), ("b", 0.5)]),
+        (250, [("b", 1.0)]),
+    ]
+    assert from_dict(Config, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        ("0=a:1", "begins at step 0; data.sources is the mixture of step 0"),
+        ("200=a:1;100=b:1", "data.stages begin at steps [200, 100]; they must go up"),
+        ("100", "is not step=name:weight"),
+        ("x=a:1", "is not step=name:weight"),
+        ("100=", "the stage from step 100 on names no data set"),
+        ("100=a:1,a:2", "the stage from step 100 on names one twice"),
+    ],
+)
+def test_stages_that_make_no_sense_end_with_one_line(stages, says, capsys):
+    argv = ["--preset", "demo", "--data.sources", "a:1", "--data.stages", stages]
+    with pytest.raises(SystemExit):
+        parse_cli(Config, argv, presets=PRESETS)
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
 def test_unknown_keys_are_refused():
     values = to_dict(PRESETS["demo"])
     values["train"]["learning_rate"] = 1

@@ -9,7 +9,7 @@ from mdm.config import ObjectiveConfig
 from mdm.data.batch import Batch
 from mdm.diffusion import schedule
 from mdm.diffusion.schedule import STEPS
-from mdm.objective import Objective
+from mdm.objective import CONDITIONINGS, Objective
 from tests.golden.test_losses import CONFIG, batch
 
 
@@ -60,13 +60,56 @@ def test_prompt_tokens_are_not_predicted(objective):
     assert objective(everything, 3).se_txt == 0
 
 
+def test_losses_by_conditioning_add_up_to_the_losses(objective):
+    """Each sample counts for one conditioning, and the sums are those of the means."""
+    terms = objective(batch(0), 0)
+    samples, eps_img, se_img, se_txt = terms.by_conditioning.sum(0)
+    n = len(batch(0))
+    assert samples == n
+    means = torch.stack([eps_img, se_img, se_txt]).float() / n
+    expected = torch.stack([terms.eps_img, terms.se_img, terms.se_txt])
+    torch.testing.assert_close(means, expected.detach())
+    text = objective(batch(3), 3).by_conditioning
+    assert text[CONDITIONINGS.index("text_alone"), 0] == text[:, 0].sum() == len(batch(3))
+
+
+def test_conditionings_are_named_by_what_is_given():
+    objective = Objective(CONFIG)
+    n = 4000
+    many = dataclasses.replace(
+        batch(0),
+        class_ids=torch.zeros(n, dtype=torch.long),
+        latents=torch.zeros(n, 4, 16),
+        prompt=(torch.arange(n) % 2 == 0).unsqueeze(1).expand(n, batch(0).tokens.shape[1]),
+    )
+    uniforms = torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
+    levels = objective.draw_levels(uniforms, many)
+    named = [CONDITIONINGS[i] for i in levels.conditioning.tolist()]
+    for i, name in enumerate(named):
+        t_img, t_txt, label = int(levels.t_img[i, -1]), int(levels.t_txt[i]), levels.class_ids[i]
+        given = {
+            "class_to_image": t_txt == STEPS and label >= 0 and 0 < t_img < STEPS,
+            "image": t_txt == STEPS and label < 0 and 0 < t_img < STEPS,
+            "text_to_image": t_txt == 0 and 0 < t_img < STEPS,
+            "image_to_text": t_img == 0 and 0 < t_txt < STEPS and not many.prompt[i, 0],
+            "answer": t_img == 0 and 0 < t_txt < STEPS and bool(many.prompt[i, 0]),
+            "text_alone": t_img == STEPS and 0 < t_txt < STEPS,
+            "both": 0 < t_img < STEPS and 0 < t_txt < STEPS,
+        }
+        assert given[name], (name, t_img, t_txt, label)
+    assert set(named) == set(CONDITIONINGS)
+
+
 def test_shares_of_noise_levels():
     weights = ObjectiveConfig()
     config = dataclasses.replace(CONFIG, objective=weights)
     objective = Objective(config)
     n = 20_000
     many = dataclasses.replace(
-        batch(0), class_ids=torch.zeros(n, dtype=torch.long), latents=torch.zeros(n, 4, 16)
+        batch(0),
+        class_ids=torch.zeros(n, dtype=torch.long),
+        latents=torch.zeros(n, 4, 16),
+        prompt=torch.zeros(n, 1, dtype=torch.bool),
     )
     uniforms = torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
     levels = objective.draw_levels(uniforms, many)
@@ -106,7 +149,10 @@ def two_pictures(n: int = 8):
 def test_former_pictures_of_a_dialogue_are_given_or_dropped(objective):
     n = 4000
     many = dataclasses.replace(
-        two_pictures(), class_ids=torch.zeros(n, dtype=torch.long), latents=torch.zeros(n, 8, 16)
+        two_pictures(),
+        class_ids=torch.zeros(n, dtype=torch.long),
+        latents=torch.zeros(n, 8, 16),
+        prompt=torch.zeros(n, 1, dtype=torch.bool),
     )
     uniforms = torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
     levels = objective.draw_levels(uniforms, many)

@@ -8,9 +8,10 @@ import torch
 
 from mdm.config import Config, DataConfig, ModelConfig, SourceConfig
 from mdm.data.batch import Batch, sample_key
-from mdm.data.loader import Loader, ResumeError, SourceReader, build_loader
+from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.mixture import Mixture, Source, open_mixture
 from mdm.data.order import Order, layout_of, sample_ids
+from mdm.data.reader import SourceReader
 from mdm.data.schema import from_bfloat16_bits
 from mdm.data.storage import LocalStore, StoreError, join
 from mdm.data.text import fit
@@ -190,9 +191,10 @@ def test_memory_stays_within_its_budget(local: Mixture) -> None:
         for _ in range(30):
             next(loader)
             held.append(loader._cache._bytes)
+        loader._stop()  # else it reads on between the two
         cached = list(loader._cache._held.values())
         assert max(held) < 60_000
-        assert loader._cache._bytes == sum(rows.nbytes for rows in cached)
+        assert loader._cache._bytes == sum(pending.nbytes for pending in cached)
     with (
         Loader(local, 7, **LENGTHS, cache_bytes=20_000) as small,
         Loader(local, 7, **LENGTHS) as large,

@@ -1,10 +1,19 @@
 import dataclasses
 import json
+import pickle
 
 import pytest
 
-from mdm.data.manifest import MANIFEST, MANIFEST_SHA256, Manifest, ManifestError, publish
-from mdm.data.storage import open_store
+from mdm.data.manifest import (
+    MANIFEST,
+    MANIFEST_SHA256,
+    Manifest,
+    ManifestError,
+    Quarantined,
+    publish,
+)
+from mdm.data.parts import quarantine_parts
+from mdm.data.storage import StoreError, open_store
 from tests.data_sets import encoded, planned
 
 
@@ -25,7 +34,7 @@ def test_the_place_is_not_part_of_the_identity() -> None:
 
 def test_another_version_is_refused_with_both(tmp_path) -> None:
     plain = json.loads(planned([20]).to_bytes()) | {"schema_version": 7}
-    with pytest.raises(ManifestError, match="schema version 7, this code reads 1"):
+    with pytest.raises(ManifestError, match="schema version 7, this code reads 2"):
         Manifest.from_bytes(json.dumps(plain).encode())
 
 
@@ -51,7 +60,53 @@ def test_of_two_jobs_one_publishes(uri: str) -> None:
     assert Manifest.load(uri) == first
 
 
+def test_a_manifest_in_parts_is_the_same_list_and_fetches_what_is_asked_for(uri: str) -> None:
+    shape = [20, 13, 8, 30, 16]
+    whole, parted = planned(shape), encoded(uri, shape, part_shards=2)
+    loaded = Manifest.load(uri)
+    assert loaded == parted
+    assert [i.rows for i in loaded.shard_parts.infos] == [33, 38, 16]
+    assert loaded.rows == 87
+    assert loaded.shard_parts.fetched == 0
+    assert loaded.shards[3].rows == 30
+    assert [b.rows for b in loaded.shards[2].batches] == [8]
+    assert loaded.shard_parts.fetched == 1
+    assert [s.rows for s in loaded.shards] == [s.rows for s in whole.shards] == shape
+    assert list(loaded.shards) == list(parted.shards)
+    assert loaded.shards[-1] == loaded.shards[4]
+    copy = pickle.loads(pickle.dumps(loaded))
+    assert copy == loaded
+    assert copy.shards[0] == loaded.shards[0]
+    assert set(loaded.objects()) == set(open_store(uri).listing())
+
+
+def test_a_damaged_part_is_refused_by_name(tmp_path) -> None:
+    manifest = encoded(str(tmp_path), [20, 13], part_shards=1)
+    path = tmp_path / manifest.shard_parts.infos[1].key
+    path.write_bytes(path.read_bytes().replace(b"13", b"14"))
+    loaded = Manifest.load(str(tmp_path))
+    assert loaded.shards[0].rows == 20
+    with pytest.raises(StoreError, match=f"{path.name} is damaged"):
+        loaded.shards[1]
+
+
+def test_quarantine_lies_in_parts() -> None:
+    records = [Quarantined(str(i), "truncated", f"file {i}") for i in range(10)]
+    manifest = dataclasses.replace(planned([20]), quarantine=quarantine_parts(records, size=4))
+    assert len(manifest.quarantine) == 10
+    assert list(manifest.quarantine) == records
+    assert manifest.quarantine[7].id == "7"
+    assert dataclasses.replace(manifest, quarantine=records).sha256 != manifest.sha256
+
+
 def test_shards_whose_batches_do_not_add_up_are_refused() -> None:
-    shard = dataclasses.replace(planned([20]).shards[0], rows=21)
+    shard = planned([20]).shards[0]
     with pytest.raises(ManifestError, match="21 rows"):
-        dataclasses.replace(planned([20]), shards=(shard,))
+        dataclasses.replace(planned([20]), shards=(dataclasses.replace(shard, rows=21),))
+    apart = (
+        shard.batches[0],
+        dataclasses.replace(shard.batches[1], offset=9000),
+        *shard.batches[2:],
+    )
+    with pytest.raises(ManifestError, match="ends at byte 8192, the next one begins at 9000"):
+        dataclasses.replace(planned([20]), shards=(dataclasses.replace(shard, batches=apart),))

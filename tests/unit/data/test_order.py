@@ -1,15 +1,27 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdm.data.mixture import QUOTA_BLOCK, Mixture, Source, exact_quotas, interleave
-from mdm.data.order import Interleaving, Order, RowLayout, SourceOrder, permute, sample_ids
+from mdm.data.layout import RowLayout
+from mdm.data.mixture import (
+    QUOTA_BLOCK,
+    Interleaving,
+    Mixture,
+    Source,
+    Stage,
+    exact_quotas,
+    interleave,
+)
+from mdm.data.order import Order, SourceOrder, sample_ids
+from mdm.data.shuffle import permute, shuffled, unpermute
 from mdm.dist import World
 from tests.data_sets import planned
 
+SHUFFLED = [2, 7, 3, 6, 0, 1, 4, 5]
 SHAPES = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 
@@ -25,18 +37,35 @@ def mixture(global_batch: int = 24) -> Mixture:
 
 
 @given(st.integers(1, 300), st.binary(min_size=1, max_size=16))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_permute_is_a_permutation(n: int, key: bytes) -> None:
-    assert sorted(permute(i, n, key) for i in range(n)) == list(range(n))
+    sent = [permute(i, n, key) for i in range(n)]
+    assert sorted(sent) == list(range(n))
+    assert [unpermute(i, n, key) for i in sent] == list(range(n))
 
 
-@given(SHAPES, st.integers(1, 9))
-def test_blocks_hold_each_row_once_and_locate_finds_it(shape: list[int], size: int) -> None:
-    manifest = planned(shape, batch_rows=size)
+def test_a_shuffle_is_the_same_with_every_numpy() -> None:
+    assert shuffled(8, bytes(range(16)), stream=3).tolist() == SHUFFLED
+    assert sorted(shuffled(1000, b"k")) == list(range(1000))
+    assert (shuffled(1000, b"k") == shuffled(1000, b"k", stream=1)).sum() < 10
+
+
+@given(SHAPES, st.integers(1, 9), st.integers(1, 3))
+@settings(max_examples=50, deadline=None)
+def test_blocks_hold_each_row_once_and_locate_finds_it(
+    shape: list[int], size: int, part_shards: int
+) -> None:
+    manifest = planned(shape, batch_rows=size, part_shards=part_shards)
     layout = RowLayout(manifest)
-    blocks = [layout.block(i) for i in range(layout.blocks)]
-    assert all(len(b) == size for b in blocks[:-1])
-    rows = np.concatenate(blocks)
+    found = []
+    for part in range(layout.parts):
+        blocks = [layout.block(part, i) for i in range(layout.part(part).blocks)]
+        assert all(len(b) == size for b in blocks[:-1])
+        for i, block in enumerate(blocks):
+            first = layout.part_start[part]
+            assert {layout.part(part).block_of(row - first) for row in block.tolist()} == {i}
+        found += blocks
+    rows = np.concatenate(found)
     assert sorted(rows.tolist()) == list(range(sum(shape)))
     starts = np.cumsum([0, *shape])
     for row, shard, batch, within in zip(rows, *layout.locate(rows), strict=True):
@@ -44,15 +73,24 @@ def test_blocks_hold_each_row_once_and_locate_finds_it(shape: list[int], size: i
         assert within < manifest.shards[shard].batches[batch].rows
 
 
-@given(SHAPES, st.integers(1, 9), st.integers(1, 5), st.integers(0, 3))
-def test_every_epoch_has_each_row_once(shape: list[int], size: int, window: int, seed: int) -> None:
-    layout = RowLayout(planned(shape, batch_rows=size))
+LARGER = st.lists(st.integers(1, 20), min_size=1, max_size=40)
+
+
+@given(LARGER, st.integers(1, 9), st.integers(1, 5), st.integers(0, 3), st.integers(1, 2))
+@settings(max_examples=40, deadline=None)
+def test_every_epoch_has_each_row_once_and_each_row_knows_when(
+    shape: list[int], size: int, window: int, seed: int, part_shards: int
+) -> None:
+    layout = RowLayout(planned(shape, batch_rows=size, part_shards=part_shards))
     order = SourceOrder("a", layout, seed, window)
     n = layout.rows
-    for epoch in range(3):
+    for epoch in range(2):
         rows, epochs = order.rows(epoch * n, (epoch + 1) * n)
         assert sorted(rows.tolist()) == list(range(n))
         assert set(epochs.tolist()) == {epoch}
+        for place in range(0, n, max(1, n // 7)):
+            assert order.turn_of(int(rows[place]), epoch) == epoch * n + place
+            assert order.rows(epoch * n + place, epoch * n + place + 1)[0] == rows[place]
 
 
 def test_epochs_seeds_and_names_are_shuffled_apart() -> None:
@@ -130,7 +168,7 @@ def test_mixed_sources_are_each_passed_evenly() -> None:
 
 
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=6))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_quotas_are_exact_and_spread(weights: list[float]) -> None:
     quotas = exact_quotas(weights, [str(i) for i in range(len(weights))])
     assert sum(quotas) == QUOTA_BLOCK
@@ -146,7 +184,7 @@ def test_quotas_are_exact_and_spread(weights: list[float]) -> None:
 
 
 @given(st.integers(0, 5 * QUOTA_BLOCK))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_turns_are_counted_by_arithmetic(slot: int) -> None:
     turns = Interleaving((7059, 2941))
     counted = np.bincount(turns.turns(0, slot), minlength=2)
@@ -163,3 +201,86 @@ def test_sources_that_do_not_fit_together_are_refused_with_both_values() -> None
     object.__setattr__(other, "tokenizer_sha256", "other")
     with pytest.raises(ValueError, match="tokenizer_sha256 is tokenizer and other"):
         Mixture((Source("a", planned([10]), 1), Source("b", other, 1)))
+
+
+def staged(*stages: tuple[int, dict[str, float]]) -> Mixture:
+    shapes = {"digits": [50, 37, 8], "emoji": [11, 30], "extra": [17]}
+    sources = [Source(n, planned(s, part_shards=1)) for n, s in shapes.items()]
+    sources.append(Source("dialogues", planned([29], pictures=False)))
+    used = {name for _, weights in stages for name in weights}
+    return Mixture(
+        tuple(s for s in sources if s.name in used),
+        global_batch=8,
+        stages=tuple(Stage(step, tuple(weights.items())) for step, weights in stages),
+    )
+
+
+FIRST = (0, {"digits": 0.6, "emoji": 0.2, "dialogues": 0.2})
+SECOND = (37, {"digits": 0.1, "extra": 0.7, "dialogues": 0.2})
+THIRD = (90, {"emoji": 1.0})
+
+
+def test_a_stage_leaves_what_was_consumed_and_goes_on_from_there() -> None:
+    before, after = Order(staged(FIRST), 3), Order(staged(FIRST, SECOND, THIRD), 3)
+    for step in range(37):
+        assert after.draw(step).ids == before.draw(step).ids
+    seen: Counter[tuple[str, int]] = Counter()
+    counts: Counter[str] = Counter()
+    for step in range(130):
+        draw = after.draw(step)
+        seen.update(zip(draw.ids, draw.epochs.tolist(), strict=True))
+        counts.update(i.partition(":")[0] for i in draw.ids)
+        names = {i.partition(":")[0] for i in draw.ids}
+        allowed = next(w for start, w in (THIRD, SECOND, FIRST) if step >= start)
+        assert names <= allowed.keys()
+        assert after.consumed(step + 1).tolist() == [counts[s.name] for s in after.mixture.sources]
+    assert set(seen.values()) == {1}  # no sample twice in an epoch, across stages
+    for source in after.mixture.sources:
+        rows, n = source.manifest.rows, counts[source.name]
+        whole = {(f"{source.name}:{r}", e) for e in range(n // rows) for r in range(rows)}
+        assert whole <= seen.keys()
+
+
+def test_shares_are_exact_in_each_stage() -> None:
+    order = Order(staged(FIRST, (10_000, SECOND[1])), 3)
+    names = [s.name for s in order.mixture.sources]
+    first = dict(zip(names, order.consumed(10_000).tolist(), strict=True))
+    assert first == {"digits": 48_000, "emoji": 16_000, "dialogues": 16_000, "extra": 0}
+    both = dict(zip(names, order.consumed(20_000).tolist(), strict=True))
+    assert both == {"digits": 56_000, "emoji": 16_000, "dialogues": 32_000, "extra": 56_000}
+
+
+@pytest.mark.parametrize("texts_per_row", [1, 3])
+def test_the_steps_of_a_sample_are_found_without_drawing_them(texts_per_row: int) -> None:
+    mixture = replace(staged(FIRST, SECOND, THIRD), texts_per_row=texts_per_row)
+    order = Order(mixture, 3)
+    used: dict[str, list[tuple[int, int]]] = {}
+    for step in range(120):
+        draw = order.draw(step)
+        assert len(draw.ids) == 8 * (texts_per_row if draw.task == "text" else 1)
+        for sample, epoch in zip(draw.ids, draw.epochs.tolist(), strict=True):
+            used.setdefault(sample, []).append((step, epoch))
+    for place, source in enumerate(mixture.sources):
+        for row in range(source.manifest.rows):
+            found = list(order.uses(place, row, 120))
+            assert found == used.get(f"{source.name}:{row}", [])
+
+
+def test_the_names_order_in_the_configuration_moves_nothing() -> None:
+    one = staged(FIRST)
+    other = staged((0, dict(reversed(FIRST[1].items()))))
+    other = replace(other, sources=tuple(reversed(other.sources)))
+    assert Order(one, 3).draw(11).ids == Order(other, 3).draw(11).ids
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([(5, FIRST[1])], r"stages begin at steps \[5\]"),
+        ([FIRST, SECOND, SECOND], r"steps \[0, 37, 37\]"),
+        ([(0, {"digits": -1.0})], "weight of 'digits' from step 0 on is -1"),
+    ],
+)
+def test_stages_that_make_no_sense_are_refused(stages, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        staged(*stages)

@@ -1,11 +1,18 @@
+import contextlib
+import os
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from mdm.data.storage import (
+    ChangedObjectError,
     MissingObjectError,
     S3Store,
     StoreError,
@@ -142,3 +149,236 @@ def test_a_killed_server_keeps_what_it_acknowledged(
         server.kill()
         server.start()
         assert {key: store.get(key) for key in store.listing()} == kept
+
+
+PART = 5 << 20
+
+
+def uploads(store: S3Store) -> list[str]:
+    page = store._client.list_multipart_uploads(Bucket="test", Prefix=store._prefix)
+    return [found["Key"].removeprefix(store._prefix) for found in page.get("Uploads", ())]
+
+
+def test_a_large_object_is_uploaded_in_parts_once(s3: str) -> None:
+    store = S3Store(s3, StoreOptions(part_bytes=PART))
+    data = bytes(range(256)) * (2 * PART // 256) + b"end"
+    assert store.put("large", data, if_absent=True)
+    assert store.get("large") == data
+    assert store.read_range("large", PART - 2, 4) == data[PART - 2 : PART + 2]
+    assert not store.put("large", b"other" * PART, if_absent=True)
+    assert store.get("large") == data
+    assert store.put("large", data[1:])
+    assert store.listing() == {"large": len(data) - 1}
+    assert uploads(store) == []
+    with ThreadPoolExecutor(3) as pool:
+        bodies = [bytes([65 + i]) * (PART + 1) for i in range(3)]
+        won = list(pool.map(lambda d: store.put("raced", d, if_absent=True), bodies))
+    assert won.count(True) == 1
+    assert store.get("raced") == bodies[won.index(True)]
+    assert uploads(store) == []
+
+
+def test_parts_of_a_failed_upload_are_given_back_and_a_killed_writers_are_swept(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = S3Store(s3, StoreOptions(part_bytes=PART, attempts=2, backoff=0.01))
+    direct = os.environ["AWS_ENDPOINT_URL"]
+    with Relay(s3_port()) as relay:
+        relay.refuse = b"partNumber=2"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", relay.endpoint)
+        with pytest.raises(StoreError, match=r"write .*large part 2.* failed after 2 attempts"):
+            store.put("large", b"x" * (2 * PART + 1))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", direct)
+    assert uploads(store) == []
+    assert store.listing() == {}
+    store._client.create_multipart_upload(**store._at("killed"))
+    other = S3Store(s3 + "-other", StoreOptions())
+    other._client.create_multipart_upload(**other._at("living"))
+    assert uploads(store) == ["killed"]
+    store.sweep()
+    assert uploads(store) == []
+    assert uploads(other) == ["living"]
+    other.sweep()
+
+
+def test_ranges_of_an_object_are_of_one_version(s3: str) -> None:
+    store = open_store(s3)
+    store.put("a", b"0123456789")
+    assert store.read_range("a", 0, 2) == b"01"
+    open_store(s3).put("a", b"abcdefghij")  # by somebody else
+    with pytest.raises(ChangedObjectError, match=r"a was replaced while it was being read"):
+        store.read_range("a", 2, 2)
+    assert open_store(s3).read_range("a", 2, 2) == b"cd"
+    store.put("a", b"ABCDEFGHIJ")  # our own change is no surprise
+    assert store.read_range("a", 2, 2) == b"CD"
+
+
+def test_an_object_is_replaced_only_if_it_is_still_the_one_that_was_read(uri: str) -> None:
+    store = open_store(uri)
+    assert store.replace("pointer", b"one", "none") is None
+    store.put("pointer", b"one")
+    data, etag = store.read("pointer")
+    assert data == b"one"
+    with ThreadPoolExecutor(6) as pool:
+        tags = list(pool.map(lambda i: store.replace("pointer", b"by %d" % i, etag), range(6)))
+    assert sum(tag is not None for tag in tags) == 1
+    winner = next(i for i, tag in enumerate(tags) if tag is not None)
+    assert store.read("pointer") == (b"by %d" % winner, tags[winner])
+
+
+def test_a_body_that_breaks_off_goes_on_where_it_broke(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = np.random.default_rng(0).bytes(20 << 20)
+    options = StoreOptions(backoff=0.01)
+    S3Store(s3, options).put("large", data)
+    with Relay(s3_port()) as relay:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", relay.endpoint)
+        store = S3Store(s3, options)
+        relay.cut_after = 9 << 20
+        assert store.get("large") == data
+        assert relay.cuts == 1
+        assert relay.sent < len(data) + (5 << 20)  # 8 of the 9 MiB are not asked for again
+        relay.cut_after = 9 << 20
+        assert store.read_range("large", 1000, 15 << 20) == data[1000 : 1000 + (15 << 20)]
+        assert relay.cuts == 2
+
+
+def test_a_body_that_drips_ends_at_the_deadline(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    S3Store(s3, StoreOptions()).put("large", bytes(40 << 20))
+    with Relay(s3_port()) as relay:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", relay.endpoint)
+        relay.pause = 0.4  # seconds a mebibyte
+        began = time.monotonic()
+        with pytest.raises(StoreError, match="deadline"):
+            S3Store(s3, StoreOptions(deadline=2.0)).get("large")
+        assert time.monotonic() - began < 12
+
+
+@pytest.mark.parametrize("checksum", ["none", "CRC32", "SHA1", "SHA256"])
+def test_uploads_are_checked_as_asked(s3: str, checksum: str) -> None:
+    store = S3Store(s3, StoreOptions(checksum=checksum, part_bytes=PART))
+    store.put("small", b"small")
+    store.put("large", bytes(PART + 1))
+    sums = {
+        key: {
+            name
+            for name in store._client.head_object(**store._at(key), ChecksumMode="ENABLED")
+            if name.startswith("Checksum") and name != "ChecksumType"
+        }
+        for key in ("small", "large")
+    }
+    wanted = set() if checksum == "none" else {f"Checksum{checksum}"}
+    assert sums == {"small": wanted, "large": wanted}
+    assert (store.get("small"), len(store.get("large"))) == (b"small", PART + 1)
+
+
+def test_encryption_is_asked_for_with_every_upload(s3: str) -> None:
+    """The server here holds no keys and refuses it: what counts is what it was asked."""
+    store = S3Store(s3, StoreOptions(sse="aws:kms", sse_key_id="key-1", attempts=1))
+    asked: list[Any] = []
+    events = store._client.meta.events
+    events.register("before-send.s3", lambda request, **_: asked.append(request))
+    with pytest.raises(StoreError, match="write"):
+        store.put("small", b"small")
+    with pytest.raises(StoreError, match="write"):
+        store.put("large", bytes(17 << 20))
+    begun = [r for r in asked if "partNumber" not in r.url and r.method in ("PUT", "POST")]
+    assert {r.method for r in begun} == {"PUT", "POST"}  # whole, and begun in parts
+    for headers in (r.headers for r in begun):
+        assert headers["x-amz-server-side-encryption"] == b"aws:kms"
+        assert headers["x-amz-server-side-encryption-aws-kms-key-id"] == b"key-1"
+
+
+def test_options_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MDM_STORE_SSE", "AES256")
+    monkeypatch.setenv("MDM_STORE_DEADLINE", "7.5")
+    monkeypatch.setenv("MDM_STORE_ATTEMPTS", "3")
+    store = open_store("s3://bucket/x")
+    assert isinstance(store, S3Store)
+    assert store.options == StoreOptions(sse="AES256", deadline=7.5, attempts=3)
+    for name, value, message in [
+        ("MDM_STORE_ATTEMPTS", "many", "MDM_STORE_ATTEMPTS is 'many', not a number"),
+        ("MDM_STORE_SSE", "rot13", "sse is 'rot13'; choose AES256, aws:kms"),
+        ("MDM_STORE_DEADLIN", "1", "MDM_STORE_DEADLIN is no option"),
+        ("MDM_STORE_SSE_KEY_ID", "k", "sse_key_id is set, but sse is 'AES256'"),
+        ("MDM_STORE_PART_BYTES", "1000", "part_bytes is 1000"),
+    ]:
+        with monkeypatch.context() as here:
+            here.setenv(name, value)
+            with pytest.raises(ValueError, match=message):
+                open_store("s3://bucket/x")
+
+
+def s3_port() -> int:
+    return int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+
+
+class Relay:
+    """A TCP relay before the S3 server: cuts an answer off, slows it, or drops some requests."""
+
+    def __init__(self, port_behind: int) -> None:
+        self.port_behind = port_behind
+        self.cut_after = 0  # bytes of the next large answer
+        self.pause = 0.0
+        self.refuse = b""  # requests whose first bytes hold this find the connection closed
+        self.cuts = self.sent = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        port = self._listener.getsockname()[1]
+        self.endpoint = f"http://127.0.0.1:{port}"
+
+    def __enter__(self) -> "Relay":
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self.port_behind))
+            for part in (self._up, self._down):
+                threading.Thread(target=part, args=(client, server), daemon=True).start()
+
+    def _up(self, client: socket.socket, server: socket.socket) -> None:
+        for data in received(client):
+            if self.refuse and self.refuse in data:
+                break
+            server.sendall(data)
+        for end in (client, server):
+            close(end)
+
+    def _down(self, client: socket.socket, server: socket.socket) -> None:
+        passed = 0
+        try:
+            for data in received(server):
+                passed += len(data)
+                if self.cut_after and passed > self.cut_after:
+                    self.cut_after, self.cuts = 0, self.cuts + 1
+                    break
+                if self.pause:
+                    time.sleep(self.pause * len(data) / (1 << 20))
+                self.sent += len(data)
+                client.sendall(data)
+        except OSError:
+            pass
+        for end in (client, server):
+            close(end)
+
+
+def received(end: socket.socket) -> Iterator[bytes]:
+    try:
+        while data := end.recv(1 << 18):
+            yield data
+    except OSError:
+        return
+
+
+def close(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()

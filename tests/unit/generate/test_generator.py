@@ -141,3 +141,48 @@ def test_mistakes_name_both_values(generator, export, tmp_path):
     save_file(changed, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="29 pieces but the model was trained with 30"):
         Generator.load(tmp_path)
+
+
+def test_a_reply_hears_pictures_and_where_they_stand(generator):
+    """Weights here are random: what is given must change what the network says, not make sense."""
+    pictures = torch.randn(1, 2, 4 * 4, 16, generator=torch.Generator().manual_seed(0))
+    heard = []
+
+    def asked(turns, shown):
+        heard.clear()
+        generator.reply([turns], pictures=shown, steps=2)
+        return [v.clone() for v in heard]
+
+    hook = generator.objective.network.register_forward_hook(
+        lambda module, args, said: heard.append(said.text)
+    )
+    try:
+        beside = asked(("o t",), pictures)
+        assert not torch.equal(beside[0], asked(("o t",), pictures.flip(1))[0])
+        first = asked(("<image> o <image> t",), pictures)
+        assert not torch.equal(beside[0], first[0])
+        assert not torch.equal(first[0], asked(("o <image> t <image>",), pictures)[0])
+    finally:
+        hook.remove()
+
+
+def test_places_of_pictures_count_tokens(generator):
+    pieces = generator.tokenizer
+    turns = ("one <image>", "two", "<image> three")
+    ids, places = generator._asked(turns, 2, 40)
+    assert ids == pieces.encode_prompt(("one", "two", "three"))
+    one, two = len(pieces.encode("one")), len(pieces.encode("two"))
+    assert places == [1 + one, 1 + one + 1 + two + 1]
+    cut, moved = generator._asked(turns, 2, len(ids))  # two tokens are left for the reply
+    assert cut == ids[2:]
+    assert moved == [at - 2 for at in places]
+    assert generator._asked(("one",), 2, 40)[1] == [-1, -1]
+
+
+def test_marks_without_pictures_are_refused(generator):
+    with pytest.raises(ValueError, match="marks 2 places with <image> but has 1 pictures"):
+        generator.reply([("<image> one <image>",)], pictures=torch.zeros(1, 1, 16, 16))
+    with pytest.raises(ValueError, match="marks 1 places with <image> but has 0 pictures"):
+        generator.reply([("<image> one",)])
+    with pytest.raises(ValueError, match="1 sets of pictures for 2 dialogues"):
+        generator.reply([("one",), ("two",)], pictures=torch.zeros(1, 1, 16, 16))

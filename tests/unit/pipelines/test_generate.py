@@ -16,3 +16,8 @@ def test_a_map_needs_selection():
 def test_a_task_needs_its_input():
     with pytest.raises(ValueError, match="--task reply needs --input"):
         Flags(task="reply")
+
+
+def test_pictures_belong_to_a_dialogue():
+    with pytest.raises(ValueError, match="--pictures belong to --task reply, not to joint"):
+        Flags(task="joint", pictures="a.png")

@@ -1,11 +1,14 @@
 import dataclasses
 
+import pytest
+
+from mdm.config import parse_cli
 from mdm.data.loader import build_loader
 from mdm.data.tokenizer import Tokenizer
 from mdm.dist import World
-from mdm.presets import LEARN
+from mdm.presets import LEARN, PRESETS
 from pipelines import learn_data
-from pipelines.learn_ablate import VARIANTS, table
+from pipelines.learn_ablate import ONE_SEED, VARIANTS, Flags, folder_name
 
 
 def test_captions_name_their_digit_in_every_template():
@@ -38,10 +41,12 @@ def test_the_trainers_loader_reads_what_is_written(tmp_path):
     assert batch.tokens.shape == (LEARN.data.global_batch, LEARN.data.caption_length)
 
 
-def test_ablation_table_has_mean_and_deviation():
-    row = dict.fromkeys(
-        ("t2i_accuracy_unguided", "i2t_accuracy", "joint_agreement", "recall", "fid64"), 0.5
-    )
-    text = table({"as shipped": [row | {"t2i_accuracy": a} for a in (0.8, 1.0)]})
-    assert "| as shipped | 0.90 ± 0.14 | 0.50 ± 0.00 |" in text
-    assert "as shipped" in VARIANTS
+def test_every_variant_is_flags_of_the_training_job():
+    for name, flags in VARIANTS.items():
+        argv = ["--preset", "learn", *flags.split()]
+        changed = parse_cli(type(LEARN), argv, presets=PRESETS)
+        assert (changed == LEARN) == (name == "as shipped"), name
+    assert set(ONE_SEED) < set(VARIANTS)
+    assert len({folder_name(name, 0) for name in VARIANTS}) == len(VARIANTS)
+    with pytest.raises(ValueError, match="unknown variants nothing; choose of as shipped"):
+        Flags(variants="nothing")

@@ -217,3 +217,24 @@ def test_pictures_of_a_wrong_name_never_leave_the_folder(tmp_path):
         "a folder in a picture's place",
     ]
     assert all(r.image != b"secret" for r in found if isinstance(r, RawRecord))
+
+
+def test_records_of_one_picture_come_together_and_read_it_once(published):
+    _, _, _, records = published
+    places = [r.origin.partition(", ")[2] for r in records if isinstance(r, RawRecord)]
+    runs = [p for i, p in enumerate(places) if not i or p != places[i - 1]]
+    assert len(runs) == len(set(runs))
+    images = [r.image for r in records if isinstance(r, RawRecord)]
+    shared = [i for i in range(1, len(places)) if places[i] == places[i - 1]]
+    assert all(images[i] is images[i - 1] for i in shared)
+
+
+def test_splits_for_training_are_the_right_ones(published):
+    name, _, root, _ = published
+    expected = {
+        "flickr30k": ("all",),
+        "llava": ("train", "train-text"),
+        "visual_genome": ("qa", "regions"),
+    }
+    assert sources.training_splits(name, root) == expected.get(name, ("train",))
+    assert sources.held_out_split(name, root) in ("", sources.get(name).HELD_OUT)

@@ -134,3 +134,14 @@ def test_missing_parts_are_value_errors(tmp_path):
     write_set(tmp_path, [], {})
     with pytest.raises(ValueError, match=r"no data/train/imgs/\*\.tgz"):
         journeydb.units(tmp_path, "train")
+
+
+def test_the_test_split_has_one_archive_and_rows_without_prompt_are_named(tmp_path):
+    rows = [row("./imgs/a.jpg", prompt="a cat"), row("b.jpg", prompt=None)]
+    write_tgz(tmp_path / ANNOTATIONS["test"], [("test_questions.jsonl", b"\n".join(rows) + b"\n")])
+    members = {"imgs/a.jpg": b"A", "imgs/b.jpg": b"B", "imgs/c.jpg": b"C"}
+    write_tgz(tmp_path / "data/test/imgs.tgz", members.items())
+    found = {r.id.rpartition("/")[2]: r for r in read_all(tmp_path, "test")}
+    assert (found["a.jpg"].text, found["a.jpg"].image) == ("a cat", b"A")
+    reasons = {name: found[name].reason for name in ("b.jpg", "c.jpg")}
+    assert reasons == {"b.jpg": "field prompt is absent", "c.jpg": "picture without annotation"}

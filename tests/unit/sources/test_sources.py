@@ -4,7 +4,7 @@ from mdm import sources
 
 
 def test_table_knows_the_layouts_and_names_them():
-    assert sources.get("journeydb").SPLITS == ("train", "valid")
+    assert sources.get("journeydb").SPLITS == ("train", "valid", "test")
     with pytest.raises(ValueError, match="'laion'; choose one of imagenet, journeydb, ultra"):
         sources.get("laion")
 

@@ -1,11 +1,11 @@
 import dataclasses
 import json
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from mdm.dist import World
+from mdm.objective import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
 from mdm.tracking import NullTracker
 from mdm.train.loop import learning_rate, snapshot_steps
 from mdm.train.metrics import PARTS, Clock, Reporter, Window
@@ -30,9 +30,13 @@ def test_snapshots_are_even_and_end_with_the_last_step():
     assert snapshot_steps(10, 0) == set()
 
 
-class Terms(NamedTuple):
-    total: torch.Tensor
-    rec_img: torch.Tensor
+def loss_terms(total: float, rec_img: float, **sums: tuple[float, ...]) -> LossTerms:
+    """Terms of a step; `sums` are the samples and sums of losses of a conditioning."""
+    by_conditioning = torch.zeros(len(CONDITIONINGS), len(CONDITIONED_TERMS), dtype=torch.float64)
+    for name, values in sums.items():
+        by_conditioning[CONDITIONINGS.index(name)] = torch.tensor(values)
+    scalars = [torch.tensor(v) for v in (total, rec_img, 0.0, 0.0, 0.0, 0.0, 0.0)]
+    return LossTerms(*scalars, by_conditioning)
 
 
 def test_window_means_by_task(tmp_path):
@@ -41,14 +45,17 @@ def test_window_means_by_task(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
     try:
         window = Window(World())
-        window.add("image_text", Terms(torch.tensor(1.0), torch.tensor(0.5)))
-        window.add("image_text", Terms(torch.tensor(3.0), torch.tensor(1.5)))
-        window.add("text", Terms(torch.tensor(8.0), torch.tensor(0.0)))
+        window.add("image_text", loss_terms(1.0, 0.5, both=(3, 1.0, 0.0, 2.0)))
+        window.add("image_text", loss_terms(3.0, 1.5, both=(1, 3.0, 0.0, 2.0), image=(1, 7, 0, 0)))
+        window.add("text", loss_terms(8.0, 0.0))
         assert window.mean() == {
             "loss": 4.0,
             "image_text/total": 2.0,
             "image_text/rec_img": 1.0,
             "text/total": 8.0,
+            "both/eps_img": 1.0,
+            "both/se_txt": 1.0,
+            "image/eps_img": 7.0,
         }
         assert window.mean() == {}
     finally:
@@ -59,7 +66,8 @@ def test_a_window_goes_on_from_its_state_as_if_never_left(tmp_path):
     import torch.distributed as dist
 
     draw = torch.Generator().manual_seed(0)
-    steps = [Terms(*(10 ** torch.randn(2, generator=draw))) for _ in range(9)]
+    values = (10 ** torch.randn(9, 6, generator=draw)).tolist()
+    steps = [loss_terms(*v[:2], both=(1 + i % 3, *v[2:5])) for i, v in enumerate(values)]
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
     try:
         whole, first = Window(World()), Window(World())
@@ -72,7 +80,7 @@ def test_a_window_goes_on_from_its_state_as_if_never_left(tmp_path):
         for i, terms in enumerate(steps[5:], 5):
             second.add("text" if i % 4 == 0 else "image_text", terms)
         assert second.mean() == whole.mean()
-        assert Window(World(rank=1, size=2), saved)._sums["text"].tolist() == [0.0, 0.0]
+        assert not Window(World(rank=1, size=2), saved)._sums["text"].any()
     finally:
         dist.destroy_process_group()
 
@@ -86,6 +94,18 @@ def test_clock_covers_all_time():
     assert clock.seconds["data"] == 1.0
     assert clock.seconds["forward"] > 0
     assert clock.seconds["other"] > 0
+
+
+def test_the_wait_for_data_is_a_metric(tmp_path):
+    reporter = Reporter(tmp_path, 10, World(), NullTracker())
+    state, clock = TrainState(), Clock({})
+    reporter.start(state, fresh=True)
+    clock.seconds |= {"data": 10.0, "forward": 30.0}
+    state.step, state.samples_seen = 1, 8
+    reporter.log(state, clock, {"loss": 0.5})
+    reporter.close()
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["share/data"] == pytest.approx(0.25, rel=1e-3)
 
 
 def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):

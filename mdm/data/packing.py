@@ -1,0 +1,80 @@
+"""Short texts packed into rows of one length: the plan of a step, and a rank's rows of it.
+
+A plan is a pure function of the token lengths of the step's texts, of the length of a row and of
+how many rows a step has; batches index its rows, so it is the same for every number of ranks. The
+texts come from shuffled windows, so nothing has to be planned ahead of a step.
+
+Shapes: T texts, R rows, M text tokens of a row.
+"""
+
+import heapq
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdm.data.tokenizer import PAD
+
+ALGORITHM = "longest first into the emptiest row, 1"  # to be changed with what `plan` does
+FRAME = 4  # places that a text takes beside its tokens: time, class, and a pad before and after
+
+
+def plan(lengths: Sequence[int], length: int, rows: int) -> list[list[int]]:
+    """Texts of each row, by their places in `lengths`.
+
+    Args:
+        lengths: tokens of each text, none above `length`.
+        length: text tokens that a row holds if it holds one text; each more takes FRAME places.
+        rows: how many rows at least; where the texts do not fit in, there are more.
+    """
+    packs: list[list[int]] = [[] for _ in range(rows)]
+    filled = [(0, row) for row in range(rows)]  # a heap: (places taken, row)
+    for text in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        taken, row = filled[0]
+        places = lengths[text] + FRAME
+        if taken + places <= length + FRAME:
+            heapq.heapreplace(filled, (taken + places, row))
+        else:
+            row = len(packs)
+            packs.append([])
+            heapq.heappush(filled, (places, row))
+        packs[row].append(text)
+    return [sorted(pack) for pack in packs]
+
+
+def share(packs: list[list[int]], rank: int, ranks: int) -> list[list[int]]:
+    """One rank's successive rows; every rank has as many, with an empty one where it must be."""
+    own = packs[rank * len(packs) // ranks : (rank + 1) * len(packs) // ranks]
+    return own + [[]] * (-(-len(packs) // ranks) - len(own))
+
+
+class PackedRows(NamedTuple):
+    """Rows of texts, one after the other from the row's first place on."""
+
+    tokens: NDArray[np.int64]  # [R, M], PAD after the last text
+    prompt: NDArray[np.bool_]  # [R, M]
+    text_of: NDArray[np.int64]  # [R, M] which text a token belongs to, -1 after the last
+
+
+def fill(
+    packs: Sequence[Sequence[int]],
+    texts: Sequence[NDArray[np.integer[Any]]],
+    prompts: Sequence[int],
+    length: int,
+) -> PackedRows:
+    """The rows of these packs; `text_of` counts the texts in the order of the rows."""
+    shape = len(packs), length
+    tokens = np.full(shape, PAD, np.int64)
+    prompt = np.zeros(shape, np.bool_)
+    text_of = np.full(shape, -1, np.int64)
+    number = 0
+    for row, pack in enumerate(packs):
+        start = 0
+        for text in pack:
+            end = start + len(texts[text])
+            tokens[row, start:end] = texts[text]
+            prompt[row, start : start + prompts[text]] = True
+            text_of[row, start:end] = number
+            start, number = end, number + 1
+    return PackedRows(tokens, prompt, text_of)

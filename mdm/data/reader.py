@@ -1,0 +1,198 @@
+"""Record batches of encoded data sets: read by byte range, verified, held in memory."""
+
+from collections import OrderedDict
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+
+from mdm.config import DataConfig
+from mdm.data.manifest import Manifest
+from mdm.data.mixture import Mixture, Source
+from mdm.data.node_cache import NodeCache
+from mdm.data.schema import BatchInfo, Rows, checksum, read_rows
+from mdm.data.storage import LocalStore, Store, StoreError
+
+BatchKey = tuple[int, int, int]  # source, shard, record batch
+EXTENT = 8 << 20  # bytes that one request brings into the node's cache: fewer make S3 slow
+
+
+class SourceReader:
+    """Reads record batches of one source by byte range and checks every one.
+
+    With a cache, what comes from S3 stays on this node's disk: in extents of adjacent record
+    batches if the cache holds the mixture (`whole`), which makes requests few, else one by one.
+    A cache's bytes are checked as the network's are.
+    """
+
+    def __init__(
+        self, source: Source, cache: NodeCache | None = None, *, whole: bool = False
+    ) -> None:
+        self.source = source
+        self.manifest: Manifest = source.manifest
+        self.store: Store = source.manifest.store()
+        self.cache = None if isinstance(self.store, LocalStore) else cache
+        first = self.manifest.shards[0].batches[0]
+        self._per_extent = max(1, EXTENT // first.length) if whole else 1
+
+    def runs(self, shard: int, batches: list[int]) -> list[tuple[int, list[int]]]:
+        """Record batches of a shard, grouped by the request that brings them."""
+        if self.cache is not None and not self.cache.is_full:
+            extents = groupby(sorted(batches), key=lambda batch: batch // self._per_extent)
+            return [(shard, list(run)) for _, run in extents]
+        runs = groupby(enumerate(sorted(batches)), key=lambda at: at[1] - at[0])
+        return [(shard, [batch for _, batch in run]) for _, run in runs]
+
+    def read(self, shard: int, run: list[int]) -> list[Rows]:
+        """The record batches of one of `runs`; StoreError if one is damaged twice."""
+        info = self.manifest.shards[shard]
+        if self.cache is not None:
+            parts = self._cached(self.cache, shard, run)
+        else:
+            parts = self._fetch(shard, [info.batches[n] for n in run])
+        return [read_rows(part, self.manifest.schema) for part in parts]
+
+    def _cached(self, cache: NodeCache, shard: int, run: list[int]) -> list[bytes | memoryview]:
+        info = self.manifest.shards[shard]
+        wanted = [info.batches[n] for n in run]
+        start = run[0] // self._per_extent * self._per_extent
+        extent = info.batches[start : start + self._per_extent]
+        if run[-1] >= start + len(extent):  # grouped for a cache that was full
+            return self._fetch(shard, wanted)
+        first = extent[0].offset
+        name = f"{info.sha256}-{first}-{extent[-1].offset + extent[-1].length - first}"
+        if (found := self._from_cache(cache, name, first, wanted)) is not None:
+            return found
+        if cache.is_full:
+            return self._fetch(shard, wanted)
+        with cache.lock(name):  # of the ranks of this node, one fetches
+            if (found := self._from_cache(cache, name, first, wanted)) is not None:
+                return found
+            parts = self._fetch(shard, list(extent))
+            cache.put(name, parts)
+        # Copies: a view would hold the whole extent in memory.
+        return [bytes(parts[n - start]) for n in run]
+
+    @staticmethod
+    def _from_cache(
+        cache: NodeCache, name: str, first: int, wanted: list[BatchInfo]
+    ) -> list[bytes | memoryview] | None:
+        """The verified bytes; None if they are not there, or damaged, and then dropped."""
+        found: list[bytes | memoryview] = []
+        for batch in wanted:
+            data = cache.read(name, batch.offset - first, batch.length)
+            if data is None:
+                return None
+            if checksum(data) != batch.xxh3:
+                cache.drop(name)
+                return None
+            found.append(data)
+        return found
+
+    def _fetch(self, shard: int, batches: list[BatchInfo]) -> list[bytes | memoryview]:
+        """These adjacent record batches by one request, verified."""
+        info = self.manifest.shards[shard]
+        first, end = batches[0].offset, batches[-1].offset + batches[-1].length
+        data = memoryview(self.store.read_range(info.key, first, end - first))
+        parts: list[bytes | memoryview] = []
+        for batch in batches:
+            part = data[batch.offset - first :][: batch.length]
+            parts.append(part if checksum(part) == batch.xxh3 else self._again(shard, batch))
+        return parts
+
+    def _again(self, shard: int, batch: BatchInfo) -> bytes:
+        """Bytes may be flipped on their way: one more try, then it is the object itself."""
+        info = self.manifest.shards[shard]
+        data = self.store.read_range(info.key, batch.offset, batch.length)
+        if (found := checksum(data)) != batch.xxh3:
+            number = next(n for n, b in enumerate(info.batches) if b.offset == batch.offset)
+            raise StoreError(
+                f"source {self.source.name!r}: record batch {number} of {self.store.uri}/{info.key}"
+                f" is damaged (bytes {batch.offset} to {batch.offset + batch.length}): xxh3 is "
+                f"{found}, the manifest says {batch.xxh3}; run verify.py, then restore the shard"
+            )
+        return data
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A record batch that is being read."""
+
+    run: "Future[list[Rows]]"
+    place: int  # in the run
+    nbytes: int
+
+
+class RowCache:
+    """Record batches in memory, the least recently used dropped beyond a budget of bytes.
+
+    Who has asked for one keeps it: dropping only means that the next one who asks reads it again.
+    """
+
+    def __init__(self, readers: list[SourceReader], budget: int, threads: int) -> None:
+        self.readers = readers
+        self.budget = budget
+        self._held: OrderedDict[BatchKey, Pending] = OrderedDict()
+        self._bytes = 0
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mdm-read")
+
+    def ask(self, wanted: Collection[BatchKey]) -> dict[BatchKey, Pending]:
+        """All of these; the reading of what is missing begins, adjacent ones by one request."""
+        missing = sorted(k for k in wanted if k not in self._held)
+        for (source, shard), keys in groupby(missing, key=lambda k: k[:2]):
+            reader = self.readers[source]
+            batches = reader.manifest.shards[shard].batches
+            for _, run in reader.runs(shard, [k[2] for k in keys]):
+                read = self._pool.submit(reader.read, shard, run)
+                for place, number in enumerate(run):
+                    pending = Pending(read, place, batches[number].length)
+                    self._held[source, shard, number] = pending
+                    self._bytes += pending.nbytes
+        found = {}
+        for key in wanted:
+            self._held.move_to_end(key)
+            found[key] = self._held[key]
+        while self._bytes > self.budget and len(self._held) > len(wanted):
+            self._bytes -= self._held.popitem(last=False)[1].nbytes
+        return found
+
+    def wait(self, pending: Pending) -> Rows:
+        """What was asked for; StoreError if it cannot be read: to ask again is to read again."""
+        try:
+            return pending.run.result()[pending.place]
+        except BaseException:
+            for key in [k for k, held in self._held.items() if held.run is pending.run]:
+                self._bytes -= self._held.pop(key).nbytes
+            raise
+
+    def close(self) -> None:
+        """End the reading threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def open_cache(mixture: Mixture, config: DataConfig) -> NodeCache:
+    """The node's cache of a run; ValueError for one that cannot hold what is read at once."""
+    limit = int(config.cache_gb * 1e9)
+    # A window in use and one on its way, of each source.
+    needed = sum(
+        2 * mixture.window * s.manifest.shards[0].batches[0].length for s in mixture.sources
+    )
+    if limit < needed:
+        raise ValueError(
+            f"data.cache_gb is {config.cache_gb:g} ({limit} bytes) but two windows of "
+            f"{mixture.window} record batches of each of {len(mixture.sources)} sources take "
+            f"{needed} bytes: raise data.cache_gb or lower data.window"
+        )
+    return NodeCache(config.cache_dir, limit)
+
+
+def open_readers(mixture: Mixture, cache: NodeCache | None) -> list[SourceReader]:
+    """A reader for each source of a mixture."""
+    whole = cache is not None and sum(map(_bytes, mixture.sources)) <= cache.limit * 0.9
+    return [SourceReader(s, cache, whole=whole) for s in mixture.sources]
+
+
+def _bytes(source: Source) -> float:
+    """About how many there are, told from the first shard: there may be millions of them."""
+    first = source.manifest.shards[0]
+    return source.manifest.rows * first.bytes / first.rows

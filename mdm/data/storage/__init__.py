@@ -1,0 +1,54 @@
+"""Objects under a prefix, in an S3 bucket or a local folder, behind one small interface.
+
+An object appears whole or not at all. Credentials and endpoint come from the standard AWS chain
+(environment, profile, instance role; `AWS_ENDPOINT_URL`); none is ever printed. `StoreOptions` says
+how long to try, and how S3 is asked to encrypt and to check what it is sent.
+"""
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mdm.data.storage.base import (
+    ChangedObjectError,
+    MissingObjectError,
+    Store,
+    StoreError,
+    StoreOptions,
+)
+from mdm.data.storage.local import LocalStore
+from mdm.data.storage.s3 import S3Store
+
+__all__ = [
+    "ChangedObjectError",
+    "LocalStore",
+    "MissingObjectError",
+    "S3Store",
+    "Store",
+    "StoreError",
+    "StoreOptions",
+    "join",
+    "open_store",
+]
+
+
+def open_store(uri: str, options: StoreOptions | None = None) -> Store:
+    """The store at `s3://bucket/prefix`, `file:///folder` or a plain folder.
+
+    Without `options` those of the environment count. Nothing is contacted or created yet.
+    ValueError for another scheme, a missing bucket name or an option that makes no sense.
+    """
+    if uri.startswith("s3://"):
+        return S3Store(uri, options or StoreOptions.from_environment())
+    if uri.startswith("file://"):
+        parts = urlsplit(uri)
+        if parts.netloc not in ("", "localhost"):
+            raise ValueError(f"{uri!r} names a host; write file:///absolute/folder")
+        return LocalStore(Path(parts.path))
+    if "://" in uri:
+        raise ValueError(f"{uri!r} is no store; use s3://bucket/prefix, file:///folder or a folder")
+    return LocalStore(Path(uri))
+
+
+def join(uri: str, name: str) -> str:
+    """The URI of `name` below `uri`."""
+    return f"{uri.rstrip('/')}/{name}"

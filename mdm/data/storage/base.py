@@ -1,0 +1,132 @@
+"""What every store can do, how it says that it could not, and the options of one."""
+
+import dataclasses
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+ENVIRONMENT = "MDM_STORE_"  # MDM_STORE_DEADLINE=120, MDM_STORE_SSE=aws:kms, ...
+# Smaller parts are refused by S3, and it takes ten thousand of them.
+MIN_PART_BYTES = 5 << 20
+CHECKSUMS = ("", "none", "CRC32", "SHA1", "SHA256", "CRC32C", "CRC64NVME")
+
+
+class StoreError(RuntimeError):
+    """Storage failed for good; the message is one line for the user."""
+
+
+class MissingObjectError(StoreError):
+    """The object is not there."""
+
+
+class ChangedObjectError(StoreError):
+    """The object is no longer the one that was read before."""
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """How long to try, and what S3 is asked for. Times in seconds.
+
+    Each can be set in the environment, as `MDM_STORE_` and its name in capitals.
+    """
+
+    attempts: int = 6
+    backoff: float = 0.2  # the n-th pause is drawn from [0, min(backoff_cap, backoff * 2**n))
+    backoff_cap: float = 5.0
+    deadline: float = 60.0  # of one request (of a large upload: one part) with all its attempts
+    connect_timeout: float = 3.0
+    read_timeout: float = 20.0  # without a byte
+    part_bytes: int = 16 << 20  # larger objects are uploaded in parts of this size
+    sse: str = ""  # encryption at rest: AES256, aws:kms; "": what the bucket does by itself
+    sse_key_id: str = ""  # the key of aws:kms; "": the account's own
+    # What uploads are checked by: an algorithm, none for servers that know none of them, "": what
+    # AWS_REQUEST_CHECKSUM_CALCULATION says (CRC32 where it says nothing).
+    checksum: str = ""
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise ValueError(f"attempts is {self.attempts}; at least one is needed")
+        for name in ("deadline", "connect_timeout", "read_timeout"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.part_bytes < MIN_PART_BYTES:
+            raise ValueError(f"part_bytes is {self.part_bytes}; S3 takes {MIN_PART_BYTES} or more")
+        if self.sse not in ("", "AES256", "aws:kms"):
+            raise ValueError(f"sse is {self.sse!r}; choose AES256, aws:kms or nothing")
+        if self.sse_key_id and self.sse != "aws:kms":
+            raise ValueError(f"sse_key_id is set, but sse is {self.sse!r}, not aws:kms")
+        if self.checksum not in CHECKSUMS:
+            raise ValueError(f"checksum is {self.checksum!r}; choose {', '.join(CHECKSUMS[1:])}")
+
+    @classmethod
+    def from_environment(cls) -> "StoreOptions":
+        """The options that the environment sets; ValueError names a variable that is no good."""
+        fields = {f.name: type(f.default) for f in dataclasses.fields(cls)}
+        found: dict[str, object] = {}
+        for variable, text in os.environ.items():
+            name = variable.removeprefix(ENVIRONMENT).lower()
+            if not variable.startswith(ENVIRONMENT):
+                continue
+            if name not in fields:
+                raise ValueError(f"{variable} is no option; there are {', '.join(fields)}")
+            try:
+                found[name] = fields[name](text)
+            except ValueError:
+                raise ValueError(f"{variable} is {text!r}, not a number") from None
+        return cls(**found)  # type: ignore[arg-type]
+
+
+class Store(ABC):
+    """Objects named by keys such as `shards/ab12.arrow` below one `uri`."""
+
+    uri: str
+
+    @abstractmethod
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Write an object whole; False if `if_absent` and it was there already."""
+
+    @abstractmethod
+    def replace(self, key: str, data: bytes, etag: str) -> str | None:
+        """Write an object over the one of this ETag; the new ETag, or None if it has another."""
+
+    @abstractmethod
+    def read(self, key: str) -> tuple[bytes, str]:
+        """The whole object and its ETag; MissingObjectError if it is not there."""
+
+    @abstractmethod
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes from `offset`; StoreError if the object ends before.
+
+        All ranges that a store reads of one S3 object are of the same version of it:
+        ChangedObjectError if it was replaced in between.
+        """
+
+    @abstractmethod
+    def listing(self, prefix: str = "") -> dict[str, int]:
+        """Sizes in bytes of the objects whose key begins with `prefix`, sorted by key."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove an object; removing one that is not there is no error."""
+
+    @abstractmethod
+    def sweep(self) -> None:
+        """Remove what killed writers left half-written, which no listing shows.
+
+        It ends uploads that are under way, too: only the one job that writes here may call it.
+        """
+
+    def get(self, key: str) -> bytes:
+        """The whole object; MissingObjectError if it is not there."""
+        return self.read(key)[0]
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object with exactly this key."""
+        return key in self.listing(key)
+
+
+def checked(key: str) -> str:
+    """`key`; ValueError if it would leave its store."""
+    if key.startswith("/") or ".." in key.split("/") or "//" in key:
+        raise ValueError(f"{key!r} is not a key: it must stay below its store")
+    return key

@@ -1,0 +1,138 @@
+"""A folder as a store."""
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from mdm.data.storage.base import MissingObjectError, Store, StoreError, checked
+
+_TEMPORARY = ".tmp-"
+
+
+class LocalStore(Store):
+    """A folder. Objects are written aside, flushed to disk, then linked to their name."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.uri = str(self.root)
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:  # noqa: D102
+        path = self.root / checked(key)
+        if if_absent and path.exists():
+            return False
+        aside = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(aside, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            # A link, unlike a rename, fails if the name was taken in the meantime.
+            os.link(aside, path) if if_absent else os.replace(aside, path)
+            _sync_folder(path.parent)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        finally:
+            aside.unlink(missing_ok=True)
+        return True
+
+    def replace(self, key: str, data: bytes, etag: str) -> str | None:  # noqa: D102
+        with self._locked(self.root / checked(key)):
+            try:
+                if _etag(self.get(key)) != etag:
+                    return None
+            except MissingObjectError:
+                return None
+            self.put(key, data)
+            return _etag(data)
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """One replacing process at a time; the kernel gives the lock of a killed one back."""
+        try:
+            handle = os.open(path.parent, os.O_RDONLY)
+        except FileNotFoundError:
+            yield  # no folder, no object to replace
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def read(self, key: str) -> tuple[bytes, str]:  # noqa: D102
+        path = self.root / checked(key)
+        try:
+            data = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingObjectError(f"{path} does not exist") from None
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+        return data, _etag(data)
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:  # noqa: D102
+        path = self.root / checked(key)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                file.seek(offset)
+                data = file.read(length)
+                while len(data) < length and (more := file.read(length - len(data))):
+                    data += more
+        except FileNotFoundError:
+            raise MissingObjectError(f"{path} does not exist") from None
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+        if len(data) != length:
+            raise StoreError(f"{path} ends at byte {offset + len(data)}, before {offset + length}")
+        return data
+
+    def listing(self, prefix: str = "") -> dict[str, int]:  # noqa: D102
+        folder = self.root / checked(prefix).rpartition("/")[0]
+        found: dict[str, int] = {}
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                path = Path(parent, name)
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix) and not name.startswith(_TEMPORARY):
+                    try:
+                        found[key] = path.stat().st_size
+                    except FileNotFoundError:
+                        continue  # deleted while we looked
+        return dict(sorted(found.items()))
+
+    def delete(self, key: str) -> None:  # noqa: D102
+        path = self.root / checked(key)
+        path.unlink(missing_ok=True)
+        # S3 has no folders: none stays behind empty here either.
+        for parent in path.parents:
+            if parent == self.root or not parent.is_dir():
+                break
+            try:
+                parent.rmdir()
+            except OSError:
+                break  # not empty
+
+    def sweep(self) -> None:  # noqa: D102
+        for parent, _, names in os.walk(self.root):
+            for name in names:
+                if name.startswith(_TEMPORARY):
+                    Path(parent, name).unlink(missing_ok=True)
+
+
+def _etag(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,113 @@
+"""The encode job against a plain loop in one process that does the same work without its safety.
+
+The loop reads, decodes, tokenizes, encodes and writes the same shards' rows; it finds no
+duplicates, leaves no receipts and cannot go on where it was killed. Both ways of giving torch the
+machine's cores are among the peers.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mdm import sources
+from mdm.data.autoencoder import Autoencoder
+from mdm.data.image import decode_image
+from mdm.data.schema import Examples, example_schema, to_bfloat16_bits, write_shard
+from mdm.data.storage import open_store
+from mdm.data.tokenizer import EOS
+from mdm.sources.record import RawRecord
+from pipelines import encode
+from tests.benchmarks.encoding import SIZE, Inputs
+from tests.benchmarks.timing import Result
+
+PICTURES = 3000
+CHANNELS = (32, 64, 64)
+
+
+def loop(inputs: Inputs, out: Path, threads: int) -> float:
+    """Pictures a second of the plain loop."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    began = time.perf_counter()
+    flags = inputs.flags(out)
+    units = sources.get("imagenet").units(inputs.root, "train", unit_bytes=flags.unit_bytes)
+    model, tokenizer = Autoencoder.load(inputs.autoencoder), inputs.tokens()
+    schema = example_schema(model.grid, model.latent_dim)
+    store = open_store(str(out))
+    done = 0
+    parts: list[Examples] = []
+    batch: list[tuple[RawRecord, np.ndarray]] = []
+
+    def flush() -> None:
+        if not batch:
+            return
+        latents = model.encode(torch.from_numpy(np.stack([p for _, p in batch])))
+        parts.append(
+            Examples(
+                [r.id for r, _ in batch],
+                [r.origin for r, _ in batch],
+                np.array([r.label for r, _ in batch], np.int32),
+                [np.array([*tokenizer.encode(r.text or ""), EOS], np.uint16) for r, _ in batch],
+                np.zeros(len(batch), np.uint16),
+                to_bfloat16_bits(latents.numpy().reshape(len(batch), -1)),
+            )
+        )
+        batch.clear()
+
+    def write() -> None:
+        if parts:
+            data, info = write_shard(Examples.concatenate(parts), schema, flags.batch_rows)
+            store.put(info.key, data)
+            parts.clear()
+
+    for unit in units:
+        for record in sources.get("imagenet").read(unit):
+            assert isinstance(record, RawRecord)
+            assert record.image is not None
+            batch.append((record, decode_image(record.image, SIZE)))
+            done += 1
+            if len(batch) == flags.encode_batch:
+                flush()
+                if sum(map(len, parts)) >= flags.shard_rows:
+                    write()
+    flush()
+    write()
+    assert done == PICTURES
+    torch.set_num_threads(before)
+    return done / (time.perf_counter() - began)
+
+
+def run() -> Result:
+    """Pictures a second, Ray's start and the survey for duplicates counted."""
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        inputs = Inputs(folder, PICTURES, CHANNELS)
+        peers = {
+            f"plain loop, {threads} thread{'s' * (threads > 1)}": loop(
+                inputs, folder / f"loop{threads}", threads
+            )
+            for threads in sorted({1, cores})
+        }
+        summary = encode.run(inputs.flags(folder / "out"))
+    stages = summary["stage_seconds"]
+    useful = stages["decode"] + stages["encode"]
+    return Result(
+        "encode",
+        "pictures/s",
+        PICTURES / summary["seconds"],
+        peers,
+        f"{PICTURES} JPEGs of 320 x 256 to {SIZE} px, autoencoder of {CHANNELS}, {cores} cores, "
+        "local folder, Ray's start and duplicate search included",
+        lower_is_better=False,
+        more={
+            "share_not_decoding_or_encoding": 1 - useful / (cores * summary["seconds"]),
+            "core_seconds": stages,
+            "seconds": summary["seconds"],
+            "ratio_to_one_thread": PICTURES / summary["seconds"] / peers["plain loop, 1 thread"],
+        },
+    )

@@ -1,0 +1,116 @@
+"""Does an encoder that is fast ever wait? A fake one sleeps for as long as a GPU would compute.
+
+Its batch takes `LOAD` times what all cores together need to decode it: decoding could keep up, and
+the question is whether the stages around it do. Idle is what it did not sleep between its first
+batch and its last.
+"""
+
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from mdm import sources
+from mdm.data.encoding import Chunk, decode_group, encode_chunk
+from mdm.data.recipe import Recipe
+from mdm.data.storage import StoreOptions
+from mdm.data.survey import Group, plan
+from mdm.sources.record import Unit
+from pipelines import encode_on_ray
+from pipelines.encode_on_ray import GroupEncoder, Place
+from tests.benchmarks.encoding import Inputs
+from tests.benchmarks.timing import Result
+
+PICTURES = 6000
+LOAD = 1.6  # seconds of the encoder for each second that decoding takes on all cores
+
+
+class Sleeping:
+    """In the network's place: zeros, after a while."""
+
+    def __init__(self, recipe: Recipe, seconds: float) -> None:
+        assert recipe.image_grid is not None
+        self._shape = (recipe.image_grid[0] * recipe.image_grid[1], recipe.latent_dim)
+        self._seconds = seconds
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        time.sleep(self._seconds)
+        return torch.zeros(len(pixels), *self._shape)
+
+
+class FakeEncoder:
+    """The encoder's actor with the sleeping network; it notes when it worked."""
+
+    def __init__(self, recipe: Recipe, seconds: float) -> None:
+        self._recipe = recipe
+        self._network = Sleeping(recipe, seconds)
+        self._times: list[tuple[float, float, int]] = []  # begin, end, pictures
+
+    def encode(self, chunk: Chunk) -> Chunk:
+        pictures = 0 if chunk.pixels is None else len(chunk.pixels)
+        began = time.perf_counter()
+        done = encode_chunk(chunk, self._recipe, self._network)
+        if pictures:
+            self._times.append((began, time.perf_counter(), pictures))
+        return done
+
+    def busy(self) -> float:
+        return sum(end - begin for begin, end, _ in self._times)
+
+    def times(self) -> list[tuple[float, float, int]]:
+        return self._times
+
+
+def decode_seconds(inputs: Inputs, recipe: Recipe, units: list[Unit], chunks: int = 6) -> float:
+    """Median seconds of one core for a batch."""
+    group = Group(0, tuple(units), tuple({} for _ in units))
+    taken, began = [], time.perf_counter()
+    for number, _ in enumerate(decode_group(group, recipe, inputs.tokens())):
+        now = time.perf_counter()
+        taken.append(now - began)
+        began = now
+        if number == chunks:
+            break
+    return sorted(taken)[len(taken) // 2]
+
+
+def run() -> Result:
+    """The idle share of the encoder; that of a loop which decodes and encodes in turn beside it."""
+    cores = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        inputs = Inputs(folder, PICTURES, (8, 8, 8))
+        units = sources.get("imagenet").units(inputs.root, "train", unit_bytes=4 << 20)
+        recipe = inputs.recipe(units)
+        decode = decode_seconds(inputs, recipe, units)
+        seconds = LOAD * decode / cores
+        groups = plan(units, [PICTURES // len(units)] * len(units), [{}] * len(units), 512)
+        place = Place(str(folder / "out"), StoreOptions(), str(inputs.tokenizer), "")
+        with encode_on_ray.cluster():
+            fake: Any = ray.remote(num_cpus=0)(FakeEncoder).remote(recipe, seconds)
+            for _ in GroupEncoder(recipe, place, cores, [fake]).run(groups, lambda _: None):
+                pass
+            times = ray.get(fake.times.remote())
+    # The first batches wait for the first decoders: that is a start, no starving.
+    times = times[4:]
+    span = times[-1][1] - times[0][0]
+    asleep = seconds * len(times)
+    full = sum(pictures for *_, pictures in times) / (recipe.encode_batch * len(times))
+    return Result(
+        "encode_gpu_ready",
+        "idle share",
+        max(1e-3, 1 - asleep / span),
+        {"decode, then encode, in one loop": decode / (decode + seconds)},
+        f"batches of {recipe.encode_batch} take {1e3 * seconds:.0f} ms, {LOAD} times what {cores} "
+        "cores need to decode them",
+        more={
+            "batches": len(times),
+            "batches_filled": full,
+            "decode_ms_a_batch_and_core": 1e3 * decode,
+            "encoder_ms_a_batch": 1e3 * seconds,
+        },
+    )

@@ -1,0 +1,66 @@
+"""A small but real data set, autoencoder and tokenizer for the benchmarks of the encode job."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mdm.data import autoencoder
+from mdm.data.first_stage import describe
+from mdm.data.recipe import Recipe, inputs_sha256
+from mdm.data.tokenizer import Tokenizer
+from mdm.sources.record import Unit
+from pipelines.encode import Flags, make_recipe
+from tests.data_sets import NAMES, write_tokenizer
+
+SIZE = 128  # pixels that the autoencoder takes; the files have 320 x 256
+
+
+class Inputs:
+    """`pictures` in ImageNet's folders below `folder`, unlike one another as photographs are."""
+
+    def __init__(self, folder: Path, pictures: int, channels: tuple[int, ...]) -> None:
+        import torch
+
+        self.root = folder / "raw"
+        random = np.random.default_rng(0)
+        for label, name in enumerate(NAMES):
+            (self.root / "train" / f"n{label:08d}").mkdir(parents=True)
+            with open(self.root / "LOC_synset_mapping.txt", "a") as mapping:
+                mapping.write(f"n{label:08d} {name}\n")
+        for i in range(pictures):
+            coarse = random.integers(0, 255, (16, 20, 3), dtype=np.uint8)
+            fine = random.integers(0, 24, (256, 320, 3), dtype=np.uint8)
+            large = Image.fromarray(coarse).resize((320, 256), Image.Resampling.BICUBIC)
+            pixels = np.asarray(large, np.int16) + fine - 12
+            file = io.BytesIO()
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
+            wnid = f"n{i % len(NAMES):08d}"
+            (self.root / "train" / wnid / f"{wnid}_{i}.JPEG").write_bytes(file.getvalue())
+        self.tokenizer = write_tokenizer(folder / "tokenizer.model")
+        torch.manual_seed(0)
+        self.autoencoder = folder / "autoencoder"
+        model = autoencoder.build(SIZE, channels=channels)
+        autoencoder.save(model, self.autoencoder, [0.0] * 4, [1.0] * 4)
+        assert describe(self.autoencoder).image_size == SIZE
+
+    def flags(self, out: Path) -> Flags:
+        return Flags(
+            dataset="imagenet",
+            root=str(self.root),
+            split="train",
+            tokenizer=str(self.tokenizer),
+            autoencoder=str(self.autoencoder),
+            out=str(out),
+            shard_rows=512,
+            unit_bytes=4 << 20,
+        )
+
+    def recipe(self, units: list[Unit]) -> Recipe:
+        recipe = make_recipe(self.flags(Path("unused")), units)
+        assert recipe.inputs_sha256 == inputs_sha256(units)
+        return recipe
+
+    def tokens(self) -> Tokenizer:
+        return Tokenizer(self.tokenizer)

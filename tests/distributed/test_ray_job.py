@@ -1,0 +1,102 @@
+"""The encode job as `ray job submit` runs it, on a Ray cluster of its own."""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mdm.data.manifest import Manifest
+from mdm.data.verify import verify
+from tests.data_sets import write_autoencoder, write_imagenet, write_tokenizer
+from tests.helpers import ROOT
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a head node's job server."""
+    port, dashboard = free_ports(2)
+    # Ray's sockets lie in its folder, and their names may have 107 bytes.
+    folder = Path("/tmp") / f"mdm-ray-{os.getpid()}"
+    command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    command += ["--num-cpus=2", "--object-store-memory=200000000", f"--temp-dir={folder}"]
+    log = tmp_path_factory.mktemp("ray") / "log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [*command, "--disable-usage-stats"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        ) as head,
+    ):
+        address = f"http://127.0.0.1:{dashboard}"
+        try:
+            deadline = time.monotonic() + 240
+            while time.monotonic() < deadline and head.poll() is None:
+                try:
+                    urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            assert head.poll() is None, log.read_text()
+            yield address
+        finally:
+            head.send_signal(signal.SIGTERM)  # --block ends its processes with it
+            try:
+                head.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(head.pid, signal.SIGKILL)
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+def test_a_submitted_job_gives_the_manifest_of_a_local_one(cluster: str, tmp_path: Path) -> None:
+    raw = write_imagenet(tmp_path / "raw", 12)
+    flags = f"--dataset imagenet --root {raw} --split train --shard_rows 16 --batch_rows 4"
+    flags += f" --tokenizer {write_tokenizer(tmp_path / 'tokenizer.model')} --encode_batch 8"
+    flags += f" --autoencoder {write_autoencoder(tmp_path / 'autoencoder')} --unit_bytes 4000"
+    entry = [sys.executable, "-m", "pipelines.encode", *shlex.split(flags)]
+    environment = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+    submit = [RAY, "job", "submit", "--address", cluster]
+    submit += ["--runtime-env-json", json.dumps({"env_vars": environment})]
+    submitted = subprocess.run(
+        [*submit, "--", *entry, "--out", str(tmp_path / "submitted")],
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
+    assert submitted.returncode == 0, submitted.stdout[-3000:] + submitted.stderr[-3000:]
+    assert "succeeded" in submitted.stdout + submitted.stderr
+
+    subprocess.run(
+        [*entry, "--out", str(tmp_path / "local")],
+        check=True,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | environment,
+        timeout=580,
+    )
+    there, here = (Manifest.load(str(tmp_path / name)) for name in ("submitted", "local"))
+    assert there.sha256 == here.sha256
+    assert there.rows == 48
+    assert all(not v.problems for v in verify(there))

@@ -1,0 +1,168 @@
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdm.config import DataConfig
+from mdm.data import reader
+from mdm.data.loader import Loader
+from mdm.data.mixture import Mixture, Source
+from mdm.data.node_cache import NodeCache
+from mdm.data.reader import SourceReader, open_cache, open_readers
+from mdm.data.storage import S3Store, StoreOptions
+from mdm.data.text import fit, fit_all
+from mdm.data.tokenizer import PAD
+from tests.data_sets import encoded
+from tests.unit.data.test_loader import LENGTHS, same, take
+
+
+@pytest.fixture
+def remote(s3: str, monkeypatch: pytest.MonkeyPatch) -> Mixture:
+    """50 + 21 rows on S3, in batches of 8; an extent is three of them."""
+    manifest = encoded(s3, [50, 21])
+    monkeypatch.setattr(reader, "EXTENT", 3 * manifest.shards[0].batches[0].length)
+    return Mixture((Source("pictures", manifest, 1.0),), global_batch=24, window=2)
+
+
+class Counted(S3Store):
+    """The true store, which notes what is asked of it."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri, StoreOptions())
+        self.ranges: list[tuple[str, int, int]] = []
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        self.ranges.append((key, offset, length))
+        return super().read_range(key, offset, length)
+
+
+def counted(mixture: Mixture, cache: NodeCache | None) -> tuple[SourceReader, Counted]:
+    made = open_readers(mixture, cache)[0]
+    made.store = store = Counted(mixture.sources[0].manifest.location)
+    return made, store
+
+
+def rows_of(made: SourceReader, batches: list[int]) -> list[str]:
+    return [i for _, run in made.runs(0, batches) for rows in made.read(0, run) for i in rows.ids]
+
+
+def test_what_was_read_once_comes_from_the_disk(remote: Mixture, tmp_path: Path) -> None:
+    plain, all_ranges = counted(remote, None)
+    expected = rows_of(plain, [0, 1, 2, 3, 4, 5, 6])
+    assert len(all_ranges.ranges) == 1  # adjacent: one request
+    first, store = counted(remote, NodeCache(tmp_path, 10**6))
+    assert rows_of(first, [1]) == expected[8:16]
+    info = remote.sources[0].manifest.shards[0]
+    end = info.batches[2].offset + info.batches[2].length
+    assert store.ranges == [(info.key, info.batches[0].offset, end - info.batches[0].offset)]
+    assert rows_of(first, [0, 2]) == expected[:8] + expected[16:24]  # they came along
+    assert len(store.ranges) == 1
+    again, store = counted(remote, NodeCache(tmp_path, 10**6))  # another run on this node
+    assert rows_of(again, [0, 1, 2, 6]) == expected[:24] + expected[48:]
+    assert len(store.ranges) == 1  # the last extent, which is shorter
+
+
+def test_a_cache_below_the_data_keeps_single_batches(remote: Mixture, tmp_path: Path) -> None:
+    batches = remote.sources[0].manifest.shards[0].batches
+    made, store = counted(remote, NodeCache(tmp_path, 5 * batches[0].length))
+    rows_of(made, [1, 3])
+    assert [r[2] for r in store.ranges] == [batches[1].length, batches[3].length]
+    rows_of(made, [1, 3])
+    assert len(store.ranges) == 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_damaged_files_of_the_cache_are_fetched_again(
+    remote: Mixture, tmp_path: Path, damage: str
+) -> None:
+    made, store = counted(remote, NodeCache(tmp_path, 10**6))
+    expected = rows_of(made, [1])
+    (file,) = (tmp_path / "files").iterdir()
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes({"flip": data, "cut": data[: len(data) // 3], "empty": b""}[damage])
+    assert rows_of(made, [1]) == expected
+    assert len(store.ranges) == 2
+    assert rows_of(made, [1]) == expected  # and kept again
+    assert len(store.ranges) == 2
+
+
+def test_threads_and_processes_fetch_a_thing_once(remote: Mixture, tmp_path: Path) -> None:
+    location = remote.sources[0].manifest.location
+    made, store = counted(remote, NodeCache(tmp_path / "threads", 10**6))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: rows_of(made, [0]), range(8)))
+    assert len(store.ranges) == 1
+    assert all(f == found[0] for f in found)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(2) as ranks:
+        args = [(location, str(tmp_path / "ranks"), reader.EXTENT)] * 2
+        fetched = ranks.starmap(_read_all, args)
+    assert sum(fetched) == 4  # extents of the two shards: 7 and 3 batches
+
+
+def _read_all(location: str, folder: str, extent: int) -> int:
+    """What a rank does: reads everything through the node's cache; its requests."""
+    reader.EXTENT = extent
+    manifest = reader.Manifest.load(location)
+    mixture = Mixture((Source("pictures", manifest, 1.0),), global_batch=24, window=2)
+    made, store = counted(mixture, NodeCache(folder, 10**6))
+    with ThreadPoolExecutor(4) as pool:
+        every = [(s, [b]) for s, b, _ in manifest.batches()]
+        assert sum(len(r) for rows in pool.map(lambda a: made.read(*a), every) for r in rows) == 71
+    return len(store.ranges)
+
+
+def test_batches_are_the_same_through_a_cache_that_is_full(
+    remote: Mixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    cache = NodeCache(tmp_path, 10**6)
+    with (
+        Loader(remote, 7, **LENGTHS) as plain,
+        Loader(remote, 7, **LENGTHS, node_cache=cache) as loader,
+    ):
+        start = zip(take(plain, 2), take(loader, 2), strict=True)
+        assert all(same(a, b) for a, b in start)
+        monkeypatch.setattr(os, "posix_fallocate", fails)
+        for path in (tmp_path / "files").iterdir():
+            path.unlink()
+        rest = zip(take(plain, 12), take(loader, 12), strict=True)
+        assert all(same(a, b) for a, b in rest)
+
+
+def test_a_cache_below_the_working_set_is_refused_with_both_sizes(
+    remote: Mixture, tmp_path: Path
+) -> None:
+    needed = 2 * 2 * remote.sources[0].manifest.shards[0].batches[0].length
+    small = DataConfig(cache_dir=str(tmp_path), cache_gb=1e-6)
+    with pytest.raises(ValueError, match=rf"1e-06 \(1000 bytes\) but .* take {needed} bytes"):
+        open_cache(remote, small)
+    enough = DataConfig(cache_dir=str(tmp_path), cache_gb=needed / 1e9)
+    assert open_cache(remote, enough).limit == needed
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(5, 60), min_size=1, max_size=12), st.integers(0, 11)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(2, 9),
+)
+def test_fitting_all_is_fitting_each(texts: list[tuple[list[int], int]], length: int) -> None:
+    prompts = np.array([min(p, len(t) - 1) for t, p in texts], np.uint16)
+    offsets = np.cumsum([0, *(len(t) for t, _ in texts)], dtype=np.int32)
+    tokens = np.array([i for t, _ in texts for i in t], np.uint16)
+    found, kept = fit_all(tokens, offsets, prompts, length)
+    for row, ((text, _), prompt) in enumerate(zip(texts, prompts.tolist(), strict=True)):
+        expected, left = fit(np.array(text, np.uint16), prompt, length)
+        assert found[row].tolist() == [*expected.tolist(), *[PAD] * (length - len(expected))]
+        assert kept[row] == left
