@@ -145,7 +145,12 @@ def run(flags: Flags) -> dict[str, Any]:
     resumed, seconds = 0, dict[str, float]()
     with hold(store, recipe.hash) as lease:
         manifest = publish.finished(store, recipe)
-        if manifest is None:
+        lost = [] if manifest is None else publish.missing(store, manifest)
+        if lost:
+            print(f"{flags.out} lacks {len(lost)} objects: writing them again", file=sys.stderr)
+        for key in lost:  # one that is cut short would be taken for what is to be written
+            store.delete(key)
+        if manifest is None or lost:
             with encode_on_ray.cluster():
                 receipts, resumed, seconds = _encode(flags, units, store, recipe, lease)
             lease.check()

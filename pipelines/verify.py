@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from mdm.config import fail, parse_cli
-from mdm.data.manifest import Manifest, ManifestError
-from mdm.data.storage import StoreError
-from mdm.data.verify import verify
+from mdm.config import doc, fail, parse_cli
+from mdm.data.manifest import MANIFEST, MANIFEST_SHA256, Manifest, ManifestError
+from mdm.data.storage import StoreError, open_store
+from mdm.data.verify import discard, verify
 
 
 @dataclass(frozen=True)
@@ -16,23 +16,38 @@ class Flags:
     """Flags of this job."""
 
     data: str = field(metadata={"help": "URIs of encoded data sets, separated by commas"})
+    discard: bool = doc(
+        False, "delete what is damaged or belongs to no data set: encode.py then writes it again"
+    )
 
 
-def check(uri: str) -> int:
+def check(uri: str, discard_damaged: bool = False) -> int:
     """Print the verdicts on one data set; how many problems there were."""
-    manifest = Manifest.load(uri)
+    try:
+        manifest = Manifest.load(uri)
+    except ManifestError as error:
+        print(f"  BAD {error}")
+        if discard_damaged:  # its receipts give the same one again
+            for key in (MANIFEST, MANIFEST_SHA256):
+                open_store(uri).delete(key)
+        return 1
     print(
         f"{uri}: {manifest.dataset}/{manifest.split}, {manifest.rows} examples, "
         f"{len(manifest.quarantine)} in quarantine, manifest {manifest.sha256[:16]}"
     )
     problems = 0
-    total = len(manifest.shards) + 2
+    damaged = []
+    parts = (*manifest.shard_parts.infos, *manifest.quarantine_parts.infos)
+    total = len(manifest.shards) + len(parts) + 2
     for verdict in tqdm(verify(manifest), "verify", total, unit=" objects", leave=False):
         problems += len(verdict.problems)
+        damaged += [verdict] if verdict.problems else []
         size = f"{verdict.rows:>9} rows {verdict.bytes / 2**20:>9.2f} MiB"
         print(f"  {'BAD' if verdict.problems else 'ok ':<3} {size}  {verdict.key}")
         for problem in verdict.problems:
             print(f"      {problem}")
+    for key in discard(manifest, damaged) if discard_damaged else ():
+        print(f"  deleted {key}")
     return problems
 
 
@@ -40,10 +55,18 @@ def main() -> int:
     """Check every data set named."""
     flags = parse_cli(Flags, description=__doc__)
     try:
-        problems = sum(check(uri) for uri in flags.data.split(",") if uri)
+        problems = sum(check(uri, flags.discard) for uri in flags.data.split(",") if uri)
     except (ManifestError, StoreError, ValueError) as error:
         fail(f"verify: {error}")
-    print("all as the manifest says" if not problems else f"{problems} problems")
+    if not problems:
+        print("all as the manifest says")
+    elif flags.discard:
+        print(f"{problems} problems; now run encode.py with the same flags as before")
+    else:
+        print(
+            f"{problems} problems; to repair: verify.py with --discard true, then encode.py with "
+            "the same flags as before"
+        )
     return 1 if problems else 0
 
 

@@ -125,10 +125,31 @@ def _card(
     }
 
 
+def missing(store: Store, manifest: Manifest) -> list[str]:
+    """Keys that a published data set should hold and does not, or not in their full length.
+
+    Without one of its parts only parts are named: what those list is seen by its receipts.
+    """
+    there = store.listing()
+    infos = (*manifest.shard_parts.infos, *manifest.quarantine_parts.infos)
+    lost = [key for key in (CARD, *(i.key for i in infos)) if key not in there]
+    if not lost or lost == [CARD]:
+        lost += [s.key for s in manifest.shards if there.get(s.key) != s.bytes]
+    return lost
+
+
+def receipts_of(manifest: Manifest) -> str:
+    """Where the receipts of a published data set lie."""
+    return f"work/{manifest.recipe_hash[:16]}/group/"
+
+
 def clean(store: Store, manifest: Manifest) -> None:
-    """Remove what the published manifest does not name: receipts, and shards of dead recipes."""
-    named = set(manifest.objects())
+    """Remove what the published manifest does not name: surveys, and all of dead recipes.
+
+    The receipts of its groups stay: they tell which one gave a shard, should that be lost.
+    """
+    named, receipts = set(manifest.objects()), receipts_of(manifest)
     for key in (*store.listing("work/"), *store.listing("parts/"), *store.listing("shards/")):
-        if key not in named and key != LEASE:
+        if key not in named and key != LEASE and not key.startswith(receipts):
             store.delete(key)
     store.sweep()

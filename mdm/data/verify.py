@@ -1,12 +1,16 @@
 """Re-reading an encoded data set: every byte, every count, every row."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from mdm.data.lease import LEASE
 from mdm.data.manifest import CARD, Manifest
+from mdm.data.parts import PartList
+from mdm.data.publish import receipts_of
 from mdm.data.schema import Rows, ShardInfo, checksum, from_bfloat16_bits, read_rows
 from mdm.data.storage import Store, StoreError
 from mdm.data.tokenizer import EOS
@@ -23,12 +27,24 @@ class Verdict:
 
 
 def verify(manifest: Manifest) -> Iterator[Verdict]:
-    """A verdict on each shard, the card, and the set as a whole."""
+    """A verdict on each part of the manifest, each shard, the card, and the set as a whole."""
     store = manifest.store()
-    for shard in manifest.shards:
-        yield Verdict(shard.key, shard.rows, shard.bytes, tuple(_shard(store, manifest, shard)))
+    for number, info in enumerate(manifest.shard_parts.infos):
+        problems = tuple(_part(manifest.shard_parts, number))
+        yield Verdict(info.key, info.rows, 0, problems)
+        for shard in () if problems else manifest.shard_parts.part(number):
+            yield Verdict(shard.key, shard.rows, shard.bytes, tuple(_shard(store, manifest, shard)))
+    for number, info in enumerate(manifest.quarantine_parts.infos):
+        yield Verdict(info.key, 0, 0, tuple(_part(manifest.quarantine_parts, number)))
     yield Verdict(CARD, 0, 0, tuple(_card(store, manifest)))
     yield Verdict("the set", manifest.rows, 0, tuple(_whole(store, manifest)))
+
+
+def _part(parts: PartList[Any], number: int) -> Iterator[str]:
+    try:
+        parts.part(number)
+    except StoreError as error:
+        yield f"{error}: what it lists cannot be checked"
 
 
 def _shard(store: Store, manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
@@ -87,7 +103,25 @@ def _whole(store: Store, manifest: Manifest) -> Iterator[str]:
         yield f"shards hold {manifest.rows} examples, the counts say {counts['examples']}"
     if len(manifest.quarantine) != counts["quarantined"]:
         yield f"{len(manifest.quarantine)} in quarantine, the counts say {counts['quarantined']}"
-    named = set(manifest.objects())
-    for key in (*store.listing("parts/"), *store.listing("shards/")):
-        if key not in named:
-            yield f"orphan {key}"
+    for key in strangers(store, manifest):
+        yield f"{key} belongs to no data set"
+
+
+def strangers(store: Store, manifest: Manifest) -> list[str]:
+    """Keys of what the data set neither names nor keeps to itself; none while a part is lost."""
+    own = (receipts_of(manifest), CARD.removesuffix(".json"), LEASE)
+    try:
+        named = set(manifest.objects())
+    except StoreError:
+        return []
+    return [k for k in store.listing() if k not in named and not k.startswith(own)]
+
+
+def discard(manifest: Manifest, damaged: Sequence[Verdict]) -> list[str]:
+    """Delete what is damaged, and strangers; encoding once more then writes back what is lost."""
+    store = manifest.store()
+    there = store.listing()
+    keys = [v.key for v in damaged if v.key in there] + strangers(store, manifest)
+    for key in keys:
+        store.delete(key)
+    return keys

@@ -96,6 +96,7 @@ class _Row:
     offset: int
     content: Content
     problem: str = ""
+    file: str = ""  # where that offset lies, if not in the annotations
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class Annotated:
         joined = Joined.load(root, layout.join)
         if reporter and layout.join:
             for offset, key, problem in joined.unclaimed(self._ids(root, layout)):
-                yield _Row(key, offset, Content(), problem)
+                yield _Row(key, offset, Content(), problem, layout.join.file)
         offset = start
         try:
             with open_file(root, layout.annotations) as file:
@@ -276,7 +277,7 @@ class Annotated:
         self, layout: Layout, row: _Row, place: str, data: bytes | None, problem: str
     ) -> RawRecord | BadRecord:
         key = f"{self.SOURCE}/{layout.split}/{row.key}"
-        origin = f"{layout.annotations}@{row.offset}" + (f", {place}" if place else "")
+        origin = f"{row.file or layout.annotations}@{row.offset}" + (f", {place}" if place else "")
         if problem:
             return BadRecord(key, self.SOURCE, layout.split, origin, problem)
         return RawRecord(

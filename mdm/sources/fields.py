@@ -45,7 +45,7 @@ def number_field(value: Any, name: str) -> int:
 
 def id_field(value: Any, name: str) -> str:
     """An id, published as text or as a whole number."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return str(number_field(value, name))
     return text_field(value, name)
 

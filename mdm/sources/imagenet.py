@@ -10,19 +10,20 @@ or from the devkit's `meta.mat`; one of a class's names serves as a picture's ca
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_split, fingerprint
 from mdm.sources.streams import (
     ARCHIVE_ERRORS,
+    DamagedHeaderError,
     Member,
     Slice,
     describe,
-    headers,
     open_tar,
     read_file,
+    surviving_headers,
     tar_members,
     tgz_members,
 )
@@ -133,10 +134,14 @@ def _is_unicode(text: str) -> bool:
 def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
     listing: list[tuple[str, int]] = []
     for outer in os.scandir(root / split):
-        folder = f"{split}/{outer.name}" if outer.is_dir() else split
-        for entry in os.scandir(outer.path) if outer.is_dir() else (outer,):
+        folder = f"{split}/{outer.name}" if _is(outer.is_dir) else split
+        try:
+            inside = [*os.scandir(outer.path)] if folder != split else [outer]
+        except OSError:  # a folder that may not be entered: its reader says why
+            inside, folder = [outer], split
+        for entry in inside:
             if not entry.name.startswith("."):
-                size = entry.stat().st_size if entry.is_file() else 0
+                size = entry.stat().st_size if _is(entry.is_file) else 0
                 listing.append((f"{folder}/{entry.name}", size))
     if not listing:
         raise ValueError(f"{SOURCE}: no pictures in {root / split}/<wnid>/")
@@ -165,6 +170,14 @@ def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
     ]
 
 
+def _is(kind: Callable[[], bool]) -> bool:
+    """Of what an entry is; False for a link that leads in a circle."""
+    try:
+        return kind()
+    except OSError:
+        return False
+
+
 def _from_folder(unit: Unit) -> Iterator[tuple[str, Member]]:
     for file in unit.files:
         try:
@@ -183,23 +196,34 @@ def _from_folder(unit: Unit) -> Iterator[tuple[str, Member]]:
 def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]:
     size = tar.stat().st_size
     ranges: list[tuple[str, int, int]] = []  # kind, first byte, end
-    end = 0
+    end, cut, hole = 0, False, False
     try:
         with tar.open("rb") as file, open_tar(file, streaming=False) as outer:
-            for info in headers(outer):
+            for info in surviving_headers(outer):
+                if isinstance(info, DamagedHeaderError):
+                    hole = True
+                    continue
+                if hole and split == "train" and not info.name.endswith(".tar"):
+                    continue  # a picture of the class whose header is lost
+                behind = hole
+                if hole:  # its reader says what is wrong with it
+                    ranges.append(("members", end, info.offset))
+                    hole = False
                 padded = info.offset_data + -(-info.size // 512) * 512
                 if split == "train":
                     inner = (f"class {info.name}", info.offset_data, info.offset_data + info.size)
                     ranges.append(inner)
-                elif ranges and padded - ranges[-1][1] <= unit_bytes:
+                elif ranges and not behind and padded - ranges[-1][1] <= unit_bytes:
                     ranges[-1] = ("members", ranges[-1][1], padded)
                 else:
                     ranges.append(("members", info.offset, padded))
                 end = padded
     except ARCHIVE_ERRORS:
-        pass  # the rest becomes a unit below, and its reader says what is wrong with it
+        cut = True  # the rest becomes a unit below, and its reader says what is wrong with it
     if _has_content(tar, end):
         ranges.append(("members", end, size))
+    elif cut or end > size:
+        ranges.append(("cut", size, size))
     return [
         Unit(
             source=SOURCE,
@@ -231,6 +255,10 @@ def _from_tar(unit: Unit) -> Iterator[tuple[str, Member]]:
     inner = unit.kind.removeprefix("class ") if unit.kind.startswith("class ") else ""
     wnid = Path(inner).stem
     done = 0
+    if unit.kind == "cut":
+        reason = f"the archive was cut off at byte {unit.start}: what followed is missing"
+        yield "", Member(f"bytes {unit.start}-", None, reason)
+        return
     try:
         with path.open("rb") as file:
             piece = io.BufferedReader(Slice(file, unit.start, unit.stop))
@@ -248,7 +276,8 @@ def _from_tar(unit: Unit) -> Iterator[tuple[str, Member]]:
 
 def _validation_wnid(unit: Unit, member: Member) -> tuple[str, Member]:
     if unit.split == "train":
-        return "", Member(member.name, None, "picture outside a class's tar or folder")
+        problem = member.problem or "picture outside a class's tar or folder"
+        return "", Member(member.name, None, problem)
     truth = _ground_truth(Path(unit.root))
     number = Path(member.name).stem.rsplit("_", 1)[-1]
     if not number.isdecimal() or not 1 <= int(number) <= len(truth):

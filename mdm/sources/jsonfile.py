@@ -59,7 +59,7 @@ def elements(
     elif opening in ("[", "{"):
         cursor.take()
     else:
-        raise BrokenFileError(f"no JSON list or object: begins with {opening!r}")
+        raise BrokenFileError(f"no JSON list or object: {_begins(opening)}")
     if start:
         cursor = _Cursor(file, start)
     named = opening == "{"
@@ -76,8 +76,8 @@ def elements(
 
 def _enter(cursor: "_Cursor", section: str) -> None:
     """Move behind the bracket that opens the section."""
-    if cursor.peek() != "{":
-        raise BrokenFileError(f"no JSON object with a list {section!r}")
+    if (opening := cursor.peek()) != "{":
+        raise BrokenFileError(f"no JSON object with a list {section!r}: {_begins(opening)}")
     cursor.take()
     while cursor.peek() not in ("}", ""):
         if cursor.key() == section:
@@ -109,6 +109,8 @@ def _items(cursor: "_Cursor", named: bool) -> Iterator[Element]:
         yield Element(offset, name, value, problem)
         if mark == ",":
             cursor.take()
+        elif mark == "{" and not named:
+            continue  # the comma between two entries is missing, and neither of them is damaged
         elif mark not in (closing, ""):
             raise BrokenFileError(f"invalid JSON at byte {cursor.offset}: {mark!r} behind an entry")
     cursor.take()
@@ -242,6 +244,12 @@ class _Cursor:
                 if self._at == len(self._text):
                     self._fill()
                 self._at += 1
+
+
+def _begins(opening: str) -> str:
+    if opening in ("\xff", "\xfe"):
+        return "the file is UTF-16, not UTF-8"
+    return f"the file begins with {opening!r}" if opening else "the file is empty"
 
 
 def _too_long() -> str:

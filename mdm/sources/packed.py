@@ -139,9 +139,11 @@ class Pictures:
 
     def _find(self, names: tuple[str, ...]) -> tuple[str, bytes]:
         for name in names:
+            if "\0" in name:
+                raise ValueError(f"picture's name holds a zero byte: {name[:80]!r}")
             if not is_inside(name):
                 raise ValueError(f"picture's name points outside the data set: {name[:80]!r}")
-            if os.path.lexists(self._root / name):
+            if _is_there(self._root / name):
                 return name, read_file(self._root / name)
             for archive, packed in self._zips:
                 folder = PurePosixPath(archive).parent
@@ -149,7 +151,18 @@ class Pictures:
                     member = str(PurePosixPath(name).relative_to(folder))
                     if member in packed.NameToInfo:
                         return f"{archive}::{member}", _unzip(packed, member)
-        raise ValueError(f"missing file: {names[0]}{self._damage}")
+        raise ValueError(f"missing file: {names[0][:200]}{self._damage}")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has this name; ValueError where a folder on the way keeps it to itself."""
+    try:
+        os.lstat(path)
+    except PermissionError as error:
+        raise ValueError(f"unreadable file: {describe(error)}") from None
+    except OSError:  # no such name, or one that no file can have
+        return False
+    return True
 
 
 def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:

@@ -8,6 +8,7 @@ than MAX_RATIO times its bytes is a decompression bomb.
 import gzip
 import io
 import json
+import os
 import stat
 import tarfile
 import zlib
@@ -45,6 +46,15 @@ def check_ratio(unpacked: int, packed: int) -> None:
         raise OSError(f"decompression bomb: {packed} bytes unpack to {unpacked} or more")
 
 
+class DamagedHeaderError(tarfile.ReadError):
+    """A member's header with a wrong checksum, or numbers that are none; `name` as it says."""
+
+    def __init__(self, error: tarfile.HeaderError, block: bytes | bytearray) -> None:
+        super().__init__(str(error))
+        name = bytes(block[:100]).partition(b"\0")[0].decode("ascii", "replace")
+        self.name = name if name.isascii() and name.isprintable() else ""
+
+
 class _StrictHeader(tarfile.TarInfo):
     """tarfile takes a damaged header after the first member for the end; here it is an error.
 
@@ -53,7 +63,10 @@ class _StrictHeader(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictHeader":
-        header = super().frombuf(buf, encoding, errors)
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.InvalidHeaderError as error:  # type: ignore[attr-defined]
+            raise DamagedHeaderError(error, buf) from None
         if header.type in _EXTENSIONS and not 0 <= header.size <= _MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"tar header asks for {header.size} bytes of names")
         return header
@@ -63,7 +76,7 @@ class _StrictHeader(tarfile.TarInfo):
         try:
             return super().fromtarfile(tarfile_)
         except tarfile.HeaderError as error:
-            if type(error).__name__ in ("InvalidHeaderError", "TruncatedHeaderError"):
+            if type(error).__name__ == "TruncatedHeaderError":
                 raise tarfile.ReadError(str(error)) from None
             raise  # the two ends of an archive: zero blocks, or no more bytes
 
@@ -127,10 +140,27 @@ class _Unpacked(gzip.GzipFile):
         self._packed = packed
 
     def read(self, size: int | None = -1) -> bytes:
-        """As gzip; OSError where the stream unpacks to far too much."""
-        data = super().read(size)
+        """As gzip; OSError where the stream unpacks to far too much.
+
+        What was unpacked before the stream breaks off is given first, the error afterwards.
+        """
+        data = super().read(size) if size is None or size < 0 else b"".join(self._parts(size))
         check_ratio(self.tell(), self._packed.tell())
         return data
+
+    def _parts(self, size: int) -> Iterator[bytes]:
+        given = 0
+        while given < size:
+            try:
+                part = self.read1(size - given)
+            except ARCHIVE_ERRORS:
+                if not given:
+                    raise
+                return
+            if not part:
+                return
+            yield part
+            given += len(part)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """As gzip; the way forward is read piece by piece, and so is limited, too."""
@@ -162,10 +192,40 @@ def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         cast(Any, tar).members.clear()
 
 
+def surviving_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | DamagedHeaderError]:
+    """As `headers`, but behind a damaged one, which comes as its error, with the next whole one.
+
+    Headers stand at multiples of 512 bytes, and no other bytes have their checksum.
+    """
+    plain = cast(Any, tar)
+    searching = damaged = False
+    while True:
+        try:
+            info = tar.next()
+        except DamagedHeaderError as error:
+            if not searching:
+                yield error
+            searching = damaged = True
+        else:
+            if info is not None:
+                searching = False
+                yield info
+                plain.members.clear()
+                continue
+            # Behind damage a block of zeros may be a lost member's: only the file's end counts.
+            if not damaged or plain.fileobj.tell() <= plain.offset:
+                return
+            searching = True
+        plain.offset += tarfile.BLOCKSIZE
+
+
 def read_file(path: Path) -> bytes:
     """A picture's bytes; ValueError where it is missing, too large or no regular file."""
     try:
         found = path.stat()
+        if stat.S_ISDIR(found.st_mode):
+            os.scandir(path).close()  # says so where it may not be entered
+            raise ValueError("a folder in a picture's place")
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("not a regular file")  # to open a pipe would wait for ever
         if found.st_size > MAX_MEMBER_BYTES:
@@ -189,7 +249,11 @@ def tar_members(file: IO[bytes] | io.IOBase, *, streaming: bool) -> Iterator[Mem
     the archive itself ends early or is damaged: what lies behind is out of reach.
     """
     with open_tar(file, streaming=streaming) as tar:
-        for info in headers(tar):
+        for number, info in enumerate(surviving_headers(tar)):
+            if isinstance(info, DamagedHeaderError):
+                lost = info.name.removeprefix("./") or f"member {number}"
+                yield Member(lost, None, f"damaged tar header: {describe(info)}")
+                continue
             name = info.name.removeprefix("./")
             if info.isdir():
                 continue
@@ -255,13 +319,15 @@ def parse_row(line: bytes) -> dict[str, Any]:
     if len(line.rstrip(b"\r\n")) > MAX_LINE_BYTES:
         raise ValueError(f"line is longer than {MAX_LINE_BYTES} bytes")
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").removeprefix("\ufeff")  # Windows' tools begin a file with it
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start} of the line") from None
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"invalid JSON: {error.msg} at column {error.colno}") from None
+    except ValueError:
+        raise ValueError("invalid JSON: a number of thousands of digits") from None
     except RecursionError:
         raise ValueError("invalid JSON: nested too deeply") from None
     if not isinstance(row, dict):

@@ -3,11 +3,9 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,90 +13,13 @@ import psutil
 import pytest
 
 from mdm.data.lease import LEASE
-from mdm.data.manifest import MANIFEST, Manifest
-from mdm.data.storage import Store, open_store
-from mdm.data.verify import verify
+from mdm.data.manifest import MANIFEST
+from mdm.data.storage import open_store
 from pipelines import encode
 from pipelines.s3_server import S3Server
-from tests.data_sets import write_autoencoder, write_imagenet, write_tokenizer
+from tests.chaos.encode_job import Job, check_whole, receipts, wait_for
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
-ROOT = Path(__file__).parents[2]
-
-
-class Job:
-    """`pipelines/encode.py` on 600 small pictures in about ten groups."""
-
-    def __init__(self, folder: Path) -> None:
-        self.raw = write_imagenet(folder / "raw", 150)
-        (self.raw / "train" / "n00000000" / "n00000000_7.JPEG").write_bytes(b"broken")
-        self.tokenizer = write_tokenizer(folder / "tokenizer.model")
-        self.autoencoder = write_autoencoder(folder / "autoencoder")
-
-    def command(self, out: str) -> list[str]:
-        flags = {
-            "dataset": "imagenet",
-            "root": self.raw,
-            "split": "train",
-            "tokenizer": self.tokenizer,
-            "autoencoder": self.autoencoder,
-            "out": out,
-            "unit_bytes": 20_000,
-            "shard_rows": 50,
-            "batch_rows": 16,
-            "encode_batch": 8,
-            "encoder_threads": 1,
-        }
-        command = [sys.executable, str(ROOT / "pipelines" / "encode.py")]
-        for name, value in flags.items():
-            command += [f"--{name}", str(value)]
-        return command
-
-    def start(self, out: str, *more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*self.command(out), *more],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-
-    def run(self, out: str, *more: str) -> tuple[int, dict[str, Any], str]:
-        process = self.start(out, *more)
-        stdout, stderr = process.communicate(timeout=240)
-        return process.returncode, json.loads(stdout or "{}"), stderr
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return Job(tmp_path_factory.mktemp("job"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(job: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("undisturbed")
-    code, summary, stderr = job.run(str(out))
-    assert code == 0, stderr
-    return out, summary
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def receipts(store: Store) -> int:
-    return sum("/group/" in key for key in store.listing("work/"))
-
-
-def check_whole(uri: str, manifest_sha256: str) -> None:
-    manifest = Manifest.load(uri)
-    assert manifest.sha256 == manifest_sha256
-    assert all(not v.problems for v in verify(manifest))
-    named = {*manifest.objects(), "card.html"}
-    assert set(open_store(uri).listing()) == named  # no orphan, no receipt
 
 
 def test_an_undisturbed_job_publishes_and_a_second_one_has_nothing_to_do(

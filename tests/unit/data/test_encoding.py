@@ -260,7 +260,7 @@ def test_verify_names_the_damaged_shard(tmp_path: Path, tokenizer_path: Path) ->
     problems = {v.key: v.problems for v in verify(manifest) if v.problems}
     assert set(problems) == {manifest.shards[0].key, "the set"}
     assert "sha256" in problems[manifest.shards[0].key][0]
-    assert problems["the set"] == ("orphan shards/orphan.arrow",)
+    assert problems["the set"] == ("shards/orphan.arrow belongs to no data set",)
 
 
 def test_a_set_without_a_readable_record_is_refused() -> None:

@@ -182,7 +182,7 @@ def test_what_is_missing_altogether_is_named(published, tmp_path):
             "gqa",
             "train_balanced_questions.json",
             "<html>",
-            "no JSON list or object: begins with '<'",
+            "no JSON list or object: the file begins with '<'",
         ),
         ("visual_genome", "question_answers.json", '[{"id": 1,', "the entry at byte 1 has no end"),
         ("flickr30k", "results_20130124.token", "", "holds no entry"),
@@ -223,8 +223,9 @@ def test_pictures_of_a_wrong_name_never_leave_the_folder(tmp_path):
     path.write_text(json.dumps(rows))
     found = list(sources.records("llava", root, "train"))
     assert [r.reason.split(":")[0] for r in found if isinstance(r, BadRecord)] == [
-        *["picture's name points outside the data set"] * 4,
-        "not a regular file",
+        *["picture's name points outside the data set"] * 3,
+        "picture's name holds a zero byte",
+        "a folder in a picture's place",
     ]
     assert all(r.image != b"secret" for r in found if isinstance(r, RawRecord))
 

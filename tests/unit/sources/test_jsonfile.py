@@ -132,8 +132,8 @@ def test_where_the_rest_is_out_of_reach_it_is_an_error(window, text, good, reaso
 
 
 def test_damage_in_another_list_or_no_such_list_is_an_error():
-    with pytest.raises(BrokenFileError, match=r"at byte 8: '\{' behind an entry"):
-        read('{"a": [1{, "b": [2]}', "b")
+    with pytest.raises(BrokenFileError, match=r"at byte 8: '\}' behind an entry"):
+        read('{"a": [1}, "b": [2]}', "b")
     with pytest.raises(BrokenFileError, match="no list 'c'"):
         read('{"a": [1], "b": {"c": [1]}}', "c")
     with pytest.raises(BrokenFileError, match="'a' is not a list"):

@@ -150,7 +150,7 @@ def test_gqa_damage(tmp_path):
     assert list(good) == ["00000004"]
     assert list(bad.values()) == [
         "field answer is absent",
-        "field imageId is a number, not text",
+        "field imageId is a number, not a whole number",
         "entry is a list, not an object",
         "field question is a list, not text",
         "duplicate id",

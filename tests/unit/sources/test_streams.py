@@ -2,6 +2,7 @@ import gzip
 import io
 import tarfile
 
+import numpy as np
 import pytest
 
 from mdm.sources import streams
@@ -18,13 +19,29 @@ def tar_bytes(members):
     return out.getvalue()
 
 
-def test_damaged_header_after_the_first_member_is_an_error_not_an_end():
-    data = bytearray(tar_bytes([("a", b"1" * 600), ("b", b"2" * 600), ("c", b"3")]))
-    data[512 + 1024 + 20] ^= 0xFF  # in the header of b
-    members = tar_members(io.BytesIO(bytes(data)), streaming=True)
-    assert next(members).name == "a"
-    with pytest.raises(tarfile.ReadError):
-        list(members)
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_damaged_header_after_the_first_member_costs_that_member_alone(streaming):
+    zeros = b"2" * 600 + bytes(2000)  # blocks of zeros are not the archive's end here
+    data = bytearray(tar_bytes([("a", b"1" * 600), ("b.jpg", zeros), ("c", b"3"), ("d", b"")]))
+    data[512 + 1024 + 200] ^= 0xFF  # in the header of b
+    members = list(tar_members(io.BytesIO(bytes(data)), streaming=streaming))
+    assert [m.name for m in members] == ["a", "b.jpg", "c", "d"]
+    assert [m.data for m in members] == [b"1" * 600, None, b"3", b""]
+    assert members[1].problem.startswith("damaged tar header")
+
+
+def test_what_was_unpacked_before_a_gzip_stream_breaks_off_is_given(tmp_path):
+    random = np.random.default_rng(0)
+    content = [(str(i), random.bytes(3000)) for i in range(20)]
+    packed = gzip.compress(tar_bytes(content))
+    (tmp_path / "a.tgz").write_bytes(packed[: len(packed) // 2])
+    members = tgz_members(tmp_path / "a.tgz")
+    found = []
+    with pytest.raises(EOFError, match="end-of-stream marker"):
+        found.extend(m.name for m in members)
+    # extend() keeps what came before the error
+    assert found == [str(i) for i in range(len(found))]
+    assert len(found) >= 6
 
 
 @pytest.mark.parametrize("streaming", [True, False])

@@ -1,0 +1,107 @@
+"""`make drill`: real faults in real jobs, a table, and `runs/drill/report.json`. Exit code 1 if not
+every fault was survived without loss.
+
+`python -m tests.drills --only encode_kills --rounds 3` runs one of them, with fewer kills.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdm.config import doc, fail, parse_cli
+from tests.drills import data
+from tests.drills.drill import Drill, Row, Setting
+
+DRILLS: tuple[Drill, ...] = (
+    data.encode_network,
+    data.loader_network,
+    data.encode_kills,
+    data.disk_full,
+    data.clock_skew,
+    data.two_jobs,
+    data.runbooks,
+)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of the drills."""
+
+    only: str = doc("", "names of drills, separated by commas; all without")
+    rounds: int = doc(20, "random kills of each drill that kills")
+    seed: int = doc(0, "of all that is random")
+    out: str = doc("runs/drill", "folder of report.json")
+
+
+def chosen(only: str) -> list[Drill]:
+    """The drills of these names; ValueError for an unknown one."""
+    by_name = {d.__name__: d for d in DRILLS}
+    unknown = [name for name in only.split(",") if name and name not in by_name]
+    if unknown:
+        raise ValueError(f"no drill {', '.join(unknown)}; there are {', '.join(by_name)}")
+    return [by_name[name] for name in only.split(",") if name] or list(DRILLS)
+
+
+def line(name: str, row: Row) -> str:
+    equal = "yes" if row.bitwise_equal else "NO"
+    return (
+        f"{name:<16} {row.fault:<34} {row.injected:>8} {row.survived:>8} {row.lost:>4} {equal:>7} "
+        f"{row.seconds_lost:>9.1f}  {row.note}"
+    )
+
+
+def passed(row: dict[str, Any]) -> bool:
+    held: bool = row["survived"] == row["injected"] and row["bitwise_equal"] and not row["lost"]
+    return held
+
+
+def write_report(path: Path, rows: list[dict[str, Any]]) -> None:
+    report = {
+        "injected": sum(r["injected"] for r in rows),
+        "survived": sum(r["survived"] for r in rows),
+        "lost": sum(r["lost"] for r in rows),
+        "bitwise_equal": all(r["bitwise_equal"] for r in rows),
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = parse_cli(Flags, argv, description=__doc__)
+    try:
+        drills = chosen(flags.only)
+    except ValueError as error:
+        fail(f"drill: {error}")
+    rows: list[dict[str, Any]] = []
+    path = Path(flags.out) / "report.json"
+    print(
+        f"{'drill':<16} {'fault':<34} {'injected':>8} {'survived':>8} {'lost':>4} {'bitwise':>7} "
+        f"{'s lost':>9}"
+    )
+    for drill in drills:
+        name, began = drill.__name__, time.monotonic()
+        with tempfile.TemporaryDirectory(prefix=f"drill-{name}-") as folder:
+            try:
+                for row in drill(Setting(Path(folder), flags.rounds, flags.seed)):
+                    rows.append({"drill": name, **dataclasses.asdict(row)})
+                    print(line(name, row), flush=True)
+            except Exception as error:  # noqa: BLE001 - the others are run all the same
+                told = f"{type(error).__name__}: {error}"[:2000]
+                row = Row("the drill itself", 1, 0, 0, False, time.monotonic() - began, told)
+                rows.append({"drill": name, **dataclasses.asdict(row)})
+                print(line(name, row), flush=True)
+        write_report(path, rows)
+    bad = [r for r in rows if not passed(r)]
+    print(f"{len(rows) - len(bad)} of {len(rows)} held; {path}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""Drills of the data system: encoding and loading through faults, against a real S3 server."""
+
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mdm.config import DataConfig, SourceConfig
+from mdm.data.batch import Batch
+from mdm.data.loader import Loader
+from mdm.data.manifest import Manifest
+from mdm.data.mixture import open_mixture
+from mdm.data.storage import StoreError, open_store
+from pipelines.s3_server import S3Server
+from tests.chaos.encode_job import Job, check_whole, ended, one_line, receipts, wait_for
+from tests.chaos.faults import TARGETS, environment, kill, wrong_clock
+from tests.chaos.proxy import KINDS, FaultProxy
+from tests.data_sets import encoded
+from tests.drills.drill import Row, Setting
+from tests.drills.runbook import execute
+
+SHARES = (0.01, 0.1)
+ATTEMPTS = 8  # of a job that is started again after each failure
+QUICK = ("503", "reset", "truncate", "flip")  # a stall costs the client its timeout of 20 s
+
+
+class Bench:
+    """A real S3 server, an encode job, and what it gives undisturbed in how many seconds."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self.server = stack.enter_context(S3Server(folder / "s3", bucket="drill"))
+        stack.enter_context(environment(self.server.env))
+        self.job = Job(folder / "job")
+        began = time.monotonic()
+        code, self.summary, stderr = self.job.run("s3://drill/undisturbed")
+        assert code == 0, stderr
+        self.seconds = time.monotonic() - began
+        self.sha256: str = self.summary["manifest_sha256"]
+
+    def finish(self, out: str, first: tuple[int, dict[str, Any], str], **run: Any) -> str:
+        """Run the job again until it ends well, as a person would; then all must be whole."""
+        code, _, stderr = first
+        attempts = 1
+        while code and attempts < ATTEMPTS:
+            code, _, stderr = self.job.run(out, **run)
+            attempts += 1
+        assert code == 0, stderr
+        check_whole(out, self.sha256)
+        return "" if attempts == 1 else f"started {attempts} times"
+
+
+def encode_network(setting: Setting) -> Iterator[Row]:
+    """Encoding through a network that spoils one request in a hundred, and in ten."""
+    with ExitStack() as stack:
+        bench = Bench(setting.folder, stack)
+        cases = [(s, QUICK) for s in SHARES] + [(0.1, (k,)) for k in QUICK] + [(0.02, ("stall",))]
+        for number, (share, kinds) in enumerate(cases):
+            out = f"s3://drill/network-{number}"
+            with FaultProxy(bench.server.port, share, kinds, setting.seed + number) as proxy:
+                began = time.monotonic()
+                env = {"AWS_ENDPOINT_URL": proxy.endpoint}
+                note = bench.finish(out, bench.job.run(out, env=env), env=env)
+                spent = time.monotonic() - began - bench.seconds
+                count = sum(proxy.injected.values())
+            what = f"encode, {share:.0%} {kinds[0] if len(kinds) == 1 else 'all quick kinds'}"
+            yield Row(what, count, count, 0, True, max(0.0, spent), note)
+
+
+def loader_network(setting: Setting) -> Iterator[Row]:
+    """Loading through the same network: the batches of an undisturbed loader, bit for bit."""
+    with ExitStack() as stack:
+        server = stack.enter_context(S3Server(setting.folder / "s3", bucket="drill"))
+        stack.enter_context(environment(server.env))
+        config = write_mixture("s3://drill/loading")
+        expected = list(load(config, setting, 40))
+        for kind in KINDS:
+            for share in SHARES if kind != "stall" else (0.02,):
+                with (
+                    FaultProxy(server.port, share, [kind], setting.seed) as proxy,
+                    environment({"AWS_ENDPOINT_URL": proxy.endpoint}),
+                ):
+                    began = time.monotonic()
+                    found = list(load(config, setting, 40))
+                    spent = time.monotonic() - began
+                    count = sum(proxy.injected.values())
+                equal = all(same(a, b) for a, b in zip(expected, found, strict=True))
+                yield Row(f"loading, {share:.0%} {kind}", count, count, 0, equal, spent)
+
+
+def write_mixture(root: str) -> DataConfig:
+    """Two encoded sets in small record batches: a request each."""
+    encoded(f"{root}/pictures", [200, 160], batch_rows=8)
+    encoded(f"{root}/talk", [120], pictures=False, batch_rows=8)
+    sources = (SourceConfig("pictures", 0.7), SourceConfig("talk", 0.3))
+    return DataConfig(root=root, sources=sources, global_batch=16, window=2)
+
+
+def load(config: DataConfig, setting: Setting, steps: int) -> Iterator[Batch]:
+    """The first batches; after a clear error another loader goes on where this one stopped."""
+    state: dict[str, Any] = {}
+    done = failures = 0
+    while done < steps:
+        try:
+            mixture = open_mixture(config)
+            small = {"caption_length": 8, "dialogue_length": 10, "cache_bytes": 1, "prefetch": 1}
+            with Loader(mixture, setting.seed, **small) as loader:  # type: ignore[arg-type]
+                if state:
+                    loader.load_state_dict(state)
+                while done < steps:
+                    yield next(loader)
+                    state, done = loader.state_dict(), done + 1
+        except (StoreError, ValueError):
+            failures += 1
+            if failures > 50:
+                raise
+
+
+def same(one: Batch, other: Batch) -> bool:
+    """Bit for bit."""
+    if one.ids != other.ids or (one.latents is None) != (other.latents is None):
+        return False
+    names = ("keys", "epochs", "class_ids", "tokens", "prompt")
+    pairs = [(getattr(one, n), getattr(other, n)) for n in names]
+    pairs += [] if one.latents is None else [(one.latents, other.latents)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def encode_kills(setting: Setting) -> Iterator[Row]:
+    """SIGKILL of each part of the job, or its S3 server, at a random time of each round."""
+    with ExitStack() as stack:
+        bench = Bench(setting.folder, stack)
+        rng = setting.random("kills")
+        rows = {t: Row(f"encode, SIGKILL of {t}", 0, 0, 0, True, 0.0) for t in TARGETS}
+        for number in range(setting.rounds):
+            target = TARGETS[number % len(TARGETS)]
+            done, seconds = kill_once(bench, target, f"s3://drill/kill-{number}", rng)
+            row = rows[target]
+            rows[target] = replace(
+                row,
+                injected=row.injected + done,
+                survived=row.survived + done,
+                seconds_lost=row.seconds_lost + max(0.0, seconds - bench.seconds),
+            )
+        yield from (row for row in rows.values() if row.injected)
+
+
+def kill_once(bench: Bench, target: str, out: str, rng: random.Random) -> tuple[int, float]:
+    """Whether the target was there to be killed, and the seconds until all was whole again."""
+    began = time.monotonic()
+    process = bench.job.start(out)
+    try:
+        time.sleep(rng.uniform(0.1, 0.9) * bench.seconds)
+        hit = kill(target, process.pid, bench.server, rng)
+        first = ended(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if first[0] > 0:
+        one_line(first[2])
+    bench.finish(out, first)
+    return int(hit), time.monotonic() - began
+
+
+def disk_full(setting: Setting) -> Iterator[Row]:
+    """Encoding into a folder on a disk that is full: a clear error, no half object; then on."""
+    job = Job(setting.folder / "job")
+    undisturbed = job.run(str(setting.folder / "undisturbed"))
+    assert undisturbed[0] == 0, undisturbed[2]
+    sha256 = undisturbed[1]["manifest_sha256"]
+    mount = setting.folder / "small"
+    mount.mkdir()
+    out = str(mount / "out")
+    began = time.monotonic()
+    with small_disk(mount):
+        code, _, stderr = job.run(out)
+        assert code == 2, stderr
+        assert "No space left on device" in one_line(stderr), stderr
+        assert not list(mount.rglob(".tmp-*"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
+        code, summary, stderr = job.run(out)
+        assert code == 0, stderr
+        assert summary["resumed_groups"] > 0
+        check_whole(out, sha256)
+        yield Row("encode, disk full", 1, 1, 0, True, time.monotonic() - began)
+
+
+def small_disk(mount: Path) -> ExitStack:
+    """A file system of 128 kB; needs root."""
+    stack = ExitStack()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(mount)], check=True)
+    stack.callback(subprocess.run, ["umount", str(mount)], check=True)
+    return stack
+
+
+def clock_skew(setting: Setting) -> Iterator[Row]:
+    """A machine whose clock is 20 minutes off: it is told so, in both directions."""
+    with ExitStack() as stack:
+        bench = Bench(setting.folder, stack)
+        for minutes in (20, -20):
+            env = wrong_clock(setting.folder, 60 * minutes)
+            out = f"s3://drill/skew{minutes}"
+            began = time.monotonic()
+            first = bench.job.run(out, env=env)
+            assert first[0] == 2, first[2]
+            assert "its clock says" in one_line(first[2]), first[2]
+            spent = time.monotonic() - began
+            bench.finish(out, first)
+            yield Row(f"encode, clock {minutes:+} min", 1, 1, 0, True, spent)
+
+
+def two_jobs(setting: Setting) -> Iterator[Row]:
+    """Two jobs on one output: one wins and the other says so."""
+    with ExitStack() as stack:
+        bench = Bench(setting.folder, stack)
+        both = [ended(p) for p in [bench.job.start("s3://drill/same") for _ in range(2)]]
+        assert sorted(code for code, _, _ in both) == [0, 1], [r[2][-500:] for r in both]
+        loser = next(r for r in both if r[0])
+        assert "is being written by another job" in one_line(loser[2]), loser[2]
+        check_whole("s3://drill/same", bench.sha256)
+        yield Row("two encode jobs, one recipe", 1, 1, 0, True, 0.0)
+        jobs = [
+            bench.job.start("s3://drill/other"),
+            bench.job.start("s3://drill/other", "--text_length", "9"),
+        ]
+        results = [ended(p) for p in jobs]
+        assert sorted(r[0] for r in results) in ([0, 1], [0, 2]), [r[2][-500:] for r in results]
+        winner = next(r for r in results if not r[0])
+        loser = next(r for r in results if r[0])
+        said = one_line(loser[2])
+        assert "is being written by another job" in said or winner[1]["recipe_hash"] in said
+        check_whole("s3://drill/other", winner[1]["manifest_sha256"])
+        equal = winner is results[1] or winner[1]["manifest_sha256"] == bench.sha256
+        yield Row("two encode jobs, two recipes", 1, 1, 0, equal, 0.0)
+
+
+def runbooks(setting: Setting) -> Iterator[Row]:
+    """The pages of the data system, executed against the fault each is about."""
+    with ExitStack() as stack:
+        server = stack.enter_context(S3Server(setting.folder / "s3", bucket="drill"))
+        stack.enter_context(environment(server.env))
+        job = Job(setting.folder / "job")
+        out = "s3://drill/encoded/pictures"
+        variables = {
+            "DATASET": "imagenet",
+            "ROOT": str(job.raw),
+            "SPLIT": "train",
+            "TOKENIZER": str(job.tokenizer),
+            "AUTOENCODER": str(job.autoencoder),
+            "OUT": out,
+            "FLAGS": " ".join(job.command(out)[14:]),
+        }
+        execute("encode_a_data_set.md", variables)
+        sha256 = Manifest.load(out).sha256
+        yield Row("runbook: encode a data set", 1, 1, 0, True, 0.0)
+
+        damage_shards(out)
+        before = time.monotonic()
+        execute("damaged_shard.md", variables)
+        check_whole(out, sha256)
+        yield Row("runbook: a damaged shard", 4, 4, 0, True, time.monotonic() - before)
+
+        outage = "s3://drill/encoded/outage"
+        process = job.start(outage)
+        store = open_store(outage)
+        wait_for(lambda: receipts(store) > 0 or process.poll() is not None, 1200)
+        server.kill()
+        first = ended(process)
+        assert first[0] == 2, first[2]
+        assert server.endpoint in one_line(first[2])
+        before = time.monotonic()
+        helper = threading.Timer(5, server.start)  # somebody starts it while the page waits
+        helper.start()
+        execute("s3_outage.md", variables | {"OUT": outage})
+        helper.join()
+        check_whole(outage, sha256)
+        yield Row("runbook: an S3 outage", 1, 1, 0, True, time.monotonic() - before)
+
+
+def damage_shards(uri: str) -> None:
+    """One shard gone, one cut short, one with a flipped bit, and an object that nobody knows."""
+    store = open_store(uri)
+    keys = [s.key for s in Manifest.load(uri).shards]
+    store.delete(keys[0])
+    store.put(keys[1], store.get(keys[1])[:-10])
+    data = bytearray(store.get(keys[2]))
+    data[len(data) // 2] ^= 1
+    store.put(keys[2], bytes(data))
+    store.put("shards/stranger.arrow", b"stranger")

@@ -1,0 +1,164 @@
+"""Pictures damaged, or only unusual, in the ways in which downloads and tools do it."""
+
+import gzip
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+_RANDOM = np.random.default_rng(5)
+
+
+def noise(width: int = 24, height: int = 20, channels: int = 3) -> Image.Image:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return Image.fromarray(_RANDOM.integers(0, 255, shape, dtype=np.uint8))
+
+
+def saved(picture: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def chunk_of_exif(thumbnail: bytes) -> bytes:
+    """A JPEG segment that holds another JPEG."""
+    data = b"Exif\0\0" + thumbnail
+    return b"\xff\xe1" + (len(data) + 2).to_bytes(2, "big") + data
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A small file that claims, and packs, very many pixels."""
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(b"\0" * ((width // 8 + 1) * min(height, 2000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def jpeg_of_size(width: int, height: int) -> bytes:
+    """A real JPEG whose header claims another size."""
+    data = bytearray(saved(noise()))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def flipped(data: bytes, at: float, count: int = 1) -> bytes:
+    """`data` with some bytes inverted at that share of its length."""
+    changed = bytearray(data)
+    start = int(len(data) * at)
+    for i in range(start, start + count):
+        changed[i] ^= 0xFF
+    return bytes(changed)
+
+
+def _text_bomb() -> bytes:
+    """A PNG whose compressed comment unpacks to 8 MB."""
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"0" * (8 << 20)))
+    png = saved(noise(), "PNG")
+    return png[:33] + text + png[33:]
+
+
+def _animated(kind: str) -> bytes:
+    return saved(noise(), kind, save_all=True, append_images=[noise(), noise()])
+
+
+def _exif(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return saved(noise(), exif=exif)
+
+
+_JPEG, _PNG = saved(noise(64, 64)), saved(noise(64, 64), "PNG")
+_THUMBNAIL = _JPEG[:2] + chunk_of_exif(saved(noise(8, 8))) + _JPEG[2:]
+_PROGRESSIVE = saved(noise(64, 64), progressive=True)
+
+# name -> (bytes, what the reason says)
+DAMAGED: dict[str, tuple[bytes, str]] = {
+    "zero bytes": (b"", "empty file"),
+    "html error page": (
+        b"<!DOCTYPE html><html><title>404 Not Found</title></html>",
+        "not a picture",
+    ),
+    "html after white space": (b"\n\n  <html>forbidden</html>", "not a picture"),
+    "json error": (b'{"error": "rate limited"}', "not a picture"),
+    "svg": (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture"),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "not a picture"),
+    "zeros": (b"\0" * 4096, "not a picture"),
+    "git lfs pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n",
+        "not a picture",
+    ),
+    "gzipped jpeg": (gzip.compress(_JPEG), "not a picture"),
+    "base64 of a jpeg": (b"data:image/jpeg;base64,/9j/4AAQSkZJRg==", "not a picture"),
+    "mp4": (b"\0\0\0\x18ftypmp42" + b"\0" * 64, "not a picture"),
+    "jpeg without its beginning": (_JPEG[2:], "not a picture"),
+    "jpeg through a text filter": (_JPEG.decode("latin-1").encode("utf-8"), "not a picture"),
+    "jpeg signature alone": (b"\xff\xd8\xff", "picture: begins as a JPEG"),
+    "jpeg headers alone": (_JPEG[: _JPEG.index(b"\xff\xda")], "picture"),
+    "truncated jpeg": (_JPEG[: len(_JPEG) // 2], "truncated"),
+    "truncated progressive jpeg": (_PROGRESSIVE[: len(_PROGRESSIVE) // 3], "truncated"),
+    "progressive jpeg without its last scans": (
+        _PROGRESSIVE[: int(len(_PROGRESSIVE) * 0.9)],
+        "truncated",
+    ),
+    "jpeg of zeros behind the middle": (_JPEG[: len(_JPEG) // 2] + b"\0" * 9000, "truncated"),
+    "such a jpeg with a thumbnail": (
+        _THUMBNAIL[: len(_THUMBNAIL) // 2] + b"\0" * 9000,
+        "truncated",
+    ),
+    "jpeg that claims 60000 x 60000": (jpeg_of_size(60_000, 60_000), "too many pixels"),
+    "jpeg of no rows": (jpeg_of_size(24, 0), "picture"),
+    "png of a bad checksum": (flipped(_PNG, 0.5), "damaged"),
+    "png of a bad header": (_PNG[:20] + b"\xff\xff" + _PNG[22:], "damaged|picture|pixels"),
+    "truncated png": (_PNG[: len(_PNG) // 2], "truncated|damaged"),
+    "png of no data": (_PNG[:33] + chunk(b"IEND", b""), "truncated|damaged|picture"),
+    "png with dos line ends": (_PNG.replace(b"\n", b"\r\n"), "not a picture|damaged"),
+    "png bomb": (png_bomb(50_000, 50_000), "too many pixels"),
+    "png text bomb": (_text_bomb(), "damaged|too large|bomb"),
+    "truncated gif": (
+        saved(noise(64, 64), "GIF")[:200],
+        "truncated|damaged picture: begins as a GIF",
+    ),
+    "truncated webp": (saved(noise(64, 64), "WEBP")[:90], "truncated|damaged|not a picture"),
+    "truncated bmp": (saved(noise(64, 64), "BMP")[:900], "truncated|damaged"),
+    "tiff": (saved(noise(), "TIFF"), "another kind: TIFF"),
+    "jpeg 2000": (saved(noise(), "JPEG2000"), "another kind: JPEG2000"),
+}
+
+# Nothing is wrong with these: they must stay.
+UNUSUAL: dict[str, bytes] = {
+    "cmyk jpeg": saved(noise().convert("CMYK")),
+    "grey jpeg": saved(noise().convert("L")),
+    "progressive jpeg": _PROGRESSIVE,
+    "jpeg with a thumbnail": _THUMBNAIL,
+    "jpeg with garbage behind its end": _JPEG + b"\0" * 100 + b"<html>",
+    "png named jpg": _PNG,
+    "16 bit png": saved(Image.fromarray(np.full((8, 9), 40_000, np.uint16)), "PNG"),
+    "palette png with transparency": saved(noise().convert("P"), "PNG", transparency=0),
+    "two colour png": saved(noise().convert("1"), "PNG"),
+    "grey png with alpha": saved(noise().convert("LA"), "PNG"),
+    "animated gif": _animated("GIF"),
+    "animated webp": _animated("WEBP"),
+    "animated png": _animated("PNG"),
+    "one very long line of pixels": saved(Image.new("L", (60_000, 1)), "PNG"),
+    "one pixel": saved(Image.new("RGB", (1, 1)), "PNG"),
+    "rotated by exif": _exif(6),
+    "exif orientation 99": _exif(99),
+    "exif of garbage": _JPEG[:2] + b"\xff\xe1\x00\x10Exif\0\0" + b"\xff" * 8 + _JPEG[2:],
+    "png with a wrong iccp": _PNG[:33]
+    + chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no"))
+    + _PNG[33:],
+    "webp": saved(noise(), "WEBP"),
+    "bmp": saved(noise(), "BMP"),
+    "mpo": saved(noise(), "MPO", save_all=True, append_images=[noise()]),
+    "large comment": saved(
+        noise(),
+        "PNG",
+        pnginfo=(lambda i: (i.add_text("c", "x" * 900_000), i)[1])(PngImagePlugin.PngInfo()),
+    ),
+}
