@@ -5,6 +5,7 @@ An object appears whole or not at all. Credentials and endpoint come from the st
 when_required` for servers that do not know the newer checksums); none is ever printed.
 """
 
+import contextlib
 import os
 import secrets
 import threading
@@ -59,7 +60,7 @@ class Store(ABC):
     uri: str
 
     @abstractmethod
-    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+    def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False) -> bool:
         """Write an object whole; False if `if_absent` and it was there already."""
 
     @abstractmethod
@@ -122,12 +123,13 @@ class LocalStore(Store):
         self.root = root.absolute()
         self.uri = str(self.root)
 
-    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:  # noqa: D102
+    def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False) -> bool:  # noqa: D102
         path = self.root / _checked(key)
         if if_absent and path.exists():
             return False
         aside = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         try:
+            made = [parent for parent in path.parents if not parent.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "xb") as file:
                 file.write(data)
@@ -140,8 +142,11 @@ class LocalStore(Store):
                 return False
             finally:
                 aside.unlink(missing_ok=True)
-            _sync_folder(path.parent)
+            for folder in (path.parent, *(parent.parent for parent in made)):
+                _sync_folder(folder)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)  # a full disk needs the room
             raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
         return True
 
@@ -178,7 +183,8 @@ class LocalStore(Store):
                 path = Path(parent, name)
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.startswith(_TEMPORARY):
-                    found[key] = path.stat().st_size
+                    with contextlib.suppress(FileNotFoundError):  # removed in the meantime
+                        found[key] = path.stat().st_size
         return dict(sorted(found.items()))
 
     def delete(self, key: str) -> None:  # noqa: D102
@@ -301,14 +307,15 @@ class S3Store(Store):
         ):
             raise StoreError(f"{what}: the server refused it ({code or status})") from None
 
-    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:  # noqa: D102
+    def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False) -> bool:  # noqa: D102
         condition = {"IfNoneMatch": "*"} if if_absent else {}
+        body = bytes(data)  # botocore takes no views
         try:
             self._call(
                 "write",
                 key,
                 lambda: self._client.put_object(
-                    Bucket=self._bucket, Key=self._name(key), Body=data, **condition
+                    Bucket=self._bucket, Key=self._name(key), Body=body, **condition
                 ),
             )
         except _TakenError:
