@@ -166,7 +166,7 @@ def draw(generator: MDM, flags: Flags) -> None:
         tell(inputs, texts)
 
 
-def encode(generator: Generator, files: Sequence[str]) -> Tensor:
+def encode(generator: MDM, files: Sequence[str]) -> Tensor:
     """First-stage latents [b, n, c] of picture files."""
     autoencoder = generator.autoencoder
     assert isinstance(autoencoder, Autoencoder)  # what `load` gives
