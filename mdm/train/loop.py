@@ -146,12 +146,12 @@ def train(
             status = "KILLED"
             return EXIT_REQUEUE
         export(run_dir / "export", run)
-        saver.close()
+        saver.wait()
         mark_done(run)
         status = "FINISHED"
         return EXIT_DONE
     finally:
-        saver.close()
+        saver.wait()
         for line in saver.news():
             reporter.say(line)
         stop.restore()

@@ -74,7 +74,7 @@ class Saver:
         self._group = torch.distributed.new_group(backend="gloo", timeout=VOTE_TIMEOUT)
         self._thread: Thread | None = None
         self._news: list[str] = []
-        self.figures: dict[str, float] = {}  # seconds and bytes of the last save and restore
+        self.figures: dict[str, float] = {}  # seconds of the last save and restore
         self.saved_step = -1  # of the newest checkpoint known to be committed
 
     @property
@@ -105,7 +105,7 @@ class Saver:
         }
         buffers = safetensors.torch.save(self._engine.shards.buffers())
         job = _Job(manifest, buffers, began)
-        # A daemon, so that a rank that must die can; `close` waits for it otherwise.
+        # A daemon, so that a rank that must die can; `wait` waits for it otherwise.
         self._thread = Thread(target=self._run, args=(job,), name="mdm-saver", daemon=True)
         self._thread.start()
         self.figures["save_blocked_seconds"] = time.perf_counter() - began
@@ -115,8 +115,6 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-    close = wait
 
     def news(self) -> list[str]:
         """What is to be told about saves since the last call: failures, on rank 0."""

@@ -80,7 +80,7 @@ def main() -> None:
     if world.is_main:
         slowest = {n: max(own[n] for own in every) for n in found}
         print(json.dumps(slowest | {"mebibytes": world.size * saver.nbytes / 2**20}))
-    saver.close()
+    saver.wait()
 
 
 if __name__ == "__main__":
