@@ -252,8 +252,12 @@ def test_another_world_size_goes_on_with_the_same_state_and_samples(
     steps, ours, norms = map(torch.tensor, zip(*losses(run_dir), strict=True))
     expected = [torch.tensor(row[: len(steps)]) for row in zip(*losses(undisturbed), strict=True)]
     assert steps.tolist() == list(range(1, stops[-1] + 1))
-    torch.testing.assert_close(ours, expected[1], rtol=2e-3, atol=0)  # bf16, other sums
-    torch.testing.assert_close(norms, expected[2], rtol=5e-2, atol=0)
+    # The step after the first change has the same loss. Then gradients are rounded to bf16 by
+    # each rank before they are summed, which many small steps of a high rate make visible.
+    if zero == "cpu":
+        torch.testing.assert_close(ours[:5], expected[1][:5], rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, expected[1], rtol=2e-2, atol=0)
+    torch.testing.assert_close(norms, expected[2], rtol=2e-2, atol=0)
 
 
 def test_nonfinite_loss_names_step_and_samples(tmp_path):
