@@ -243,8 +243,12 @@ class TrainConfig:
     beta2: float = doc(0.95, "AdamW's second-moment decay")
     grad_clip: float = doc(1.0, "largest gradient norm")
     ema: float = doc(0.9999, "decay of the averaged weights, once warmed up")
+    ema2: float = doc(0.0, "decay of a second average beside it; 0 for none")
     checkpoint_every: int = doc(1000, "steps between committed checkpoints")
+    checkpoints: str = doc("", "folder or s3:// prefix of checkpoints; run_dir/checkpoints if none")
     keep: int = doc(2, "newest checkpoints kept")
+    keep_every: int = doc(0, "also keep checkpoints of every so many steps; 0 for none")
+    keep_best: bool = doc(False, "also keep the checkpoint with the smallest loss")
     snapshots: int = doc(
         0, "evenly spaced exports of the averaged weights, for sample grids over training"
     )
@@ -263,7 +267,10 @@ class TrainConfig:
                 getattr(self, name) > 0,
                 f"train.{name} is {getattr(self, name)}; it must be positive",
             )
-        _check(0.0 <= self.ema < 1.0, f"train.ema is {self.ema}; it lies in [0, 1)")
+        for name in ("ema", "ema2"):
+            value = getattr(self, name)
+            _check(0.0 <= value < 1.0, f"train.{name} is {value}; it lies in [0, 1)")
+        _check(self.keep_every >= 0, f"train.keep_every is {self.keep_every}; 0 is for none")
 
 
 @dataclass(frozen=True)

@@ -44,15 +44,18 @@ def agree(flags: Sequence[bool], device: torch.device | str = "cpu") -> list[boo
     return [v > 0 for v in votes.tolist()]
 
 
-def from_main(value: Any) -> Any:
-    """Rank 0's value, on every rank (pickled: for small control messages)."""
+def from_main(value: Any, group: Any = None) -> Any:
+    """Rank 0's value, on every rank (pickled: for small control messages).
+
+    `group` holds all ranks too: one of its own is for a thread beside the training.
+    """
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def gather_to_all(value: Any) -> list[Any]:
+def gather_to_all(value: Any, group: Any = None) -> list[Any]:
     """Every rank's value, in rank order, on every rank (pickled: for small control messages)."""
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=group)
     return values

@@ -27,7 +27,7 @@ from mdm.evaluate import classifier, poster
 from mdm.evaluate.caption import ClassNames
 from mdm.evaluate.heldout import counts, load_encoded, load_pictures, load_prompts
 from mdm.evaluate.runner import DemoData, Settings, run_demo, snapshot
-from mdm.generate import Generator
+from mdm.generate import MDM
 from pipelines.stages import read_json, write_json
 
 SETS = ("digits", "digits-val", "emoji", "emoji-valid")
@@ -105,9 +105,13 @@ def run(flags: Flags) -> dict[str, Any]:
     data, counted = load_data(flags, autoencoder)
     loaded = time.perf_counter()
 
-    def generator(folder: Path) -> Generator:
-        return Generator.load(
-            folder, tokenizer=flags.tokenizer, autoencoder=flags.autoencoder, compiled=True
+    def generator(folder: Path) -> MDM:
+        return MDM.from_pretrained(
+            folder,
+            tokenizer=flags.tokenizer,
+            autoencoder=flags.autoencoder,
+            compiled=True,
+            local_files_only=True,
         )
 
     settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})

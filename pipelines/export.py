@@ -1,6 +1,9 @@
 """Export a committed checkpoint's weights for generation, whatever world size wrote it.
 
-`python pipelines/export.py --checkpoint runs/demo/train/checkpoints/step-00004000 --out DIR`
+`python pipelines/export.py --checkpoint runs/demo/train/checkpoints/step-00003600 --out DIR`
+
+The checkpoint may lie in S3. `--out` gets config.json, model.safetensors, the tokenizer and a model
+card, and loads with `MDM.from_pretrained(DIR)`, without DeepSpeed.
 """
 
 import sys
@@ -8,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mdm.config import doc, fail, parse_cli
+from mdm.data.storage import StoreError
+from mdm.exported import KINDS
 from mdm.train.export import export_checkpoint
 from mdm.train.state import RunError
 
@@ -18,19 +23,29 @@ class Flags:
 
     checkpoint: str
     out: str
-    weights: str = doc("ema", "ema: averaged weights; raw: the last step's")
+    weights: str = doc(
+        "ema",
+        "ema: averaged weights; ema2: the second average; raw: the last step's; several, separated "
+        "by commas: the first becomes model.safetensors, the others model.<name>.safetensors",
+    )
 
     def __post_init__(self) -> None:
-        if self.weights not in ("ema", "raw"):
-            raise ValueError(f"--weights is {self.weights!r}; choose ema or raw")
+        for kind in self.kinds:
+            if kind not in KINDS:
+                raise ValueError(f"--weights names {kind!r}; choose of {', '.join(KINDS)}")
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of weights asked for."""
+        return self.weights.split(",")
 
 
 def main() -> int:
     """Run the job; returns its exit code."""
     flags = parse_cli(Flags, description=__doc__ or "")
     try:
-        export_checkpoint(Path(flags.checkpoint), Path(flags.out), ema=flags.weights == "ema")
-    except RunError as error:
+        export_checkpoint(flags.checkpoint, Path(flags.out), flags.kinds)
+    except (RunError, StoreError) as error:
         fail(f"export: {error}")
     return 0
 

@@ -29,7 +29,7 @@ from mdm.config import doc, fail, parse_cli
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.image import decode_image
 from mdm.diffusion.sampler import SOLVERS
-from mdm.generate import Generator
+from mdm.generate import MDM
 from mdm.generate.generator import Options
 from mdm.generate.selection import draw_map
 
@@ -82,8 +82,11 @@ def main() -> int:
     """Run the job; returns its exit code."""
     flags = parse_cli(Flags, description=__doc__ or "")
     try:
-        generator = Generator.load(
-            flags.checkpoint, tokenizer=flags.tokenizer, autoencoder=flags.autoencoder
+        generator = MDM.from_pretrained(
+            flags.checkpoint,
+            tokenizer=flags.tokenizer,
+            autoencoder=flags.autoencoder,
+            local_files_only=True,
         )
         generate(generator, flags)
     except (ValueError, OSError) as error:
@@ -91,7 +94,7 @@ def main() -> int:
     return 0
 
 
-def generate(generator: Generator, flags: Flags) -> None:
+def generate(generator: MDM, flags: Flags) -> None:
     """Do what `flags` ask; print texts, save pictures."""
     draw(generator, flags)
     if flags.selection_map:
@@ -102,7 +105,7 @@ def generate(generator: Generator, flags: Flags) -> None:
         print(path)
 
 
-def draw(generator: Generator, flags: Flags) -> None:
+def draw(generator: MDM, flags: Flags) -> None:
     """The task itself."""
     seed, guidance, steps = flags.seed, flags.guidance, flags.steps
     text_steps = flags.text_steps or steps
@@ -163,7 +166,7 @@ def draw(generator: Generator, flags: Flags) -> None:
         tell(inputs, texts)
 
 
-def encode(generator: Generator, files: Sequence[str]) -> Tensor:
+def encode(generator: MDM, files: Sequence[str]) -> Tensor:
     """First-stage latents [b, n, c] of picture files."""
     autoencoder = generator.autoencoder
     assert isinstance(autoencoder, Autoencoder)  # what `load` gives

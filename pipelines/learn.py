@@ -20,7 +20,7 @@ from mdm.data.tokenizer import Tokenizer
 from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import classifier, learn_report
 from mdm.evaluate.learn import Ruler, Task, evaluate
-from mdm.generate import Generator
+from mdm.generate import MDM
 from mdm.generate.generator import load_objective
 from pipelines import learn_data
 from pipelines.stages import read_json
@@ -91,12 +91,12 @@ def train(out: Path, data: Path, ranks: int, flags: list[str]) -> dict[str, floa
     return done
 
 
-def load(export: Path, setting: Setting, compiled: bool = True) -> Generator:
+def load(export: Path, setting: Setting, compiled: bool = True) -> MDM:
     """The generator of exported weights, with pixel patches in the autoencoder's place."""
     config = from_dict(Config, read_json(export / "config.json"))
     objective = load_objective(export, config)
     pieces = Tokenizer(setting.tokenizer)
-    return Generator(config, objective, pieces, setting.pixels, compiled=compiled)
+    return MDM(config, objective, pieces, setting.pixels, compiled=compiled)
 
 
 def run(flags: Flags) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class SmallObjective(nn.Module):
 
 
 class MemoryLoader:
-    """Deterministic batches from a counter; every third step is text alone."""
+    """Batches from a counter, the same for any number of ranks; every third is text alone."""
 
     def __init__(self, config: Config, world: World, poison_step: int = -1) -> None:
         self.size, self.world = config.data.global_batch, world
@@ -113,18 +113,19 @@ class MemoryLoader:
         self.order_digest = ""
 
     def __next__(self) -> Batch:
-        first = self.step * self.size + self.world.rank
-        numbers = range(first, first + self.size, self.world.size)
+        first = self.step * self.size
+        numbers = range(first + self.world.rank, first + self.size, self.world.size)
         ids = tuple(f"sample-{n % 32}" for n in numbers)
         keys = torch.tensor([sample_key(i) for i in ids])
-        noise = torch.Generator().manual_seed(first)
         tokens = (keys[:, None] % 7 + torch.arange(LENGTH)[None]) % VOCAB
-        latents = torch.randn(len(ids), LATENTS, CHANNELS, generator=noise)
+        draws = [torch.Generator().manual_seed(n) for n in numbers]
+        latents = torch.stack([torch.randn(LATENTS, CHANNELS, generator=g) for g in draws])
         if self.step == self.poison_step and self.world.rank == self.world.size - 1:
             latents[0, 0, 0] = torch.nan
         text_only = self.step % 3 == 2
         self.step += 1
-        self.order_digest = hashlib.sha256(f"{self.order_digest}{ids}".encode()).hexdigest()
+        every = [n % 32 for n in range(first, first + self.size)]
+        self.order_digest = hashlib.sha256(f"{self.order_digest}{every}".encode()).hexdigest()
         return Batch(
             ids=ids,
             keys=keys,
@@ -158,7 +159,7 @@ def start_ranks_of(script: Path, ranks: int, *args: str) -> subprocess.Popen[str
     )
 
 
-def run_ranks(script: Path, ranks: int, *args: str, timeout: float = 180) -> tuple[int, str]:
+def run_ranks(script: Path, ranks: int, *args: str, timeout: float = 900) -> tuple[int, str]:
     """Exit code and output of `script` run to its end on `ranks` processes."""
     process = start_ranks_of(script, ranks, *args)
     output, _ = process.communicate(timeout=timeout)

@@ -76,6 +76,11 @@ class Tokenizer:
             )
         self.vocab_size = int(self._model.vocab_size())
 
+    def model(self) -> bytes:
+        """The `.model` file."""
+        data: bytes = self._model.serialized_model_proto()
+        return data
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without EOS; never PAD, EOS, USER or ASSISTANT, whatever the text."""
         ids: list[int] = self._model.encode(text)

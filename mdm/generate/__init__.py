@@ -1,5 +1,5 @@
 """From exported weights to pictures and text."""
 
-from mdm.generate.generator import Generator
+from mdm.generate.generator import MDM
 
-__all__ = ["Generator"]
+__all__ = ["MDM"]

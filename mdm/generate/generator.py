@@ -4,9 +4,10 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, Self, TypedDict, Unpack
+from typing import Any, Protocol, Self, TypedDict, Unpack
 
 import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from mdm.config import Config, from_dict
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.tokenizer import EOS, PAD, Tokenizer
 from mdm.diffusion import noise
+from mdm.exported import TOKENIZER, Training, write_files
 from mdm.generate.denoise import Drawn, denoise
 from mdm.generate.request import Request, Sampling
 from mdm.generate.selection import Selected
@@ -45,7 +47,7 @@ def load_objective(folder: Path, config: Config) -> Objective:
 
 
 class Options(TypedDict, total=False):
-    """What every method of `Generator` takes besides; defaults and meaning are `Sampling`'s."""
+    """What every method of `MDM` takes besides; defaults and meaning are `Sampling`'s."""
 
     solver: str
     interval: tuple[float, float]
@@ -53,7 +55,7 @@ class Options(TypedDict, total=False):
     selection: float
 
 
-class Generator:
+class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     """Class, text, picture or nothing in; picture, text or both out.
 
     Results depend on `seed` and a sample's place in the call alone, not on the batch size. `steps`
@@ -62,47 +64,72 @@ class Generator:
 
     selected: Selected | None = None  # which tokens the last call selected, and when
 
+    # The names of these arguments must not be keys of config.json: the mixin would fill them in.
     def __init__(
         self,
-        config: Config,
-        objective: Objective,
-        tokenizer: Tokenizer,
-        autoencoder: Decodes,
+        settings: Config,
+        weights: Objective,
+        pieces: Tokenizer,
+        first_stage: Decodes,
         *,
         compiled: bool = False,
     ) -> None:
         """Compiled blocks (`model.kernel compiled`) pay from some hundred samples on."""
-        self.compiled = compiled and objective.network.trunk.compiled
-        objective.network.trunk.compiled = self.compiled
-        self.config, self.objective = config, objective.eval()
-        self.tokenizer, self.autoencoder = tokenizer, autoencoder
-        self.grid = (config.model.image_height, config.model.image_width)
+        self.compiled = compiled and weights.network.trunk.compiled
+        weights.network.trunk.compiled = self.compiled
+        self.config, self.objective = settings, weights.eval()
+        self.tokenizer, self.autoencoder = pieces, first_stage
+        self.grid = (settings.model.image_height, settings.model.image_width)
 
     @classmethod
-    def load(
+    def from_pretrained(  # type: ignore[override]
         cls,
         folder: str | Path,
         *,
         tokenizer: str = "",
         autoencoder: str = "",
         compiled: bool = False,
+        **hub: Any,
     ) -> Self:
-        """From an export (config.json, model.safetensors).
+        """From an export (config.json, model.safetensors, tokenizer.model).
 
         Args:
-            folder: the export.
-            tokenizer: SentencePiece model; the run's own by default.
+            folder: the export, or its name on the hub.
+            tokenizer: SentencePiece model; the export's own by default.
             autoencoder: first-stage autoencoder; the run's own by default.
             compiled: compile the blocks, if the run did.
+            hub: for a name on the hub, what `huggingface_hub.snapshot_download` takes.
 
         Raises:
-            FileNotFoundError: a file that is missing, by name.
+            FileNotFoundError: a folder or file that is missing, by name.
             ValueError: a config that this version does not know, or a tokenizer of another run.
         """
-        folder = Path(folder)
+        place = Path(folder)
+        if not place.is_dir():
+            try:
+                place = Path(snapshot_download(str(folder), **hub))
+            except (OSError, ValueError) as error:
+                raise FileNotFoundError(
+                    f"{folder} is no folder, and no model that the hub gives: "
+                    f"{str(error).splitlines()[0]}"
+                ) from None
         for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}; it is not an exported model")
+            if not (place / name).is_file():
+                raise FileNotFoundError(f"{place} has no {name}; it is not an exported model")
+        own = place / TOKENIZER
+        made: Self = super().from_pretrained(
+            place,
+            tokenizer=tokenizer or (str(own) if own.is_file() else ""),
+            autoencoder=autoencoder,
+            compiled=compiled,
+        )
+        return made
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls, *, model_id: str, tokenizer: str, autoencoder: str, compiled: bool, **_: Any
+    ) -> Self:
+        folder = Path(model_id)
         config = from_dict(Config, json.loads((folder / "config.json").read_text()))
         pieces = Tokenizer(tokenizer or config.tokenizer)
         if pieces.vocab_size != config.model.vocab_size:
@@ -113,6 +140,12 @@ class Generator:
         first_stage = Autoencoder.load(autoencoder or config.autoencoder)
         objective = load_objective(folder, config)
         return cls(config, objective, pieces, first_stage, compiled=compiled)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """What `save_pretrained` and `push_to_hub` write: an export like that of a run."""
+        weights = {k: v.detach().cpu().clone() for k, v in self.objective.state_dict().items()}
+        tokenizer = self.tokenizer.model()
+        write_files(save_directory, self.config, Training(), {"ema": weights}, tokenizer)
 
     def class_to_image(
         self,

@@ -1,204 +1,251 @@
-"""Committed checkpoints: a folder counts once its marker names the hash of its file list.
+"""Committed checkpoints in a folder or an S3 bucket: what there is, what is valid, what to keep.
 
-    run_dir/checkpoints/step-00000500/
-      main/            DeepSpeed's ZeRO shards
-      ema/             the averaged weights in the same layout
-      loader/          one file a rank
-      state.json       TrainState
-      manifest.json    path -> bytes, sha256 of all of the above
-      COMMITTED        sha256 of manifest.json, written last
+    step-00000500/
+      CLAIM                  when writing began; a name is never written to twice
+      rank-00000.json        what this rank's share consists of
+      rank-00000/KIND.0000   its numbers, raw fp32, 64 MiB an object
+      rank-00000/buffers     its module's buffers (safetensors)
+      manifest.json          format, TrainState, loader state, shapes, size and hash of all of these
+      COMMITTED              sha256 of manifest.json, written last, after all ranks agreed
+      ASIDE                  why nobody shall read it again, if so
 
-Everything is written under a temporary name, synced, hashed and agreed on by all ranks before the
-folder gets its name and, last, its marker. Killed anywhere in between, the former checkpoint holds.
+KIND is weights, exp_avg, exp_avg_sq, ema and, if there is a second average, ema2.
 """
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
+import re
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
+from mdm.config import Config
+from mdm.data.storage import LocalStore, MissingObjectError, Store, join, open_store
+from mdm.train.snapshot import DamagedError, fetch, side_by_side
+from mdm.train.state import RunError, TrainState
 
-from mdm.dist import World, gather_to_all
-from mdm.train.ema import EMA
-from mdm.train.engine import Engine
-from mdm.train.state import TrainState
-
-MARKER = "COMMITTED"
+FORMAT = 2  # 1 was DeepSpeed's own layout
+MARKER, MANIFEST, CLAIM, ASIDE = "COMMITTED", "manifest.json", "CLAIM", "ASIDE"
+_NAME = re.compile(r"step-(\d{8})(?:\.(\d+))?")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint on disk, verified when it was found."""
+class Keep:
+    """Which checkpoints stay."""
 
-    path: Path
+    newest: int = 2
+    every: int = 0  # steps; 0 for none
+    best: bool = False  # the one with the smallest loss
+
+    @classmethod
+    def of(cls, config: Config) -> "Keep":
+        """What a run's configuration asks for."""
+        train = config.train
+        return cls(train.keep, train.keep_every, train.keep_best)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The manifest of a committed checkpoint; its bulk has not been read yet."""
+
+    name: str
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return int(self.manifest["state"]["step"])
 
     @property
     def state(self) -> TrainState:
-        """Where the run stood."""
-        return TrainState.from_json(json.loads((self.path / "state.json").read_text()))
+        """Where the run stood; a fresh copy."""
+        return TrainState.from_json(json.loads(json.dumps(self.manifest["state"])))
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the last line of metrics before it; infinite where none is known."""
+        loss = self.manifest["state"].get("loss")
+        return float("inf") if loss is None else float(loss)
+
+    @property
+    def averages(self) -> list[str]:
+        """The averages it holds."""
+        return list(self.manifest["averages"])
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Size and hash by key."""
+        files: dict[str, dict[str, Any]] = self.manifest["files"]
+        return files
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the store."""
+        return sum(entry["bytes"] for entry in self.files.values())
+
+
+def uri_of(config: Config) -> str:
+    """Where a run's checkpoints lie."""
+    return config.train.checkpoints or join(config.run_dir, "checkpoints")
 
 
 def write_synced(path: Path, data: bytes) -> None:
     """Write `path` whole or not at all, and have it on the disk on return."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
+    LocalStore(path.parent).put(path.name, data)
 
 
-def sync_folder(path: Path) -> None:
-    """Have the names in a folder on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class Checkpoints:
+    """The checkpoints below one URI. No rank talks to another here."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._known: dict[str, Record] = {}
+
+    @classmethod
+    def at(cls, uri: str) -> "Checkpoints":
+        """Those in a folder or below `s3://bucket/prefix`."""
+        return cls(open_store(uri))
+
+    def contents(self) -> dict[str, set[str]]:
+        """Keys by checkpoint, newest first, valid or not."""
+        found: dict[str, set[str]] = {}
+        for key in self.store.listing("step-"):
+            name, _, rest = key.partition("/")
+            if rest and _NAME.fullmatch(name):
+                found.setdefault(name, set()).add(rest)
+        return dict(sorted(found.items(), key=lambda item: _order(item[0]), reverse=True))
+
+    def read(self, name: str) -> Record:
+        """The manifest of a checkpoint.
+
+        Raises:
+            DamagedError: it was never committed, or its manifest is not the committed one.
+            RunError: it is of another format; the message names both.
+        """
+        try:
+            marker = self.store.get(f"{name}/{MARKER}")
+            data = self.store.get(f"{name}/{MANIFEST}")
+        except MissingObjectError:
+            raise DamagedError("it was never committed") from None
+        if hashlib.sha256(data).hexdigest() != marker.decode(errors="replace"):
+            raise DamagedError("manifest.json is not the one that was committed")
+        manifest = json.loads(data)
+        if (written := manifest.get("format", 1)) != FORMAT:
+            raise RunError(
+                f"{join(self.store.uri, name)} has checkpoint format {written}, this version reads "
+                f"format {FORMAT}; finish the run with the version that began it, or give another "
+                "--run_dir, or --resume none to start over"
+            )
+        return Record(name, manifest)
+
+    def newest_first(self) -> tuple[list[Record], list[tuple[str, str]]]:
+        """Committed checkpoints, and why others are not among them. Their bulk is not read."""
+        records, passed = [], []
+        for name, keys in self.contents().items():
+            if ASIDE in keys:
+                continue
+            try:
+                records.append(self.read(name))
+            except DamagedError as error:
+                passed.append((name, str(error)))
+                if MARKER in keys:
+                    self.set_aside(name, str(error))
+        return records, passed
+
+    def why_invalid(self, name: str) -> str:
+        """The first reason not to trust a checkpoint, every byte read; empty for a valid one."""
+        try:
+            record = self.read(name)
+            side_by_side(lambda f: len(fetch(self.store, *f)), record.files.items())
+        except DamagedError as error:
+            return str(error)
+        return ""
+
+    def latest_valid(self) -> tuple[Record | None, list[tuple[str, str]]]:
+        """The newest checkpoint whose every byte verifies, and why newer ones were passed over."""
+        records, passed = self.newest_first()
+        for record in records:
+            reason = self.why_invalid(record.name)
+            if not reason:
+                return record, [p for p in passed if _order(p[0]) > _order(record.name)]
+            passed.append((record.name, reason))
+        return None, passed
+
+    def claim(self, step: int) -> str:
+        """A name for a checkpoint of `step` that nobody else writes to, or ever did."""
+        base, n, when = f"step-{step:08d}", 0, str(int(time.time())).encode()
+        while True:
+            name = f"{base}.{n}" if n else base
+            if not self.store.listing(f"{name}/") and self.store.put(
+                f"{name}/{CLAIM}", when, if_absent=True
+            ):
+                return name
+            n += 1
+
+    def commit(self, name: str, manifest: dict[str, Any]) -> None:
+        """Make `name` count: its manifest, then the marker."""
+        data = json.dumps({"format": FORMAT} | manifest, indent=1).encode()
+        self.store.put(f"{name}/{MANIFEST}", data)
+        self.store.put(f"{name}/{MARKER}", hashlib.sha256(data).hexdigest().encode())
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Let nobody count it any more; it stays for whoever wants to look."""
+        self.store.put(f"{name}/{ASIDE}", reason.encode())
+
+    def set_all_aside(self, reason: str) -> None:
+        """Have a run begin anew beside what there is."""
+        for name, keys in self.contents().items():
+            if ASIDE not in keys:
+                self.set_aside(name, reason)
+
+    def remove(self, name: str) -> None:
+        """Delete it, the marker first: a half-removed one must not look whole."""
+        self.store.delete(f"{name}/{MARKER}")
+        for key in self.store.listing(f"{name}/"):
+            self.store.delete(key)
+
+    def prune(self, keep: Keep, *, asides: bool = False) -> list[str]:
+        """Remove what `keep` does not ask for, and what was never committed; returns the names.
+
+        Call while nothing is being saved. Those set aside go with `asides` alone; those whose
+        manifest cannot be read stay.
+        """
+        counted, gone = [], []
+        for name, keys in self.contents().items():
+            if ASIDE in keys:
+                gone += [name] if asides else []
+            elif MARKER not in keys:
+                gone.append(name)
+            else:
+                with suppress(DamagedError, RunError):
+                    counted.append(self._cached(name))
+        kept = kept_of(counted, keep)
+        gone += [record.name for record in counted if record.name not in kept]
+        for name in gone:
+            self.remove(name)
+        return gone
+
+    def _cached(self, name: str) -> Record:
+        if name not in self._known:
+            self._known[name] = self.read(name)
+        return self._known[name]
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def kept_of(newest_first: Iterable[Record], keep: Keep) -> list[str]:
+    """The names that a policy keeps; always the newest."""
+    records = list(newest_first)
+    kept = {record.name for record in records[: max(keep.newest, 1)]}
+    if keep.every:
+        kept |= {record.name for record in records if record.step % keep.every == 0}
+    if keep.best and records:
+        kept.add(min(records, key=lambda record: record.loss).name)
+    return [record.name for record in records if record.name in kept]
 
 
-def checkpoints_of(run_dir: str | Path) -> Path:
-    """The folder of a run's checkpoints."""
-    return Path(run_dir) / "checkpoints"
-
-
-def save(
-    run_dir: str | Path,
-    engine: Engine,
-    ema: EMA,
-    state: TrainState,
-    loader_state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Commit the run's whole state, drop all but the newest `keep` checkpoints; all ranks call."""
-    world = engine.world
-    final = checkpoints_of(run_dir) / f"step-{state.step:08d}"
-    work = final.with_name(final.name + ".tmp")
-    if world.is_main:
-        for stale in (work, final):
-            shutil.rmtree(stale, ignore_errors=True)
-        (work / "loader").mkdir(parents=True)
-    torch.distributed.barrier()
-
-    engine.save(work / "main")
-    engine.save_alike(work / "ema", work / "main", ema.shadow)
-    own = {"loader": loader_state, "ema_updates": ema.updates}
-    (work / "loader" / f"rank-{world.rank:05d}.json").write_text(json.dumps(own))
-    if world.is_main:
-        (work / "state.json").write_text(json.dumps(state.to_json(), indent=1))
-    torch.distributed.barrier()
-
-    _commit(work, final, world)
-    if world.is_main:
-        prune(run_dir, keep)
-    torch.distributed.barrier()
-    return final
-
-
-def _commit(work: Path, final: Path, world: World) -> None:
-    """Sync and hash (shared among the ranks), agree, name, mark."""
-    entries: dict[str, dict[str, Any]] = {}
-    failure = ""
-    try:
-        for path in _files(work)[world.rank :: world.size]:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            entries[str(path.relative_to(work))] = {
-                "bytes": path.stat().st_size,
-                "sha256": sha256_of(path),
-            }
-    except OSError as error:
-        failure = f"rank {world.rank}: {error}"
-    votes = gather_to_all((failure, entries))
-    failures = [vote for vote, _ in votes if vote]
-    if failures:
-        raise OSError(f"checkpoint {final.name} is not committed: {'; '.join(failures)}")
-    if world.is_main:
-        files = {name: entry for _, part in votes for name, entry in part.items()}
-        manifest = json.dumps({"files": dict(sorted(files.items()))}, indent=1).encode()
-        write_synced(work / "manifest.json", manifest)
-        for folder in (p for p in work.rglob("*") if p.is_dir()):
-            sync_folder(folder)
-        work.rename(final)
-        sync_folder(final.parent)
-        write_synced(final / MARKER, hashlib.sha256(manifest).hexdigest().encode())
-    torch.distributed.barrier()
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def why_invalid(path: Path) -> str:
-    """The first reason not to trust a checkpoint; empty for a valid one."""
-    marker, manifest = path / MARKER, path / "manifest.json"
-    if not marker.is_file() or not manifest.is_file():
-        return "it was never committed"
-    if sha256_of(manifest) != marker.read_text():
-        return "manifest.json is not the one that was committed"
-    files: dict[str, dict[str, Any]] = json.loads(manifest.read_text())["files"]
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        if sha256_of(file) != entry["sha256"]:
-            return f"{name} has changed since it was committed"
-    return ""
-
-
-def newest_first(run_dir: str | Path) -> Iterator[Path]:
-    """Folders that bear a checkpoint's name, valid or not."""
-    found = checkpoints_of(run_dir).glob("step-" + "[0-9]" * 8)
-    yield from sorted(found, reverse=True)
-
-
-def latest_valid(run_dir: str | Path) -> tuple[Checkpoint | None, list[tuple[Path, str]]]:
-    """The newest checkpoint whose every byte verifies, and why newer ones were passed over."""
-    passed: list[tuple[Path, str]] = []
-    for path in newest_first(run_dir):
-        reason = why_invalid(path)
-        if not reason:
-            return Checkpoint(path), passed
-        passed.append((path, reason))
-    return None, passed
-
-
-def set_aside(path: Path) -> None:
-    """Rename a folder so that nothing counts it any more; it stays for whoever wants to look."""
-    if path.exists():
-        n = len(list(path.parent.glob(f"{path.name}.aside-*")))
-        path.rename(path.with_name(f"{path.name}.aside-{n}"))
-
-
-def restore(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> dict[str, Any]:
-    """Load weights, optimizer and averaged weights; returns this rank's loader state."""
-    engine.load(checkpoint.path / "main")
-    own = json.loads(
-        (checkpoint.path / "loader" / f"rank-{engine.world.rank:05d}.json").read_text()
-    )
-    ema.load(engine.load_alike(checkpoint.path / "ema"), own["ema_updates"])
-    loader_state: dict[str, Any] = own["loader"]
-    return loader_state
-
-
-def prune(run_dir: str | Path, keep: int) -> None:
-    """Remove uncommitted leftovers and all but the newest `keep` checkpoints."""
-    for leftover in checkpoints_of(run_dir).glob("step-*.tmp"):
-        shutil.rmtree(leftover)
-    for path in list(newest_first(run_dir))[max(keep, 1) :]:
-        (path / MARKER).unlink(missing_ok=True)  # first: a half-removed one must not look whole
-        shutil.rmtree(path)
+def _order(name: str) -> tuple[int, int]:
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    return int(match[1]), int(match[2] or 0)

@@ -7,27 +7,29 @@ from torch import Tensor
 
 
 class EMA:
-    """Exponential moving average over this rank's fp32 partitions.
+    """Exponential moving averages over this rank's fp32 partitions: one, or a second beside it.
 
     decay_n = min(decay, (1 + n) / (10 + n)) after n updates, so that early weights fade quickly.
     """
 
-    def __init__(self, partitions: Sequence[Tensor], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, partitions: Sequence[Tensor], decay: float, second: float = 0.0) -> None:
+        self.decays = {"ema": decay} | ({"ema2": second} if second else {})
         self.updates = 0
-        self.shadow = [p.detach().clone() for p in partitions]
+        self.shadows = {kind: [p.detach().clone() for p in partitions] for kind in self.decays}
+
+    @property
+    def shadow(self) -> list[Tensor]:
+        """The first average, live, shaped as the partitions."""
+        return self.shadows["ema"]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all averages on this rank."""
+        return sum(t.numel() * t.element_size() for ts in self.shadows.values() for t in ts)
 
     def update(self, partitions: Sequence[Tensor]) -> None:
-        """Move the shadow towards the weights; call only after an applied step."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.shadow, list(partitions), 1.0 - decay)
+        """Move the averages towards the weights; call only after an applied step."""
+        for kind, shadow in self.shadows.items():
+            decay = min(self.decays[kind], (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(shadow, list(partitions), 1.0 - decay)
         self.updates += 1
-
-    def load(self, shadow: Sequence[Tensor], updates: int) -> None:
-        """Continue from saved partitions of the same shapes."""
-        saved, own = [tuple(s.shape) for s in shadow], [tuple(s.shape) for s in self.shadow]
-        if saved != own:
-            raise ValueError(f"averaged weights have partitions {saved}, this run has {own}")
-        for mine, theirs in zip(self.shadow, shadow, strict=True):
-            mine.copy_(theirs)
-        self.updates = updates

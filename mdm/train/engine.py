@@ -5,14 +5,12 @@ wrong side is refused, so that no knob has two owners.
 """
 
 import gc
-import io
 import json
 import logging
 import os
 import socket
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,11 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import set_z3_leaf_modules
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor, nn
 
 from mdm.config import Config
 from mdm.dist import World
+from mdm.train.shards import Shards
 from mdm.train.state import RunError
 
 ALLOWED = ("zero_optimization", "torch_autocast", "aio", "communication_data_type", "comms_logger")
@@ -139,7 +137,7 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 
 class Engine:
-    """A module under ZeRO with AdamW: forward, backward, step, save, load, and its sharded fp32.
+    """A module under ZeRO with AdamW: forward, backward, step, and its sharded fp32 state.
 
     `make_module` is called under the run's seed. `leaf_classes` are gathered as one unit, so that
     ZeRO-3 runs one hook for each of them instead of one for each of their children.
@@ -174,6 +172,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=values)
         self.world, self.stage = world, int(zero["stage"])
         self.device: torch.device = torch.device(self._engine.device)
+        self.shards = Shards(self._engine.module, self._engine.optimizer, self.stage, world)
         self._make_persistent_visible()
 
     @property
@@ -210,102 +209,16 @@ class Engine:
 
     def fp32_partitions(self) -> list[Tensor]:
         """This rank's flat fp32 master weights, live, one tensor an optimizer sub-group."""
-        optimizer = self._engine.optimizer
-        flat = (
-            optimizer.fp32_partitioned_groups_flat
-            if self.stage == 3
-            else optimizer.single_partition_of_fp32_groups
-        )
-        return [p.data for p in flat]
-
-    def save(self, folder: Path) -> None:
-        """Write every rank's ZeRO state into `folder`; all ranks must call."""
-        self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote at the same world size; all ranks must call."""
-        loaded, _ = self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        if loaded is None:
-            raise RunError(f"{folder} holds no DeepSpeed checkpoint")
-        self._make_persistent_visible()
-
-    def save_alike(self, folder: Path, main: Path, partitions: Sequence[Tensor]) -> None:
-        """Write `partitions` into `folder` as the fp32 weights of a ZeRO checkpoint like `main`.
-
-        The layout is DeepSpeed's own, so that its offline tools read both. Buffers and shapes are
-        those of `main`, which this process must have saved before.
-        """
-        folder.mkdir(exist_ok=True)
-        optimizer = self._engine.optimizer
-        key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-        inner: dict[str, Any] = {"zero_stage": self.stage, key: list(partitions)}
-        inner["partition_count"] = optimizer.partition_count
-        if self.stage == 2:
-            inner["param_alignment_paddings"] = optimizer.state_dict().get(
-                "param_alignment_paddings"
-            )
-        shard = Path(self._engine._get_zero_ckpt_name(str(main.parent), main.name)).name
-        torch.save({"optimizer_state_dict": inner}, folder / shard)
-        if self.stage == 3 or self.world.is_main:
-            states = Path(self._engine._get_ckpt_name(str(main.parent), main.name))
-            (folder / states.name).write_bytes(states.read_bytes())
-
-    def load_alike(self, folder: Path) -> list[Tensor]:
-        """This rank's partitions, as `save_alike` wrote them."""
-        shard = self._engine._get_zero_ckpt_name(str(folder.parent), folder.name)
-        inner = torch.load(shard, map_location=self.device, weights_only=False)
-        key = "fp32_flat_groups" if self.stage == 3 else "single_partition_of_fp32_groups"
-        partitions: list[Tensor] = inner["optimizer_state_dict"][key]
-        return partitions
+        return self.shards.partitions()
 
     def gather(self, partitions: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Full tensors by `state_dict` name from all ranks' `partitions`, in rank 0's host memory.
+        """Full tensors by `state_dict` name from all ranks' `partitions`; see `Shards.gather`."""
+        return self.shards.gather(partitions)
 
-        All ranks must call; ranks other than 0 get an empty dict. One parameter is whole at a time
-        outside rank 0. Nothing of the running training is touched. Buffers are rank 0's.
-        """
-        full = self._gather_zero3(partitions) if self.stage == 3 else self._gather_zero2(partitions)
-        if not self.world.is_main:
-            return {}
-        by_id = {id(p): full[id(p)] for p in self.module.parameters()}
-        names = {
-            name: by_id[id(p)].clone()
-            for name, p in self.module.named_parameters(remove_duplicate=False)
-        }
-        persistent = set(self.module.state_dict()) - set(names)
-        buffers = {n: b.detach().cpu().clone() for n, b in self.module.named_buffers()}
-        return names | {n: buffers[n] for n in sorted(persistent)}
-
-    def _gather_zero3(self, partitions: Sequence[Tensor]) -> dict[int, Tensor]:
-        full: dict[int, Tensor] = {}
-        for params, flat in zip(self._engine.optimizer.fp16_groups, partitions, strict=True):
-            offset = 0
-            for p in params:
-                n = p.partition_numel()
-                pieces = self._to_main(flat[offset : offset + n])
-                offset += n
-                if pieces:
-                    full[id(p)] = torch.cat(pieces)[: p.ds_numel].view(p.ds_shape)
-        return full
-
-    def _gather_zero2(self, partitions: Sequence[Tensor]) -> dict[int, Tensor]:
-        full: dict[int, Tensor] = {}
-        optimizer = self._engine.optimizer
-        for params, flat in zip(optimizer.round_robin_bit16_groups, partitions, strict=True):
-            pieces = self._to_main(flat)
-            if pieces:
-                whole, offset = torch.cat(pieces), 0
-                for p in params:
-                    full[id(p)] = whole[offset : offset + p.numel()].view(p.shape)
-                    offset += p.numel()
-        return full
-
-    def _to_main(self, piece: Tensor) -> list[Tensor]:
-        pieces = [
-            torch.empty_like(piece) for _ in range(self.world.size if self.world.is_main else 0)
-        ]
-        torch.distributed.gather(piece.contiguous(), pieces if self.world.is_main else None, dst=0)
-        return [p.cpu() for p in pieces]
+    def restored(self, optimizer_steps: int) -> None:
+        """Go on from what was written into `shards.live()`; all ranks must call."""
+        self.shards.adopt(optimizer_steps)
+        self._make_persistent_visible()
 
     def _forget_gradients(self) -> None:
         # A parameter that a step does not use keeps the gradient of its last use in ZeRO-3's
@@ -329,10 +242,3 @@ class Engine:
 def gathered(module: nn.Module) -> Any:
     """A context in which the parameters of `module` are whole on every rank."""
     return GatheredParameters(list(module.parameters()))
-
-
-def read_offline(folder: Path) -> dict[str, Tensor]:
-    """Full fp32 tensors by name from a ZeRO checkpoint of any world size, with no rank running."""
-    with redirect_stdout(io.StringIO()):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    return {name: tensor.clone().contiguous() for name, tensor in state.items()}

@@ -1,34 +1,52 @@
-"""Weights for generation: `config.json` and `model.safetensors`, written whole or not at all."""
+"""A committed checkpoint's weights for generation, with no rank running and no DeepSpeed."""
 
-import json
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor
 
-from mdm.config import Config, from_dict, to_dict
-from mdm.train.checkpoint import Checkpoint, sync_folder, why_invalid, write_synced
-from mdm.train.engine import read_offline
+from mdm.config import Config, from_dict
+from mdm.exported import Training, write_export
+from mdm.train.checkpoint import Checkpoints, Record
+from mdm.train.snapshot import DamagedError, buffers_key, fetch, read_whole
 from mdm.train.state import RunError
 
 
-def write_export(folder: Path, config: Config, weights: dict[str, Tensor]) -> None:
-    """Write `folder` with the weights by `state_dict` name; an older folder is replaced."""
-    work = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in weights.items()}, work / "model.safetensors")
-    write_synced(work / "config.json", json.dumps(to_dict(config), indent=1).encode())
-    shutil.rmtree(folder, ignore_errors=True)
-    work.rename(folder)
-    sync_folder(folder.parent)
+def export_checkpoint(checkpoint: str, folder: Path, kinds: Sequence[str] = ("ema",)) -> None:
+    """Export some kinds of weights, the first as `model.safetensors`, whatever world wrote them.
+
+    Args:
+        checkpoint: folder or s3:// prefix of one checkpoint.
+        folder: where the export goes.
+        kinds: of `ema`, `ema2` and `raw`.
+
+    Raises:
+        RunError: the checkpoint is damaged, of another format, or lacks a kind.
+    """
+    uri, _, name = checkpoint.rstrip("/").rpartition("/")
+    checkpoints = Checkpoints.at(uri or ".")
+    try:
+        record = checkpoints.read(name)
+        if lacking := [kind for kind in kinds if kind not in (*record.averages, "raw")]:
+            raise RunError(
+                f"{checkpoint} holds no {', '.join(lacking)}; it has raw and "
+                f"{', '.join(record.averages)}"
+            )
+        weights = {kind: _weights(checkpoints, record, kind) for kind in kinds}
+    except DamagedError as error:
+        raise RunError(f"{checkpoint} is not a valid checkpoint: {error}") from None
+    state = record.state
+    training = Training(state.step, state.samples_seen, state.loss)
+    write_export(folder, from_dict(Config, state.config), training, weights)
 
 
-def export_checkpoint(checkpoint: Path, folder: Path, ema: bool = True) -> None:
-    """Export a committed checkpoint's averaged (or raw) weights, whatever world size wrote it."""
-    reason = why_invalid(checkpoint)
-    if reason:
-        raise RunError(f"{checkpoint} is not a valid checkpoint: {reason}")
-    config = from_dict(Config, Checkpoint(checkpoint).state.config)
-    write_export(folder, config, read_offline(checkpoint / ("ema" if ema else "main")))
+def _weights(checkpoints: Checkpoints, record: Record, kind: str) -> dict[str, Tensor]:
+    store, files = checkpoints.store, record.files
+    stored = "weights" if kind == "raw" else kind
+    size, shapes = int(record.manifest["world_size"]), record.manifest["shapes"]
+    weights = read_whole(store, record.name, size, files, stored, shapes)
+    for name, other in record.manifest["tied"].items():
+        weights[name] = weights[other].clone()
+    key = buffers_key(record.name, 0)
+    return weights | safetensors.torch.load(fetch(store, key, files[key]))

@@ -21,14 +21,16 @@ from torch import nn
 
 from mdm.config import Config, fingerprint, to_dict
 from mdm.data.batch import Batch
-from mdm.dist import World, agree, from_main, gather_to_all
+from mdm.data.storage import StoreError
+from mdm.dist import World, agree, gather_to_all
+from mdm.exported import Training, write_export
 from mdm.objective import LossTerms
 from mdm.tracking import MlflowTracker, NullTracker, Tracker
-from mdm.train import checkpoint
+from mdm.train.checkpoint import Checkpoints, Keep, uri_of, write_synced
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine
-from mdm.train.export import write_export
 from mdm.train.metrics import Clock, Reporter, Window
+from mdm.train.saver import Saver, find
 from mdm.train.state import RunError, TrainState, check_resumable, flatten
 
 EXIT_DONE, EXIT_REQUEUE = 0, 75
@@ -86,6 +88,7 @@ class Run:
     reporter: Reporter
     clock: Clock
     window: Window
+    saver: Saver
 
     @property
     def dir(self) -> Path:
@@ -109,37 +112,48 @@ def train(
     Raises RunError for what the user can mend.
     """
     run_dir, stop = Path(config.run_dir), _StopFlag()
-    found, passed = from_main(_find(run_dir, resume) if world.is_main else None)
-    state = found.state if found else TrainState(world_size=world.size)
-    if found:
-        check_resumable(state, config, world.size, str(found.path))
-        if state.step >= config.train.steps and (run_dir / DONE).exists():
+    checkpoints = Checkpoints.at(uri_of(config))
+    candidates, passed = find(checkpoints, resume, world)
+    if resume == "none" and world.is_main:
+        for name in (DONE, TRACKING):
+            (run_dir / name).unlink(missing_ok=True)
+    if candidates:
+        newest = candidates[0].state
+        check_resumable(newest, config, f"{checkpoints.store.uri}/{candidates[0].name}")
+        if newest.step >= config.train.steps and (run_dir / DONE).exists():
             return EXIT_DONE
-    state.config = to_dict(config)
 
     engine = Engine(lambda: make_objective(config), config, world, leaf_classes)
-    ema = EMA(engine.fp32_partitions(), config.train.ema)
+    ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
     loader = make_loader(config, world)
+    saver = Saver(checkpoints, engine, ema, world, Keep.of(config))
+    found, damaged = saver.restore(candidates)
+    state = found.state.on_ranks(world.size) if found else TrainState(world_size=world.size)
+    state.config = to_dict(config)
     if found:
-        loader.load_state_dict(checkpoint.restore(found, engine, ema))
+        loader.load_state_dict(found.manifest["loader"])
 
     tracker = _start_tracking(config, state, track and world.is_main)
     reporter = Reporter(run_dir, config.train.steps, world, tracker)
     reporter.start(state, fresh=found is None)
-    for path, reason in passed:
-        reporter.say(f"passed over {path.name}: {reason}")
+    for line in saver.beginning(found, passed + damaged):
+        reporter.say(line)
     clock, window = Clock(state.seconds), Window(world, state.window)
-    run = Run(config, world, engine, ema, loader, state, tracker, reporter, clock, window)
+    run = Run(config, world, engine, ema, loader, state, tracker, reporter, clock, window, saver)
     status = "FAILED"
     try:
         if not take_steps(run, stop):
             status = "KILLED"
             return EXIT_REQUEUE
         export(run_dir / "export", run)
+        saver.wait()
         mark_done(run)
         status = "FINISHED"
         return EXIT_DONE
     finally:
+        saver.wait()
+        for line in saver.news():
+            reporter.say(line)
         stop.restore()
         reporter.close()
         tracker.finish(status)
@@ -155,14 +169,19 @@ def take_steps(run: Run, stop: "_StopFlag") -> bool:
         saving = last or stopping or state.step % train.checkpoint_every == 0
         if last or state.step % train.log_every == 0:
             means = run.window.mean()
-            values = {**means, "lr": rate, "grad_norm": run.engine.grad_norm}
+            state.loss = means.get("loss")
+            values = {**means, "lr": rate, "grad_norm": run.engine.grad_norm, **run.saver.figures}
+            for line in run.saver.news():
+                run.reporter.say(line)
             run.reporter.log(state, run.clock, values)
         if saving:
             save(run)
         if state.step in snapshots:
-            export(run.dir / "snapshots" / f"step-{state.step:08d}", run)
+            export(run.dir / "snapshots" / f"step-{state.step:08d}", run, needed=False)
         if stopping and not last:
-            run.reporter.say(f"stopped and saved after step {state.step}; run again to go on")
+            run.saver.wait()
+            at = f"saved at step {run.saver.saved_step}"
+            run.reporter.say(f"stopped after step {state.step}, {at}; run again to go on")
             return False
     return True
 
@@ -195,20 +214,29 @@ def take_step(run: Run, stop: "_StopFlag") -> tuple[bool, float]:
 
 
 def save(run: Run) -> None:
-    """Commit everything that the next attempt needs; all ranks must call."""
+    """Have everything that the next attempt needs committed; all ranks must call."""
     run.clock.tick("other")
     run.state.seconds, run.state.tracking_id = dict(run.clock.seconds), run.tracker.run_id
     run.state.order_digest = run.loader.order_digest
     run.state.window = run.window.state()
-    loader_state, keep = run.loader.state_dict(), run.config.train.keep
-    checkpoint.save(run.dir, run.engine, run.ema, run.state, loader_state, keep)
+    run.saver.save(run.state, run.loader.state_dict())
 
 
-def export(folder: Path, run: Run) -> None:
-    """Write the averaged weights for generation; all ranks must call."""
-    weights = run.engine.gather(run.ema.shadow)
+def export(folder: Path, run: Run, needed: bool = True) -> None:
+    """Write the averaged weights for generation; all ranks must call.
+
+    One that is not `needed` and cannot be written is a warning.
+    """
+    weights = {kind: run.engine.gather(shadow) for kind, shadow in run.ema.shadows.items()}
     if run.world.is_main:
-        write_export(folder, run.config, weights)
+        state = run.state
+        training = Training(state.step, state.samples_seen, state.loss)
+        try:
+            write_export(folder, run.config, training, weights)
+        except (OSError, StoreError) as error:
+            if needed:
+                raise
+            run.reporter.say(f"warning: {folder} is not written: {error}")
     torch.distributed.barrier()
 
 
@@ -218,21 +246,8 @@ def mark_done(run: Run) -> None:
     run.state.seconds = dict(run.clock.seconds)
     totals = run.reporter.totals(run.state, run.loader.wait_seconds)
     if run.world.is_main:
-        checkpoint.write_synced(run.dir / DONE, json.dumps(totals, indent=1).encode())
+        write_synced(run.dir / DONE, json.dumps(totals, indent=1).encode())
         run.tracker.log_artifact(run.dir / DONE)
-
-
-def _find(run_dir: Path, resume: str) -> tuple[checkpoint.Checkpoint | None, list[Any]]:
-    """What to continue. Nothing is deleted: invalid checkpoints (all, with `none`) move aside."""
-    if resume == "none":
-        checkpoint.set_aside(checkpoint.checkpoints_of(run_dir))
-        for name in (DONE, TRACKING):
-            (run_dir / name).unlink(missing_ok=True)
-        return None, []
-    found, passed = checkpoint.latest_valid(run_dir)
-    for path, _ in passed:
-        checkpoint.set_aside(path)
-    return found, passed
 
 
 def _report_nonfinite(terms: LossTerms, batch: Batch, step: int) -> None:
@@ -271,7 +286,7 @@ def _start_tracking(config: Config, state: TrainState, wanted: bool) -> Tracker:
 
     def remember(started: str) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_synced(note, json.dumps({"run_id": started, "config": key}).encode())
+        write_synced(note, json.dumps({"run_id": started, "config": key}).encode())
 
     tracker = MlflowTracker(config.experiment, run_dir.name, run_id=run_id, on_start=remember)
     tracker.log_params(flatten(to_dict(config)) | {"world_size": state.world_size})

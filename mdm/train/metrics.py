@@ -4,6 +4,7 @@ Metrics are keyed by `samples_seen`. Seconds are wall-clock seconds of rank 0 by
 data, forward, backward, optimizer, ema, other.
 """
 
+import errno
 import json
 import math
 import os
@@ -176,8 +177,10 @@ class Reporter:
         }
         self._before, self._samples_before = dict(clock.seconds), state.samples_seen
         row = {"step": state.step, "samples_seen": state.samples_seen, **values, **speeds}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row | {"time": time.time()}) + "\n")
+        try:
+            append_line(self._path, json.dumps(row | {"time": time.time()}))
+        except OSError as error:
+            self.say(f"warning: {self._path.name} lacks step {state.step}: {error}")
         self.tracker.log_metrics({**values, **speeds}, step=state.samples_seen)
         shown = {
             name.split("/")[-1]: f"{value:.3f}"
@@ -233,6 +236,16 @@ class Reporter:
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
         }
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a whole line or, raising OSError, nothing."""
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        data = line.encode() + b"\n"
+        if file.write(data) != len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _step_of(line: str) -> float:

@@ -12,7 +12,10 @@ MAY_CHANGE = (
     "train.steps",
     "train.log_every",
     "train.checkpoint_every",
+    "train.checkpoints",
     "train.keep",
+    "train.keep_every",
+    "train.keep_best",
     "train.snapshots",
     "data.stages",  # those to come; the loader refuses a change of what was consumed
     "data.cache_dir",
@@ -38,6 +41,7 @@ class TrainState:
     tracking_id: str | None = None
     world_size: int = 1
     order_digest: str = ""
+    loss: float | None = None  # mean of the last line of metrics
     # Sums of loss terms since the last line of metrics, by task.
     window: dict[str, dict[str, float]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -51,6 +55,16 @@ class TrainState:
         """The state that `to_json` wrote."""
         return cls(**values)
 
+    def on_ranks(self, size: int) -> "TrainState":
+        """The state as `size` ranks continue it: each adds its own mean to a window's sums."""
+        if size == self.world_size:
+            return self
+        window = {
+            task: {k: v if k == "steps" else v * size / self.world_size for k, v in row.items()}
+            for task, row in self.window.items()
+        }
+        return dataclasses.replace(self, world_size=size, window=window)
+
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested dicts as one, keys joined by dots."""
@@ -63,8 +77,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_resumable(state: TrainState, config: Config, world_size: int, path: str) -> None:
-    """Raise `RunError` unless `config` on `world_size` ranks continues `state` exactly."""
+def check_resumable(state: TrainState, config: Config, path: str) -> None:
+    """Raise `RunError` unless `config` continues `state` exactly, on however many ranks."""
     saved, now = flatten(state.config), flatten(to_dict(config))
     differing = [
         f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
@@ -75,9 +89,4 @@ def check_resumable(state: TrainState, config: Config, world_size: int, path: st
         raise RunError(
             f"{path} was made with another configuration: {'; '.join(differing)}. "
             "Give the former values, another --run_dir, or --resume none to start over"
-        )
-    if state.world_size != world_size:
-        raise RunError(
-            f"{path} was written by {state.world_size} ranks and this run has {world_size}; "
-            f"start it with {state.world_size}"
         )

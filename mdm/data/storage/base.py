@@ -83,7 +83,7 @@ class Store(ABC):
     uri: str
 
     @abstractmethod
-    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+    def put(self, key: str, data: bytes | memoryview, *, if_absent: bool = False) -> bool:
         """Write an object whole; False if `if_absent` and it was there already."""
 
     @abstractmethod

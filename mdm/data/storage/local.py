@@ -21,12 +21,15 @@ class LocalStore(Store):
         self.root = root.absolute()
         self.uri = str(self.root)
 
-    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:  # noqa: D102
+    def put(  # noqa: D102
+        self, key: str, data: bytes | memoryview, *, if_absent: bool = False
+    ) -> bool:
         path = self.root / checked(key)
         if if_absent and path.exists():
             return False
         aside = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         try:
+            made = [parent for parent in path.parents if not parent.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "xb") as file:
                 file.write(data)
@@ -34,7 +37,8 @@ class LocalStore(Store):
                 os.fsync(file.fileno())
             # A link, unlike a rename, fails if the name was taken in the meantime.
             os.link(aside, path) if if_absent else os.replace(aside, path)
-            _sync_folder(path.parent)
+            for folder in (path.parent, *(parent.parent for parent in made)):
+                _sync_folder(folder)
         except FileExistsError:
             return False
         except OSError as error:

@@ -177,14 +177,17 @@ class S3Store(Store):
         named = self.options.checksum not in ("", "none")
         return {"ChecksumAlgorithm": self.options.checksum} if named else {}
 
-    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:  # noqa: D102
+    def put(  # noqa: D102
+        self, key: str, data: bytes | memoryview, *, if_absent: bool = False
+    ) -> bool:
         self._pins.pop(key, None)
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         try:
-            if len(data) > self.options.part_bytes:
-                self._put_in_parts(key, data, condition)
+            view = memoryview(data).cast("B")
+            if len(view) > self.options.part_bytes:
+                self._put_in_parts(key, view, condition)
             else:
-                self._put_whole(key, data, condition)
+                self._put_whole(key, bytes(view), condition)  # botocore takes no views
         except _OtherVersionError:
             return False
         return True
@@ -205,7 +208,7 @@ class S3Store(Store):
             lambda _: self._client.put_object(**self._at(key), Body=data, **more),
         )
 
-    def _put_in_parts(self, key: str, data: bytes, condition: dict[str, str]) -> None:
+    def _put_in_parts(self, key: str, data: memoryview, condition: dict[str, str]) -> None:
         """Parts, each with its own attempts; nothing of them stays if one fails for good."""
         if condition and self.exists(key):
             raise _OtherVersionError  # the server would only say so behind the last part
@@ -216,10 +219,9 @@ class S3Store(Store):
         )
         upload = self._at(key) | {"UploadId": begun["UploadId"]}
         size = max(self.options.part_bytes, -(-len(data) // 10_000))
-        view = memoryview(data)
 
         def send(number: int) -> dict[str, Any]:
-            body = bytes(view[(number - 1) * size : number * size])
+            body = bytes(data[(number - 1) * size : number * size])
             answer = self._call(
                 "write",
                 f"{key} part {number}",

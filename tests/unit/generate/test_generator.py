@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from mdm.config import Config, DataConfig, ModelConfig, to_dict
 from mdm.data import autoencoder
 from mdm.data.tokenizer import train_model
-from mdm.generate import Generator
+from mdm.generate import MDM
 from mdm.generate import generator as module
 from mdm.generate.request import Request
 from mdm.objective import Objective
@@ -52,7 +53,7 @@ def export(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(export):
-    return Generator.load(export)
+    return MDM.from_pretrained(export)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, inside its own compiler
@@ -63,13 +64,34 @@ def test_compiled_blocks_draw_the_same(export, generator):
     other = export.parent / "compiled"
     shutil.copytree(export, other)
     (other / "config.json").write_text(json.dumps(config))
-    compiled = Generator.load(other, compiled=True)
+    compiled = MDM.from_pretrained(other, compiled=True)
     assert compiled.compiled
-    assert not Generator.load(other).compiled
+    assert not MDM.from_pretrained(other).compiled
     torch.testing.assert_close(
         compiled.class_to_image([0, 1, 2], steps=3), eager, rtol=0, atol=0.05
     )
     assert compiled.selected.text.shape[0] == 3
+
+
+def test_saved_and_loaded_by_the_hubs_own_methods(generator, tmp_path):
+    """Beside what is in the folder already; the tokenizer travels along."""
+    (tmp_path / "notes.txt").write_text("mine")
+    generator.save_pretrained(tmp_path)
+    names = {p.name for p in tmp_path.iterdir()}
+    expected = {"config.json", "model.safetensors", "tokenizer.model", "README.md", "notes.txt"}
+    assert names == expected
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["tokenizer"] = "gone.model"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = MDM.from_pretrained(tmp_path)
+    assert again.config.model == generator.config.model
+    mine, theirs = again.objective.state_dict(), generator.objective.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "mdm"
+    assert "MDM.from_pretrained" in card.text
+    pixels = generator.class_to_image([1], steps=2)
+    assert torch.equal(again.class_to_image([1], steps=2), pixels)
 
 
 def test_pictures_have_the_autoencoders_size(generator):
@@ -130,8 +152,10 @@ def test_long_captions_are_cut_with_a_warning(generator, caplog):
 def test_mistakes_name_both_values(generator, export, tmp_path):
     with pytest.raises(ValueError, match=r"leave 0 \.\.\. 2"):
         generator.class_to_image([5])
+    with pytest.raises(FileNotFoundError, match="no/such/folder is no folder"):
+        MDM.from_pretrained("no/such/folder", local_files_only=True)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        Generator.load(tmp_path)
+        MDM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="choose one of given, asked, absent"):
         Request("given", "wished", torch.zeros(1), lambda _: None, latents=torch.zeros(1))
     config = json.loads((export / "config.json").read_text())
@@ -140,7 +164,7 @@ def test_mistakes_name_both_values(generator, export, tmp_path):
     changed = Objective(generator.config).state_dict()
     save_file(changed, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="29 pieces but the model was trained with 30"):
-        Generator.load(tmp_path)
+        MDM.from_pretrained(tmp_path)
 
 
 def test_a_reply_hears_pictures_and_where_they_stand(generator):

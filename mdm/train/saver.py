@@ -1,0 +1,244 @@
+"""Saving beside the training, and restoring: what all ranks of a run do together.
+
+A step waits for the copy to host memory alone. A thread of each rank then writes its share; on a
+process group of their own the threads agree on the name, on whether all shares are in the store,
+and on the commit. A save that fails costs nothing but itself: the checkpoint before it stays, the
+run goes on with a warning, and the next save tries again.
+"""
+
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from threading import Thread
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch.distributed
+
+from mdm.data.storage import StoreError
+from mdm.dist import World, from_main, gather_to_all
+from mdm.train.checkpoint import Checkpoints, Keep, Record
+from mdm.train.ema import EMA
+from mdm.train.engine import Engine
+from mdm.train.snapshot import DamagedError, Snapshot, buffers_key, fetch, write_objects
+from mdm.train.state import RunError, TrainState
+
+# Uploads end by themselves, having tried; this is for ranks that are gone.
+VOTE_TIMEOUT = timedelta(hours=1)
+
+
+class _Job(NamedTuple):
+    """What a save needs beside the snapshot, as it was when the step ended."""
+
+    manifest: dict[str, Any]
+    buffers: bytes
+    began: float
+
+
+def find(
+    checkpoints: Checkpoints, resume: str, world: World
+) -> tuple[list[Record], list[tuple[str, str]]]:
+    """Checkpoints to continue, newest first, and why others do not count; all ranks must call.
+
+    With `resume` none, all are set aside; nothing is deleted. RunError if the store cannot be read
+    or holds another format.
+    """
+    records: list[Record] = []
+    passed: list[tuple[str, str]] = []
+    refusal = ""
+    if world.is_main:
+        try:
+            checkpoints.store.sweep()
+            if resume == "none":
+                checkpoints.set_all_aside("started over with --resume none")
+            else:
+                records, passed = checkpoints.newest_first()
+        except (RunError, StoreError) as error:
+            refusal = str(error)
+    records, passed, refusal = from_main((records, passed, refusal))
+    if refusal:
+        raise RunError(refusal)
+    return records, passed
+
+
+class Saver:
+    """Saves and restores one run; every method but `news` must be called by all ranks."""
+
+    def __init__(
+        self, checkpoints: Checkpoints, engine: Engine, ema: EMA, world: World, keep: Keep
+    ) -> None:
+        self.checkpoints, self.world = checkpoints, world
+        self._engine, self._ema, self._keep = engine, ema, keep
+        self._snapshot = Snapshot(self._live(), engine.shards.pieces())
+        self._shapes, self._tied = engine.shards.shapes(), engine.shards.tied()
+        self._group = torch.distributed.new_group(backend="gloo", timeout=VOTE_TIMEOUT)
+        self._thread: Thread | None = None
+        self._news: list[str] = []
+        self.figures: dict[str, float] = {}  # seconds of the last save and restore
+        self.saved_step = -1  # of the newest checkpoint known to be committed
+
+    @property
+    def nbytes(self) -> int:
+        """Host memory of this rank's snapshot."""
+        return self._snapshot.nbytes
+
+    def _live(self) -> dict[str, list[torch.Tensor]]:
+        return self._engine.shards.live() | self._ema.shadows
+
+    def save(self, state: TrainState, loader_state: dict[str, Any]) -> None:
+        """Copy everything that the next attempt needs, and have it written and committed.
+
+        Waits for the save before it, if that is still being written.
+        """
+        began = time.perf_counter()
+        self.wait()
+        self._snapshot.take(self._live())
+        manifest = {
+            "world_size": self.world.size,
+            "state": state.to_json(),
+            "loader": loader_state,
+            "optimizer_steps": self._engine.shards.optimizer_steps,
+            "ema_updates": self._ema.updates,
+            "shapes": self._shapes,
+            "tied": self._tied,
+            "averages": list(self._ema.shadows),
+        }
+        buffers = safetensors.torch.save(self._engine.shards.buffers())
+        job = _Job(manifest, buffers, began)
+        # A daemon, so that a rank that must die can; `wait` waits for it otherwise.
+        self._thread = Thread(target=self._run, args=(job,), name="mdm-saver", daemon=True)
+        self._thread.start()
+        self.figures["save_blocked_seconds"] = time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Return once nothing is being saved."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def news(self) -> list[str]:
+        """What is to be told about saves since the last call: failures, on rank 0."""
+        news, self._news = self._news, []
+        return news
+
+    def _run(self, job: _Job) -> None:
+        step = job.manifest["state"]["step"]
+        try:
+            failure = self._write(job, step)
+        except RuntimeError as error:  # of the group: another rank is gone, and soon all are
+            failure = str(error)
+        if failure:
+            self._news.append(
+                f"warning: step {step} is not saved, the next save tries again: {failure}"
+            )
+            return
+        self.saved_step = step
+        self.figures["save_durable_seconds"] = time.perf_counter() - job.began
+
+    def _write(self, job: _Job, step: int) -> str:
+        """Write, vote, commit, prune; returns what went wrong, the same on every rank."""
+        name, failure = from_main(self._claim(step), self._group)
+        if failure:
+            return str(failure)
+        files: dict[str, dict[str, Any]] = {}
+        try:
+            files = self._snapshot.write(self.checkpoints.store, name, self.world.rank)
+            key = buffers_key(name, self.world.rank)
+            files |= write_objects(self.checkpoints.store, {key: job.buffers})
+        except (StoreError, OSError, MemoryError) as error:
+            failure = f"rank {self.world.rank}: {error}"
+        votes = gather_to_all((failure, files), self._group)
+        failures = [vote for vote, _ in votes if vote]
+        if self.world.is_main:
+            try:
+                if failures:
+                    self.checkpoints.remove(name)
+                else:
+                    everything = {k: v for _, part in votes for k, v in sorted(part.items())}
+                    self.checkpoints.commit(name, job.manifest | {"files": everything})
+            except (StoreError, OSError) as error:
+                failures.append(str(error))
+        failures = from_main(failures, self._group)
+        if not failures:
+            self._prune()
+        return "; ".join(failures)
+
+    def _claim(self, step: int) -> tuple[str, str]:
+        if not self.world.is_main:
+            return "", ""
+        try:
+            return self.checkpoints.claim(step), ""
+        except (StoreError, OSError) as error:
+            return "", str(error)
+
+    def _prune(self) -> None:
+        if self.world.is_main:
+            try:
+                self.checkpoints.prune(self._keep)
+            except (StoreError, OSError) as error:
+                self._news.append(f"warning: old checkpoints are not removed: {error}")
+
+    def restore(self, candidates: Sequence[Record]) -> tuple[Record | None, list[tuple[str, str]]]:
+        """Load the first of `candidates` whose bytes are those that were committed.
+
+        Each rank reads and checks what it needs, which together is everything. Returns what was
+        loaded and why those before it were not; these are set aside.
+
+        Raises:
+            RunError: the store cannot be read, or holds another model.
+        """
+        began, passed = time.perf_counter(), []
+        for record in candidates:
+            damage, failure = self._read(record)
+            votes = gather_to_all((damage, failure), self._group)
+            if failures := [vote for _, vote in votes if vote]:
+                raise RunError(f"cannot load {self._path(record.name)}: {failures[0]}")
+            if damages := [vote for vote, _ in votes if vote]:
+                passed.append((record.name, damages[0]))
+                if self.world.is_main:
+                    self.checkpoints.set_aside(record.name, damages[0])
+                continue
+            self._snapshot.give(self._live())
+            self._engine.restored(record.manifest["optimizer_steps"])
+            self._ema.updates = record.manifest["ema_updates"]
+            self.saved_step = record.step
+            self.figures["restore_seconds"] = time.perf_counter() - began
+            return record, passed
+        return None, passed
+
+    def _read(self, record: Record) -> tuple[str, str]:
+        """Read into the snapshot; returns what is damaged, and what else went wrong."""
+        store, size = self.checkpoints.store, int(record.manifest["world_size"])
+        theirs, ours = record.manifest["shapes"], self._shapes
+        if theirs != ours:
+            name = next(n for n in [*theirs, *ours] if theirs.get(n) != ours.get(n))
+            shapes = f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+            return "", f"parameter {name} is {shapes}"
+        try:
+            self._snapshot.read(store, record.name, size, record.files)
+            key = buffers_key(record.name, self.world.rank if self.world.rank < size else 0)
+            buffers = safetensors.torch.load(fetch(store, key, record.files[key]))
+        except DamagedError as error:
+            return str(error).removeprefix(f"{record.name}/"), ""
+        except (StoreError, OSError, KeyError) as error:
+            return "", str(error)
+        self._engine.shards.load_buffers(buffers)
+        return "", ""
+
+    def beginning(self, found: Record | None, passed: list[tuple[str, str]]) -> list[str]:
+        """What is to be said before the first step: where it goes on, why there, and the memory."""
+        lines = [f"passed over {name}: {reason}" for name, reason in passed]
+        if found:
+            before, now = found.manifest["world_size"], self.world.size
+            turn = f", written by {before} ranks and now on {now}" if before != now else ""
+            seconds = self.figures["restore_seconds"]
+            lines.append(f"goes on from {found.name}{turn}; loaded in {seconds:.2f} s")
+        averages, host = self._ema.nbytes / 2**20, self.nbytes / 2**20
+        lines.append(
+            f"memory a rank: {averages:.1f} MiB of averaged weights, {host:.1f} MiB of host memory "
+            "to save from"
+        )
+        return lines
+
+    def _path(self, name: str) -> str:
+        return f"{self.checkpoints.store.uri}/{name}"

@@ -1,0 +1,65 @@
+"""The command around checkpoints: what it prints, removes and refuses."""
+
+import sys
+
+import pytest
+
+from mdm.train.checkpoint import Checkpoints
+from pipelines import checkpoints as job
+from tests.unit.train.test_checkpoint import commit
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    def call(*args: str) -> tuple[int, str]:
+        argv = ["checkpoints.py", args[0], "--at", str(tmp_path), *args[1:]]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            code = job.main()
+        except SystemExit as error:
+            code = int(error.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return call
+
+
+def test_list_verify_prune_and_roll_back(tmp_path, run):
+    checkpoints = Checkpoints.at(str(tmp_path))
+    for step, loss in ((10, 1.5), (20, None), (30, 2.5)):
+        commit(checkpoints, step, loss)
+    checkpoints.claim(40)
+    code, said = run("list")
+    lines = said.splitlines()
+    assert code == 0
+    assert [line.split()[0][-2:] for line in lines] == ["40", "30", "20", "10"]
+    assert "it was never committed" in lines[0]
+    assert "loss 2.5000" in lines[1]
+    assert "loss" not in lines[2]
+
+    assert run("verify") == (0, "".join(f"step-000000{n}  valid\n" for n in (30, 20, 10)))
+    (tmp_path / "step-00000020" / "rank-00000" / "weights.0000").write_bytes(b"short")
+    code, said = run("verify")
+    assert code == 1
+    assert "step-00000020/rank-00000/weights.0000 has 5 bytes instead of 100" in said
+
+    assert run("rollback", "--to", "10") == (
+        0,
+        "set aside step-00000030\nset aside step-00000020\n",
+    )
+    assert "set aside: rolled back to step 10" in run("list")[1]
+    assert run("rollback", "--to", "20") == (
+        2,
+        "checkpoints: --to is 20; there are checkpoints of steps [10]\n",
+    )
+    assert run("prune", "--keep", "1") == (0, "removed step-00000040\n")
+    assert run("prune", "--asides", "true")[1].count("removed") == 2
+    assert list(checkpoints.contents()) == ["step-00000010"]
+
+
+def test_mistakes_end_with_one_line(run):
+    code, said = run("trim")
+    assert code == 2
+    assert said.splitlines()[-1] == (
+        "checkpoints: the first argument is 'trim'; choose one of list, verify, prune, rollback"
+    )
