@@ -90,8 +90,9 @@ def rollback(checkpoints: Checkpoints, step: int) -> int:
 def main() -> int:
     """Run the job; returns its exit code."""
     command, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
-    if command not in COMMANDS:
+    if command.startswith("-"):
         parse_cli(Flags, description=__doc__ or "")  # --help, or a flag that is wrong
+    if command not in COMMANDS:
         fail(f"checkpoints: the first argument is {command!r}; choose one of {', '.join(COMMANDS)}")
     flags = parse_cli(Flags, rest, description=__doc__ or "")
     try:

@@ -14,7 +14,8 @@ def commit(checkpoints: Checkpoints, step: int, loss: float | None = None) -> st
     key, data = f"{name}/rank-00000/weights.0000", bytes([step % 256]) * 100
     checkpoints.store.put(key, data)
     state = {"step": step, "loss": loss}
-    checkpoints.commit(name, {"state": state, "files": {key: entry_of(data)}})
+    files = {key: entry_of(data)}
+    checkpoints.commit(name, {"world_size": 1, "state": state, "files": files})
     return name
 
 
