@@ -172,7 +172,7 @@ class RowCache:
 
 def open_cache(mixture: Mixture, config: DataConfig) -> NodeCache:
     """The node's cache of a run; ValueError for one that cannot hold what is read at once."""
-    limit = int(config.cache_gb * 1e9)
+    limit = round(config.cache_gb * 1e9)
     # A window in use and one on its way, of each source.
     needed = sum(
         2 * mixture.window * s.manifest.shards[0].batches[0].length for s in mixture.sources
