@@ -177,8 +177,8 @@ def test_what_has_settled_keeps_its_value_and_leaves_the_scans(objective):
         settled = (when >= 0) & (when < i)
         torch.testing.assert_close(args[0][settled], means[drawn.tokens[settled]])
         if settled.any():
-            assert torch.equal(args[7], ~settled & ~settled.all(1, keepdim=True))
-            assert args[8].all(1).tolist() == (~settled.all(1)).tolist()
+            assert torch.equal(args[8], ~settled & ~settled.all(1, keepdim=True))
+            assert args[9].all(1).tolist() == (~settled.all(1)).tolist()
 
 
 def test_a_picture_that_has_settled_needs_no_more_evaluations(objective):
@@ -196,7 +196,7 @@ def test_nothing_is_dropped_while_the_other_modality_has_to_hear_it(objective):
     # The picture is above log-SNR 0 from evaluation 5 on; the text is drawn from 7 on.
     assert (drawn.selected.image == 5).all()
     assert drawn.selected.text.min() > 6
-    assert all(args[8] is None or args[8].all() for args in calls)
+    assert all(args[9] is None or args[9].all() for args in calls)
     how = Sampling(image_steps=9, text_steps=9, selection=1e9)
     drawn = denoise(objective, request("asked", "asked"), how)
     assert (drawn.selected.image == -1).all()
