@@ -5,6 +5,7 @@ process. A task is retried where its worker died; an error of ours ends the job 
 """
 
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from mdm.sources.record import Unit
 # Chunks under way to each encoder: what it works on, what waits for it, and some more where the
 # next chunks come unevenly.
 _CHUNKS_AN_ENCODER = 4
+_STARTS = 3  # of a Ray of our own
 _RETRIES = 3  # of work whose process died; a fourth death has a reason that stays
 
 
@@ -120,7 +122,7 @@ def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        _connect()
+        _start()
         yield
     except ray.exceptions.RayTaskError as error:
         raise RayFailedError(_root_cause(error)) from None
@@ -128,6 +130,19 @@ def cluster() -> Iterator[None]:
         raise RayFailedError(f"Ray failed ({type(error).__name__})") from None
     finally:
         ray.shutdown()
+
+
+def _start() -> None:
+    """Ray gives its own processes 30 s to come up, which a busy machine may not give them."""
+    for left in reversed(range(_STARTS)):
+        try:
+            _connect()
+            return
+        except RayFailedError as error:
+            if not left or os.environ.get("RAY_ADDRESS"):
+                raise
+            print(f"{error}; trying again", file=sys.stderr)
+            ray.shutdown()
 
 
 def _connect() -> None:
