@@ -158,7 +158,7 @@ class _ScanShapes(torch.autograd.Function):
     """What mamba_ssm's chunked scan keeps and needs, without its values."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int
     ) -> Tensor:
         b, length, h, _ = x.shape
@@ -169,7 +169,7 @@ class _ScanShapes(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, x, dt, dA_cumsum, A, B, C = ctx.saved_tensors
         b, chunks = x.shape[0], dA_cumsum.shape[2]
         states = x.new_empty((b, chunks, *x.shape[2:], B.shape[3]), dtype=torch.float32)
@@ -182,12 +182,12 @@ class _ConvShapes(torch.autograd.Function):
     """What causal-conv1d keeps and needs, without its values."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, weight, bias = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 

@@ -22,6 +22,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import set_z3_leaf_modules
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mdm.config import Config
@@ -68,6 +69,11 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     stage = values.get("zero_optimization", {}).get("stage")
     if stage not in (2, 3):
         raise RunError(f"{path}: zero_optimization.stage is {stage!r}; the engine supports 2 and 3")
+    try:
+        zero_settings(values)
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise RunError(f"{path}: zero_optimization.{field}: {error.errors()[0]['msg']}") from error
     if config.data.global_batch % world_size:
         raise RunError(
             f"data.global_batch {config.data.global_batch} is not a multiple of {world_size} ranks"
@@ -134,6 +140,11 @@ def _init_deepspeed(timeout: timedelta) -> None:
     # and leaves 66 MiB in /dev/shm for every killed rank: training does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+
+
+def device_of_rank() -> torch.device:
+    """The device that this rank trains on."""
+    return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
 
 
 def stop_ranks() -> None:

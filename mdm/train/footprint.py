@@ -31,7 +31,7 @@ def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
     found: dict[str, list[Tensor]] = {
         "parameters": _partitions(module) if partitioned else [],
         "optimizer": [*engine.fp32_partitions(), *_moments(zero)],
-        "ema": list(ema.shadow),
+        "ema": tree_leaves(vars(ema)),
         "gradients": [],
         "buckets": [],
         "whole": [p.data for p in module.parameters()],

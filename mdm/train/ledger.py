@@ -1,4 +1,4 @@
-"""Where a rank's memory goes, planned from the configuration: states, parameters in use, activations.
+"""Where a rank's memory goes, planned from the configuration and the settings of ZeRO.
 
 Sizes of states are arithmetic over the shapes of the parameters and the settings of ZeRO;
 activations come from `mdm.train.activations`. Nothing of the model is held in memory meanwhile.
