@@ -121,7 +121,7 @@ def costs(config: Config, flags: Flags, peak: float) -> dict[str, Estimate]:
         f"{config.train.steps:,} steps": config.train.steps * config.data.global_batch,
         "one epoch of the three sets": ONE_EPOCH,
     }
-    parameters = shapes_of(config.model, config.objective).total
+    parameters = shapes_of(config).total
     return {
         name: estimate(
             config,

@@ -105,7 +105,14 @@ def _trunk(
     m = config.data.caption_length if with_picture else config.data.dialogue_length
     grid = (model.image_height, model.image_width) if with_picture else None
     small = dataclasses.replace(
-        model, d_model=model.headdim, expand=1, n_heads=1, n_kv_heads=1, kernel="torch"
+        model,
+        n_layer=min(4, model.n_layer),  # every kind of block is among the first four
+        long_skip=False,
+        d_model=model.headdim,
+        expand=1,
+        n_heads=1,
+        n_kv_heads=1,
+        kernel="torch",
     )
     one = dataclasses.replace(model, n_layer=1, long_skip=False)
     shape = (samples, sequence_length(config, with_picture), model.d_model)

@@ -185,12 +185,18 @@ def _partitioned_when_made(
     its initial values undisturbed, children and all.
     """
     former = {cls: cls.__init__ for cls in classes}
+    first: list[nn.Parameter] = []  # knows how the others are partitioned
 
     def making(cls: type[nn.Module], init: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(init)
         def made(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             init(self, *args, **kwargs)
-            deepspeed.zero.Init(module=self, config_dict_or_path=values)
+            params = list(self.parameters())
+            if first:
+                first[0].convert_to_zero_parameters(param_list=params)  # type: ignore[attr-defined]
+            else:
+                deepspeed.zero.Init(module=self, config_dict_or_path=values)
+                first.extend(params[:1])
 
         return made
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mdm.config import Config, ModelConfig, ObjectiveConfig
+from mdm.config import Config
 from mdm.model.network import Block
 from mdm.model.transformer import AttentionBlock
 from mdm.objective import Objective
@@ -69,10 +69,10 @@ class Ledger:
 
 
 @lru_cache(maxsize=8)
-def shapes_of(model: ModelConfig, objective: ObjectiveConfig) -> Shapes:
+def shapes_of(config: Config) -> Shapes:
     """Sizes of every parameter of the objective, made without memory."""
     with torch.device("meta"):
-        module: nn.Module = Objective(Config(model=model, objective=objective))
+        module: nn.Module = Objective(config)
     blocks = [m for m in module.modules() if isinstance(m, Block | AttentionBlock)]
     return Shapes(
         tuple(p.numel() for p in module.parameters()),
@@ -85,7 +85,7 @@ def plan(config: Config, world_size: int) -> Ledger:
     values = load_deepspeed_config(config, world_size)
     zero = zero_settings(values)
     autocast = bool(values.get("torch_autocast", {}).get("enabled", False))
-    shapes = shapes_of(config.model, config.objective)
+    shapes = shapes_of(config)
     states = _states3 if int(zero.stage) == 3 else _states2
     rows = [*states(config, world_size, zero, autocast, shapes)]
     rows += _activations(config, world_size, autocast)
@@ -99,15 +99,16 @@ def _states3(
     config: Config, world: int, zero: Any, autocast: bool, shapes: Shapes
 ) -> Iterator[Row]:
     part = FP32 * sum(-(-n // world) for n in shapes.tensors)
-    hpz = zero.zero_hpz_partition_size
+    hpz = min(zero.zero_hpz_partition_size, world)
     second = FP32 * sum(-(-n // hpz) for n in shapes.tensors) if hpz > 1 else 0
     host_params = zero.offload_param is not None and zero.offload_param.device == "cpu"
     host_states = zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu"
     note = f"{shapes.total:,} in fp32, {world} ways"
     yield _row("parameters", part + second, host_params, note + (f"; hpZ {hpz}" if second else ""))
     yield _row("gradients", part * (2 if host_states else 1), host_states, "fp32, this rank's")
-    # Under offload the optimizer keeps a master copy of its own; else it shares the partition.
-    yield _row("optimizer", part * (3 if host_states else 2), host_states, "AdamW's two moments")
+    # DeepSpeed 0.19.8 means to share fp32 partitions with the optimizer, but compares a device with
+    # its name, so that there always is a second copy.
+    yield _row("optimizer", 3 * part, host_states, "master copy and AdamW's two moments")
     yield _row("ema", part, host_states, "fp32, this rank's")
     kinds = FP32 + (2 if autocast else 0)  # linear layers are reduced in bf16, the rest in fp32
     buckets = kinds * zero.reduce_bucket_size if zero.contiguous_gradients else 0
@@ -119,13 +120,13 @@ def _states3(
         note=f"tensors of up to {threshold:,} numbers, whole on every rank",
     )
     leaf = sum(shapes.blocks) if config.train.gather == "trunk" else max(shapes.blocks)
-    # The last blocks before the turn stay for their backward pass: passed forward and backward,
-    # they lie within the reuse distance. One more is in use, and the next is on its way.
-    reused = min(int(zero.max_reuse_distance), int(zero.max_live_parameters)) // 2
-    ahead = min(int(zero.prefetch_bucket_size), int(zero.max_live_parameters))
+    # Every small module before the blocks fetches some of them ahead, until the first limit. At the
+    # turn stay those that are used again, backwards, within the second. What a block itself needs
+    # is fetched beyond either.
     large = sum(n for n in shapes.tensors if n > threshold)
-    gathered = min(large, reused + 2 * leaf + ahead)
-    yield Row("gathered", FP32 * gathered, note=f"{config.train.gather}s in use and kept for reuse")
+    ahead, again = int(zero.max_live_parameters), int(zero.max_reuse_distance) // 2 + leaf
+    gathered = min(large, max(ahead, again) + leaf)
+    yield Row("gathered", FP32 * gathered, note="whole parameters, in use and fetched ahead")
     staging = max(leaf, zero.reduce_bucket_size, max(shapes.tensors))
     yield Row("staging", FP32 * staging, note="an all-gather or reduce-scatter under way")
     step = 0 if host_states else part

@@ -85,7 +85,7 @@ def _disk(config: Config) -> Check:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     # One more than is kept: the next is written before the oldest goes.
-    parameters = shapes_of(config.model, config.objective).total
+    parameters = shapes_of(config).total
     needed = STATE_BYTES * parameters * (config.train.keep + 1)
     least = min(gather_to_all((free, socket.gethostname())))
     detail = f"{least[0] / 1e9:,.1f} GB free on {least[1]}, checkpoints need {needed / 1e9:,.1f}"
