@@ -88,13 +88,14 @@ def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
         losses.append(float(loss))
     checked = STATES if engine.stage == 3 else ("gradients", "optimizer", "ema")
     rows = {name: (held[name], ledger.device(name)) for name in checked}
-    if engine.stage == 3:
-        rows["gathered"] = gathered.bytes, ledger.device("gathered") + ledger.device("persistent")
+    if engine.stage == 3:  # an upper bound, and not a loose one
+        limit = ledger.device("gathered") + ledger.device("persistent")
+        assert 0.75 * limit < gathered.bytes <= limit, (gathered.bytes, limit)
     else:
         rows["parameters"] = held["whole"], ledger.device("parameters")
     rows["activations"] = saved.bytes, ledger.device("activations") + ledger.device("heads")
     logging.warning("stage %s: %s", engine.stage, rows)
-    logging.warning("APART %s", apart(rows))
+    assert not apart(rows), apart(rows)
     return losses, [p.clone() for p in engine.fp32_partitions()]
 
 
