@@ -19,6 +19,7 @@ from mdm.model.network import Block
 from mdm.model.transformer import AttentionBlock
 from mdm.presets import PRESETS
 from mdm.train.cost import Estimate, estimate
+from mdm.train.engine import load_deepspeed_config, zero_settings
 from mdm.train.footprint import STATES
 from mdm.train.ledger import GIB, Ledger, plan, remedies, shapes_of
 from mdm.train.rehearsal import Rehearsal, rehearse
@@ -118,7 +119,11 @@ def costs(config: Config, flags: Flags, peak: float) -> dict[str, Estimate]:
         f"{config.train.steps:,} steps": config.train.steps * config.data.global_batch,
         "one epoch of the three sets": ONE_EPOCH,
     }
-    parameters = shapes_of(config).total
+    # Under ZeRO-3 weights are gathered for either pass and gradients scattered; with hpZ the backward
+    # pass gathers inside a node. ZeRO-2 gathers once, after the step.
+    zero = zero_settings(load_deepspeed_config(config, flags.world_size))
+    times = 3 if int(zero.stage) == 3 and zero.zero_hpz_partition_size <= 1 else 2
+    moved = 4 * times * shapes_of(config).total * (flags.world_size - 1) / flags.world_size
     return {
         name: estimate(
             config,
@@ -128,7 +133,7 @@ def costs(config: Config, flags: Flags, peak: float) -> dict[str, Estimate]:
             mfu=flags.mfu,
             price=flags.price,
             text_share=flags.text_share,
-            parameters=parameters,
+            moved=moved,
             network=1e9 * flags.network,
             node_size=flags.gpus_per_node,
         )

@@ -133,7 +133,7 @@ def _trunk(
         block = Trunk(one)
         with Live() as live:
             y, kept = run(block)
-            y.sum().backward()  # type: ignore[no-untyped-call]
+            y.sum().backward()
     return trunk, checkpointed, live.peak, kept
 
 

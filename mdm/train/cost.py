@@ -53,7 +53,7 @@ def estimate(
     mfu: float,
     price: float,
     text_share: float,
-    parameters: int,
+    moved: float,
     network: float,
     node_size: int,
 ) -> Estimate:
@@ -67,7 +67,7 @@ def estimate(
         mfu: share of it that the model's own FLOPs reach.
         price: of one GPU for an hour.
         text_share: share of the samples that are text alone.
-        parameters: numbers that are gathered twice and reduced once a step, in fp32.
+        moved: bytes of weights and gradients that a step brings from or to other ranks.
         network: bytes/s that one GPU can send to other nodes.
         node_size: GPUs of a node; a single node needs no network.
     """
@@ -76,7 +76,6 @@ def estimate(
     steps = -(-samples // batch)
     seconds = batch * sample.flops / (world_size * peak_flops * mfu)
     hours = world_size * steps * seconds / 3600
-    moved = 3 * 4 * parameters * (world_size - 1) / world_size
     return Estimate(
         steps=steps,
         step_seconds=seconds,

@@ -130,7 +130,7 @@ class Live(TorchDispatchMode):
     """Counts the bytes of tensors made inside that are still alive: now, and at the most."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._refs: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
