@@ -3,6 +3,7 @@
 All ranks take part; a rank that fails is named.
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -70,14 +71,10 @@ def _versions() -> Check:
 
 
 def _configuration(config: Config) -> Check:
-    json_file = Path(config.train.deepspeed)
-    text = json_file.read_text() if json_file.exists() else ""
-    return _same("configuration", (fingerprint(config)[:16], hash_of(text)), " and ".join)
-
-
-def hash_of(text: str) -> str:
-    """Sixteen digits that stand for `text`."""
-    return fingerprint({"text": text})[:16]
+    """The configuration and the text of its DeepSpeed JSON, as one digest."""
+    path = Path(config.train.deepspeed)
+    text = path.read_text() if path.exists() else ""
+    return _same("configuration", hashlib.sha256((fingerprint(config) + text).encode()).hexdigest())
 
 
 def _disk(config: Config) -> Check:
