@@ -109,7 +109,8 @@ def _states3(
     # DeepSpeed 0.19.8 means to share fp32 partitions with the optimizer, but compares a device with
     # its name, so that there always is a second copy.
     yield _row("optimizer", 3 * part, host_states, "master copy and AdamW's two moments")
-    yield _row("ema", part, host_states, "fp32, this rank's")
+    averages = 2 if config.train.ema2 else 1
+    yield _row("ema", averages * part, host_states, "fp32, this rank's")
     kinds = FP32 + (2 if autocast else 0)  # linear layers are reduced in bf16, the rest in fp32
     buckets = kinds * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     yield Row("buckets", buckets, note="gradients on their way")
@@ -141,7 +142,8 @@ def _states2(
     yield Row("parameters", total, note=f"{shapes.total:,} in fp32, whole")
     yield _row("gradients", part, host, "fp32, this rank's")
     yield _row("optimizer", 3 * part, host, "master copy and AdamW's two moments")
-    yield _row("ema", part, host, "fp32, this rank's")
+    averages = 2 if config.train.ema2 else 1
+    yield _row("ema", averages * part, host, "fp32, this rank's")
     copies = 2 if zero.overlap_comm else 1
     yield Row("buckets", FP32 * copies * zero.reduce_bucket_size, note="gradients on their way")
     yield Row("staging", FP32 * zero.allgather_bucket_size, note="an all-gather under way")

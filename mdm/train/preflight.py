@@ -23,6 +23,7 @@ import torch.distributed
 from mdm.config import Config, fingerprint
 from mdm.data.storage import StoreError, open_store
 from mdm.dist import World, gather_to_all
+from mdm.train.checkpoint import uri_of
 from mdm.train.ledger import shapes_of
 
 PACKAGES = ("torch", "deepspeed", "numpy", "pyarrow", "boto3")
@@ -43,7 +44,7 @@ class Check:
 def preflight(config: Config, world: World, device: torch.device) -> list[Check]:
     """All checks, the same on every rank; all ranks call, after `start_ranks`."""
     found = [_versions(), _configuration(config), _disk(config)]
-    for uri in dict.fromkeys((config.data.root, config.run_dir)):
+    for uri in dict.fromkeys((config.data.root, uri_of(config))):
         found.append(_storage(uri, world))
     return [*found, _all_reduce(world, device), _speed(device)]
 

@@ -60,7 +60,7 @@ def rehearse(
     engine = Engine(
         lambda: Objective(config), config, pretend_ranks(rank, world_size), leaf_classes
     )
-    ema = EMA(engine.fp32_partitions(), config.train.ema)
+    ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
     gathered = watch_gathered(engine, leaf_classes)
     built = time.perf_counter()
     batch = shortened(largest_batch(config, 1, with_picture=False), tokens)
