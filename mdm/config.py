@@ -254,6 +254,9 @@ class TrainConfig:
     )
     log_every: int = doc(10, "steps between lines of metrics")
     gather: str = doc("block", "what ZeRO-3 gathers at once: block, or trunk (all blocks)")
+    activation_checkpointing: bool = doc(
+        False, "keep a block's input alone and compute the block again for its gradient"
+    )
     deepspeed: str = doc(
         "deepspeed_configs/zero3.json", "DeepSpeed JSON: ZeRO, offload and precision only"
     )

@@ -84,6 +84,7 @@ class Objective(nn.Module):
         super().__init__()
         self.seed, self.weights, self.model = config.seed, config.objective, config.model
         self.network = Network(config.model)
+        self.network.trunk.checkpointing = config.train.activation_checkpointing
         self.vae = NoisyLatentVAE(config.model.latent_dim, config.model.vocab_size)
         self.text_warp = TimeWarp(config.model.vocab_size) if self.weights.text_warp else None
 

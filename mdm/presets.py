@@ -124,7 +124,13 @@ _DATA = DataConfig(
 )
 
 # The paper's parameters: 49 blocks of width 2048 with a mixer for each of six scans.
-MDM_7B = Config(model=ModelConfig(scan_mode="separate", kernel="fused"), data=_DATA)
+MDM_7B = Config(
+    model=ModelConfig(scan_mode="separate", kernel="fused"),
+    data=_DATA,
+    train=TrainConfig(
+        activation_checkpointing=True, deepspeed="deepspeed_configs/zero3_multinode.json"
+    ),
+)
 
 # The paper's GFLOPs: the same 49 blocks with one mixer each, scans in turn, and long skips.
 MDM_1B = Config(

@@ -1,8 +1,8 @@
 """Pretrain: `deepspeed --num_accelerators 2 pipelines/pretrain.py --preset demo`.
 
 One rank works too: `python pipelines/pretrain.py --preset demo`. Run again, it goes on from the
-newest valid checkpoint of `run_dir`. Exit codes: 0 done, 2 a mistake that one line explains,
-75 stopped by SIGTERM after saving.
+newest valid checkpoint of `run_dir`. Exit codes: 0 done, 1 a preflight check failed, 2 a mistake
+that one line explains, 75 stopped by SIGTERM after saving.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ import sys
 import time
 from dataclasses import dataclass
 
+import torch
+
 from mdm.config import Config, doc, fail, parse_cli
 from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.storage import StoreError
@@ -20,8 +22,10 @@ from mdm.model.network import Block, Trunk
 from mdm.model.transformer import AttentionBlock
 from mdm.objective import Objective
 from mdm.presets import PRESETS
-from mdm.train.engine import start_ranks, stop_ranks
+from mdm.train.engine import device_of_rank, start_ranks, stop_ranks
 from mdm.train.loop import train
+from mdm.train.preflight import preflight, table
+from mdm.train.profiling import explain_out_of_memory, parse_steps, record_memory
 from mdm.train.state import RunError
 
 
@@ -30,9 +34,13 @@ class Flags(Config):
     """A run's configuration and how to begin it."""
 
     resume: str = doc("auto", "auto: continue run_dir's newest valid checkpoint; none: start over")
+    preflight: bool = doc(False, "check storage, disk, versions, network and speed; train nothing")
+    profile: str = doc("", "steps to trace into run_dir/profile: 10:13 for 10, 11 and 12")
+    memory_history: bool = doc(False, "record CUDA's allocations, for a snapshot should they fail")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        parse_steps(self.profile)
         if self.resume not in ("auto", "none"):
             raise ValueError(f"--resume is {self.resume!r}; choose auto or none")
 
@@ -50,6 +58,14 @@ def make_loader(config: Config, world: World) -> Loader:
         raise RunError(str(error)) from error
 
 
+def check_first(config: Config, world: World) -> int:
+    """Print the table of checks; returns the exit code."""
+    checks = preflight(config, world, device_of_rank())
+    if world.is_main:
+        print(table(checks))
+    return 0 if all(check.passed for check in checks) else 1
+
+
 def main() -> int:
     """Run the job; returns its exit code."""
     world = World.from_env()
@@ -60,10 +76,22 @@ def main() -> int:
             flags = parse_cli(Flags, description=__doc__ or "", presets=presets)
         config = Config(**fields_of(flags))  # type: ignore[arg-type]
         world = start_ranks(config.train.threads)
+        if flags.preflight:
+            return check_first(config, world)
+        if flags.memory_history:
+            record_memory()
         gathered = {"block": (Block, AttentionBlock), "trunk": (Trunk,)}[config.train.gather]
         return train(
-            config, world, Objective, make_loader, resume=flags.resume, leaf_classes=gathered
+            config,
+            world,
+            Objective,
+            make_loader,
+            resume=flags.resume,
+            leaf_classes=gathered,
+            profiled=parse_steps(flags.profile),
         )
+    except torch.OutOfMemoryError as error:  # of this rank alone
+        fail(f"pretrain: rank {world.rank}: {explain_out_of_memory(error, config, world)}")
     except StoreError as error:  # in the middle of the run, and of this rank alone
         fail(f"pretrain: rank {world.rank}: {error}")
     except (RunError, ResumeError, SystemExit) as error:  # the same on every rank

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mdm.config import ModelConfig
 from mdm.model import scan
@@ -135,6 +136,7 @@ class Trunk(nn.Module):
         for skip in skips:
             nn.init.zeros_(skip.weight)
         self.skips = nn.ModuleList(skips)
+        self.checkpointing = False  # recompute each block in the backward pass
 
     @property
     def compiled(self) -> bool:
@@ -190,7 +192,16 @@ class Trunk(nn.Module):
         for i, (block, scans) in enumerate(zip(self.blocks, self.scans, strict=True)):
             if i >= first:
                 x = x + self.skips[i - first](torch.cat([x, kept.pop()], -1))
-            x = block(x, orders[scans], seq_idx)
+            if self.checkpointing and torch.is_grad_enabled():
+                # Nothing in a block is random: there is no state of a generator to restore.
+                x = checkpoint(
+                    block,
+                    *(x, orders[scans], seq_idx),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+            else:
+                x = block(x, orders[scans], seq_idx)
             if i < len(self.skips):
                 kept.append(x)
         return x

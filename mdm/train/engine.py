@@ -4,21 +4,25 @@ The JSON owns ZeRO, offload and precision; `Config` owns batch, clipping and rat
 wrong side is refused, so that no knob has two owners.
 """
 
+import functools
 import gc
 import json
 import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import set_z3_leaf_modules
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from mdm.config import Config
@@ -65,6 +69,11 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     stage = values.get("zero_optimization", {}).get("stage")
     if stage not in (2, 3):
         raise RunError(f"{path}: zero_optimization.stage is {stage!r}; the engine supports 2 and 3")
+    try:
+        zero_settings(values)
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise RunError(f"{path}: zero_optimization.{field}: {error.errors()[0]['msg']}") from error
     if config.data.global_batch % world_size:
         raise RunError(
             f"data.global_batch {config.data.global_batch} is not a multiple of {world_size} ranks"
@@ -77,6 +86,11 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
+
+
+def zero_settings(values: dict[str, Any]) -> Any:
+    """What `load_deepspeed_config` found under `zero_optimization`, with DeepSpeed's defaults."""
+    return DeepSpeedZeroConfig(**values["zero_optimization"])
 
 
 def start_ranks(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) -> World:
@@ -100,6 +114,25 @@ def start_ranks(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) ->
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // per_node))
+    _init_deepspeed(timeout)
+    return world
+
+
+def pretend_ranks(rank: int, size: int) -> World:
+    """Be `rank` of `size` with nobody else there: every collective answers with this rank's own.
+
+    On torch's `fake` group an all-gather repeats what this rank gave, a reduce-scatter hands back
+    its own slice and a broadcast is silent: shapes, buffers and bytes are those of the real run.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    _init_deepspeed(timedelta(minutes=10))
+    return World(rank, size)
+
+
+def _init_deepspeed(timeout: timedelta) -> None:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed still calls these by their former names, several times a step.
     warnings.filterwarnings("ignore", r"`torch.distributed.*` is deprecated", FutureWarning)
@@ -107,7 +140,11 @@ def start_ranks(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) ->
     # and leaves 66 MiB in /dev/shm for every killed rank: training does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
-    return world
+
+
+def device_of_rank() -> torch.device:
+    """The device that this rank trains on."""
+    return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
 
 
 def stop_ranks() -> None:
@@ -128,12 +165,48 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         return [{"params": list(module.parameters()), "weight_decay": 0.0}]
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for p in module.parameters():
-        groups[p.dim() >= 2 and not getattr(p, "_no_weight_decay", False)].append(p)
+        shape = getattr(p, "ds_shape", p.shape)  # of the whole, where ZeRO-3 has partitioned it
+        groups[len(shape) >= 2 and not getattr(p, "_no_weight_decay", False)].append(p)
     return [
         {"params": params, "weight_decay": weight_decay if decays else 0.0}
         for decays, params in groups.items()
         if params
     ]
+
+
+@contextmanager
+def _partitioned_when_made(
+    classes: Sequence[type[nn.Module]], values: dict[str, Any]
+) -> Iterator[None]:
+    """Modules of `classes` made inside are partitioned at once: no rank holds all of them whole.
+
+    DeepSpeed's own context partitions every module at the end of its `__init__`, so that what a
+    parent then writes into its children's parameters is lost without a word. Here a class writes
+    its initial values undisturbed, children and all.
+    """
+    former = {cls: cls.__init__ for cls in classes}
+    first: list[nn.Parameter] = []  # knows how the others are partitioned
+
+    def making(cls: type[nn.Module], init: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(init)
+        def made(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            params = list(self.parameters())
+            if first:
+                first[0].convert_to_zero_parameters(param_list=params)  # type: ignore[attr-defined]
+            else:
+                deepspeed.zero.Init(module=self, config_dict_or_path=values)
+                first.extend(params[:1])
+
+        return made
+
+    try:
+        for cls, init in former.items():
+            cls.__init__ = making(cls, init)  # type: ignore[method-assign]
+        yield
+    finally:
+        for cls, init in former.items():
+            cls.__init__ = init  # type: ignore[method-assign]
 
 
 class Engine:
@@ -157,7 +230,8 @@ class Engine:
         # freed the weight, which fails. DeepSpeed's autocast inherits this setting.
         torch.set_autocast_cache_enabled(False)
         torch.manual_seed(config.seed)
-        module = make_module()
+        with _partitioned_when_made(leaf_classes if zero["stage"] == 3 else (), values):
+            module = make_module()
         present = [c for c in leaf_classes if any(isinstance(m, c) for m in module.modules())]
         if zero["stage"] == 3 and present:
             set_z3_leaf_modules(module, present)
@@ -174,6 +248,11 @@ class Engine:
         self.device: torch.device = torch.device(self._engine.device)
         self.shards = Shards(self._engine.module, self._engine.optimizer, self.stage, world)
         self._make_persistent_visible()
+
+    @property
+    def zero(self) -> Any:
+        """DeepSpeed's ZeRO optimizer, for those who count what it holds."""
+        return self._engine.optimizer
 
     @property
     def module(self) -> nn.Module:

@@ -30,6 +30,7 @@ from mdm.train.checkpoint import Checkpoints, Keep, uri_of, write_synced
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine
 from mdm.train.metrics import Clock, Reporter, Window
+from mdm.train.profiling import Profile
 from mdm.train.saver import Saver, find
 from mdm.train.state import RunError, TrainState, check_resumable, flatten
 
@@ -89,6 +90,7 @@ class Run:
     clock: Clock
     window: Window
     saver: Saver
+    profile: Profile
 
     @property
     def dir(self) -> Path:
@@ -105,11 +107,12 @@ def train(
     resume: str = "auto",
     leaf_classes: Sequence[type[nn.Module]] = (),
     track: bool = True,
+    profiled: range = range(0),
 ) -> int:
     """Train `config` to its last step; all ranks call, after `start_ranks`. Returns the exit code.
 
     `resume` is `auto` (continue the newest valid checkpoint of `run_dir`) or `none` (start over).
-    Raises RunError for what the user can mend.
+    `profiled` steps leave a trace in `run_dir/profile`. Raises RunError for what the user can mend.
     """
     run_dir, stop = Path(config.run_dir), _StopFlag()
     checkpoints = Checkpoints.at(uri_of(config))
@@ -139,7 +142,11 @@ def train(
     for line in saver.beginning(found, passed + damaged):
         reporter.say(line)
     clock, window = Clock(state.seconds), Window(world, state.window)
-    run = Run(config, world, engine, ema, loader, state, tracker, reporter, clock, window, saver)
+    profile = Profile(profiled, run_dir / "profile", world)
+    run = Run(
+        *(config, world, engine, ema, loader, state, tracker, reporter, clock, window),
+        *(saver, profile),
+    )
     status = "FAILED"
     try:
         if not take_steps(run, stop):
@@ -164,7 +171,8 @@ def take_steps(run: Run, stop: "_StopFlag") -> bool:
     state, train = run.state, run.config.train
     snapshots = snapshot_steps(train.steps, train.snapshots)
     while state.step < train.steps:
-        stopping, rate = take_step(run, stop)
+        with run.profile.step(state.step):
+            stopping, rate = take_step(run, stop)
         last = state.step == train.steps
         saving = last or stopping or state.step % train.checkpoint_every == 0
         if last or state.step % train.log_every == 0:

@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "data.stages",  # those to come; the loader refuses a change of what was consumed
     "data.cache_dir",
     "data.cache_gb",
+    "train.activation_checkpointing",
     "run_dir",
     "experiment",
 )

@@ -3,7 +3,13 @@ import json
 import pytest
 from torch import nn
 
-from mdm.train.engine import ALLOWED, OWNED_BY_CONFIG, decay_groups, load_deepspeed_config
+from mdm.train.engine import (
+    ALLOWED,
+    OWNED_BY_CONFIG,
+    decay_groups,
+    load_deepspeed_config,
+    zero_settings,
+)
 from mdm.train.state import RunError
 from tests.helpers import ROOT, small_config
 
@@ -23,6 +29,31 @@ def test_shipped_files_are_accepted(path, tmp_path):
     assert values["train_micro_batch_size_per_gpu"] == 2
     assert values["gradient_clipping"] == 1.0
     assert values["torch_autocast"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_files_hold_zero_offload_and_precision_alone(path, tmp_path):
+    held = json.loads(path.read_text())
+    assert held.keys() <= {"zero_optimization", "torch_autocast", "aio"}
+    assert held["torch_autocast"].keys() == {"enabled", "dtype"}
+    config = small_config(tmp_path, deepspeed=str(path))
+    injected = load_deepspeed_config(config, 2).keys() - held.keys()
+    assert injected.isdisjoint(held)
+    assert injected.isdisjoint(ALLOWED)
+    for key in injected:  # what the engine sets cannot be set in the file, with the same value
+        value = load_deepspeed_config(config, 2)[key]
+        with pytest.raises(RunError, match=key):
+            load_deepspeed_config(
+                small_config(tmp_path, deepspeed=write(tmp_path, held | {key: value})), 2
+            )
+    zero_settings(held)  # DeepSpeed knows every field
+
+
+def test_a_misspelt_field_of_zero_is_refused(tmp_path):
+    values = {"zero_optimization": {"stage": 3, "overlap_com": True}}
+    config = small_config(tmp_path, deepspeed=write(tmp_path, values))
+    with pytest.raises(RunError, match="overlap_com"):
+        load_deepspeed_config(config, 2)
 
 
 @pytest.mark.parametrize("key", sorted(OWNED_BY_CONFIG))

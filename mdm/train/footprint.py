@@ -1,0 +1,157 @@
+"""What a rank really holds, in bytes: its share of the states, whole parameters, activations.
+
+Tensors that share memory count once, under the first name that they are met by.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mdm.train.ema import EMA
+from mdm.train.engine import Engine
+
+STATES = ("parameters", "gradients", "optimizer", "ema", "buckets")  # "whole" comes on top
+
+
+def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
+    """Bytes by name: `STATES` and `whole`.
+
+    `parameters` are this rank's partitions (with the second ones of hpZ), `buckets` what waits to
+    be reduced, `whole` parameters that are whole at this moment. Call it after a backward pass and
+    before its step, and not in the first step: Adam's moments are made there.
+    """
+    zero, module = engine.zero, engine.module
+    partitioned = engine.stage == 3
+    found: dict[str, list[Tensor]] = {
+        "parameters": _partitions(module) if partitioned else [],
+        "optimizer": [*engine.fp32_partitions(), *_moments(zero)],
+        "ema": tree_leaves(vars(ema)),
+        "gradients": [],
+        "buckets": [],
+        "whole": [p.data for p in module.parameters()],
+    }
+    # Stage 2 keeps lists of this rank's averaged gradients, stage 3 views of one flat tensor.
+    found["gradients"] += tree_leaves(dict(zero.averaged_gradients))
+    if partitioned:
+        found["gradients"] += [zero.grad_partitions_flat_buffer, *_gradients(zero)]
+        found["buckets"] = [b.buffer for b in zero.ipg_buckets.values() if b.buffer is not None]
+    seen: set[int] = set()
+    return {
+        name: unique_bytes((t for t in tensors if isinstance(t, Tensor)), seen)
+        for name, tensors in found.items()
+    }
+
+
+def unique_bytes(tensors: Iterable[Any], seen: set[int]) -> int:
+    """Bytes of the tensors' memory that is not in `seen` (by address), which it joins."""
+    total = 0
+    for t in tensors:
+        storage = _storage(t)
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            total += storage.nbytes()
+    return total
+
+
+def _partitions(module: nn.Module) -> list[Tensor]:
+    both = ((p.ds_tensor, p.ds_secondary_tensor) for p in module.parameters())  # type: ignore[attr-defined]
+    return [t.data for pair in both for t in pair if t is not None]
+
+
+def _moments(zero: Any) -> list[Tensor]:
+    states = zero.optimizer.state.values()
+    return [t for state in states for t in state.values() if isinstance(t, Tensor)]
+
+
+def _gradients(zero: Any) -> list[Tensor]:
+    return [p.grad for p in zero.fp32_partitioned_groups_flat if p.grad is not None]
+
+
+class Peak:
+    """The most bytes of parameters that were whole at once."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+def watch_gathered(engine: Engine, classes: Sequence[type[nn.Module]]) -> Peak:
+    """Look, whenever a module of `classes` begins, which parameters ZeRO-3 has gathered."""
+    peak, params = Peak(), list(engine.module.parameters())
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        whole = sum(p.numel() * p.element_size() for p in params)
+        peak.bytes = max(peak.bytes, whole)
+
+    for module in engine.module.modules():
+        if isinstance(module, tuple(classes)):
+            module.register_forward_pre_hook(look)
+    return peak
+
+
+class Saved:
+    """Bytes that autograd keeps from a forward pass for its backward pass."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+@contextmanager
+def saved_activations(module: nn.Module) -> Iterator[Saved]:
+    """Count what a forward pass inside keeps; parameters and buffers of `module` do not count.
+
+    Under ZeRO-3 a parameter that is gathered at that moment is known by its memory of the moment.
+    """
+    saved, seen, kept = Saved(), set[int](), list[Any]()
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        own = {s._cdata for s in map(_storage, (*module.parameters(), *module.buffers()))}
+        if storage._cdata not in own | seen:
+            seen.add(storage._cdata)
+            kept.append(storage)  # so that no other memory takes its address
+            saved.bytes += storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield saved
+
+
+def _storage(t: Tensor) -> torch.UntypedStorage:
+    return t.untyped_storage()
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors made inside that are still alive: now, and at the most."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._refs: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, then count what it made."""
+        given = {s._cdata for s in self._storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in self._storages(result):
+            if storage._cdata not in given and storage._cdata not in self._refs:
+                self._count(storage, storage._cdata, storage.nbytes())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage, key: int, size: int) -> None:
+        def gone(_: Any) -> None:
+            self.now -= size
+            self._refs.pop(key, None)
+
+        self._refs[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    @staticmethod
+    def _storages(values: Any) -> list[torch.UntypedStorage]:
+        return [_storage(t) for t in tree_leaves(values) if isinstance(t, Tensor)]

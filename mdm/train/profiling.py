@@ -1,0 +1,105 @@
+"""Looking closer at a run: a trace of chosen steps, and what to do when memory runs out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from mdm.config import Config
+from mdm.dist import World
+
+OFFLOAD = "deepspeed_configs/zero3_offload.json"
+
+
+def parse_steps(text: str) -> range:
+    """`10:13` as the steps 10, 11 and 12, `10` as that step alone, and nothing as none.
+
+    Raises:
+        ValueError: what is neither, or holds no step.
+    """
+    if not text:
+        return range(0)
+    first, _, end = text.partition(":")
+    if not first.isdigit() or (end and not end.isdigit()):
+        raise ValueError(f"{text!r} is neither a step nor first:end")
+    steps = range(int(first), int(end) if end else int(first) + 1)
+    if not steps:
+        raise ValueError(f"{text!r} holds no step; {steps.stop} must lie after {steps.start}")
+    return steps
+
+
+class Profile:
+    """torch's profiler around `steps`: a trace and a table of this rank in `folder`.
+
+    The trace opens in chrome://tracing and Perfetto. A run that is resumed inside `steps` traces
+    what is left of them.
+    """
+
+    def __init__(self, steps: range, folder: Path, world: World) -> None:
+        self.steps, self.folder, self.world = steps, folder, world
+        self._running: profile | None = None
+        self._first = 0
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around step `number`."""
+        if number in self.steps and self._running is None:
+            kinds = [ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                kinds.append(ProfilerActivity.CUDA)
+            self._running = profile(activities=kinds, profile_memory=True, record_shapes=True)
+            self._first = number
+            self._running.__enter__()
+        try:
+            yield
+        finally:
+            if self._running is not None and number + 1 >= self.steps.stop:
+                self._write(self._running, number)
+                self._running = None
+
+    def _write(self, running: profile, last: int) -> None:
+        running.__exit__(None, None, None)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"steps-{self._first}-{last}-rank{self.world.rank}"
+        running.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = running.key_averages().table(sort_by=by, row_limit=30)
+        (self.folder / f"{name}.txt").write_text(table + "\n")
+
+
+def record_memory() -> None:
+    """Keep the history of CUDA's allocations for `explain_out_of_memory`. **Not run**: no GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+
+
+def explain_out_of_memory(error: BaseException, config: Config, world: World) -> str:
+    """One line: what failed, which values to change, and where the snapshot of memory lies."""
+    what = str(error).split(". ")[0].rstrip(".")
+    told = f"{what}; {', or '.join(ways_out(config, world.size))}"
+    told += "; pipelines/rehearse.py shows what each of them saves"
+    if torch.cuda.is_available():  # not run: no GPU
+        path = Path(config.run_dir) / f"out-of-memory-rank{world.rank}.pickle"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+        told += f"; {path} opens on pytorch.org/memory_viz"
+    return told
+
+
+def ways_out(config: Config, world_size: int) -> list[str]:
+    """Values to change, those first that leave the training as it is."""
+    ways = []
+    if not config.train.activation_checkpointing:
+        ways.append("set --train.activation_checkpointing true")
+    if config.train.gather == "trunk":
+        ways.append("set --train.gather block")
+    if config.train.deepspeed != OFFLOAD:
+        ways.append(f"set --train.deepspeed {OFFLOAD}")
+    batch = config.data.global_batch
+    if batch > world_size:
+        ways.append(f"use more than {world_size} ranks")
+    if batch % 2 == 0 and batch // 2 >= world_size:
+        ways.append(f"lower --data.global_batch from {batch} to {batch // 2}")
+    return ways or ["use GPUs with more memory"]

@@ -1,0 +1,115 @@
+"""Real ranks hold what was planned, checkpointing changes no bit; a failure fails the job."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
+from mdm.model.network import Block
+from mdm.objective import Objective
+from mdm.train.activations import largest_batch
+from mdm.train.ema import EMA
+from mdm.train.engine import Engine, start_ranks, stop_ranks
+from mdm.train.footprint import STATES, held_bytes, saved_activations, watch_gathered
+from mdm.train.ledger import plan
+
+GLOBAL_BATCH, STEPS = 8, 3
+
+
+def config_of(folder: Path, checkpointed: bool, stage: int = 3) -> Config:
+    zero = {
+        "stage": stage,
+        "reduce_bucket_size": 20_000,
+        "allgather_bucket_size": 20_000,
+        "stage3_prefetch_bucket_size": 20_000,
+        "stage3_param_persistence_threshold": 1000,
+        "stage3_max_live_parameters": 400_000,
+        "stage3_max_reuse_distance": 200_000,
+        "memory_efficient_linear": False,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+    }
+    path = folder / f"zero{stage}.json"
+    values = {"zero_optimization": zero, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    path.write_text(json.dumps(values))
+    return Config(
+        model=ModelConfig(
+            d_model=64,
+            n_layer=6,
+            d_state=16,
+            headdim=16,
+            chunk_size=32,
+            scan_mode="separate",
+            vocab_size=300,
+            n_classes=10,
+            image_height=4,
+            image_width=4,
+            text_length=24,
+        ),
+        data=DataConfig(global_batch=GLOBAL_BATCH, caption_length=24, dialogue_length=24),
+        train=TrainConfig(deepspeed=str(path), activation_checkpointing=checkpointed),
+        run_dir=str(folder),
+    )
+
+
+def apart(rows: dict[str, tuple[int, int]]) -> list[str]:
+    """Rows whose (held, planned) differ by more than a tenth."""
+    return [
+        f"{name}: held {held:,}, planned {planned:,}"
+        for name, (held, planned) in rows.items()
+        if abs(held - planned) > 0.1 * planned
+    ]
+
+
+def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
+    """Three steps; compares in the last one. Returns losses and this rank's weights."""
+    engine = Engine(lambda: Objective(config), config, world, (Block,))
+    whole = engine.gather(engine.fp32_partitions())
+    torch.manual_seed(config.seed)
+    if world.is_main:  # made part by part, the weights are those of a module made whole
+        for name, value in Objective(config).state_dict().items():
+            assert torch.equal(whole[name], value), name
+    ema = EMA(engine.fp32_partitions(), 0.99)
+    gathered = watch_gathered(engine, (Block,))
+    ledger, losses = plan(config, world.size), []
+    torch.manual_seed(world.rank)
+    batch = largest_batch(config, GLOBAL_BATCH // world.size)
+    for step in range(STEPS):
+        with saved_activations(engine.module) as saved:
+            loss = engine.forward(batch, 4 * step).total  # none of them makes an estimate first
+        engine.backward(loss)
+        held = held_bytes(engine, ema)
+        engine.step(1e-2)
+        assert engine.was_step_applied
+        ema.update(engine.fp32_partitions())
+        losses.append(float(loss))
+    checked = STATES if engine.stage == 3 else ("gradients", "optimizer", "ema")
+    rows = {name: (held[name], ledger.device(name)) for name in checked}
+    if engine.stage == 3:  # an upper bound, and not a loose one
+        limit = ledger.device("gathered") + ledger.device("persistent")
+        assert 0.75 * limit < gathered.bytes <= limit, (gathered.bytes, limit)
+    else:
+        rows["parameters"] = held["whole"], ledger.device("parameters")
+    rows["activations"] = saved.bytes, ledger.device("activations") + ledger.device("heads")
+    logging.warning("stage %s: %s", engine.stage, rows)
+    assert not apart(rows), apart(rows)
+    return losses, [p.clone() for p in engine.fp32_partitions()]
+
+
+def main() -> None:
+    world = start_ranks(1)
+    folder = Path(sys.argv[1]) / str(world.rank)
+    folder.mkdir()
+    results = [take_steps(config_of(folder, on), world) for on in (False, True)]
+    (plain, weights), (again, same) = results
+    assert plain == again
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    take_steps(config_of(folder, False, stage=2), world)
+
+
+if __name__ == "__main__":
+    main()
+    stop_ranks()

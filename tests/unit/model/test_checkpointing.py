@@ -1,0 +1,48 @@
+"""Blocks computed again for their gradient give every bit of what blocks that keep all give."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mdm.model.network import Network
+from tests.unit.model.test_network import SMALL, call
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scan_mode": "separate"},
+        {"scan_mode": "alternate", "long_skip": True},
+        {"decoder": "transformer", "n_heads": 4, "n_kv_heads": 2},
+    ],
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointing_changes_no_bit(changes, autocast):
+    torch.manual_seed(0)
+    network = Network(dataclasses.replace(SMALL, **changes))
+    torch.nn.init.normal_(network.image_out.weight)
+    z_txt, z_img = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    ran = [0]
+    for block in network.trunk.blocks:
+        block.register_forward_pre_hook(lambda *_: ran.__setitem__(0, ran[0] + 1))
+    found = []
+    for checkpointing in (False, True):
+        network.trunk.checkpointing = checkpointing
+        network.zero_grad()
+        ran[0] = 0
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            said = call(network, z_txt, z_img)
+        loss = said.text.float().square().sum() + said.image.float().square().sum()
+        loss.backward()
+        assert ran[0] == SMALL.n_layer * (2 if checkpointing else 1)
+        found.append([loss.detach(), *(p.grad.clone() for p in network.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_without_gradients_nothing_is_computed_twice():
+    network = Network(SMALL)
+    network.trunk.checkpointing = True
+    with torch.no_grad():
+        said = call(network, torch.randn(2, 5, 16), torch.randn(2, 6, 16))
+    assert said.text.grad_fn is None
