@@ -119,8 +119,8 @@ def costs(config: Config, flags: Flags, peak: float) -> dict[str, Estimate]:
         f"{config.train.steps:,} steps": config.train.steps * config.data.global_batch,
         "one epoch of the three sets": ONE_EPOCH,
     }
-    # Under ZeRO-3 weights are gathered for either pass and gradients scattered; with hpZ the backward
-    # pass gathers inside a node. ZeRO-2 gathers once, after the step.
+    # Under ZeRO-3 weights are gathered for either pass and gradients scattered; with hpZ the
+    # backward pass gathers inside a node. ZeRO-2 gathers once, after the step.
     zero = zero_settings(load_deepspeed_config(config, flags.world_size))
     times = 3 if int(zero.stage) == 3 and zero.zero_hpz_partition_size <= 1 else 2
     moved = 4 * times * shapes_of(config).total * (flags.world_size - 1) / flags.world_size

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from mdm.data.batch import Batch
 from mdm.kernels import fused
-from mdm.model.embed import N_HEAD
 from mdm.model.network import Trunk
+from mdm.model.packing import N_HEAD
 from mdm.objective import Objective
 from mdm.train.footprint import Live, saved_activations
 
