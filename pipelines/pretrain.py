@@ -8,8 +8,8 @@ SIGUSR1, SIGUSR2 and a file STOP in `run_dir` make it save and end.
 sample did it.
 
 Exit codes: 0 done, 1 failed (a preflight check too), 2 a mistake that one line explains, 3 ended by
-the file STOP, 70 a hang, 75 told to stop, and saved. (Launchers have codes of their own: a supervisor
-reads what the ranks themselves say.)
+the file STOP, 70 a hang, 75 told to stop, and saved. (Launchers have codes of their own: a
+supervisor reads what the ranks themselves say.)
 """
 
 import contextlib

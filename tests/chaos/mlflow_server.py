@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -52,9 +53,11 @@ class MlflowServer:
     def kill(self) -> None:
         """SIGKILL to all of it."""
         assert self._process is not None
-        family = psutil.Process(self._process.pid).children(recursive=True)
-        for process in [*family, psutil.Process(self._process.pid)]:
-            process.kill()
+        with suppress(psutil.NoSuchProcess):
+            own = psutil.Process(self._process.pid)
+            for process in [*own.children(recursive=True), own]:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         self._process.wait()
 
     def __enter__(self) -> "MlflowServer":
