@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -45,6 +46,10 @@ class Job:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         self.log = run_dir.with_suffix(".log").open("a")
         self.process = self._start()
+
+    def command(self) -> str:
+        """Its command as one types it."""
+        return shlex.join(line_of(self.run_dir, self.options))
 
     def _start(self) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
@@ -199,10 +204,7 @@ def tracking_away(setting: Setting) -> Iterator[Row]:
         server.start()
         job.finish()
         seconds = time.monotonic() - began - undisturbed
-        execute(
-            "mlflow_away.md",
-            env | {"RUN": str(job.run_dir), "TRAIN": "true"},
-        )
+        execute("mlflow_away.md", ENV | env | {"RUN": str(job.run_dir), "TRAIN": job.command()})
         run_id = json.loads((job.run_dir / "tracking.json").read_text())["run_id"]
         client = mlflow.MlflowClient(tracking_uri=server.uri)
         steps = [m.step for m in client.get_metric_history(run_id, "loss")]
@@ -237,7 +239,6 @@ def training_runbooks(setting: Setting) -> Iterator[Row]:
         job = Job(folder / "run", options)
         began = time.monotonic()
         job.finish()
-        command = " ".join(f"'{word}'" for word in line_of(job.run_dir, options))
-        variables = {"RUN": str(job.run_dir), "PRESET": "demo", "STEP": str(step), "TRAIN": command}
-        execute(page, ENV | variables)
+        variables = {"RUN": str(job.run_dir), "PRESET": "demo", "STEP": str(step)}
+        execute(page, ENV | variables | {"TRAIN": job.command()})
         yield Row(page, 1, 1, 0, True, time.monotonic() - began, "the whole time of run and page")
