@@ -261,11 +261,21 @@ class TrainConfig:
         "deepspeed_configs/zero3.json", "DeepSpeed JSON: ZeRO, offload and precision only"
     )
     threads: int = doc(0, "CPU threads a rank; 0 shares the cores evenly")
+    hang_seconds: float = doc(180.0, "a step that takes so long, and ten times the mean, hangs")
+    peak_tflops: float = doc(0.0, "a rank's peak in 1e12 FLOP/s, for MFU; 0: by the GPU's name")
 
     def __post_init__(self) -> None:
         _one_of("train.decay", self.decay, ("constant", "cosine"))
         _one_of("train.gather", self.gather, ("block", "trunk"))
-        for name in ("steps", "lr", "checkpoint_every", "keep", "log_every", "grad_clip"):
+        for name in (
+            "steps",
+            "lr",
+            "checkpoint_every",
+            "keep",
+            "log_every",
+            "grad_clip",
+            "hang_seconds",
+        ):
             _check(
                 getattr(self, name) > 0,
                 f"train.{name} is {getattr(self, name)}; it must be positive",
@@ -277,6 +287,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """When a step is not to be trusted, and what follows; a loss that is not finite never is."""
+
+    sigma: float = doc(
+        6.0, "deviations above its running mean at which a loss or norm is a spike; 0: never"
+    )
+    window: int = doc(100, "steps that the running mean looks back; the first ones are no spikes")
+    skips: int = doc(3, "skipped steps in a window before the run goes back to a checkpoint")
+    suspects: int = doc(1, "steps before the first skipped one whose samples go with theirs")
+    rollbacks: int = doc(3, "times a run goes back over the same trouble before it gives up")
+    black_boxes: int = doc(3, "skipped steps that are kept with their weights, to be replayed")
+
+    def __post_init__(self) -> None:
+        for name in ("sigma", "skips", "suspects", "rollbacks", "black_boxes"):
+            value = getattr(self, name)
+            _check(value >= 0, f"guard.{name} is {value}; it must not be negative")
+        _check(self.window > 1, f"guard.window is {self.window}; it must be at least 2")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that determines a training run."""
 
@@ -284,6 +314,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = doc(0, "the run's only source of randomness, with the sample's id and its epoch")
     run_dir: str = doc("runs/pretrain", "folder of checkpoints, exports and logs")
     tokenizer: str = doc("", "SentencePiece .model file")

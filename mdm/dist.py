@@ -37,11 +37,14 @@ class World:
         return self.rank == 0
 
 
-def agree(flags: Sequence[bool], device: torch.device | str = "cpu") -> list[bool]:
-    """Each flag as true on all ranks where it is true on any: one small all-reduce."""
-    votes = torch.tensor([float(f) for f in flags], device=device)
-    torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX)
-    return [v > 0 for v in votes.tolist()]
+def exchange(row: Sequence[float], device: torch.device | str = "cpu") -> list[list[float]]:
+    """Every rank's row of float64 numbers, in rank order, on every rank: one small all-gather."""
+    own = torch.tensor(row, dtype=torch.float64, device=device)
+    size = torch.distributed.get_world_size()
+    table = torch.empty(size * len(row), dtype=torch.float64, device=device)
+    torch.distributed.all_gather_into_tensor(table, own)
+    rows: list[list[float]] = table.view(size, len(row)).tolist()
+    return rows
 
 
 def from_main(value: Any, group: Any = None) -> Any:

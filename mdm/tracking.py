@@ -1,27 +1,30 @@
 """The one door to MLflow: runs, parameters, metrics keyed by samples seen, artifacts.
 
-Training must never wait for a tracking server, nor end because of one. So everything goes through
-a bounded queue to a thread of its own, which retries while the run lives; what does not fit, or is
-left when the run ends, is dropped with one warning.
+Training must never wait for a tracking server, nor end because of one. So everything goes into a
+journal on disk, and a thread of its own brings it to the server, trying again for as long as the
+run lives. What is left then is brought by the next attempt, or by running a finished job again.
 """
 
-import contextlib
 import logging
 import os
-import queue
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from mdm.journal import Journal
+
 log = logging.getLogger("mdm")
 
 DEFAULT_STORE = "runs/mlflow.db"
-QUEUE_LENGTH = 10_000
 _PARAM_LENGTH = 6000  # MLflow refuses longer values
 _PARAMS_A_CALL = 100  # and more than this many a call
+_METRICS_A_CALL = 1000
+# What a server answers to an entry that it will never take.
+_HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
 
 
 class Tracker(Protocol):
@@ -39,6 +42,9 @@ class Tracker(Protocol):
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """Record a file, or a whole folder, under `folder`."""
+
+    def log_text(self, text: str, path: str) -> None:
+        """Record `text` as the artifact `path`."""
 
     def child(self, name: str) -> "Tracker":
         """A run below this one."""
@@ -61,6 +67,9 @@ class NullTracker:
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """Do nothing."""
 
+    def log_text(self, text: str, path: str) -> None:
+        """Do nothing."""
+
     def child(self, name: str) -> Tracker:
         """Another null tracker."""
         return NullTracker()
@@ -75,7 +84,10 @@ def default_uri() -> str:
 
 
 class MlflowTracker:
-    """One MLflow run, written by a background thread. See `Tracker` for the methods."""
+    """One MLflow run, written by a background thread. See `Tracker` for the methods.
+
+    Entries wait in `journal`, a folder; without one in a temporary folder that ends with the job.
+    """
 
     def __init__(
         self,
@@ -85,15 +97,17 @@ class MlflowTracker:
         uri: str | None = None,
         parent: "MlflowTracker | None" = None,
         on_start: Callable[[str], None] | None = None,
+        journal: Path | None = None,
     ) -> None:
         self._experiment, self._name = experiment, name
         self._uri = uri or default_uri()
         self._wanted_id, self._parent, self._on_start = run_id, parent, on_start
         self._run_id: str | None = None
-        self._known_step = -1
-        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUE_LENGTH)
-        self._closing = threading.Event()
-        self._dropped = 0
+        self._known: dict[str, int] = {}  # the last step of each metric that the store has
+        self._scratch = tempfile.TemporaryDirectory() if journal is None else None
+        self._journal = Journal(journal or Path(self._scratch.name))  # type: ignore[union-attr]
+        self._news, self._ending, self._closing = (threading.Event() for _ in range(3))
+        self._dropped = False
         self._warned = False
         self._client: Any = None
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -104,65 +118,106 @@ class MlflowTracker:
         """The MLflow run id; None until the store has answered once."""
         return self._run_id or self._wanted_id
 
+    @property
+    def waiting(self) -> int:
+        """Bytes of entries that the store has not taken yet."""
+        return len(self._journal)
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record the resolved configuration, flat."""
-        self._put(lambda: self._write_params(dict(params)))
+        texts = {key: str(value)[:_PARAM_LENGTH] for key, value in params.items()}
+        self._put({"kind": "params", "params": texts})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Record floats at `step` in one call to the store."""
-        now, values = int(time.time() * 1000), dict(metrics)
-        self._put(lambda: self._write_metrics(values, step, now))
+        values = {key: float(value) for key, value in metrics.items()}
+        now = int(time.time() * 1000)
+        self._put({"kind": "metrics", "metrics": values, "step": step, "time": now})
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """Record a file, or a whole folder, under `folder`."""
-        self._put(lambda: self._write_artifact(Path(path), folder))
+        self._put({"kind": "artifact", "path": str(Path(path).absolute()), "folder": folder})
+
+    def log_text(self, text: str, path: str) -> None:
+        """Record `text` as the artifact `path`."""
+        self._put({"kind": "text", "text": text, "path": path})
 
     def child(self, name: str) -> Tracker:
         """A run below this one."""
         return MlflowTracker(self._experiment, name, uri=self._uri, parent=self)
 
     def finish(self, status: str = "FINISHED", timeout: float = 30.0) -> None:
-        """Close the run; what the store has not taken after `timeout` seconds is dropped."""
-        self._put(lambda: self._client.set_terminated(self._run_id, status=status))
-        with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=timeout)
+        """Close the run; waits at most `timeout` seconds for the store to take what is left."""
+        self._put({"kind": "status", "status": status})
+        self._ending.set()
+        self._news.set()
         self._thread.join(timeout)
         self._closing.set()
+        self._news.set()
         if self._thread.is_alive():
-            self._warn(f"{self._queue.qsize()} entries could not be written before the job ended")
+            kept = "are lost" if self._scratch else "wait for the next attempt or run of the job"
+            self._warn(f"{len(self._journal)} bytes of entries {kept}", again=True)
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
-    def _put(self, task: Callable[[], None]) -> None:
-        try:
-            self._queue.put_nowait(task)
-        except queue.Full:
-            self._dropped += 1
-            if self._dropped == 1:
-                log.warning("MLflow's queue is full: entries are dropped from now on")
+    def _put(self, entry: dict[str, Any]) -> None:
+        if self._journal.append(entry):
+            self._news.set()
+        elif not self._dropped:
+            self._dropped = True
+            log.warning("MLflow's journal takes no more: entries are dropped from now on")
 
-    def _warn(self, message: str) -> None:
-        if not self._warned:
+    def _warn(self, message: str, again: bool = False) -> None:
+        if not self._warned or again:
             self._warned = True
             # A URI may carry a password, and errors repeat it.
             shown = re.sub(r"//[^/@\s]*@", "//", f"MLflow at {self._uri}: {message}")
             log.warning("%s; training goes on", shown)
 
     def _work(self) -> None:
-        self._insist(self._open)
-        while (task := self._queue.get()) is not None:
-            self._insist(task)
+        try:
+            self._deliver()
+        finally:
+            self._journal.close()
 
-    def _insist(self, task: Callable[[], None]) -> None:
+    def _deliver(self) -> None:
+        self._insist(self._open)
+        while not self._closing.is_set():
+            self._news.clear()
+            waiting = self._journal.waiting()
+            if not waiting:
+                if self._ending.is_set():
+                    return
+                self._news.wait()
+                continue
+            entry, end, backlog = waiting[0]
+            if entry["kind"] == "metrics":  # what has piled up goes in few calls
+                lines, end = _leading_metrics(waiting)
+                written = self._insist(lambda lines=lines: self._write_metrics(lines))  # type: ignore[misc]
+            else:
+                stale = entry["kind"] == "status" and backlog  # how a former attempt ended
+                written = stale or self._insist(lambda entry=entry: self._write(entry))  # type: ignore[misc]
+            if written:
+                self._journal.take(end)
+
+    def _insist(self, task: Callable[[], None]) -> bool:
         """Run `task` until it succeeds or the job ends; a store's trouble is no reason to stop."""
         pause = 1.0
         while not self._closing.is_set():
             try:
                 task()
-                return
+                self._warned = False
+                return True
             except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
                 first = (str(error).splitlines() or [""])[0][:200]
+                if getattr(error, "error_code", "") in _HOPELESS:
+                    self._warn(f"an entry is refused and dropped: {first}", again=True)
+                    return True
                 self._warn(f"{type(error).__name__}: {first}")
-                self._closing.wait(pause)
+                # One that ends soon asks more often: its server may be back in time.
+                self._closing.wait(1.0 if self._ending.is_set() else pause)
                 pause = min(2 * pause, 30.0)
+        return False
 
     def _open(self) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -178,8 +233,7 @@ class MlflowTracker:
         from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
         self._client = mlflow.MlflowClient(tracking_uri=self._uri)
-        if self._wanted_id is not None:
-            self._resume(self._wanted_id)
+        if self._wanted_id is not None and self._resume(self._wanted_id):
             return
         tags = {}
         if self._parent is not None:
@@ -203,34 +257,74 @@ class MlflowTracker:
             ).as_uri()
         return str(self._client.create_experiment(self._experiment, artifact_location=location))
 
-    def _resume(self, run_id: str) -> None:
-        run = self._client.get_run(run_id)
+    def _resume(self, run_id: str) -> bool:
+        """Continue a run; False if this store does not know it."""
+        try:
+            run = self._client.get_run(run_id)
+        except Exception as error:
+            if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+                return False
+            raise
         self._client.update_run(run_id, status="RUNNING")
         self._run_id = run_id
-        for key in run.data.metrics:
-            steps = [m.step for m in self._client.get_metric_history(run_id, key)]
-            self._known_step = max(self._known_step, *steps)
+        self._known = {m.key: m.step for m in run.data._metric_objs}
+        return True
 
-    def _write_params(self, params: dict[str, Any]) -> None:
+    def _write(self, entry: dict[str, Any]) -> None:
+        kind = entry["kind"]
+        if kind == "params":
+            self._write_params(entry["params"])
+        elif kind == "artifact":
+            self._write_artifact(Path(entry["path"]), entry["folder"])
+        elif kind == "text":
+            self._client.log_text(self._run_id, entry["text"], entry["path"])
+        else:
+            self._client.set_terminated(self._run_id, status=entry["status"])
+
+    def _write_params(self, params: dict[str, str]) -> None:
         from mlflow.entities import Param
 
         known = self._client.get_run(self._run_id).data.params
         rows = [
-            Param(key, str(value)[:_PARAM_LENGTH])
+            Param(key, value)
             for key, value in params.items()
             if key not in known  # MLflow's parameters cannot change: a resumed run keeps its first
         ]
         for start in range(0, len(rows), _PARAMS_A_CALL):
             self._client.log_batch(self._run_id, params=rows[start : start + _PARAMS_A_CALL])
 
-    def _write_metrics(self, values: dict[str, float], step: int, when: int) -> None:
+    def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
 
-        if step <= self._known_step:
-            return  # a resumed run repeats the steps since its checkpoint, bit for bit
-        rows = [Metric(key, float(value), when, step) for key, value in values.items()]
-        self._client.log_batch(self._run_id, metrics=rows)
+        # A resumed run repeats the steps since its checkpoint, bit for bit.
+        rows, known = [], dict(self._known)
+        for line in lines:
+            for key, value in line["metrics"].items():
+                if line["step"] > known.get(key, -1):
+                    rows.append(Metric(key, value, line["time"], line["step"]))
+                    known[key] = line["step"]
+        if rows:
+            self._client.log_batch(self._run_id, metrics=rows)
+            self._known = known
 
     def _write_artifact(self, path: Path, folder: str) -> None:
+        if not path.exists():
+            log.warning("MLflow: %s is gone and was not recorded", path)
+            return
         write = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
         write(self._run_id, str(path), folder or None)
+
+
+def _leading_metrics(
+    waiting: list[tuple[dict[str, Any], int, bool]],
+) -> tuple[list[dict[str, Any]], int]:
+    """The lines of metrics before anything else, as many as one call takes, and where they end."""
+    lines: list[dict[str, Any]] = []
+    end, values = 0, 0
+    for entry, after, _ in waiting:
+        values += len(entry.get("metrics", ()))
+        if entry["kind"] != "metrics" or (lines and values > _METRICS_A_CALL):
+            break
+        lines.append(entry)
+        end = after
+    return lines, end

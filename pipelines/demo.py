@@ -19,8 +19,8 @@ import psutil
 
 from mdm.config import doc, fail, fingerprint, parse_cli
 from mdm.presets import PRESETS
+from pipelines.children import die_with_parent, supervised
 from pipelines.stages import Runner, Stage, StageFailed, end_leftovers, only_one, remove_path
-from pipelines.supervise import die_with_parent, supervised
 
 BUCKET = "mdm-demo"
 PYTHON = sys.executable

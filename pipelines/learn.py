@@ -23,8 +23,8 @@ from mdm.evaluate.learn import Ruler, Task, evaluate
 from mdm.generate import MDM
 from mdm.generate.generator import load_objective
 from pipelines import learn_data
+from pipelines.children import supervised
 from pipelines.stages import read_json
-from pipelines.supervise import supervised
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from mdm.evaluate.ablation import runs_table, selection_table, solver_table
 from mdm.evaluate.learn import evaluate
 from mdm.evaluate.sheets import save_sheet
 from pipelines import learn_data
+from pipelines.children import supervised
 from pipelines.learn import Setting, load, prepare
 from pipelines.stages import read_json, write_json
-from pipelines.supervise import supervised
 
 VARIANTS = {
     "as shipped": "",

@@ -1,8 +1,15 @@
 """Pretrain: `deepspeed --num_accelerators 2 pipelines/pretrain.py --preset demo`.
 
 One rank works too: `python pipelines/pretrain.py --preset demo`. Run again, it goes on from the
-newest valid checkpoint of `run_dir`. Exit codes: 0 done, 1 a preflight check failed, 2 a mistake
-that one line explains, 75 stopped by SIGTERM after saving.
+newest valid checkpoint of `run_dir`; `pipelines/supervise.py` does that by itself. SIGTERM,
+SIGUSR1, SIGUSR2 and a file STOP in `run_dir` make it save and end.
+
+`--replay_step N` replays a step that the guard skipped, alone and in one process, and says which
+sample did it.
+
+Exit codes: 0 done, 1 failed (a preflight check too), 2 a mistake that one line explains, 3 ended by
+the file STOP, 70 a hang, 75 told to stop, and saved. (Launchers have codes of their own: a
+supervisor reads what the ranks themselves say.)
 """
 
 import contextlib
@@ -11,10 +18,11 @@ import io
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from mdm.config import Config, doc, fail, parse_cli
+from mdm.config import Config, doc, parse_cli
 from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.storage import StoreError
 from mdm.dist import World
@@ -22,7 +30,8 @@ from mdm.model.network import Block, Trunk
 from mdm.model.transformer import AttentionBlock
 from mdm.objective import Objective
 from mdm.presets import PRESETS
-from mdm.train.engine import device_of_rank, start_ranks, stop_ranks
+from mdm.train import blackbox, watch
+from mdm.train.engine import device_of_rank, load_deepspeed_config, start_ranks, stop_ranks
 from mdm.train.loop import train
 from mdm.train.preflight import preflight, table
 from mdm.train.profiling import explain_out_of_memory, parse_steps, record_memory
@@ -37,6 +46,9 @@ class Flags(Config):
     preflight: bool = doc(False, "check storage, disk, versions, network and speed; train nothing")
     profile: str = doc("", "steps to trace into run_dir/profile: 10:13 for 10, 11 and 12")
     memory_history: bool = doc(False, "record CUDA's allocations, for a snapshot should they fail")
+    replay_step: int = doc(
+        -1, "replay this skipped step alone, sample by sample, and train nothing"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +78,34 @@ def check_first(config: Config, world: World) -> int:
     return 0 if all(check.passed for check in checks) else 1
 
 
+def replay(config: Config, step: int) -> int:
+    """Print what a skipped step does with each of its samples alone."""
+    folder, report = blackbox.find_box(Path(config.run_dir), step)
+    precision = load_deepspeed_config(config, 1).get("torch_autocast", {})
+    dtype = getattr(torch, precision.get("dtype", "bfloat16")) if precision.get("enabled") else None
+    whole, played = blackbox.replay(folder, Objective, dtype)
+    print(blackbox.describe(report, whole, played))
+    return watch.DONE
+
+
+def run(flags: Flags, config: Config, world: World) -> int:
+    """Train, or only check; returns the exit code."""
+    if flags.preflight:
+        return check_first(config, world)
+    if flags.memory_history:
+        record_memory()
+    gathered = {"block": (Block, AttentionBlock), "trunk": (Trunk,)}[config.train.gather]
+    return train(
+        config,
+        world,
+        Objective,
+        make_loader,
+        resume=flags.resume,
+        leaf_classes=gathered,
+        profiled=parse_steps(flags.profile),
+    )
+
+
 def main() -> int:
     """Run the job; returns its exit code."""
     world = World.from_env()
@@ -75,32 +115,33 @@ def main() -> int:
         with voice:
             flags = parse_cli(Flags, description=__doc__ or "", presets=presets)
         config = Config(**fields_of(flags))  # type: ignore[arg-type]
+        if flags.replay_step >= 0:
+            return replay(config, flags.replay_step)
         world = start_ranks(config.train.threads)
-        if flags.preflight:
-            return check_first(config, world)
-        if flags.memory_history:
-            record_memory()
-        gathered = {"block": (Block, AttentionBlock), "trunk": (Trunk,)}[config.train.gather]
-        return train(
-            config,
-            world,
-            Objective,
-            make_loader,
-            resume=flags.resume,
-            leaf_classes=gathered,
-            profiled=parse_steps(flags.profile),
-        )
+        code = run(flags, config, world)
+        watch.report_end(code)
+        return code
     except torch.OutOfMemoryError as error:  # of this rank alone
-        fail(f"pretrain: rank {world.rank}: {explain_out_of_memory(error, config, world)}")
+        said = explain_out_of_memory(error, config, world)
+        watch.report_end(watch.MISTAKE, said)
+        print(f"pretrain: rank {world.rank}: {said}", file=sys.stderr)
+        return watch.MISTAKE
     except StoreError as error:  # in the middle of the run, and of this rank alone
-        fail(f"pretrain: rank {world.rank}: {error}")
+        watch.report_end(watch.GAVE_UP, str(error))
+        print(f"pretrain: rank {world.rank}: {error}", file=sys.stderr)
+        return watch.GAVE_UP
     except (RunError, ResumeError, SystemExit) as error:  # the same on every rank
+        said = "" if isinstance(error, SystemExit) else str(error)
+        code = int(getattr(error, "code", watch.MISTAKE))
+        watch.report_end(code, said)
         if not world.is_main:
             time.sleep(3)  # once a rank is gone, the launcher ends the others: let rank 0 speak
-            return 2
-        if isinstance(error, SystemExit):
-            raise
-        fail(f"pretrain: {error}")
+        elif said:
+            print(f"pretrain: {said}", file=sys.stderr)
+        return code
+    except Exception as error:
+        watch.report_end(watch.GAVE_UP, f"{type(error).__name__}: {error}")
+        raise
     finally:
         stop_ranks()
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from pipelines import supervise
+from pipelines import children
 
 GIB = 2**30
 
@@ -164,7 +164,7 @@ def only_one(folder: Path, patience: float = 15.0) -> Iterator[None]:
 
 def run_supervised(command: Sequence[str], env: Mapping[str, str]) -> int:
     """Run `command` to its end and return its exit code; nothing of it outlives this process."""
-    process = supervise.supervised(command, env=env)
+    process = children.supervised(command, env=env)
     try:
         return process.wait()
     except BaseException:  # an interrupt: pass it on, wait until all have ended

@@ -106,25 +106,43 @@ class SmallObjective(nn.Module):
 class MemoryLoader:
     """Batches from a counter, the same for any number of ranks; every third is text alone."""
 
-    def __init__(self, config: Config, world: World, poison_step: int = -1) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        poison_step: int = -1,
+        poison: dict[str, float] | None = None,
+    ) -> None:
         self.size, self.world = config.data.global_batch, world
-        self.step, self.poison_step = 0, poison_step
+        self.step, self.poison_step, self.poison = 0, poison_step, poison or {}
+        self.poison_from = 0
         self.wait_seconds = 0.0
         self.order_digest = ""
+        self.quarantined: frozenset[str] = frozenset()
+
+    def sample_ids(self, step: int) -> list[str]:
+        first = step * self.size
+        ids = [f"sample-{n % 32}" for n in range(first, first + self.size)]
+        others = [f"sample-{n}" for n in range(32) if f"sample-{n}" not in self.quarantined]
+        return [others[i] if name in self.quarantined else name for i, name in enumerate(ids)]
+
+    def quarantine(self, ids) -> None:
+        self.quarantined |= frozenset(ids)
 
     def __next__(self) -> Batch:
-        first = self.step * self.size
+        first, every = self.step * self.size, self.sample_ids(self.step)
         numbers = range(first + self.world.rank, first + self.size, self.world.size)
-        ids = tuple(f"sample-{n % 32}" for n in numbers)
+        ids = tuple(every[self.world.rank :: self.world.size])
         keys = torch.tensor([sample_key(i) for i in ids])
         tokens = (keys[:, None] % 7 + torch.arange(LENGTH)[None]) % VOCAB
         draws = [torch.Generator().manual_seed(n) for n in numbers]
         latents = torch.stack([torch.randn(LATENTS, CHANNELS, generator=g) for g in draws])
         if self.step == self.poison_step and self.world.rank == self.world.size - 1:
             latents[0, 0, 0] = torch.nan
+        for i, name in enumerate(ids if self.step >= self.poison_from else ()):
+            latents[i] *= self.poison.get(name, 1.0)
         text_only = self.step % 3 == 2
         self.step += 1
-        every = [n % 32 for n in range(first, first + self.size)]
         self.order_digest = hashlib.sha256(f"{self.order_digest}{every}".encode()).hexdigest()
         return Batch(
             ids=ids,
@@ -137,10 +155,15 @@ class MemoryLoader:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "order_digest": self.order_digest}
+        return {
+            "step": self.step,
+            "order_digest": self.order_digest,
+            "quarantined": sorted(self.quarantined),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.order_digest = state["step"], state["order_digest"]
+        self.quarantined = frozenset(state["quarantined"])
 
 
 def start_ranks_of(script: Path, ranks: int, *args: str) -> subprocess.Popen[str]:

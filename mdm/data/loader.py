@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -26,6 +26,7 @@ from mdm.data.batch import Batch, sample_key
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.node_cache import NodeCache
 from mdm.data.order import Draw, Order, check_world, layout_of
+from mdm.data.quarantine import substituted
 from mdm.data.reader import BatchKey, Pending, RowCache, open_cache, open_readers
 from mdm.data.resume import ResumeError as ResumeError
 from mdm.data.tokenizer import PAD
@@ -65,6 +66,7 @@ class Loader:
         self._began = time.perf_counter()
         self.step = 0  # the next one
         self.order_digest = ""  # of all global sample ids consumed
+        self.quarantined: frozenset[str] = frozenset()  # ids that are not shown any more
         self.wait_seconds = 0.0  # in total, that the caller waited for batches
         self.first_batch_seconds: float | None = None  # from construction or restored state
 
@@ -90,7 +92,8 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been consumed of what, as JSON."""
-        return resume.state_dict(self._order, self._lengths["text"], self.step, self.order_digest)
+        state = resume.state_dict(self._order, self._lengths["text"], self.step, self.order_digest)
+        return state | {"quarantined": sorted(self.quarantined)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; ResumeError names what differs, saved and present."""
@@ -98,11 +101,21 @@ class Loader:
         self._stop()
         self.step = int(state["step"])
         self.order_digest = str(state["order_digest"])
+        self.quarantined = frozenset(state.get("quarantined", ()))
         self._began, self.first_batch_seconds = time.perf_counter(), None
+
+    def quarantine(self, ids: Iterable[str]) -> None:
+        """From the next batch on, others take the places of these samples; every rank must call."""
+        self._stop()
+        self.quarantined |= frozenset(ids)
+
+    def sample_ids(self, step: int) -> list[str]:
+        """The global sample ids of any step, as they stand with what is quarantined now."""
+        return substituted(self._order, step, self.quarantined).ids
 
     def plan(self, step: int) -> "_Plan":
         """What a step reads; the reading begins."""
-        draw = self._order.draw(step)
+        draw = substituted(self._order, step, self.quarantined)
         # Which rank has a packed text is decided by the lengths of all: every rank reads them.
         return self._ask(draw, draw if self._packs(draw) else draw.share(self.world))
 

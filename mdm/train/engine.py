@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import logging
+import math
 import os
 import socket
 import warnings
@@ -19,6 +20,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from deepspeed.utils import set_z3_leaf_modules
@@ -136,6 +138,8 @@ def _init_deepspeed(timeout: timedelta) -> None:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed still calls these by their former names, several times a step.
     warnings.filterwarnings("ignore", r"`torch.distributed.*` is deprecated", FutureWarning)
+    # The last collectives are written down when a rank hangs.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     # The shared-memory op serves inference alone (`inference_all_reduce`), takes 40 s to compile
     # and leaves 66 MiB in /dev/shm for every killed rank: training does without.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -245,6 +249,9 @@ class Engine:
             optimizer = torch.optim.AdamW(groups, fused=True, **settings)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=values)
         self.world, self.stage = world, int(zero["stage"])
+        self.grad_norm = 0.0  # global, of the last step, before clipping
+        self._norm_limit = math.inf
+        self._watch_norm()
         self.device: torch.device = torch.device(self._engine.device)
         self.shards = Shards(self._engine.module, self._engine.optimizer, self.stage, world)
         self._make_persistent_visible()
@@ -270,21 +277,30 @@ class Engine:
             self._forget_gradients()
         self._engine.backward(loss)
 
-    def step(self, rate: float) -> None:
-        """Clip, and update this rank's partition at learning rate `rate`."""
+    def step(self, rate: float, norm_limit: float = math.inf) -> None:
+        """Clip, and update this rank's partition at learning rate `rate`.
+
+        Nothing is updated if the gradient's norm is not finite or above `norm_limit`.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+        # Where DeepSpeed finds a gradient that is not finite it may ask for no norm.
+        self._norm_limit, self.grad_norm = norm_limit, math.inf
         self._engine.step()
 
     @property
     def was_step_applied(self) -> bool:
-        """Whether the last `step` changed parameters: false where a gradient was not finite."""
+        """Whether the last `step` changed parameters."""
         return bool(self._engine.was_step_applied())
 
-    @property
-    def grad_norm(self) -> float:
-        """Global gradient norm of the last step, before clipping."""
-        return float(self._engine.get_global_grad_norm() or 0.0)
+    def buffers(self) -> list[Tensor]:
+        """Copies of what the module keeps beside parameters, for `restore_buffers`."""
+        return [b.detach().clone() for b in self.module.buffers()]
+
+    def restore_buffers(self, values: Sequence[Tensor]) -> None:
+        """Put back what `buffers` gave."""
+        for buffer, value in zip(self.module.buffers(), values, strict=True):
+            buffer.copy_(value)
 
     def fp32_partitions(self) -> list[Tensor]:
         """This rank's flat fp32 master weights, live, one tensor an optimizer sub-group."""
@@ -298,6 +314,24 @@ class Engine:
         """Go on from what was written into `shards.live()`; all ranks must call."""
         self.shards.adopt(optimizer_steps)
         self._make_persistent_visible()
+
+    def _watch_norm(self) -> None:
+        # DeepSpeed skips a step on all ranks where the global norm is not finite; so one above the
+        # limit is reported as infinite. The optimizer computes it on all ranks alike.
+        optimizer = self._engine.optimizer
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        compute = getattr(optimizer, name)
+
+        def watched() -> Any:
+            found = compute()
+            norm = combine_grad_norm_groups(found) if self.stage == 3 else found
+            self.grad_norm = float(norm)
+            if self.grad_norm <= self._norm_limit:
+                return found
+            infinite = torch.full_like(norm, math.inf)
+            return [infinite] if self.stage == 3 else infinite
+
+        setattr(optimizer, name, watched)
 
     def _forget_gradients(self) -> None:
         # A parameter that a step does not use keeps the gradient of its last use in ZeRO-3's

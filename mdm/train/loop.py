@@ -1,18 +1,17 @@
-"""The training loop: init, build, load; then loss, backward, step, average, tell, keep.
+"""The training loop: init, build, load; then loss, judge, backward, step, average, tell, keep.
 
-Ends with 0 when all steps are done, and with 75 (EX_TEMPFAIL) when it was told to stop (SIGTERM)
-and saved first: the same command continues it.
+It ends with DONE when all steps are done, with REQUEUE when a signal or its supervisor told it to
+stop, and with HALTED when the stop file of `run_dir` did: either way it has saved, and the same
+command continues it.
 """
 
 import json
 import math
-import signal
-import threading
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import psutil
@@ -22,20 +21,25 @@ from torch import nn
 from mdm.config import Config, fingerprint, to_dict
 from mdm.data.batch import Batch
 from mdm.data.storage import StoreError
-from mdm.dist import World, agree, gather_to_all
+from mdm.dist import World, exchange
 from mdm.exported import Training, write_export
-from mdm.objective import LossTerms
+from mdm.journal import Journal
 from mdm.tracking import MlflowTracker, NullTracker, Tracker
+from mdm.train import recovery
 from mdm.train.checkpoint import Checkpoints, Keep, uri_of, write_synced
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine
+from mdm.train.guard import Guard
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.profiling import Profile
 from mdm.train.saver import Saver, find
 from mdm.train.state import RunError, TrainState, check_resumable, flatten
+from mdm.train.throughput import Ranks, Throughput
+from mdm.train.watch import DONE as EXIT_DONE
+from mdm.train.watch import GAVE_UP, HALTED, STOP_FILE, Watch, report_end
 
-EXIT_DONE, EXIT_REQUEUE = 0, 75
-DONE, TRACKING = "done.json", "tracking.json"
+NEVER = -1.0  # a limit that no norm is below
+DONE, TRACKING, JOURNAL = "done.json", "tracking.json", "tracking"
 
 
 class Loader(Protocol):
@@ -49,6 +53,16 @@ class Loader(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there."""
+
+    def sample_ids(self, step: int) -> Sequence[str]:
+        """The global sample ids of any step."""
+
+    def quarantine(self, ids: Iterable[str]) -> None:
+        """From the next batch on, others take the places of these samples; all ranks call."""
+
+    @property
+    def quarantined(self) -> frozenset[str]:
+        """The ids that are not shown any more; part of the state."""
 
     @property
     def wait_seconds(self) -> float:
@@ -90,7 +104,12 @@ class Run:
     clock: Clock
     window: Window
     saver: Saver
+    guard: Guard
+    watch: Watch
+    work: Throughput
+    ranks: Ranks
     profile: Profile
+    linked_step: int = -1  # of the newest checkpoint that was told of
 
     @property
     def dir(self) -> Path:
@@ -114,22 +133,24 @@ def train(
     `resume` is `auto` (continue the newest valid checkpoint of `run_dir`) or `none` (start over).
     `profiled` steps leave a trace in `run_dir/profile`. Raises RunError for what the user can mend.
     """
-    run_dir, stop = Path(config.run_dir), _StopFlag()
-    checkpoints = Checkpoints.at(uri_of(config))
+    run_dir, checkpoints = Path(config.run_dir), Checkpoints.at(uri_of(config))
     candidates, passed = find(checkpoints, resume, world)
     if resume == "none" and world.is_main:
-        for name in (DONE, TRACKING):
-            (run_dir / name).unlink(missing_ok=True)
+        _forget_former(run_dir)
     if candidates:
         newest = candidates[0].state
         check_resumable(newest, config, f"{checkpoints.store.uri}/{candidates[0].name}")
         if newest.step >= config.train.steps and (run_dir / DONE).exists():
+            if world.is_main and track:
+                _deliver(config, newest)
             return EXIT_DONE
 
+    watch = Watch(run_dir, world.rank, world.size, config.train.hang_seconds)
     engine = Engine(lambda: make_objective(config), config, world, leaf_classes)
     ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
     loader = make_loader(config, world)
     saver = Saver(checkpoints, engine, ema, world, Keep.of(config))
+    watch.enter("load")
     found, damaged = saver.restore(candidates)
     state = found.state.on_ranks(world.size) if found else TrainState(world_size=world.size)
     state.config = to_dict(config)
@@ -139,86 +160,124 @@ def train(
     tracker = _start_tracking(config, state, track and world.is_main)
     reporter = Reporter(run_dir, config.train.steps, world, tracker)
     reporter.start(state, fresh=found is None)
+    if world.is_main:
+        watch.pulse = reporter.attempts
     for line in saver.beginning(found, passed + damaged):
         reporter.say(line)
-    clock, window = Clock(state.seconds), Window(world, state.window)
-    profile = Profile(profiled, run_dir / "profile", world)
     run = Run(
-        *(config, world, engine, ema, loader, state, tracker, reporter, clock, window),
-        *(saver, profile),
+        *(config, world, engine, ema, loader, state, tracker, reporter),
+        Clock(state.seconds, watch.enter),
+        Window(world, state.window),
+        saver,
+        Guard(config.guard, state.guard),
+        watch,
+        Throughput(config, world),
+        Ranks(engine.device),
+        Profile(profiled, run_dir / "profile", world),
     )
+    code = _run(run)
+    torch.distributed.barrier()  # a launcher ends all ranks once one is gone
+    return code
+
+
+def _run(run: Run) -> int:
+    """Take the steps and say how it ended, however it ends; returns the exit code."""
     status = "FAILED"
     try:
-        if not take_steps(run, stop):
-            status = "KILLED"
-            return EXIT_REQUEUE
-        export(run_dir / "export", run)
-        saver.wait()
-        mark_done(run)
-        status = "FINISHED"
-        return EXIT_DONE
+        code = take_steps(run)
+        run.watch.enter("end")
+        if code == EXIT_DONE:
+            export(run.dir / "export", run)
+        run.saver.wait()
+        if code == EXIT_DONE:
+            mark_done(run)
+        status = "FINISHED" if code == EXIT_DONE else "KILLED"
+        return code
+    except Exception as error:  # told at once: what follows may take a while
+        report_end(getattr(error, "code", GAVE_UP), _first_line(error))
+        raise
     finally:
-        saver.wait()
-        for line in saver.news():
-            reporter.say(line)
-        stop.restore()
-        reporter.close()
-        tracker.finish(status)
+        run.watch.enter("end")
+        run.saver.wait()
+        tell_saved(run)
+        run.reporter.note("ended", run.state, status=status)
+        run.reporter.close()
+        run.tracker.finish(status)
+        run.watch.close()
 
 
-def take_steps(run: Run, stop: "_StopFlag") -> bool:
-    """Step until the last one, or until any rank is told to stop; returns whether all are done."""
-    state, train = run.state, run.config.train
+def take_steps(run: Run) -> int:
+    """Step until the last one, or until any rank is asked to stop; returns the exit code."""
+    train = run.config.train
     snapshots = snapshot_steps(train.steps, train.snapshots)
-    while state.step < train.steps:
-        with run.profile.step(state.step):
-            stopping, rate = take_step(run, stop)
+    first = True
+    while run.state.step < train.steps:
+        with run.profile.step(run.state.step):
+            asked, rate = take_step(run)
+        state = run.state
+        if first:
+            first = False
+            run.reporter.first_step(state)
+        if run.guard.must_roll_back:
+            recovery.roll_back(run)
+            continue
         last = state.step == train.steps
-        saving = last or stopping or state.step % train.checkpoint_every == 0
         if last or state.step % train.log_every == 0:
             means = run.window.mean()
-            state.loss = means.get("loss")
+            state.loss = means.get("loss", state.loss)
             values = {**means, "lr": rate, "grad_norm": run.engine.grad_norm, **run.saver.figures}
-            for line in run.saver.news():
-                run.reporter.say(line)
-            run.reporter.log(state, run.clock, values)
-        if saving:
+            values |= run.ranks.measure(run.clock.seconds["data"])
+            values["guard/skipped"] = run.guard.history.skipped
+            tell_saved(run)
+            run.reporter.log(state, run.clock, run.work, values)
+        if last or asked or state.step % train.checkpoint_every == 0:
             save(run)
         if state.step in snapshots:
+            run.watch.enter("export")
             export(run.dir / "snapshots" / f"step-{state.step:08d}", run, needed=False)
-        if stopping and not last:
+        if asked and not last:
             run.saver.wait()
+            how = f"once {STOP_FILE} is removed, " if asked == HALTED else ""
             at = f"saved at step {run.saver.saved_step}"
-            run.reporter.say(f"stopped after step {state.step}, {at}; run again to go on")
-            return False
-    return True
+            run.reporter.say(f"stopped after step {state.step}, {at}; {how}run again to go on")
+            return asked
+    return EXIT_DONE
 
 
-def take_step(run: Run, stop: "_StopFlag") -> tuple[bool, float]:
-    """Loss, backward, step, average; returns whether all ranks shall stop, and the rate."""
-    engine, state, clock = run.engine, run.state, run.clock
+def take_step(run: Run) -> tuple[int, float]:
+    """Loss, judge, backward, step, average; returns what the ranks are asked, and the rate."""
+    engine, state, clock, guard = run.engine, run.state, run.clock, run.guard
+    run.watch.begin_step(state.step)
     with clock.part("data"):
         batch = next(run.loader).to(engine.device)
     if not state.time_to_first_batch:
         state.time_to_first_batch = time.time() - psutil.Process().create_time()
+    kept = engine.buffers()
     with clock.part("forward"):
         terms = engine.forward(batch, state.step)
-    nonfinite, stopping = agree([not torch.isfinite(terms.total).item(), stop.is_set()])
-    if nonfinite:
-        _report_nonfinite(terms, batch, state.step)
+    with clock.part("exchange"):
+        votes = exchange([float(terms.total.detach()), run.watch.asked], engine.device)
+    loss, asks = sum(vote[0] for vote in votes) / len(votes), {int(vote[1]) for vote in votes}
+    trouble = guard.judge("loss", batch.task, loss)
     with clock.part("backward"):
         engine.backward(terms.total)
     rate = learning_rate(state.step, run.config)
     with clock.part("optimizer"):
-        engine.step(rate)
-    with clock.part("ema"):
-        if engine.was_step_applied:
+        engine.step(rate, NEVER if trouble else guard.limit("norm", batch.task))
+    trouble = trouble or guard.judge("norm", batch.task, engine.grad_norm)
+    if trouble:
+        engine.restore_buffers(kept)
+        recovery.skip(run, batch, terms, loss, trouble)
+    else:
+        with clock.part("ema"):
             run.ema.update(engine.fp32_partitions())
+        guard.accept(state.step, batch.task, loss, engine.grad_norm)
+        run.window.add(batch.task, terms)
+    run.work.add(batch)
     state.step += 1
     state.samples_seen += run.config.data.global_batch
-    run.window.add(batch.task, terms)
     run.reporter.step()
-    return stopping, rate
+    return HALTED if HALTED in asks else max(asks), rate
 
 
 def save(run: Run) -> None:
@@ -227,7 +286,21 @@ def save(run: Run) -> None:
     run.state.seconds, run.state.tracking_id = dict(run.clock.seconds), run.tracker.run_id
     run.state.order_digest = run.loader.order_digest
     run.state.window = run.window.state()
-    run.saver.save(run.state, run.loader.state_dict())
+    run.state.guard = run.guard.state()
+    with run.clock.part("save"):
+        run.saver.save(run.state, run.loader.state_dict())
+
+
+def tell_saved(run: Run) -> None:
+    """Say what became of the saves since the last call; a committed one is linked in MLflow."""
+    for line in run.saver.news():
+        run.reporter.say(line)
+    step = run.saver.saved_step
+    if run.world.is_main and step > run.linked_step:
+        run.linked_step = step
+        run.reporter.note("saved", run.state, saved_step=step, **run.saver.figures)
+        link = {"uri": run.saver.checkpoints.store.uri, "step": step}
+        run.tracker.log_text(json.dumps(link, indent=1), f"checkpoints/step-{step:08d}.json")
 
 
 def export(folder: Path, run: Run, needed: bool = True) -> None:
@@ -258,24 +331,15 @@ def mark_done(run: Run) -> None:
         run.tracker.log_artifact(run.dir / DONE)
 
 
-def _report_nonfinite(terms: LossTerms, batch: Batch, step: int) -> None:
-    """Stop, naming the step and the samples.
+def _forget_former(run_dir: Path) -> None:
+    for name in (DONE, TRACKING):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / JOURNAL, ignore_errors=True)
 
-    Those whose latents are not finite, if there are any: the other samples of the global batch meet
-    them as candidates and in its statistics. Else all samples of the ranks that are to blame.
-    """
-    value = float(terms.total)
-    own = () if math.isfinite(value) else batch.ids
-    parts = {k: float(v) for k, v in terms._asdict().items() if v.dim() == 0}
-    reports = gather_to_all((value, own, parts, batch.nonfinite()))
-    broken = any(bad for *_, bad in reports)
-    blamed = [
-        f"rank {rank}: loss {value} {parts} from "
-        + (f"latents that are not finite of {', '.join(bad)}" if bad else f"{', '.join(ids)}")
-        for rank, (value, ids, parts, bad) in enumerate(reports)
-        if (bad if broken else ids)
-    ]
-    raise RunError(f"the loss of step {step} is not finite; {'; '.join(blamed)}")
+
+def _first_line(error: Exception) -> str:
+    said = (str(error).splitlines() or [""])[0]
+    return said if isinstance(error, RunError) else f"{type(error).__name__}: {said}"
 
 
 def _start_tracking(config: Config, state: TrainState, wanted: bool) -> Tracker:
@@ -296,25 +360,28 @@ def _start_tracking(config: Config, state: TrainState, wanted: bool) -> Tracker:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_synced(note, json.dumps({"run_id": started, "config": key}).encode())
 
-    tracker = MlflowTracker(config.experiment, run_dir.name, run_id=run_id, on_start=remember)
+    tracker = MlflowTracker(
+        *(config.experiment, run_dir.name),
+        run_id=run_id,
+        on_start=remember,
+        journal=run_dir / JOURNAL,
+    )
     tracker.log_params(flatten(to_dict(config)) | {"world_size": state.world_size})
     return tracker
 
 
-class _StopFlag:
-    """Set by SIGTERM; every rank looks at it once a step, and all stop when any was told to."""
-
-    def __init__(self) -> None:
-        self._event = threading.Event()
-        self._former = signal.signal(signal.SIGTERM, self._set)
-
-    def _set(self, number: int, frame: FrameType | None) -> None:
-        self._event.set()
-
-    def is_set(self) -> bool:
-        """Whether a signal has come."""
-        return self._event.is_set()
-
-    def restore(self) -> None:
-        """Give the signal back to whoever had it."""
-        signal.signal(signal.SIGTERM, self._former)
+def _deliver(config: Config, state: TrainState) -> None:
+    """Bring to MLflow what a finished run could not, its server being away."""
+    waiting = Path(config.run_dir) / JOURNAL
+    if not waiting.is_dir():
+        return
+    journal = Journal(waiting)
+    left = len(journal)
+    journal.close()
+    if left:
+        tracker = MlflowTracker(
+            *(config.experiment, Path(config.run_dir).name),
+            run_id=state.tracking_id,
+            journal=waiting,
+        )
+        tracker.finish("FINISHED", timeout=300.0)

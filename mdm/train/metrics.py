@@ -1,7 +1,8 @@
 """What a run tells: `metrics.jsonl`, MLflow, the progress bar, and the totals at the end.
 
 Metrics are keyed by `samples_seen`. Seconds are wall-clock seconds of rank 0 by part of the step:
-data, forward, backward, optimizer, ema, other.
+data, forward, exchange (what the ranks agree on), backward, optimizer, ema, save, other.
+`events.jsonl` is the run's logbook: starts, skipped steps, rollbacks, stops.
 """
 
 import errno
@@ -9,10 +10,11 @@ import json
 import math
 import os
 import resource
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,10 @@ from mdm.objective import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
 from mdm.tracking import Tracker
 from mdm.train.checkpoint import write_synced
 from mdm.train.state import TrainState
+from mdm.train.throughput import Throughput
 
 MODEL_PARTS = ("forward", "backward")
-PARTS = ("data", *MODEL_PARTS, "optimizer", "ema", "other")
+PARTS = ("data", "forward", "exchange", "backward", "optimizer", "ema", "save", "other")
 _TERMS = tuple(name for name in LossTerms._fields if name != "by_conditioning")
 _NAMES = (*_TERMS, *(f"{c}/{name}" for c in CONDITIONINGS for name in CONDITIONED_TERMS))
 
@@ -37,7 +40,10 @@ _NAMES = (*_TERMS, *(f"{c}/{name}" for c in CONDITIONINGS for name in CONDITIONE
 class Clock:
     """Seconds by part of the step; whatever is not inside `part` counts as `other`."""
 
-    def __init__(self, start: Mapping[str, float]) -> None:
+    def __init__(
+        self, start: Mapping[str, float], entering: Callable[[str], None] = lambda part: None
+    ) -> None:
+        self._entering = entering
         self.seconds = {part: start.get(part, 0.0) for part in PARTS}
         self._last = time.perf_counter()
 
@@ -45,6 +51,7 @@ class Clock:
     def part(self, name: str) -> Iterator[None]:
         """Count the time inside as `name`."""
         self.tick("other")
+        self._entering(name)
         yield
         self.tick(name)
 
@@ -129,7 +136,8 @@ class Reporter:
     def __init__(self, run_dir: str | Path, steps: int, world: World, tracker: Tracker) -> None:
         self.run_dir, self.world, self.tracker = Path(run_dir), world, tracker
         self._path = self.run_dir / "metrics.jsonl"
-        self._attempts = self.run_dir / "attempts.jsonl"
+        self.attempts = self.run_dir / "attempts.jsonl"
+        self._events = self.run_dir / "events.jsonl"
         self._steps = steps
         self._bar: Any = None
         self._before: dict[str, float] | None = None
@@ -142,28 +150,51 @@ class Reporter:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if fresh:
-            for old in (self._path, self._attempts):
+            for old in (self._path, self.attempts, self._events):
                 old.unlink(missing_ok=True)
         attempt: dict[str, Any] = {"started": self._started, "step": state.step}
-        if self._path.exists():
-            attempt["former_ended"] = self._path.stat().st_mtime
-            lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= state.step]
-            write_synced(self._path, "".join(line + "\n" for line in kept).encode())
-        with self._attempts.open("a") as file:
+        if self.attempts.exists():
+            attempt["former_ended"] = self.attempts.stat().st_mtime  # the watch touches it
+        self._drop_lines(state.step)
+        with self.attempts.open("a") as file:
             file.write(json.dumps(attempt) + "\n")
         self._before, self._samples_before = None, state.samples_seen
         self._bar = tqdm(
             total=self._steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=1.0
         )
 
+    def _drop_lines(self, step: int) -> None:
+        """Drop the lines of metrics after `step`, and one that a kill cut short."""
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            write_synced(self._path, "".join(line + "\n" for line in kept).encode())
+
+    def rewind(self, state: TrainState) -> None:
+        """The run goes back to `state`: drop the lines of what will be done again."""
+        if not self.world.is_main:
+            return
+        self._drop_lines(state.step)
+        self._before, self._samples_before = None, state.samples_seen
+        self._bar.n = state.step
+        self._bar.refresh()
+
+    def first_step(self, state: TrainState) -> None:
+        """The first step of this attempt is done: say how long it took to get there."""
+        if self.world.is_main:
+            seconds = time.time() - self._started
+            self.note("started", state, seconds=seconds)
+            self.tracker.log_metrics({"restart_seconds": seconds}, step=state.samples_seen)
+
     def step(self) -> None:
         """Move the bar."""
         if self._bar is not None:
             self._bar.update()
 
-    def log(self, state: TrainState, clock: Clock, values: Mapping[str, float]) -> None:
-        """One line of metrics: loss terms, rate, norm, samples/s and shares of the step."""
+    def log(
+        self, state: TrainState, clock: Clock, work: Throughput, values: Mapping[str, float]
+    ) -> None:
+        """One line of metrics: loss terms, rate, norm, speeds and shares of the step."""
         if not self.world.is_main:
             return
         before = self._before or dict.fromkeys(PARTS, 0.0) | (state.seconds or {})
@@ -172,8 +203,10 @@ class Reporter:
         samples = state.samples_seen - self._samples_before
         speeds = {
             "samples_per_second": samples / total,
+            **work.rates(total),
             "share_outside_model": 1 - sum(spent[p] for p in MODEL_PARTS) / total,
             **{f"share/{p}": spent[p] / total for p in PARTS},
+            "goodput": self._goodput(clock.seconds)[0],
         }
         self._before, self._samples_before = dict(clock.seconds), state.samples_seen
         row = {"step": state.step, "samples_seen": state.samples_seen, **values, **speeds}
@@ -181,20 +214,28 @@ class Reporter:
             append_line(self._path, json.dumps(row | {"time": time.time()}))
         except OSError as error:
             self.say(f"warning: {self._path.name} lacks step {state.step}: {error}")
-        self.tracker.log_metrics({**values, **speeds}, step=state.samples_seen)
+        self.tracker.log_metrics({**values, **speeds, **_system()}, step=state.samples_seen)
         shown = {
             name.split("/")[-1]: f"{value:.3f}"
             for name, value in values.items()
             if name == "loss" or (name.split("/")[0] in TASKS and not name.endswith("/total"))
         }
-        self._bar.set_postfix(
-            {**shown, "samples/s": f"{speeds['samples_per_second']:.0f}"}, refresh=False
-        )
+        shown["samples/s"] = f"{speeds['samples_per_second']:.0f}"
+        if "mfu" in speeds:
+            shown["MFU"] = f"{speeds['mfu']:.1%}"
+        self._bar.set_postfix(shown, refresh=False)
+
+    def note(self, event: str, state: TrainState, **facts: Any) -> None:
+        """A line of the run's logbook."""
+        if self.world.is_main:
+            row = {"event": event, "step": state.step, "time": time.time(), **facts}
+            with suppress(OSError):  # a full disk costs the line, not the run
+                append_line(self._events, json.dumps(row))
 
     def say(self, message: str) -> None:
         """A line above the bar."""
         if self._bar is not None:
-            self._bar.write(message)
+            self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -204,25 +245,23 @@ class Reporter:
     def totals(self, state: TrainState, wait_seconds: float) -> dict[str, Any]:
         """What the `done` marker holds. All ranks must call.
 
-        `wall_seconds` spans all attempts, the time from an attempt's last line of metrics to its
-        death excepted; `goodput` is the share of it that ended in the weights.
+        `wall_seconds` is the time in which any attempt lived, `goodput` the share of it that ended
+        in the weights; `span_seconds` also counts the pauses between attempts.
         """
         # Linux counts ru_maxrss in KiB.
         peaks = gather_to_all(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         if not self.world.is_main:
             return {}
         useful = sum(state.seconds.values())
-        attempts = [json.loads(line) for line in self._attempts.read_text().splitlines()]
-        ends = [a["former_ended"] for a in attempts[1:] if "former_ended" in a] + [time.time()]
-        starts = [a["started"] for a in attempts][-len(ends) :]
-        wall = sum(max(end - start, 0.0) for start, end in zip(starts, ends, strict=True))
+        goodput, wall, span, attempts = self._goodput(state.seconds)
         return {
             "step": state.step,
             "samples_seen": state.samples_seen,
-            "attempts": len(attempts),
+            "attempts": attempts,
             "wall_seconds": wall,
+            "span_seconds": span,
             "step_seconds": useful,
-            "goodput": min(useful / wall, 1.0),
+            "goodput": goodput,
             "samples_per_second": state.samples_seen / useful,
             "share_outside_model": 1 - sum(state.seconds[p] for p in MODEL_PARTS) / useful,
             "data_wait_share": state.seconds["data"] / useful,
@@ -236,6 +275,31 @@ class Reporter:
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
         }
+
+    def _goodput(self, seconds: Mapping[str, float]) -> tuple[float, float, float, int]:
+        """Useful share of the time lived; that time; the time since the first start; attempts."""
+        attempts = [json.loads(line) for line in self.attempts.read_text().splitlines()]
+        ends = [a["former_ended"] for a in attempts[1:] if "former_ended" in a] + [time.time()]
+        starts = [a["started"] for a in attempts][-len(ends) :]
+        wall = sum(max(end - start, 0.0) for start, end in zip(starts, ends, strict=True))
+        useful = sum(seconds.values())
+        return min(useful / wall, 1.0), wall, ends[-1] - starts[0], len(attempts)
+
+
+def _system() -> dict[str, float]:
+    """The machine of rank 0, under the names that MLflow shows as system metrics."""
+    memory = psutil.virtual_memory()
+    found = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_megabytes": memory.used / 1e6,
+        "system/system_memory_usage_percentage": memory.percent,
+        "system/disk_usage_percentage": psutil.disk_usage(".").percent,
+    }
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        found[f"system/gpu_{i}_memory_usage_megabytes"] = (total - free) / 1e6
+        found[f"system/gpu_{i}_memory_usage_percentage"] = 100 * (1 - free / total)
+    return found
 
 
 def append_line(path: Path, line: str) -> None:

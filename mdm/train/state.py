@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mdm.config import Config, to_dict
+from mdm.train.watch import GAVE_UP, MISTAKE
 
 # Fields that may change between two attempts at one run: they steer its length and its reporting,
 # never what a step computes. (A longer cosine changes later rates, which is what is asked for.)
@@ -21,13 +22,24 @@ MAY_CHANGE = (
     "data.cache_dir",
     "data.cache_gb",
     "train.activation_checkpointing",
+    "train.hang_seconds",
+    "train.peak_tflops",
     "run_dir",
     "experiment",
+    "guard.",  # all of it: after a spike it is what one wants to change
 )
 
 
 class RunError(ValueError):
     """A run that cannot start or go on, for a reason that its user can mend: one line."""
+
+    code = MISTAKE
+
+
+class Diverged(RunError):
+    """The run cannot go on by itself, whatever is skipped."""
+
+    code = GAVE_UP
 
 
 @dataclass
@@ -45,6 +57,8 @@ class TrainState:
     loss: float | None = None  # mean of the last line of metrics
     # Sums of loss terms since the last line of metrics, by task.
     window: dict[str, dict[str, float]] = field(default_factory=dict)
+    # The guard's history, see `mdm.train.guard`.
+    guard: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +98,7 @@ def check_resumable(state: TrainState, config: Config, path: str) -> None:
     differing = [
         f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(saved.keys() | now.keys())
-        if key not in MAY_CHANGE and saved.get(key) != now.get(key)
+        if not key.startswith(MAY_CHANGE) and saved.get(key) != now.get(key)
     ]
     if differing:
         raise RunError(

@@ -15,7 +15,7 @@ import tests.benchmarks as package
 from mdm.config import fail
 from tests.benchmarks import timing
 
-HELPERS = {"__main__", "timing", "shapes", "encoding", "checkpoint_job"}
+HELPERS = {"__main__", "timing", "shapes", "encoding", "checkpoint_job", "engine_overhead_job"}
 OUT = Path("runs/bench")
 
 

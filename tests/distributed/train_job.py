@@ -1,5 +1,6 @@
 """A training job of the small objective: what `pipelines/pretrain.py` does, without a data set."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -9,8 +10,10 @@ import time
 from pathlib import Path
 from typing import ClassVar
 
-from mdm.config import fail
+from mdm.config import GuardConfig
 from mdm.dist import World
+from mdm.objective import Objective
+from mdm.train import watch
 from mdm.train.checkpoint import Checkpoints, uri_of
 from mdm.train.engine import start_ranks, stop_ranks
 from mdm.train.loop import train
@@ -27,9 +30,23 @@ class FatalLoader(MemoryLoader):
     small_files: ClassVar[dict[str, int]] = {}  # step -> largest file in bytes from then on
     kill: ClassVar[dict[str, int]] = {}  # step -> process to kill, once there is a checkpoint
     checkpoints: Checkpoints
+    explode_from = sys.maxsize  # from this step on nothing makes sense, whatever the samples
+    once = ""  # a file: the signal comes in the first attempt alone
+
+    def _first(self) -> bool:
+        if not self.once:
+            return True
+        try:
+            Path(self.once).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    pace = 0.0  # seconds that each batch takes at least
 
     def __next__(self):
-        if self.step == self.signal_step:
+        time.sleep(self.pace)
+        if self.step == self.signal_step and self._first():
             os.kill(os.getpid(), self.signal_number)
         if str(self.step) in self.kill:
             while not self.checkpoints.newest_first()[0]:
@@ -39,7 +56,11 @@ class FatalLoader(MemoryLoader):
             limit = self.small_files[str(self.step)]
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-        return super().__next__()
+        exploding = self.explode_from <= self.step
+        batch = super().__next__()
+        if exploding and batch.latents is not None:
+            batch = dataclasses.replace(batch, latents=batch.latents * 1e4)
+        return batch
 
 
 def die_while_writing(step: int) -> None:
@@ -92,10 +113,20 @@ def copy_what_was_restored(uri: str) -> None:
 def main() -> int:
     run_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     config = small_config(run_dir, options.get("global_batch", 8), **options.get("train", {}))
+    objective = SmallObjective
+    if options.get("real"):
+        grid = dataclasses.replace(config.model, image_height=2, image_width=2)
+        config, objective = dataclasses.replace(config, model=grid), Objective
+    if "guard" in options:
+        config = dataclasses.replace(config, guard=GuardConfig(**options["guard"]))
     world = start_ranks(config.train.threads)
 
     def make_loader(config, world: World) -> MemoryLoader:
-        loader = FatalLoader(config, world, options.get("poison_step", -1))
+        loader = FatalLoader(config, world, options.get("poison_step", -1), options.get("poison"))
+        loader.once = options.get("once", "")
+        loader.poison_from = options.get("poison_from", 0)
+        loader.pace = options.get("pace", 0.0)
+        loader.explode_from = options.get("explode_from", sys.maxsize)
         if world.rank in options.get("signal_ranks", range(world.size)):
             loader.signal_step = options.get("signal_step", -1)
             loader.small_files = options.get("small_files", {})
@@ -104,26 +135,29 @@ def main() -> int:
         loader.signal_number = options.get("signal", signal.SIGKILL)
         return loader
 
-    if options.get("copies"):
-        copy_what_was_restored(options["copies"])
-    if options.get("die_while_writing"):
-        die_while_writing(options["die_while_writing"])
-    if options.get("die_before_marker"):
-        die_before_marker(options["die_before_marker"])
+    for fault in (copy_what_was_restored, die_while_writing, die_before_marker):
+        if given := options.get(fault.__name__):
+            fault(given)
     try:
-        return train(
+        code = train(
             config,
             world,
-            SmallObjective,
+            objective,
             make_loader,
             resume=options.get("resume", "auto"),
             leaf_classes=(Mixer,),
             track=options.get("track", False),
         )
+        watch.report_end(code)
+        return code
     except RunError as error:
+        watch.report_end(error.code, str(error))
         if world.is_main:
-            fail(str(error))
-        return 2
+            print(error, file=sys.stderr)  # noqa: T201
+        return error.code
+    except Exception as error:
+        watch.report_end(watch.GAVE_UP, f"{type(error).__name__}: {error}")
+        raise
     finally:
         stop_ranks()
 

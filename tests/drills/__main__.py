@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mdm.config import doc, fail, parse_cli
-from tests.drills import data
+from tests.drills import data, training
 from tests.drills.drill import Drill, Row, Setting
 
 DRILLS: tuple[Drill, ...] = (
@@ -26,6 +26,10 @@ DRILLS: tuple[Drill, ...] = (
     data.clock_skew,
     data.two_jobs,
     data.runbooks,
+    training.training_signals,
+    training.training_numbers,
+    training.tracking_away,
+    training.training_runbooks,
 )
 
 

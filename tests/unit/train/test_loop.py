@@ -10,6 +10,7 @@ from mdm.tracking import NullTracker
 from mdm.train.loop import learning_rate, snapshot_steps
 from mdm.train.metrics import PARTS, Clock, Reporter, Window
 from mdm.train.state import TrainState
+from mdm.train.throughput import Throughput
 from tests.helpers import small_config
 
 
@@ -118,7 +119,8 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
     state.step, state.samples_seen = 6, 48
     clock = Clock({})
     clock.tick("forward")
-    reporter.log(state, clock, {"loss": 0.5})
+    work = Throughput(small_config(tmp_path), World())
+    reporter.log(state, clock, work, {"loss": 0.5})
     reporter.close()
     rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], r["loss"]) for r in rows] == [(2, 1.0), (4, 1.0), (6, 0.5)]

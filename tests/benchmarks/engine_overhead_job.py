@@ -1,0 +1,128 @@
+"""The ranks of `engine_overhead`: our step and a bare loop, in turn."""
+
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from mdm.config import Config, GuardConfig
+from mdm.data.batch import Batch, sample_key
+from mdm.dist import World, from_main
+from mdm.model.network import Trunk
+from mdm.objective import Objective
+from mdm.presets import PRESETS
+from mdm.tracking import NullTracker
+from mdm.train.checkpoint import Checkpoints, Keep
+from mdm.train.ema import EMA
+from mdm.train.engine import Engine, decay_groups, load_deepspeed_config, start_ranks, stop_ranks
+from mdm.train.guard import Guard
+from mdm.train.loop import Run, take_step
+from mdm.train.metrics import Clock, Reporter, Window
+from mdm.train.saver import Saver
+from mdm.train.state import TrainState
+from mdm.train.throughput import Ranks, Throughput
+from mdm.train.watch import Watch
+
+ROUNDS, WARM = 40, 6
+
+
+class Synthetic:
+    """One batch, again and again."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        b, m = config.data.global_batch // world.size, config.data.caption_length
+        n = config.model.image_height * config.model.image_width
+        draw = torch.Generator().manual_seed(world.rank)
+        ids = tuple(f"s:{world.rank * b + i}" for i in range(b))
+        self.batch = Batch(
+            ids=ids,
+            keys=torch.tensor([sample_key(i) for i in ids]),
+            epochs=torch.zeros(b, dtype=torch.int64),
+            class_ids=torch.zeros(b, dtype=torch.int64),
+            tokens=torch.randint(0, config.model.vocab_size, (b, m), generator=draw),
+            prompt=torch.zeros(b, m, dtype=torch.bool),
+            latents=torch.randn(b, n, config.model.latent_dim, generator=draw),
+        )
+        self.quarantined: frozenset[str] = frozenset()
+        self.wait_seconds, self.order_digest = 0.0, ""
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+
+def main() -> None:
+    preset = PRESETS["demo"]
+    config = dataclasses.replace(
+        preset,
+        model=dataclasses.replace(preset.model, kernel="torch"),
+        train=dataclasses.replace(preset.train, threads=1, checkpoint_every=10**9),
+        guard=GuardConfig(),
+        run_dir=from_main_dir(),
+    )
+    world = start_ranks(1)
+    config = dataclasses.replace(config, run_dir=from_main(config.run_dir))
+    engine = Engine(lambda: Objective(config), config, world, (Trunk,))
+    ema = EMA(engine.fp32_partitions(), config.train.ema)
+    loader = Synthetic(config, world)
+    watch = Watch(Path(config.run_dir), world.rank, world.size, 600.0)
+    reporter = Reporter(config.run_dir, 10**6, world, NullTracker())
+    saver = Saver(Checkpoints.at(config.run_dir), engine, ema, world, Keep.of(config))
+    run = Run(
+        *(config, world, engine, ema, loader, TrainState(), NullTracker(), reporter),
+        *(Clock({}, watch.enter), Window(world), saver, Guard(config.guard), watch),
+        *(Throughput(config, world), Ranks(engine.device)),
+    )
+    bare = bare_engine(config, world)
+    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    for i in range(ROUNDS):
+        if i == WARM:
+            run.clock = Clock({}, watch.enter)
+        dist.barrier()
+        begun = time.perf_counter()
+        take_step(run)
+        times["ours"].append(time.perf_counter() - begun)
+        dist.barrier()
+        begun = time.perf_counter()
+        loss = bare(loader.batch, i).total
+        bare.backward(loss)
+        bare.step()
+        times["bare"].append(time.perf_counter() - begun)
+    run.clock.tick("other")
+    watch.close()
+    found = {name: 1e3 * statistics.median(values[WARM:]) for name, values in times.items()}
+    steps = ROUNDS - WARM
+    found["parts"] = {
+        k: 1e3 * run.clock.seconds[k] / steps for k in ("ema", "exchange", "data", "optimizer")
+    }
+    found["parameters"] = sum(p.ds_numel for p in engine.module.parameters())
+    found["batch"] = config.data.global_batch
+    if world.is_main:
+        Path(sys.argv[1]).write_text(json.dumps(found))
+
+
+def from_main_dir() -> str:
+    return tempfile.mkdtemp(prefix="mdm-bench-")
+
+
+def bare_engine(config: Config, world: World):
+    """DeepSpeed around the same module, as its documentation shows it."""
+    torch.manual_seed(config.seed)
+    module = Objective(config)
+    deepspeed.utils.set_z3_leaf_modules(module, [Trunk])
+    groups = decay_groups(module, config.train.weight_decay)
+    optimizer = torch.optim.AdamW(groups, fused=True, lr=config.train.lr)
+    values = load_deepspeed_config(config, world.size)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=values)
+    return engine
+
+
+if __name__ == "__main__":
+    main()
+    stop_ranks()
