@@ -37,7 +37,6 @@ class Flags(Config):
     """A run's configuration, the machines that it is meant for, and what they cost."""
 
     world_size: int = doc(64, "GPUs of the run")
-    rank: int = doc(0, "which of them to be")
     gpus_per_node: int = doc(8, "GPUs that share a node")
     gpu_memory: str = doc("80GiB", "memory of one GPU; GB and MiB are units too")
     gpu: str = doc("H100", "its name, for its dense bf16 peak")
@@ -52,13 +51,11 @@ class Flags(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_size(self.gpu_memory)
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"--rank {self.rank} is not one of {self.world_size} ranks")
         if not 0 < self.mfu <= 1 or not 0 <= self.text_share <= 1:
             raise ValueError(
                 f"--mfu {self.mfu} and --text_share {self.text_share} are shares, up to 1"
             )
-        for name in ("gpus_per_node", "network", "threads"):
+        for name in ("world_size", "gpus_per_node", "network", "threads"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be positive")
         if self.step_tokens < 0:
@@ -95,7 +92,7 @@ def main() -> int:
         built = None
         if flags.step_tokens:
             classes = (Block, AttentionBlock)
-            built = rehearse(config, flags.rank, flags.world_size, flags.step_tokens, classes)
+            built = rehearse(config, flags.world_size, flags.step_tokens, classes)
             print_built(built)
     except RunError as error:
         fail(f"rehearse: {error}")

@@ -120,18 +120,19 @@ def start_ranks(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) ->
     return world
 
 
-def pretend_ranks(rank: int, size: int) -> World:
-    """Be `rank` of `size` with nobody else there: every collective answers with this rank's own.
+def pretend_ranks(size: int) -> World:
+    """Be one rank of `size` with nobody else there: every collective answers with its own.
 
     On torch's `fake` group an all-gather repeats what this rank gave, a reduce-scatter hands back
     its own slice and a broadcast is silent: shapes, buffers and bytes are those of the real run.
+    The rank is 0: DeepSpeed has every other one compare itself with what rank 0 broadcasts.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     _init_deepspeed(timedelta(minutes=10))
-    return World(rank, size)
+    return World(0, size)
 
 
 def _init_deepspeed(timeout: timedelta) -> None:

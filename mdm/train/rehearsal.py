@@ -45,21 +45,18 @@ def runnable_here(config: Config) -> Config:
 
 def rehearse(
     config: Config,
-    rank: int,
     world_size: int,
     tokens: int,
     leaf_classes: Sequence[type[nn.Module]] = (),
 ) -> Rehearsal:
-    """Build `config` as `rank` of `world_size` and take a step on one text of `tokens` tokens.
+    """Build `config` as one of `world_size` ranks and take a step on one text of `tokens` tokens.
 
     The process must be in no group before, and is in none after. Raises RunError for settings that
     the engine refuses.
     """
     config = runnable_here(config)
     start = time.perf_counter()
-    engine = Engine(
-        lambda: Objective(config), config, pretend_ranks(rank, world_size), leaf_classes
-    )
+    engine = Engine(lambda: Objective(config), config, pretend_ranks(world_size), leaf_classes)
     ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
     gathered = watch_gathered(engine, leaf_classes)
     built = time.perf_counter()
@@ -77,7 +74,7 @@ def rehearse(
         gathered=gathered.bytes,
         build_seconds=built - start,
         step_seconds=time.perf_counter() - built,
-        loss=float(loss),
+        loss=float(loss.detach()),
         applied=engine.was_step_applied,
         # Linux counts ru_maxrss in KiB.
         peak_rss=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,

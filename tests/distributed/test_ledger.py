@@ -28,7 +28,7 @@ def test_one_process_rehearses_any_number_of_ranks(tmp_path):
     ledger_job.config_of(tmp_path, False)  # writes the JSON
     out = tmp_path / "report.json"
     flags = [
-        *("--world-size", "64", "--rank", "63", "--gpu-memory", "1MiB", "--threads", "1"),
+        *("--world-size", "64", "--gpu-memory", "1MiB", "--threads", "1"),
         *("--train.deepspeed", str(tmp_path / "zero3.json"), "--train.gather", "block"),
         *("--out", str(out), "--step_tokens", "8"),
     ]
@@ -62,7 +62,7 @@ def _plan(flags: list[str], tmp_path, memory: str) -> str:
 def test_mistakes_are_one_line():
     for flags, message in (
         (("--gpu_memory", "80 apples"), "80 apples"),
-        (("--rank", "64"), "--rank 64"),
+        (("--world_size", "0"), "--world_size is 0"),
         (("--world_size", "7"), "not a multiple of 7"),
     ):
         done = rehearse("--step_tokens", "0", *flags)
