@@ -2,12 +2,14 @@
 
 import json
 import os
+import secrets
 import shlex
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,8 +34,14 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a head node's job server."""
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """The address of a head node's job server, which asks for a token."""
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text(secrets.token_hex(32))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     port, dashboard = free_ports(2)
     # Ray's sockets lie in its folder, and their names may have 107 bytes.
     folder = Path("/tmp") / f"mdm-ray-{os.getpid()}"
@@ -58,9 +66,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 try:
                     urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
                     break
+                except urllib.error.HTTPError:
+                    break  # it answers, and asks for the token
                 except OSError:
                     time.sleep(0.5)
-            assert head.poll() is None, log.read_text()
+            else:
+                pytest.fail(f"Ray did not start: {log.read_text()[-2000:]}")
             yield address
         finally:
             head.send_signal(signal.SIGTERM)  # --block ends its processes with it
