@@ -68,7 +68,9 @@ class Job:
 def ended(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
     """Exit code, summary and stderr of a job that is waited for."""
     stdout, stderr = process.communicate(timeout=1200)
-    return process.returncode, json.loads(stdout or "{}"), stderr
+    # Of a job that was broken, Ray may have said something on its way out.
+    summary = {} if process.returncode else json.loads(stdout.strip().splitlines()[-1])
+    return process.returncode, summary, stderr
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

