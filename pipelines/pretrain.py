@@ -131,6 +131,8 @@ def main() -> int:
         print(f"pretrain: rank {world.rank}: {error}", file=sys.stderr)
         return watch.GAVE_UP
     except (RunError, ResumeError, SystemExit) as error:  # the same on every rank
+        if isinstance(error, SystemExit) and not error.code:  # --help
+            raise
         said = "" if isinstance(error, SystemExit) else str(error)
         code = int(getattr(error, "code", watch.MISTAKE))
         watch.report_end(code, said)

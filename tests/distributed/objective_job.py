@@ -27,7 +27,8 @@ def made() -> Objective:
 
 def share(whole: Batch, part: slice) -> Batch:
     fields = {f.name: getattr(whole, f.name) for f in dataclasses.fields(whole)}
-    return Batch(**{k: None if v is None else v[:GLOBAL_BATCH][part] for k, v in fields.items()})
+    per_sample = {k: v for k, v in fields.items() if isinstance(v, tuple | torch.Tensor)}
+    return Batch(**fields | {k: v[:GLOBAL_BATCH][part] for k, v in per_sample.items()})
 
 
 def drawn(objective: Objective, part: Batch) -> list[torch.Tensor]:
