@@ -103,7 +103,7 @@ def test_the_wait_for_data_is_a_metric(tmp_path):
     reporter.start(state, fresh=True)
     clock.seconds |= {"data": 10.0, "forward": 30.0}
     state.step, state.samples_seen = 1, 8
-    reporter.log(state, clock, {"loss": 0.5})
+    reporter.log(state, clock, Throughput(small_config(tmp_path), World()), {"loss": 0.5})
     reporter.close()
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert row["share/data"] == pytest.approx(0.25, rel=1e-3)
