@@ -25,6 +25,7 @@ from mdm.train.engine import Engine, decay_groups, load_deepspeed_config, start_
 from mdm.train.guard import Guard
 from mdm.train.loop import Run, take_step
 from mdm.train.metrics import Clock, Reporter, Window
+from mdm.train.profiling import Profile
 from mdm.train.saver import Saver
 from mdm.train.state import TrainState
 from mdm.train.throughput import Ranks, Throughput
@@ -78,6 +79,7 @@ def main() -> None:
         *(config, world, engine, ema, loader, TrainState(), NullTracker(), reporter),
         *(Clock({}, watch.enter), Window(world), saver, Guard(config.guard), watch),
         *(Throughput(config, world), Ranks(engine.device)),
+        Profile(range(0), Path(config.run_dir), world),
     )
     bare = bare_engine(config, world)
     times: dict[str, list[float]] = {"ours": [], "bare": []}

@@ -42,7 +42,7 @@ def launcher(name: str) -> list[str]:
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     return output
 
 
