@@ -231,7 +231,7 @@ def test_another_world_size_goes_on_with_the_same_state_and_samples(
     undisturbed, tmp_path, zero, worlds
 ):
     run_dir, copies = tmp_path / "run", tmp_path / "copies"
-    options = {"global_batch": 12, "copies": str(copies)}
+    options = {"global_batch": 12, "copy_what_was_restored": str(copies)}
     settings = {"ema2": 0.5, "deepspeed": f"deepspeed_configs/{zero}.json"}
     stops = [4, 8, 12][: len(worlds)]
     for ranks, stop in zip(worlds, stops, strict=True):
