@@ -143,6 +143,14 @@ def clear_shared_memory(before: set[Path]) -> list[Path]:
     return gone
 
 
+def clear_watch_folders() -> None:
+    """Remove the folders of supervisors that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob("mdm-watch-*-*"):
+        pid = folder.name.split("-")[2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @dataclass
 class Supervisor:
     """Runs attempts on this node until the job is done, told to stop, or past help."""
@@ -160,6 +168,7 @@ class Supervisor:
             prctl(_PR_SET_CHILD_SUBREAPER, 1)
         for number in STOPPING:
             signal.signal(number, self._on_signal)
+        clear_watch_folders()
         meeting = self._meeting()
         with meeting:
             while True:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -65,10 +66,13 @@ def main() -> None:
         model=dataclasses.replace(preset.model, kernel="torch"),
         train=dataclasses.replace(preset.train, threads=1, checkpoint_every=10**9),
         guard=GuardConfig(),
-        run_dir=from_main_dir(),
+        run_dir=tempfile.mkdtemp(prefix="mdm-bench-"),
     )
     world = start_ranks(1)
+    own = Path(config.run_dir)
     config = dataclasses.replace(config, run_dir=from_main(config.run_dir))
+    if not world.is_main:
+        own.rmdir()
     engine = Engine(lambda: Objective(config), config, world, (Trunk,))
     ema = EMA(engine.fp32_partitions(), config.train.ema)
     loader = Synthetic(config, world)
@@ -106,11 +110,8 @@ def main() -> None:
     found["parameters"] = sum(p.ds_numel for p in engine.module.parameters())
     found["batch"] = config.data.global_batch
     if world.is_main:
+        shutil.rmtree(config.run_dir, ignore_errors=True)
         Path(sys.argv[1]).write_text(json.dumps(found))
-
-
-def from_main_dir() -> str:
-    return tempfile.mkdtemp(prefix="mdm-bench-")
 
 
 def bare_engine(config: Config, world: World):
