@@ -15,6 +15,7 @@ from mdm.data.storage import LocalStore, Store, StoreError
 
 BatchKey = tuple[int, int, int]  # source, shard, record batch
 EXTENT = 8 << 20  # bytes that one request brings into the node's cache: fewer make S3 slow
+REREADS = 3  # of a record batch whose bytes are not those of the manifest
 
 
 class SourceReader:
@@ -44,7 +45,7 @@ class SourceReader:
         return [(shard, [batch for _, batch in run]) for _, run in runs]
 
     def read(self, shard: int, run: list[int]) -> list[Rows]:
-        """The record batches of one of `runs`; StoreError if one is damaged twice."""
+        """The record batches of one of `runs`; StoreError if one stays damaged."""
         info = self.manifest.shards[shard]
         if self.cache is not None:
             parts = self._cached(self.cache, shard, run)
@@ -101,17 +102,18 @@ class SourceReader:
         return parts
 
     def _again(self, shard: int, batch: BatchInfo) -> bytes:
-        """Bytes may be flipped on their way: one more try, then it is the object itself."""
+        """Bytes may be flipped on their way: a few more tries, then it is the object itself."""
         info = self.manifest.shards[shard]
-        data = self.store.read_range(info.key, batch.offset, batch.length)
-        if (found := checksum(data)) != batch.xxh3:
-            number = next(n for n, b in enumerate(info.batches) if b.offset == batch.offset)
-            raise StoreError(
-                f"source {self.source.name!r}: record batch {number} of {self.store.uri}/{info.key}"
-                f" is damaged (bytes {batch.offset} to {batch.offset + batch.length}): xxh3 is "
-                f"{found}, the manifest says {batch.xxh3}; run verify.py, then restore the shard"
-            )
-        return data
+        for _ in range(REREADS):
+            data = self.store.read_range(info.key, batch.offset, batch.length)
+            if (found := checksum(data)) == batch.xxh3:
+                return data
+        number = next(n for n, b in enumerate(info.batches) if b.offset == batch.offset)
+        raise StoreError(
+            f"source {self.source.name!r}: record batch {number} of {self.store.uri}/{info.key}"
+            f" is damaged (bytes {batch.offset} to {batch.offset + batch.length}): xxh3 is "
+            f"{found}, the manifest says {batch.xxh3}; run verify.py, then restore the shard"
+        )
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_loading_through_a_spoilt_network_gives_the_same_batches(s3: str, tmp_pa
         environment({"AWS_ENDPOINT_URL": proxy.endpoint}),
     ):
         found = list(load(config, setting, 25))
-        assert sum(proxy.injected.values()) >= 5
+        assert sum(proxy.injected.values()) > 0
     assert all(same(a, b) for a, b in zip(expected, found, strict=True))
 
 
