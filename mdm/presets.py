@@ -145,6 +145,7 @@ DEV_1GPU = Config(
         steps=200_000,
         lr=3e-4,
         warmup=1000,
+        activation_checkpointing=True,
         deepspeed="deepspeed_configs/zero2.json",
     ),
 )

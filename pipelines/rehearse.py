@@ -189,7 +189,10 @@ def print_built(built: Rehearsal) -> None:
     for name in STATES:
         print(f"  {name:<12}{built.held[name] / GIB:8.2f}{planned(built.ledger, name) / GIB:8.2f}")
     limit = built.ledger.device("gathered") + built.ledger.device("persistent")
-    print(f"  {'gathered':<12}{built.gathered / GIB:8.2f}{limit / GIB:8.2f}")
+    print(
+        f"  {'gathered':<12}{built.gathered / GIB:8.2f}{limit / GIB:8.2f}"
+        "  at most; a first step fetches nothing ahead"
+    )
 
 
 def planned(ledger: Ledger, name: str) -> int:

@@ -8,7 +8,8 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize(
-    ("config", "ranks"), [("cpu.json", 2), ("zero3.json", 3), ("zero2.json", 2)]
+    ("config", "ranks"),
+    [("cpu.json", 2), ("zero3.json", 3), ("zero2.json", 2), ("zero3_multinode.json", 2)],
 )
 def test_engine(config, ranks, tmp_path):
     """fp32 islands, sharded average = gathered average bit for bit, skipped steps."""
