@@ -14,7 +14,8 @@ import math
 import sys
 from dataclasses import dataclass
 
-from mdm.config import doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc
 from mdm.data.storage import StoreError
 from mdm.train.checkpoint import ASIDE, MARKER, Checkpoints, Keep
 from mdm.train.snapshot import DamagedError

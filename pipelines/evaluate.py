@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 from mdm import tracking
-from mdm.config import Config, doc, fail, from_dict, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import Config, doc, from_dict
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.storage import StoreError, join
 from mdm.data.tokenizer import Tokenizer

@@ -9,7 +9,8 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 
-from mdm.config import DataConfig, SourceConfig, StageConfig, doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import DataConfig, SourceConfig, StageConfig, doc
 from mdm.data.manifest import ManifestError
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.order import Order

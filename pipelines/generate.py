@@ -25,7 +25,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mdm.config import doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.image import decode_image
 from mdm.diffusion.sampler import SOLVERS

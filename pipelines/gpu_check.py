@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdm.config import Config, ModelConfig, doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import Config, ModelConfig, doc
 from mdm.data.batch import Batch
 from mdm.kernels import conv, fused
 from mdm.kernels import ssd as torch_ssd

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdm.config import Config, doc, fail, from_dict, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import Config, doc, from_dict
 from mdm.data.pixels import PixelPatches
 from mdm.data.tokenizer import Tokenizer
 from mdm.diffusion.sampler import SOLVERS

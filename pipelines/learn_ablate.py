@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mdm.config import doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc
 from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import learn_report
 from mdm.evaluate.ablation import runs_table, selection_table, solver_table

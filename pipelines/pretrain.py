@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from mdm.config import Config, doc, parse_cli
+from mdm.cli import parse_cli
+from mdm.config import Config, doc
 from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.storage import StoreError
 from mdm.dist import World

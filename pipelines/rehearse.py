@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from mdm.config import Config, doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import Config, doc
 from mdm.model.network import Block
 from mdm.model.transformer import AttentionBlock
 from mdm.presets import PRESETS

@@ -34,7 +34,8 @@ from pathlib import Path
 
 import psutil
 
-from mdm.config import doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc
 from mdm.train import watch
 from pipelines.children import end_descendants, prctl
 from pipelines.meeting import Attempt, Meeting, read_hostfile

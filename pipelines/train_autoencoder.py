@@ -24,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdm import sources
-from mdm.config import doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc
 from mdm.data import fit_autoencoder
 from mdm.data.autoencoder import Autoencoder, build, save
 from mdm.data.image import decode_image

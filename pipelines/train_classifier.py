@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from mdm import sources
-from mdm.config import doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc
 from mdm.data.autoencoder import Autoencoder
 from mdm.evaluate import classifier
 from mdm.evaluate.heldout import Pictures, load_pictures

@@ -13,7 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from mdm import sources
-from mdm.config import doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc
 from mdm.data import corpus
 from mdm.data.tokenizer import UNK, Tokenizer, train_model
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from mdm.config import doc, fail, parse_cli
+from mdm.cli import fail, parse_cli
+from mdm.config import doc
 from mdm.data.manifest import MANIFEST, MANIFEST_SHA256, Manifest, ManifestError
 from mdm.data.storage import StoreError, open_store
 from mdm.data.verify import discard, verify

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import tests.benchmarks as package
-from mdm.config import fail
+from mdm.cli import fail
 from tests.benchmarks import timing
 
 HELPERS = {"__main__", "timing", "shapes", "encoding", "checkpoint_job", "engine_overhead_job"}

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from mdm.config import Config, ModelConfig, fingerprint, from_dict, parse_cli, to_dict
+from mdm.cli import parse_cli
+from mdm.config import Config, ModelConfig, fingerprint, from_dict, to_dict
 from mdm.presets import PRESETS
 
 

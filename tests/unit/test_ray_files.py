@@ -11,7 +11,7 @@ import pytest
 import ray
 import yaml
 
-from mdm.config import parse_cli
+from mdm.cli import parse_cli
 from mdm.data.storage import StoreOptions
 from pipelines.encode import Flags
 

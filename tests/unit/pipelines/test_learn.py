@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from mdm.config import parse_cli
+from mdm.cli import parse_cli
 from mdm.data.loader import build_loader
 from mdm.data.tokenizer import Tokenizer
 from mdm.dist import World
