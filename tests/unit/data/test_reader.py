@@ -133,7 +133,7 @@ def test_batches_are_the_same_through_a_cache_that_is_full(
         assert all(same(a, b) for a, b in start)
         monkeypatch.setattr(os, "posix_fallocate", fails)
         for path in (tmp_path / "files").iterdir():
-            path.unlink()
+            path.unlink(missing_ok=True)  # a reading ahead may still be at its temporary file
         rest = zip(take(plain, 12), take(loader, 12), strict=True)
         assert all(same(a, b) for a, b in rest)
 
