@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -140,7 +141,10 @@ class ObjectiveConfig:
             *("se_trajectory", "se_in_batch"),
         ):
             value = getattr(self, name)
-            _check(value >= 0, f"objective.{name} is {value}; it must not be negative")
+            _check(
+                0 <= value < math.inf,
+                f"objective.{name} is {value}; it must be finite and not negative",
+            )
         tasks = ("p_text_to_image", "p_image_to_text", "p_image", "p_text")
         for name in (*tasks, "p_class", "p_self_condition", "condition_noise"):
             p = getattr(self, name)
@@ -161,7 +165,8 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _check(
-            self.weight > 0, f"weight of source {self.name!r} is {self.weight}; it must be positive"
+            0 < self.weight < math.inf,
+            f"weight of source {self.name!r} is {self.weight}; it must be positive and finite",
         )
 
 
@@ -275,10 +280,12 @@ class TrainConfig:
                 getattr(self, name) > 0,
                 f"train.{name} is {getattr(self, name)}; it must be positive",
             )
-        for name in ("ema", "ema2"):
+        for name in ("warmup", "weight_decay", "keep_every"):
+            value = getattr(self, name)
+            _check(value >= 0, f"train.{name} is {value}; it must not be negative")
+        for name in ("ema", "ema2", "beta1", "beta2"):
             value = getattr(self, name)
             _check(0.0 <= value < 1.0, f"train.{name} is {value}; it lies in [0, 1)")
-        _check(self.keep_every >= 0, f"train.keep_every is {self.keep_every}; 0 is for none")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,12 @@ class Schedule:
 
     def __post_init__(self) -> None:
         abar = self.alphas_cumprod
-        if abar.dtype != torch.float64 or abar[0] != 1 or (abar.diff() >= 0).any() or abar[-1] < 0:
+        if abar.dim() != 1 or len(abar) < 3:
+            raise ValueError(
+                f"alphas_cumprod has shape {tuple(abar.shape)}; it must be [T + 1], T 2 or more"
+            )
+        falls = bool((abar.diff() < 0).all())  # False with a NaN anywhere
+        if abar.dtype != torch.float64 or abar[0] != 1 or not falls or abar[-1] < 0:
             raise ValueError(
                 f"alphas_cumprod must be float64, start at 1 and fall to 0 or more; it is "
                 f"{abar.dtype} from {abar[0]:g} to {abar[-1]:g}"
@@ -50,7 +55,7 @@ class Schedule:
 
 def cosine(steps: int = STEPS) -> Schedule:
     """Abar = cos^2(pi/2 t/T) (Nichol & Dhariwal 2021, without offset)."""
-    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    u = torch.linspace(0, 1, max(steps, 0) + 1, dtype=torch.float64)
     abar = torch.cos(u * torch.pi / 2) ** 2
     abar[0], abar[-1] = 1.0, 0.0
     return Schedule(abar)
@@ -63,7 +68,7 @@ def linear_log_snr(high: float, low: float, steps: int = STEPS) -> Schedule:
     about 2 and -5 at width 16, and a linear DDPM schedule spends a sixth of its steps there.
     """
     if low >= high:
-        raise ValueError(f"log-SNR must fall, from {high} to {low}")
+        raise ValueError(f"log-SNR must fall; it goes from {high} to {low}")
     inner = torch.linspace(high, low, steps - 1, dtype=torch.float64).sigmoid()
     ends = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     return Schedule(torch.cat([ends[0], inner, ends[1]]))

@@ -187,7 +187,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         ids = [self.tokenizer.encode(text) for text in texts]
         if cut := [text for text, i in zip(texts, ids, strict=True) if len(i) >= length]:
             log.warning("%d captions cut to %d tokens, as in training: %r", len(cut), length, cut)
-        tokens = torch.stack([self._padded([*i[: length - 1], EOS], length) for i in ids])
+        tokens = _padded([[*i[: length - 1], EOS] for i in ids], length)
 
         def request(index: Tensor) -> Request:
             none = torch.full_like(index, -1)
@@ -239,7 +239,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         if pictures is not None and len(pictures) != len(dialogues):
             raise ValueError(f"{len(pictures)} sets of pictures for {len(dialogues)} dialogues")
         asked = [self._asked(turns, k, length) for turns in dialogues]
-        tokens = torch.stack([self._padded(ids, length) for ids, _ in asked])
+        tokens = _padded([ids for ids, _ in asked], length)
         lengths = torch.tensor([len(ids) for ids, _ in asked])
         places = torch.tensor([at for _, at in asked])
         prompt = torch.arange(length) < lengths.unsqueeze(1)
@@ -318,6 +318,8 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     def _run(
         self, request: Callable[[Tensor], Request], n: int, how: Sampling
     ) -> tuple[Tensor, Tensor]:
+        if n < 1:
+            raise ValueError(f"{n} samples are asked for; it takes at least 1")
         parts = torch.arange(n).split(BATCH)
         shown = tqdm(parts, desc="denoise", leave=False, disable=None if len(parts) > 1 else True)
         with torch.autocast("cpu", torch.bfloat16):  # as in training
@@ -347,9 +349,6 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
 
         return draw
 
-    def _padded(self, ids: list[int], length: int) -> Tensor:
-        return torch.tensor(ids + [PAD] * (length - len(ids)))
-
     def _pixels(self, latents: Tensor) -> Tensor:
         return torch.cat(
             [self.autoencoder.decode(part, self.grid) for part in latents.split(BATCH)]
@@ -357,3 +356,10 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
 
     def _texts(self, tokens: Tensor) -> list[str]:
         return [self.tokenizer.decode(row) for row in tokens.tolist()]
+
+
+def _padded(texts: list[list[int]], length: int) -> Tensor:
+    """Token ids i64 [b, length]."""
+    if not texts:
+        raise ValueError("0 texts are given; it takes at least 1")
+    return torch.tensor([ids + [PAD] * (length - len(ids)) for ids in texts])

@@ -55,6 +55,9 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"solver is {self.solver!r}; choose one of {', '.join(SOLVERS)}")
+        for name in ("image_guidance", "text_guidance"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number")
         if not 0 <= self.text_delay <= 1:
             raise ValueError(f"text_delay is {self.text_delay}; it is a share between 0 and 1")
         if self.text_blocks < 1:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdm.kernels.ssd import check_seq_idx, check_tensor
+
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None) -> Tensor:
     """silu(sum_k w_k x_{l - K + 1 + k} + bias), reset where `seq_idx` changes.
@@ -18,9 +20,26 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
 
     Returns:
         [b, l, channels] in x's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, with both values.
     """
+    check(x, weight, bias, seq_idx)
     y: Tensor = _CausalConv.apply(x, weight, bias, seq_idx)  # type: ignore[no-untyped-call]
     return y
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> None:
+    """Raise ValueError, with both values, over shapes and dtypes that do not fit."""
+    if x.dim() != 3:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [batch, length, channels]")
+    if weight.dim() != 3 or not weight.shape[-1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be [channels, 1, taps]")
+    channels = x.shape[-1]
+    check_tensor("x", x, tuple(x.shape), x)
+    check_tensor("weight", weight, (channels, 1, weight.shape[-1]), x)
+    check_tensor("bias", bias, (channels,), x)
+    check_seq_idx(seq_idx, x)
 
 
 class _CausalConv(torch.autograd.Function):

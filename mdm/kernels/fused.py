@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdm.kernels.ssd import check_shapes
+from mdm.kernels import conv
+from mdm.kernels.ssd import check
 
 INSTALL = 'pip install -c infra/constraints.txt --no-build-isolation ".[gpu]"'
 
@@ -30,7 +31,7 @@ def ssd(
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`mdm.kernels.ssd.ssd` on mamba_ssm's Triton kernel; same arguments and results."""
-    check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, initial_states)
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError as error:
@@ -58,6 +59,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
 
     The kernel takes 2 to 4 taps and a multiple of 8 channels, and says so otherwise.
     """
+    conv.check(x, weight, bias, seq_idx)
     try:
         from causal_conv1d import causal_conv1d_fn
     except ImportError as error:

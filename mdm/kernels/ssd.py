@@ -53,9 +53,9 @@ def ssd(
         y [b, l, h, p] in x's dtype, and the final states in fp32 if asked for. Sums are in fp32.
 
     Raises:
-        ValueError: shapes that do not fit, with both values.
+        ValueError: shapes or dtypes that do not fit, with both values.
     """
-    check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, initial_states)
     dtype, length = x.dtype, x.shape[1]
     heads_per_group = x.shape[2] // B.shape[2]
     dt = dt.float()
@@ -134,7 +134,7 @@ def ssd_reference(
     return_final_states: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ssd` as the plain recurrence, token by token: the oracle of its tests. Same signature."""
-    check_shapes(x, dt, A, B, C, seq_idx, initial_states)
+    check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, initial_states)
     b, length, h, p = x.shape
     Bh, Ch = (t.repeat_interleave(h // B.shape[2], 2).to(x.dtype) for t in (B, C))
     if dt_bias is not None:
@@ -192,16 +192,22 @@ def _chunk_seq(seq_idx: Tensor, q: int, pad: int) -> Tensor:
     return seq_idx.reshape(len(seq_idx), -1, q)
 
 
-def check_shapes(
+def check(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    chunk_size: int,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
     seq_idx: Tensor | None,
     initial_states: Tensor | None,
 ) -> None:
-    """Raise ValueError, with both values, over shapes that do not fit."""
+    """Raise ValueError, with both values, over shapes and dtypes that do not fit."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; a chunk has at least one token")
     if x.dim() != 4:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; it must be [batch, length, heads, headdim]"
@@ -209,18 +215,44 @@ def check_shapes(
     b, length, h, p = x.shape
     if length == 0:
         raise ValueError("x has length 0; a scan needs at least one token")
-    if B.dim() != 4 or h % B.shape[2]:
+    if B.dim() != 4 or not B.shape[2] or h % B.shape[2]:
         raise ValueError(f"B has shape {tuple(B.shape)}; its groups must divide the {h} heads of x")
     wanted = {
+        "x": (x, (b, length, h, p)),
         "dt": (dt, (b, length, h)),
         "A": (A, (h,)),
         "B": (B, (b, length, *B.shape[2:])),
         "C": (C, tuple(B.shape)),
-        "seq_idx": (seq_idx, (b, length)),
+        "D": (D, (h,) if D is None or D.dim() != 2 else (h, p)),
+        "z": (z, (b, length, h, p)),
+        "dt_bias": (dt_bias, (h,)),
         "initial_states": (initial_states, (b, h, p, B.shape[3])),
     }
     for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}; x {tuple(x.shape)} needs {shape}"
-            )
+        check_tensor(name, tensor, shape, x)
+    check_seq_idx(seq_idx, x)
+
+
+def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise ValueError where a tensor that goes with x has another shape, or no real numbers."""
+    if tensor is None:
+        return
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; x {tuple(x.shape)} needs {shape}"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} is {tensor.dtype}; it must be floating point")
+
+
+def check_seq_idx(seq_idx: Tensor | None, x: Tensor) -> None:
+    """Raise ValueError unless seq_idx holds an integer for each token of x [b, l, ...]."""
+    if seq_idx is None:
+        return
+    if seq_idx.shape != x.shape[:2]:
+        raise ValueError(
+            f"seq_idx has shape {tuple(seq_idx.shape)}; x {tuple(x.shape)} needs "
+            f"{tuple(x.shape[:2])}"
+        )
+    if seq_idx.is_floating_point() or seq_idx.is_complex():
+        raise ValueError(f"seq_idx is {seq_idx.dtype}; it numbers sequences in integers")

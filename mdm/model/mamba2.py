@@ -161,7 +161,15 @@ class Mamba2(nn.Module):
 
         Returns:
             [b, l, s, d].
+
+        Raises:
+            ValueError: u has another shape.
         """
+        s, _, d = self.in_proj.weight.shape
+        if u.dim() != 4 or u.shape[2:] != (s, d):
+            raise ValueError(
+                f"u has shape {tuple(u.shape)}; the mixers read [batch, length, {s} scans, {d}]"
+            )
         return mix(u, self.weights, seq_idx, **self.settings)
 
     def allocate_state(self, batch: int) -> MixerState:
@@ -184,9 +192,10 @@ class Mamba2(nn.Module):
         Returns:
             (y [b, s, d], the state after it); y equals `forward`'s at this place.
         """
-        if u.dim() != 3 or len(u) != len(state.ssm):
+        scans, d, _ = self.out_proj.weight.shape
+        if u.dim() != 3 or u.shape[1:] != (scans, d) or len(u) != len(state.ssm):
             raise ValueError(
-                f"u has shape {tuple(u.shape)}; a step takes [batch, scans, d_model], and the "
+                f"u has shape {tuple(u.shape)}; a step takes [batch, {scans} scans, {d}], and the "
                 f"state is one of {len(state.ssm)} sequences"
             )
         w, n = self.weights, self.settings["d_state"]

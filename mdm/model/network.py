@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mdm.config import ModelConfig
 from mdm.model import scan
 from mdm.model.embed import Embed
+from mdm.model.inputs import check_inputs
 from mdm.model.mamba2 import Mamba2, Weights, mix
 from mdm.model.packing import N_HEAD, TextRows, pack_order, sequence_mask, text_rows
 from mdm.model.transformer import AttentionBlock
@@ -262,9 +263,22 @@ class Network(nn.Module):
             `Prediction`.
 
         Raises:
-            ValueError: shapes that do not fit, with both values.
+            ValueError: shapes or dtypes that do not fit, with both values.
         """
-        k = self._check(z_txt, level_txt, prompt, class_ids, z_img, level_img, picture_at, text_of)
+        k = check_inputs(
+            self.config,
+            z_txt,
+            level_txt=level_txt,
+            prompt=prompt,
+            class_ids=class_ids,
+            z_img=z_img,
+            level_img=level_img,
+            estimate_txt=estimate_txt,
+            picture_at=picture_at,
+            keep_txt=keep_txt,
+            keep_img=keep_img,
+            text_of=text_of,
+        )
         if estimate_txt is None:
             estimate_txt = torch.zeros_like(z_txt)
         if text_of is not None:
@@ -316,55 +330,6 @@ class Network(nn.Module):
         factor = level.sigmoid().sqrt() / (-level).sigmoid()
         gain: Tensor = self.eq17_gain(self.embed.level(level)).float().squeeze(-1)
         return (gain * factor)[:, None, None]
-
-    def _check(
-        self,
-        z_txt: Tensor,
-        level_txt: Tensor,
-        prompt: Tensor,
-        class_ids: Tensor,
-        z_img: Tensor | None,
-        level_img: Tensor | None,
-        picture_at: Tensor | None,
-        text_of: Tensor | None,
-    ) -> int:
-        """How many pictures a sample holds; ValueError for shapes that do not fit."""
-        c, longest, n = self.config.latent_dim, self.config.text_length, self.grid[0] * self.grid[1]
-        if z_txt.dim() != 3 or not 1 <= z_txt.shape[1] <= longest or z_txt.shape[2] != c:
-            raise ValueError(
-                f"z_txt has shape {tuple(z_txt.shape)}; the model reads [batch, 1 ... {longest} "
-                f"tokens (model.text_length), {c} numbers (model.latent_dim)]"
-            )
-        b, m, _ = z_txt.shape
-        wanted: dict[str, tuple[Tensor, tuple[int, ...]]] = {"prompt": (prompt, (b, m))}
-        if text_of is not None:
-            if z_img is not None:
-                raise ValueError("text_of tells of packed texts, which have no pictures")
-            wanted["text_of"] = (text_of, (b, m))
-            b = len(class_ids)
-        wanted |= {
-            "level_txt": (level_txt, (b,)),
-            "class_ids": (class_ids, (b,)),
-        }
-        k = 0
-        if z_img is not None:
-            k = z_img.shape[1] // n
-            if level_img is None or z_img.shape != (b, max(k, 1) * n, c):
-                levels = None if level_img is None else tuple(level_img.shape)
-                raise ValueError(
-                    f"z_img has shape {tuple(z_img.shape)} and level_img {levels}; {b} samples on "
-                    f"a grid of {n} tokens need [{b}, pictures x {n}, {c}] and [{b}, pictures]"
-                )
-            wanted["level_img"] = (level_img, (b, k) if level_img.dim() == 2 else (b,))
-            if picture_at is not None:
-                wanted["picture_at"] = (picture_at, (b, k))
-        for name, (tensor, shape) in wanted.items():
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; z_txt {tuple(z_txt.shape)} and "
-                    f"{k} pictures need {shape}"
-                )
-        return k
 
 
 @lru_cache(maxsize=256)

@@ -24,6 +24,10 @@ def test_log_snr_inverts_alpha_bar():
 def test_a_rising_table_is_refused():
     with pytest.raises(ValueError, match="must be float64, start at 1"):
         schedule.Schedule(torch.tensor([1.0, 0.5, 0.6], dtype=torch.float64))
+    with pytest.raises(ValueError, match="must be float64, start at 1"):
+        schedule.Schedule(torch.tensor([1.0, float("nan"), 0.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"shape \(1,\)"):
+        schedule.Schedule(torch.ones(1, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"from -3.0 to 2.0"):
         schedule.linear_log_snr(-3.0, 2.0)
 

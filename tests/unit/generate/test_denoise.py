@@ -222,6 +222,7 @@ def test_mistakes_name_the_way_out(objective):
         ({"solver": "euler"}, "'euler'; choose one of dpmpp2m"),
         ({"text_delay": 1.5}, "text_delay is 1.5"),
         ({"text_blocks": 0}, "text_blocks is 0"),
+        ({"image_guidance": math.inf}, "image_guidance is inf; it must be a finite"),
         ({"selection": -1.0}, "selection is -1.0 nats"),
         ({"selection": math.nan}, "selection is nan nats"),
         ({"interval": (1.0, 0.0)}, "runs from 1.0 to 0.0"),

@@ -152,6 +152,10 @@ def test_long_captions_are_cut_with_a_warning(generator, caplog):
 def test_mistakes_name_both_values(generator, export, tmp_path):
     with pytest.raises(ValueError, match=r"leave 0 \.\.\. 2"):
         generator.class_to_image([5])
+    with pytest.raises(ValueError, match="0 samples are asked for"):
+        generator.class_to_image([])
+    with pytest.raises(ValueError, match="0 texts are given"):
+        generator.text_to_image([])
     with pytest.raises(FileNotFoundError, match="no/such/folder is no folder"):
         MDM.from_pretrained("no/such/folder", local_files_only=True)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):

@@ -50,3 +50,19 @@ def test_bf16_gradients_are_sums_in_fp32():
     for ours, exact in zip(*results, strict=True):
         error = (ours.double() - exact).abs().max() / exact.abs().max()
         assert error < 2**-7  # sums of 2,000 terms, kept in bf16, would be off by ten times that
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (2, 9)}, r"x has shape \(2, 9\); it must be \[batch"),
+        ({"weight": (5, 1, 4)}, r"weight has shape \(5, 1, 4\).*needs \(6, 1, 4\)"),
+        ({"weight": (6, 4)}, r"must be \[channels, 1, taps\]"),
+        ({"bias": (1,)}, r"bias has shape \(1,\).*needs \(6,\)"),
+        ({"seq_idx": (2, 8)}, r"seq_idx has shape \(2, 8\).*needs \(2, 9\)"),
+    ],
+)
+def test_wrong_shapes_name_both_values(change, message):
+    shapes = {"x": (2, 9, 6), "weight": (6, 1, 4), "bias": (6,)} | change
+    with pytest.raises(ValueError, match=message):
+        causal_conv(**{name: torch.zeros(shape) for name, shape in shapes.items()})

@@ -102,9 +102,24 @@ def test_zero_order_hold_is_eq_13():
         ("B", (2, 13, 3, 5), r"groups must divide the 4 heads"),
         ("x", (2, 13, 12), r"must be \[batch, length, heads, headdim\]"),
         ("initial_states", (2, 4, 5, 3), r"initial_states has shape"),
+        ("D", (3,), r"D has shape \(3,\).*needs \(4,\)"),
+        ("D", (4, 2), r"D has shape \(4, 2\).*needs \(4, 3\)"),
+        ("z", (2, 13, 4, 2), r"z has shape"),
+        ("dt_bias", (1,), r"dt_bias has shape"),
+        ("seq_idx", (2, 12), r"seq_idx has shape \(2, 12\).*needs \(2, 13\)"),
     ],
 )
 def test_wrong_shapes_name_both_values(name, shape, message):
     data = inputs() | {name: torch.zeros(shape)}
     with pytest.raises(ValueError, match=message):
         ssd(**data, chunk_size=4)
+
+
+def test_wrong_kinds_of_numbers_are_named():
+    data = inputs()
+    with pytest.raises(ValueError, match=r"x is torch\.int64"):
+        ssd(**data | {"x": data["x"].long()}, chunk_size=4)
+    with pytest.raises(ValueError, match=r"seq_idx is torch\.float32"):
+        ssd(**data, seq_idx=torch.zeros(2, 13), chunk_size=4)
+    with pytest.raises(ValueError, match="chunk_size is 0"):
+        ssd(**data, chunk_size=0)

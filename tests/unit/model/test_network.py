@@ -229,3 +229,19 @@ def test_shapes_that_do_not_fit_are_refused():
         call(network, text, image, prompt=torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"picture_at has shape \(2, 2\).*need \(2, 1\)"):
         call(network, text, image, picture_at=torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"estimate_txt has shape \(1, 5, 16\).*need \(2, 5, 16\)"):
+        call(network, text, image, estimate_txt=text[:1])
+    with pytest.raises(ValueError, match=r"only keep_txt is given"):
+        call(network, text, image, keep_txt=torch.ones(2, 5, dtype=torch.bool))
+
+
+def test_kinds_and_ranges_that_do_not_fit_are_refused():
+    network = Network(SMALL)
+    text, image = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    with pytest.raises(ValueError, match=r"prompt is torch\.float32; it must be bool"):
+        call(network, text, image, prompt=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"z_txt is torch\.int64; it must be floating"):
+        call(network, text.long(), image)
+    over = SMALL.n_classes
+    with pytest.raises(ValueError, match=rf"class_ids spans 0 to {over}; .* -1 \.\.\. {over - 1}"):
+        call(network, text, image, class_ids=torch.tensor([0, over]))
