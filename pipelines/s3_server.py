@@ -17,7 +17,6 @@ import urllib.request
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from mdm.cli import fail, parse_cli
 from mdm.config import doc
@@ -201,12 +200,7 @@ class S3Server:
     def __enter__(self) -> "S3Server":
         return self.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
 

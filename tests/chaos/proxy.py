@@ -11,7 +11,6 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from types import TracebackType
 
 HOST = "127.0.0.1"
 # 503: SlowDown instead of an answer. reset: the connection, before or after the server did its
@@ -54,12 +53,7 @@ class FaultProxy:
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
