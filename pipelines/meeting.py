@@ -34,15 +34,20 @@ class Attempt:
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots by node, in the file's order; ValueError names a line that is none."""
+    """Slots by node, in the file's order; ValueError names a line that cannot be meant."""
     hosts: dict[str, int] = {}
     for line in path.read_text().splitlines():
         words = line.split("#")[0].split()
         if not words:
             continue
-        if len(words) != 2 or not words[1].startswith("slots="):
+        slots = words[-1].removeprefix("slots=")
+        if len(words) != 2 or not words[1].startswith("slots=") or not slots.isdecimal():
             raise ValueError(f"{path}: {line!r} is not `name slots=N`")
-        hosts[words[0]] = int(words[1].removeprefix("slots="))
+        if words[0] in hosts or not int(slots):
+            raise ValueError(f"{path}: {line!r}: a node has one line, and at least one slot")
+        hosts[words[0]] = int(slots)
+    if not hosts:
+        raise ValueError(f"{path} names no node; a line is `name slots=N`")
     return hosts
 
 

@@ -186,7 +186,12 @@ class Supervisor:
     def _meeting(self) -> Meeting:
         if not self.flags.hostfile:
             return Meeting.alone(free_port)
-        hosts = read_hostfile(Path(self.flags.hostfile))
+        try:
+            hosts = read_hostfile(Path(self.flags.hostfile))
+        except OSError as error:
+            fail(f"supervise: --hostfile {self.flags.hostfile}: {error.strerror}")
+        except ValueError as error:
+            fail(f"supervise: {error}")
         own = self.flags.node or socket.gethostname()
         if own not in hosts:
             fail(f"supervise: this node is {own}, the hostfile has {', '.join(hosts)}; see --node")

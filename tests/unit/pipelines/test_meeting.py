@@ -84,6 +84,20 @@ def test_hostfile(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# two nodes\nn1 slots=8\n\nn2 slots=4 # slow\n")
     assert read_hostfile(path) == {"n1": 8, "n2": 4}
-    path.write_text("n1\n")
-    with pytest.raises(ValueError, match="'n1' is not"):
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n1\n", "'n1' is not"),
+        ("n1 slots=many\n", "'n1 slots=many' is not"),
+        ("n1 slots=0\n", "at least one slot"),
+        ("n1 slots=1\nn1 slots=2\n", "'n1 slots=2': a node has one line"),
+        ("# nobody\n", "names no node"),
+    ],
+)
+def test_a_hostfile_that_cannot_be_meant_is_refused(tmp_path, text, message):
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
         read_hostfile(path)
