@@ -9,17 +9,14 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import psutil
 import torch
 from torch import nn
 
 from mdm.config import Config, fingerprint, to_dict
-from mdm.data.batch import Batch
 from mdm.data.storage import StoreError
 from mdm.dist import World, exchange
 from mdm.exported import Training, write_export
@@ -32,6 +29,7 @@ from mdm.train.engine import Engine
 from mdm.train.guard import Guard
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.profiling import Profile
+from mdm.train.run import Loader, Run
 from mdm.train.saver import Saver, find
 from mdm.train.state import RunError, TrainState, check_resumable, flatten
 from mdm.train.throughput import Ranks, Throughput
@@ -40,37 +38,6 @@ from mdm.train.watch import GAVE_UP, HALTED, STOP_FILE, Watch, report_end
 
 NEVER = -1.0  # a limit that no norm is below
 DONE, TRACKING, JOURNAL = "done.json", "tracking.json", "tracking"
-
-
-class Loader(Protocol):
-    """This rank's stream of batches, with a state that continues it exactly."""
-
-    def __next__(self) -> Batch:
-        """The next batch."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch handed out, as plain JSON values."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there."""
-
-    def sample_ids(self, step: int) -> Sequence[str]:
-        """The global sample ids of any step."""
-
-    def quarantine(self, ids: Iterable[str]) -> None:
-        """From the next batch on, others take the places of these samples; all ranks call."""
-
-    @property
-    def quarantined(self) -> frozenset[str]:
-        """The ids that are not shown any more; part of the state."""
-
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds spent waiting for data so far."""
-
-    @property
-    def order_digest(self) -> str:
-        """Digest of the sample ids handed out so far."""
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -87,34 +54,6 @@ def learning_rate(step: int, config: Config) -> float:
 def snapshot_steps(steps: int, snapshots: int) -> set[int]:
     """The steps after which averaged weights are exported: evenly spaced, the last one included."""
     return {round(steps * k / snapshots) for k in range(1, snapshots + 1)} - {0}
-
-
-@dataclass
-class Run:
-    """All that a running job holds."""
-
-    config: Config
-    world: World
-    engine: Engine
-    ema: EMA
-    loader: Loader
-    state: TrainState
-    tracker: Tracker
-    reporter: Reporter
-    clock: Clock
-    window: Window
-    saver: Saver
-    guard: Guard
-    watch: Watch
-    work: Throughput
-    ranks: Ranks
-    profile: Profile
-    linked_step: int = -1  # of the newest checkpoint that was told of
-
-    @property
-    def dir(self) -> Path:
-        """Folder of checkpoints, exports and logs."""
-        return Path(self.config.run_dir)
 
 
 def train(

@@ -1,20 +1,18 @@
 """What follows from the guard's verdicts: skipped steps and their black boxes, rollbacks."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mdm.data.batch import Batch
 from mdm.dist import from_main, gather_to_all
 from mdm.train import blackbox
 from mdm.train.checkpoint import Record
 from mdm.train.metrics import Clock, Window
+from mdm.train.run import Run
 from mdm.train.state import Diverged
 
-if TYPE_CHECKING:
-    from mdm.train.loop import Run
 
-
-def skip(run: "Run", batch: Batch, terms: Any, loss: float, reason: str) -> None:
+def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
     """Step `run.state.step` was not applied: say why, keep it, quarantine what is to blame.
 
     All ranks must call, after weights and buffers are as they were before the step.
@@ -67,7 +65,7 @@ def _blame(step: int, reason: str, shares: list[tuple[dict[str, float], Any, Bat
     return "; ".join([f"step {step} is skipped: {reason}", *said])
 
 
-def roll_back(run: "Run") -> None:
+def roll_back(run: Run) -> None:
     """Return to a checkpoint from before the trouble, and quarantine its samples.
 
     All ranks must call. Raises Diverged when that has not helped, or there is nothing to return to.
@@ -108,7 +106,7 @@ def roll_back(run: "Run") -> None:
     run.reporter.note("rolled back", saved, reason=said, quarantined=sorted(ids))
 
 
-def _before(run: "Run", limit: int) -> list[Record]:
+def _before(run: Run, limit: int) -> list[Record]:
     """The checkpoints at or before step `limit`, newest first; newer ones are set aside."""
     checkpoints, found = run.saver.checkpoints, []
     for record in checkpoints.newest_first()[0]:

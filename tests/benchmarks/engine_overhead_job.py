@@ -24,9 +24,10 @@ from mdm.train.checkpoint import Checkpoints, Keep
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, decay_groups, load_deepspeed_config, start_ranks, stop_ranks
 from mdm.train.guard import Guard
-from mdm.train.loop import Run, take_step
+from mdm.train.loop import take_step
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.profiling import Profile
+from mdm.train.run import Run
 from mdm.train.saver import Saver
 from mdm.train.state import TrainState
 from mdm.train.throughput import Ranks, Throughput
