@@ -82,6 +82,26 @@ def die_while_writing(step: int) -> None:
     Snapshot.write = torn
 
 
+def slow_save(seconds: float) -> None:
+    """A store that takes its time over every object: a save lasts long enough to be hit."""
+    write = Snapshot.write
+
+    def slow(self, store, folder, rank):
+        put = store.put
+
+        def waiting(key, data, **options):
+            time.sleep(seconds)
+            return put(key, data, **options)
+
+        store.put = waiting
+        try:
+            return write(self, store, folder, rank)
+        finally:
+            store.put = put
+
+    Snapshot.write = slow
+
+
 def die_before_marker(step: int) -> None:
     """SIGKILL when all is written but the commit."""
     commit = Checkpoints.commit
@@ -135,7 +155,7 @@ def main() -> int:
         loader.signal_number = options.get("signal", signal.SIGKILL)
         return loader
 
-    for fault in (copy_what_was_restored, die_while_writing, die_before_marker):
+    for fault in (copy_what_was_restored, die_while_writing, die_before_marker, slow_save):
         if given := options.get(fault.__name__):
             fault(given)
     try:
