@@ -213,7 +213,8 @@ class Checkpoints:
         One that is newer than all committed ones may be being written: it goes with `asides` alone,
         as those set aside do. Those whose manifest cannot be read stay.
         """
-        counted, gone = [], []
+        counted: list[Record] = []
+        gone: list[str] = []
         for name, keys in self.contents().items():
             if ASIDE in keys:
                 gone += [name] if asides else []

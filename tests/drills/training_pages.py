@@ -19,6 +19,7 @@ from tests.drills.training import DAMAGE, newest_folder
 from tests.drills.training_job import ENV, Job, committed, done_note, equal, losses
 
 TRAIN = {"steps": 24, "checkpoint_every": 5, "snapshots": 0, "keep": 3, "hang_seconds": 6.0}
+ALIVE = 3.0  # seconds a step, so slow that a page meets a run that lives
 
 
 def training_runbooks(setting: Setting) -> Iterator[Row]:
@@ -77,7 +78,8 @@ def corrupt_checkpoint(folder: Path, whole: Path) -> Iterator[Row]:
 def rolling_back(folder: Path, whole: Path) -> Iterator[Row]:
     """A living run is told to go back to step 5."""
     began = time.monotonic()
-    job = Job(folder / "rolled" / "run", {"train": TRAIN | {"hang_seconds": 60.0}, "pace": 0.3})
+    train = TRAIN | {"hang_seconds": 60.0, "keep": 10}
+    job = Job(folder / "rolled" / "run", {"train": train, "pace": ALIVE})
     job.reach(11)
     variables = {"RUN": str(job.run_dir), "STEP": "5", "TRAIN": job.command()}
     said = execute("rolling_back.md", ENV | variables)
@@ -95,8 +97,7 @@ def disk_full(folder: Path, whole: Path) -> Iterator[Row]:
     began = time.monotonic()
     with small_disk(mount, size * 5 // 2 // 1024):
         train = TRAIN | {"hang_seconds": 60.0, "checkpoints": at}
-        # Slow enough that the page meets a run that lives.
-        job = Job(folder / "disk" / "run", {"train": train, "pace": 3.0})
+        job = Job(folder / "disk" / "run", {"train": train, "pace": ALIVE})
         while "step 15 is not saved" not in job.said():
             assert not job.done(), job.said()[-3000:]
             time.sleep(0.2)
@@ -141,7 +142,8 @@ def lost_node(folder: Path, whole: Path) -> Iterator[Row]:
 
 def world_size(folder: Path, whole: Path) -> Iterator[Row]:
     """A living run of two ranks goes on with three; equal is here the order of the samples."""
-    own, options = folder / "ranks", {"train": TRAIN, "global_batch": 12, "pace": 0.3}
+    train = TRAIN | {"hang_seconds": 60.0}
+    own, options = folder / "ranks", {"train": train, "global_batch": 12, "pace": ALIVE}
     Job(own / "whole", options | {"pace": 0.0}).finish()
     began = time.monotonic()
     job = Job(own / "run", options)
