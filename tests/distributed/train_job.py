@@ -1,6 +1,7 @@
 """A training job of the small objective: what `pipelines/pretrain.py` does, without a data set."""
 
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -8,15 +9,18 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from mdm.config import GuardConfig
+from torch import nn
+
+from mdm.config import Config, GuardConfig
 from mdm.dist import World
 from mdm.objective import Objective
 from mdm.train import watch
 from mdm.train.checkpoint import Checkpoints, uri_of
 from mdm.train.engine import start_ranks, stop_ranks
 from mdm.train.loop import train
+from mdm.train.outcome import Draw
 from mdm.train.saver import Saver
 from mdm.train.snapshot import Snapshot
 from mdm.train.state import RunError
@@ -130,15 +134,34 @@ def copy_what_was_restored(uri: str) -> None:
     Saver.restore = both
 
 
-def main() -> int:
-    run_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+def configured(run_dir: Path, options: dict[str, Any]) -> tuple[Config, type[nn.Module]]:
+    """The run's configuration and objective: the small ones, but for what `options` ask."""
     config = small_config(run_dir, options.get("global_batch", 8), **options.get("train", {}))
-    objective = SmallObjective
+    objective: type[nn.Module] = SmallObjective
     if options.get("real"):
         grid = dataclasses.replace(config.model, image_height=2, image_width=2)
         config, objective = dataclasses.replace(config, model=grid), Objective
     if "guard" in options:
         config = dataclasses.replace(config, guard=GuardConfig(**options["guard"]))
+    if "pictures" in options:  # tokenizer, autoencoder, vocab_size
+        given = dict(options["pictures"])
+        model = dataclasses.replace(config.model, vocab_size=given.pop("vocab_size"))
+        config = dataclasses.replace(config, model=model, **given)
+    return config, objective
+
+
+def drawing(options: dict[str, Any]) -> Draw | None:
+    """What draws pictures of snapshots, if asked for."""
+    if not options.get("draw"):
+        return None
+    from mdm.evaluate.samples import draw_samples
+
+    return functools.partial(draw_samples, n=2)
+
+
+def main() -> int:
+    run_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    config, objective = configured(run_dir, options)
     world = start_ranks(config.train.threads)
 
     def make_loader(config, world: World) -> MemoryLoader:
@@ -167,6 +190,7 @@ def main() -> int:
             resume=options.get("resume", "auto"),
             leaf_classes=(Mixer,),
             track=options.get("track", False),
+            draw=drawing(options),
         )
         watch.report_end(code)
         return code
