@@ -33,6 +33,7 @@ class FatalLoader(MemoryLoader):
     signal_step, signal_number = -1, signal.SIGKILL
     small_files: ClassVar[dict[str, int]] = {}  # step -> largest file in bytes from then on
     kill: ClassVar[dict[str, int]] = {}  # step -> process to kill, once there is a checkpoint
+    wait_for: ClassVar[dict[str, str]] = {}  # step -> file that must be there before it begins
     checkpoints: Checkpoints
     explode_from = sys.maxsize  # from this step on nothing makes sense, whatever the samples
     once = ""  # a file: the signal comes in the first attempt alone
@@ -52,6 +53,8 @@ class FatalLoader(MemoryLoader):
         time.sleep(self.pace)
         if self.step == self.signal_step and self._first():
             os.kill(os.getpid(), self.signal_number)
+        while not Path(self.wait_for.get(str(self.step), "/")).exists():
+            time.sleep(0.1)
         if str(self.step) in self.kill:
             while not self.checkpoints.newest_first()[0]:
                 time.sleep(0.1)
@@ -168,6 +171,7 @@ def main() -> int:
         loader = FatalLoader(config, world, options.get("poison_step", -1), options.get("poison"))
         loader.once = options.get("once", "")
         loader.poison_from = options.get("poison_from", 0)
+        loader.wait_for = options.get("wait_for", {})
         loader.pace = options.get("pace", 0.0)
         loader.explode_from = options.get("explode_from", sys.maxsize)
         if world.rank in options.get("signal_ranks", range(world.size)):

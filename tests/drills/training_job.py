@@ -7,7 +7,9 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,17 @@ class Job:
             process.kill()
         self.process.wait()
         self.log.close()
+
+
+def open_when(condition: Callable[[], bool], gate: Path) -> None:
+    """Make the file `gate`, which a run waits for, once the condition holds; returns at once."""
+
+    def watch_it() -> None:
+        while not condition():
+            time.sleep(0.1)
+        gate.touch()
+
+    threading.Thread(target=watch_it, daemon=True).start()
 
 
 def losses(run_dir: Path) -> list[tuple[int, float | None, float]]:

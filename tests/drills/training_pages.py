@@ -16,10 +16,17 @@ from tests.drills.data import small_disk
 from tests.drills.drill import Row, Setting
 from tests.drills.runbook import execute
 from tests.drills.training import DAMAGE, newest_folder
-from tests.drills.training_job import ENV, Job, committed, done_note, equal, losses
+from tests.drills.training_job import (
+    ENV,
+    Job,
+    committed,
+    done_note,
+    equal,
+    losses,
+    open_when,
+)
 
 TRAIN = {"steps": 24, "checkpoint_every": 5, "snapshots": 0, "keep": 3, "hang_seconds": 6.0}
-ALIVE = 3.0  # seconds a step, so slow that a page meets a run that lives
 
 
 def training_runbooks(setting: Setting) -> Iterator[Row]:
@@ -62,6 +69,19 @@ def stopped(run_dir: Path, step: int) -> Job:
     return job
 
 
+def waiting_run(run_dir: Path, options: dict[str, Any]) -> Job:
+    """A run that lives, and waits before step 12 until it is told to stop; later attempts do not.
+
+    A page of commands takes longer than the whole of a small run.
+    """
+    gate = run_dir.with_name("gate")
+    train = options["train"] | {"hang_seconds": 900.0}
+    job = Job(run_dir, options | {"train": train, "wait_for": {"12": str(gate)}})
+    open_when((run_dir / watch.STOP_FILE).exists, gate)
+    job.reach(11)
+    return job
+
+
 def corrupt_checkpoint(folder: Path, whole: Path) -> Iterator[Row]:
     """The newest checkpoint has a flipped bit, and a later save was torn."""
     began, job = time.monotonic(), stopped(folder / "corrupt" / "run", 11)
@@ -78,9 +98,7 @@ def corrupt_checkpoint(folder: Path, whole: Path) -> Iterator[Row]:
 def rolling_back(folder: Path, whole: Path) -> Iterator[Row]:
     """A living run is told to go back to step 5."""
     began = time.monotonic()
-    train = TRAIN | {"hang_seconds": 60.0, "keep": 10}
-    job = Job(folder / "rolled" / "run", {"train": train, "pace": ALIVE})
-    job.reach(11)
+    job = waiting_run(folder / "rolled" / "run", {"train": TRAIN | {"keep": 10}})
     variables = {"RUN": str(job.run_dir), "STEP": "5", "TRAIN": job.command()}
     said = execute("rolling_back.md", ENV | variables)
     held = job.process.wait(60) == watch.HALTED and "goes on from step-00000005" in said
@@ -96,11 +114,14 @@ def disk_full(folder: Path, whole: Path) -> Iterator[Row]:
     at = str(mount / "checkpoints")
     began = time.monotonic()
     with small_disk(mount, size * 5 // 2 // 1024):
-        train = TRAIN | {"hang_seconds": 60.0, "checkpoints": at}
-        job = Job(folder / "disk" / "run", {"train": train, "pace": ALIVE})
+        gate = folder / "disk" / "gate"
+        train = TRAIN | {"hang_seconds": 900.0, "checkpoints": at}
+        job = Job(folder / "disk" / "run", {"train": train, "wait_for": {"17": str(gate)}})
         while "step 15 is not saved" not in job.said():
             assert not job.done(), job.said()[-3000:]
             time.sleep(0.2)
+        # It waits before a step while the page makes room, and then goes on to the next save.
+        open_when(lambda: len(list(mount.glob("checkpoints/step-*"))) == 1, gate)
         before = committed(at)
         execute("disk_full.md", ENV | {"RUN": str(job.run_dir), "AT": at})
         subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
@@ -142,12 +163,10 @@ def lost_node(folder: Path, whole: Path) -> Iterator[Row]:
 
 def world_size(folder: Path, whole: Path) -> Iterator[Row]:
     """A living run of two ranks goes on with three; equal is here the order of the samples."""
-    train = TRAIN | {"hang_seconds": 60.0}
-    own, options = folder / "ranks", {"train": train, "global_batch": 12, "pace": ALIVE}
-    Job(own / "whole", options | {"pace": 0.0}).finish()
+    own, options = folder / "ranks", {"train": TRAIN, "global_batch": 12}
+    Job(own / "whole", options).finish()
     began = time.monotonic()
-    job = Job(own / "run", options)
-    job.reach(8)
+    job = waiting_run(own / "run", options)
     command = job.command().replace("--nproc-per-node 2", "--nproc-per-node 3")
     said = execute("change_of_world_size.md", ENV | {"RUN": str(job.run_dir), "TRAIN": command})
     held = job.process.wait(60) == watch.HALTED and "written by 2 ranks and now on 3" in said
