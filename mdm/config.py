@@ -252,6 +252,11 @@ class TrainConfig:
     snapshots: int = doc(
         0, "evenly spaced exports of the averaged weights, for sample grids over training"
     )
+    pictures: int = doc(
+        0,
+        "pictures of each kind that rank 0 draws with every snapshot, on its CPU while the others "
+        "wait, for the run's page; 0 for none",
+    )
     log_every: int = doc(10, "steps between lines of metrics")
     gather: str = doc("block", "what ZeRO-3 gathers at once: block, or trunk (all blocks)")
     activation_checkpointing: bool = doc(
@@ -280,12 +285,17 @@ class TrainConfig:
                 getattr(self, name) > 0,
                 f"train.{name} is {getattr(self, name)}; it must be positive",
             )
-        for name in ("warmup", "weight_decay", "keep_every"):
+        for name in ("warmup", "weight_decay", "keep_every", "snapshots", "pictures"):
             value = getattr(self, name)
             _check(value >= 0, f"train.{name} is {value}; it must not be negative")
         for name in ("ema", "ema2", "beta1", "beta2"):
             value = getattr(self, name)
             _check(0.0 <= value < 1.0, f"train.{name} is {value}; it lies in [0, 1)")
+        _check(
+            not self.pictures or self.snapshots > 0,
+            f"train.pictures is {self.pictures}, to be drawn with every snapshot, but "
+            f"train.snapshots is {self.snapshots}",
+        )
 
 
 @dataclass(frozen=True)
@@ -330,6 +340,11 @@ class Config:
             f"data asks for texts of {longest} tokens but model.text_length is "
             f"{self.model.text_length}; raise it or shorten the texts",
         )
+        for name in ("tokenizer", "autoencoder"):
+            _check(
+                not self.train.pictures or bool(getattr(self, name)),
+                f"train.pictures is {self.train.pictures}, but --{name} is missing to draw them",
+            )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -6,8 +6,9 @@
   checkpoints.py rollback --at runs/pretrain/checkpoints --to 5000
 
 `verify` reads every byte and exits with 1 if a committed checkpoint is damaged. `prune` also
-removes what was never committed. `rollback` sets aside what is newer than a step, so that the run
-goes on from there. No run may be saving meanwhile.
+removes what was never committed, but for what a run may be saving just now. `rollback` sets aside
+what is newer than a step, so that the run goes on from there. No run may be going meanwhile, nor
+with `prune --asides true`.
 """
 
 import math
@@ -32,7 +33,7 @@ class Flags:
     keep: int = doc(2, "prune: newest checkpoints kept, at least one")
     keep_every: int = doc(0, "prune: also keep those of every so many steps; 0 for none")
     keep_best: bool = doc(False, "prune: also keep the one with the smallest loss")
-    asides: bool = doc(False, "prune: also remove those set aside")
+    asides: bool = doc(False, "prune: also remove those set aside, and a save that was cut off")
     to: int = doc(-1, "rollback: the step to go back to")
 
 

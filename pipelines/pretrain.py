@@ -14,6 +14,7 @@ supervisor reads what the ranks themselves say.)
 
 import contextlib
 import dataclasses
+import functools
 import io
 import sys
 import time
@@ -36,6 +37,7 @@ from mdm.train.engine import device_of_rank, load_deepspeed_config, start_ranks,
 from mdm.train.loop import train
 from mdm.train.preflight import preflight, table
 from mdm.train.profiling import explain_out_of_memory, parse_steps, record_memory
+from mdm.train.run import Draw
 from mdm.train.state import RunError
 
 
@@ -89,6 +91,16 @@ def replay(config: Config, step: int) -> int:
     return watch.DONE
 
 
+def drawing(pictures: int) -> Draw | None:
+    """What draws so many pictures of each kind with a snapshot; None for none."""
+    if not pictures:
+        return None
+    # Imported here: what generates takes seconds to import.
+    from mdm.evaluate.samples import draw_samples
+
+    return functools.partial(draw_samples, n=pictures)
+
+
 def run(flags: Flags, config: Config, world: World) -> int:
     """Train, or only check; returns the exit code."""
     if flags.preflight:
@@ -104,6 +116,7 @@ def run(flags: Flags, config: Config, world: World) -> int:
         resume=flags.resume,
         leaf_classes=gathered,
         profiled=parse_steps(flags.profile),
+        draw=drawing(config.train.pictures),
     )
 
 

@@ -1,5 +1,6 @@
 """What people ask of the model: a method a task, over exported weights."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -138,7 +139,10 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
                 f"{config.model.vocab_size}; use the tokenizer of its run"
             )
         first_stage = Autoencoder.load(autoencoder or config.autoencoder)
-        objective = load_objective(folder, config)
+        model = config.model
+        if model.kernel == "fused":  # CUDA's; here the same scans are computed by torch
+            model = dataclasses.replace(model, kernel="torch")
+        objective = load_objective(folder, dataclasses.replace(config, model=model))
         return cls(config, objective, pieces, first_stage, compiled=compiled)
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -210,15 +210,16 @@ class Checkpoints:
     def prune(self, keep: Keep, *, asides: bool = False) -> list[str]:
         """Remove what `keep` does not ask for, and what was never committed; returns the names.
 
-        Call while nothing is being saved. Those set aside go with `asides` alone; those whose
-        manifest cannot be read stay.
+        One that is newer than all committed ones may be being written: it goes with `asides` alone,
+        as those set aside do. Those whose manifest cannot be read stay.
         """
-        counted, gone = [], []
+        counted: list[Record] = []
+        gone: list[str] = []
         for name, keys in self.contents().items():
             if ASIDE in keys:
                 gone += [name] if asides else []
             elif MARKER not in keys:
-                gone.append(name)
+                gone += [name] if counted or asides else []
             else:
                 with suppress(DamagedError, RunError):
                     counted.append(self._cached(name))

@@ -7,7 +7,6 @@ command continues it.
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,28 +15,32 @@ import psutil
 import torch
 from torch import nn
 
-from mdm.config import Config, fingerprint, to_dict
-from mdm.data.storage import StoreError
+from mdm.config import Config, to_dict
 from mdm.dist import World, exchange
-from mdm.exported import Training, write_export
-from mdm.journal import Journal
-from mdm.tracking import MlflowTracker, NullTracker, Tracker
 from mdm.train import recovery
-from mdm.train.checkpoint import Checkpoints, Keep, uri_of, write_synced
+from mdm.train.checkpoint import Checkpoints, Keep, uri_of
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine
 from mdm.train.guard import Guard
 from mdm.train.metrics import Clock, Reporter, Window
+from mdm.train.outcome import (
+    DONE,
+    deliver,
+    export,
+    forget_former,
+    mark_done,
+    show,
+    start_tracking,
+)
 from mdm.train.profiling import Profile
-from mdm.train.run import Loader, Run
+from mdm.train.run import Draw, Loader, Run
 from mdm.train.saver import Saver, find
-from mdm.train.state import RunError, TrainState, check_resumable, flatten
+from mdm.train.state import RunError, TrainState, check_resumable
 from mdm.train.throughput import Ranks, Throughput
 from mdm.train.watch import DONE as EXIT_DONE
 from mdm.train.watch import GAVE_UP, HALTED, STOP_FILE, Watch, report_end
 
 NEVER = -1.0  # a limit that no norm is below
-DONE, TRACKING, JOURNAL = "done.json", "tracking.json", "tracking"
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -66,22 +69,24 @@ def train(
     leaf_classes: Sequence[type[nn.Module]] = (),
     track: bool = True,
     profiled: range = range(0),
+    draw: Draw | None = None,
 ) -> int:
     """Train `config` to its last step; all ranks call, after `start_ranks`. Returns the exit code.
 
     `resume` is `auto` (continue the newest valid checkpoint of `run_dir`) or `none` (start over).
-    `profiled` steps leave a trace in `run_dir/profile`. Raises RunError for what the user can mend.
+    `profiled` steps leave a trace in `run_dir/profile`, `draw` makes pictures with each snapshot.
+    Raises RunError for what the user can mend.
     """
     run_dir, checkpoints = Path(config.run_dir), Checkpoints.at(uri_of(config))
     candidates, passed = find(checkpoints, resume, world)
     if resume == "none" and world.is_main:
-        _forget_former(run_dir)
+        forget_former(run_dir)
     if candidates:
         newest = candidates[0].state
         check_resumable(newest, config, f"{checkpoints.store.uri}/{candidates[0].name}")
         if newest.step >= config.train.steps and (run_dir / DONE).exists():
             if world.is_main and track:
-                _deliver(config, newest)
+                deliver(config, newest)
             return EXIT_DONE
 
     watch = Watch(run_dir, world.rank, world.size, config.train.hang_seconds)
@@ -96,7 +101,7 @@ def train(
     if found:
         loader.load_state_dict(found.manifest["loader"])
 
-    tracker = _start_tracking(config, state, track and world.is_main)
+    tracker = start_tracking(config, state, track and world.is_main)
     reporter = Reporter(run_dir, config.train.steps, world, tracker)
     reporter.start(state, fresh=found is None)
     if world.is_main:
@@ -113,6 +118,7 @@ def train(
         Throughput(config, world),
         Ranks(engine.device),
         Profile(profiled, run_dir / "profile", world),
+        draw,
     )
     code = _run(run)
     torch.distributed.barrier()  # a launcher ends all ranks once one is gone
@@ -173,7 +179,9 @@ def take_steps(run: Run) -> int:
             save(run)
         if state.step in snapshots:
             run.watch.enter("export")
-            export(run.dir / "snapshots" / f"step-{state.step:08d}", run, needed=False)
+            folder = run.dir / "snapshots" / f"step-{state.step:08d}"
+            export(folder, run, needed=False)
+            show(folder, run)
         if asked and not last:
             run.saver.wait()
             how = f"once {STOP_FILE} is removed, " if asked == HALTED else ""
@@ -242,85 +250,6 @@ def tell_saved(run: Run) -> None:
         run.tracker.log_text(json.dumps(link, indent=1), f"checkpoints/step-{step:08d}.json")
 
 
-def export(folder: Path, run: Run, needed: bool = True) -> None:
-    """Write the averaged weights for generation; all ranks must call.
-
-    One that is not `needed` and cannot be written is a warning.
-    """
-    weights = {kind: run.engine.gather(shadow) for kind, shadow in run.ema.shadows.items()}
-    if run.world.is_main:
-        state = run.state
-        training = Training(state.step, state.samples_seen, state.loss)
-        try:
-            write_export(folder, run.config, training, weights)
-        except (OSError, StoreError) as error:
-            if needed:
-                raise
-            run.reporter.say(f"warning: {folder} is not written: {error}")
-    torch.distributed.barrier()
-
-
-def mark_done(run: Run) -> None:
-    """Write the totals that say that all is done; all ranks must call."""
-    run.clock.tick("other")
-    run.state.seconds = dict(run.clock.seconds)
-    totals = run.reporter.totals(run.state, run.loader.wait_seconds)
-    if run.world.is_main:
-        write_synced(run.dir / DONE, json.dumps(totals, indent=1).encode())
-        run.tracker.log_artifact(run.dir / DONE)
-
-
-def _forget_former(run_dir: Path) -> None:
-    for name in (DONE, TRACKING):
-        (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / JOURNAL, ignore_errors=True)
-
-
 def _first_line(error: Exception) -> str:
     said = (str(error).splitlines() or [""])[0]
     return said if isinstance(error, RunError) else f"{type(error).__name__}: {said}"
-
-
-def _start_tracking(config: Config, state: TrainState, wanted: bool) -> Tracker:
-    """One MLflow run a job across its attempts, also of those killed before their first checkpoint.
-
-    The id stands in the checkpoint, and beside it as soon as it is known.
-    """
-    if not wanted:
-        return NullTracker()
-    run_dir = Path(config.run_dir)
-    key, note = fingerprint(config), run_dir / TRACKING
-    run_id = state.tracking_id
-    if run_id is None and note.exists():
-        former = json.loads(note.read_text())
-        run_id = former["run_id"] if former["config"] == key else None
-
-    def remember(started: str) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_synced(note, json.dumps({"run_id": started, "config": key}).encode())
-
-    tracker = MlflowTracker(
-        *(config.experiment, run_dir.name),
-        run_id=run_id,
-        on_start=remember,
-        journal=run_dir / JOURNAL,
-    )
-    tracker.log_params(flatten(to_dict(config)) | {"world_size": state.world_size})
-    return tracker
-
-
-def _deliver(config: Config, state: TrainState) -> None:
-    """Bring to MLflow what a finished run could not, its server being away."""
-    waiting = Path(config.run_dir) / JOURNAL
-    if not waiting.is_dir():
-        return
-    journal = Journal(waiting)
-    left = len(journal)
-    journal.close()
-    if left:
-        tracker = MlflowTracker(
-            *(config.experiment, Path(config.run_dir).name),
-            run_id=state.tracking_id,
-            journal=waiting,
-        )
-        tracker.finish("FINISHED", timeout=300.0)

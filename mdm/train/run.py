@@ -1,6 +1,6 @@
 """All that a running job holds: what the loop hands to what it calls."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,10 @@ from mdm.train.saver import Saver
 from mdm.train.state import TrainState
 from mdm.train.throughput import Ranks, Throughput
 from mdm.train.watch import Watch
+
+# Draws pictures with the weights of an export (the first path) into a PNG (the second) and returns
+# what they show, as plain JSON values.
+Draw = Callable[[Path, Path], dict[str, Any]]
 
 
 class Loader(Protocol):
@@ -71,6 +75,7 @@ class Run:
     work: Throughput
     ranks: Ranks
     profile: Profile
+    draw: Draw | None = None
     linked_step: int = -1  # of the newest checkpoint that was told of
 
     @property

@@ -18,6 +18,7 @@ MAY_CHANGE = (
     "train.keep_every",
     "train.keep_best",
     "train.snapshots",
+    "train.pictures",
     "data.stages",  # those to come; the loader refuses a change of what was consumed
     "data.cache_dir",
     "data.cache_gb",

@@ -41,7 +41,7 @@ class MlflowServer:
                 stderr=said,
                 start_new_session=True,
             )
-        end = time.monotonic() + 180
+        end = time.monotonic() + 600
         while time.monotonic() < end:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=5):

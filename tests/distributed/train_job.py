@@ -1,6 +1,7 @@
 """A training job of the small objective: what `pipelines/pretrain.py` does, without a data set."""
 
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -8,15 +9,18 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from mdm.config import GuardConfig
+from torch import nn
+
+from mdm.config import Config, GuardConfig
 from mdm.dist import World
 from mdm.objective import Objective
 from mdm.train import watch
 from mdm.train.checkpoint import Checkpoints, uri_of
 from mdm.train.engine import start_ranks, stop_ranks
 from mdm.train.loop import train
+from mdm.train.outcome import Draw
 from mdm.train.saver import Saver
 from mdm.train.snapshot import Snapshot
 from mdm.train.state import RunError
@@ -29,6 +33,7 @@ class FatalLoader(MemoryLoader):
     signal_step, signal_number = -1, signal.SIGKILL
     small_files: ClassVar[dict[str, int]] = {}  # step -> largest file in bytes from then on
     kill: ClassVar[dict[str, int]] = {}  # step -> process to kill, once there is a checkpoint
+    wait_for: ClassVar[dict[str, str]] = {}  # step -> file that must be there before it begins
     checkpoints: Checkpoints
     explode_from = sys.maxsize  # from this step on nothing makes sense, whatever the samples
     once = ""  # a file: the signal comes in the first attempt alone
@@ -48,6 +53,8 @@ class FatalLoader(MemoryLoader):
         time.sleep(self.pace)
         if self.step == self.signal_step and self._first():
             os.kill(os.getpid(), self.signal_number)
+        while not Path(self.wait_for.get(str(self.step), "/")).exists():
+            time.sleep(0.1)
         if str(self.step) in self.kill:
             while not self.checkpoints.newest_first()[0]:
                 time.sleep(0.1)
@@ -82,6 +89,26 @@ def die_while_writing(step: int) -> None:
     Snapshot.write = torn
 
 
+def slow_save(seconds: float) -> None:
+    """A store that takes its time over every object: a save lasts long enough to be hit."""
+    write = Snapshot.write
+
+    def slow(self, store, folder, rank):
+        put = store.put
+
+        def waiting(key, data, **options):
+            time.sleep(seconds)
+            return put(key, data, **options)
+
+        store.put = waiting
+        try:
+            return write(self, store, folder, rank)
+        finally:
+            store.put = put
+
+    Snapshot.write = slow
+
+
 def die_before_marker(step: int) -> None:
     """SIGKILL when all is written but the commit."""
     commit = Checkpoints.commit
@@ -110,21 +137,41 @@ def copy_what_was_restored(uri: str) -> None:
     Saver.restore = both
 
 
-def main() -> int:
-    run_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+def configured(run_dir: Path, options: dict[str, Any]) -> tuple[Config, type[nn.Module]]:
+    """The run's configuration and objective: the small ones, but for what `options` ask."""
     config = small_config(run_dir, options.get("global_batch", 8), **options.get("train", {}))
-    objective = SmallObjective
+    objective: type[nn.Module] = SmallObjective
     if options.get("real"):
         grid = dataclasses.replace(config.model, image_height=2, image_width=2)
         config, objective = dataclasses.replace(config, model=grid), Objective
     if "guard" in options:
         config = dataclasses.replace(config, guard=GuardConfig(**options["guard"]))
+    if "pictures" in options:  # tokenizer, autoencoder, vocab_size
+        given = dict(options["pictures"])
+        model = dataclasses.replace(config.model, vocab_size=given.pop("vocab_size"))
+        config = dataclasses.replace(config, model=model, **given)
+    return config, objective
+
+
+def drawing(options: dict[str, Any]) -> Draw | None:
+    """What draws pictures of snapshots, if asked for."""
+    if not options.get("draw"):
+        return None
+    from mdm.evaluate.samples import draw_samples
+
+    return functools.partial(draw_samples, n=2)
+
+
+def main() -> int:
+    run_dir, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    config, objective = configured(run_dir, options)
     world = start_ranks(config.train.threads)
 
     def make_loader(config, world: World) -> MemoryLoader:
         loader = FatalLoader(config, world, options.get("poison_step", -1), options.get("poison"))
         loader.once = options.get("once", "")
         loader.poison_from = options.get("poison_from", 0)
+        loader.wait_for = options.get("wait_for", {})
         loader.pace = options.get("pace", 0.0)
         loader.explode_from = options.get("explode_from", sys.maxsize)
         if world.rank in options.get("signal_ranks", range(world.size)):
@@ -135,7 +182,7 @@ def main() -> int:
         loader.signal_number = options.get("signal", signal.SIGKILL)
         return loader
 
-    for fault in (copy_what_was_restored, die_while_writing, die_before_marker):
+    for fault in (copy_what_was_restored, die_while_writing, die_before_marker, slow_save):
         if given := options.get(fault.__name__):
             fault(given)
     try:
@@ -147,6 +194,7 @@ def main() -> int:
             resume=options.get("resume", "auto"),
             leaf_classes=(Mixer,),
             track=options.get("track", False),
+            draw=drawing(options),
         )
         watch.report_end(code)
         return code

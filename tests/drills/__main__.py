@@ -16,7 +16,7 @@ from typing import Any
 
 from mdm.cli import fail, parse_cli
 from mdm.config import doc
-from tests.drills import data, training
+from tests.drills import data, training, training_pages
 from tests.drills.drill import Drill, Row, Setting
 
 DRILLS: tuple[Drill, ...] = (
@@ -29,8 +29,10 @@ DRILLS: tuple[Drill, ...] = (
     data.runbooks,
     training.training_signals,
     training.training_numbers,
+    training.training_damage,
+    training.training_store,
     training.tracking_away,
-    training.training_runbooks,
+    training_pages.training_runbooks,
 )
 
 
@@ -39,7 +41,7 @@ class Flags:
     """Flags of the drills."""
 
     only: str = doc("", "names of drills, separated by commas; all without")
-    rounds: int = doc(20, "random kills of each drill that kills")
+    rounds: int = doc(30, "random kills of each drill that kills")
     seed: int = doc(0, "of all that is random")
     out: str = doc("runs/drill", "folder of report.json")
 

@@ -192,10 +192,11 @@ def disk_full(setting: Setting) -> Iterator[Row]:
         yield Row("encode, disk full", 1, 1, 0, True, time.monotonic() - began)
 
 
-def small_disk(mount: Path) -> ExitStack:
-    """A file system of 128 kB; needs root."""
+def small_disk(mount: Path, kilobytes: int = 128) -> ExitStack:
+    """A file system of that size; needs root."""
     stack = ExitStack()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(mount)], check=True)
+    size = f"size={kilobytes}k"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(mount)], check=True)
     stack.callback(subprocess.run, ["umount", str(mount)], check=True)
     return stack
 

@@ -49,6 +49,14 @@ def test_flags_change_nested_fields_of_a_preset():
         (["--preset", "demo", "--model.kernel", "cuda"], "choose one of torch, compiled, fused"),
         (["--preset", "demo", "--data.dialogue_length", "999"], "texts of 999 tokens"),
         (["--preset", "demo", "--data.sources", "a"], "is not name:weight"),
+        (
+            ["--preset", "demo", "--train.pictures", "8", "--train.snapshots", "0"],
+            "train.pictures is 8, to be drawn with every snapshot, but train.snapshots is 0",
+        ),
+        (
+            ["--preset", "demo", "--train.pictures", "8", "--autoencoder", ""],
+            "train.pictures is 8, but --autoencoder is missing to draw them",
+        ),
         ([], "--preset"),
     ],
 )

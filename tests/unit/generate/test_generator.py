@@ -56,6 +56,18 @@ def generator(export):
     return MDM.from_pretrained(export)
 
 
+def test_weights_trained_with_cuda_kernels_draw_the_same_here(export, generator):
+    config = json.loads((export / "config.json").read_text())
+    config["model"]["kernel"] = "fused"
+    other = export.parent / "fused"
+    shutil.copytree(export, other)
+    (other / "config.json").write_text(json.dumps(config))
+    fused = MDM.from_pretrained(other)
+    assert fused.config.model.kernel == "fused"
+    asked = {"class_ids": [0, 1], "steps": 2}
+    assert torch.equal(fused.class_to_image(**asked), generator.class_to_image(**asked))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, inside its own compiler
 def test_compiled_blocks_draw_the_same(export, generator):
     eager = generator.class_to_image([0, 1, 2], steps=3)

@@ -70,8 +70,9 @@ def test_prune_keeps_newest_every_nth_and_best(checkpoints):
     assert [r[5:] for r in kept_of(records, Keep(1, every=15))] == ["00000040", "00000030"]
     assert [r[5:] for r in kept_of(records, Keep(0, best=True))] == ["00000040", "00000020"]
     removed = checkpoints.prune(Keep(1, every=20, best=True))
-    assert sorted(removed) == [f"step-000000{n}" for n in (10, 25, 30, 45)]
-    assert list(checkpoints.contents()) == ["step-00000040", "step-00000020"]
+    assert sorted(removed) == [f"step-000000{n}" for n in (10, 25, 30)]
+    # What is newer than all that count may be being written.
+    assert list(checkpoints.contents()) == [f"step-000000{n}" for n in (45, 40, 20)]
     assert not checkpoints.store.listing("step-00000010")
 
 
