@@ -185,6 +185,8 @@ class Annotated:
                 for element in _elements(file, layout, 0, size):
                     if not cuts:
                         cuts.append(0)
+                    elif element.problem:
+                        continue  # where damage ends is seen from the whole entry before it
                     elif element.offset >= (cuts[-1] * parts // size + 1) * size / parts:
                         cuts.append(element.offset)
                     if parts == 1:
