@@ -120,6 +120,8 @@ def cluster() -> Iterator[None]:
     RayFailedError says what went wrong in a task, or with Ray.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # One failed task ends the job with its message; Ray would print the others' stacks after it.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         _start()

@@ -1,7 +1,12 @@
-"""Re-read encoded data sets and check every hash, count and row. Exit code 1 if any is wrong."""
+"""Re-read encoded data sets and check every hash, count and row. Exit code 1 if any is wrong.
 
+`--quarantine true` lists instead the records that could not be encoded, a line of JSON each: id,
+reason, and the file in which it lies.
+"""
+
+import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from tqdm import tqdm
 
@@ -20,6 +25,11 @@ class Flags:
     discard: bool = doc(
         False, "delete what is damaged or belongs to no data set: encode.py then writes it again"
     )
+    quarantine: bool = doc(False, "list the records in quarantine; nothing else is read")
+
+    def __post_init__(self) -> None:
+        if self.discard and self.quarantine:
+            raise ValueError("give either --discard true or --quarantine true")
 
 
 def check(uri: str, discard_damaged: bool = False) -> int:
@@ -56,6 +66,11 @@ def main() -> int:
     """Check every data set named."""
     flags = parse_cli(Flags, description=__doc__)
     try:
+        if flags.quarantine:
+            for uri in filter(None, flags.data.split(",")):
+                for record in Manifest.load(uri).quarantine:
+                    print(json.dumps(asdict(record), ensure_ascii=False))
+            return 0
         problems = sum(check(uri, flags.discard) for uri in flags.data.split(",") if uri)
     except (ManifestError, StoreError, ValueError) as error:
         fail(f"verify: {error}")

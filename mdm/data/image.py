@@ -1,6 +1,7 @@
 """Picture bytes -> pixels, strict about what it refuses."""
 
 import io
+import re
 import struct
 import zlib
 
@@ -12,11 +13,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 64 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
+# Of the first twelve bytes.
 _SIGNATURES = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG": "PNG",
-    b"GIF8": "GIF",
-    b"RIFF": "WEBP",
+    re.compile(rb"\xff\xd8\xff.*", re.DOTALL): "JPEG",
+    re.compile(rb"\x89PNG.*", re.DOTALL): "PNG",
+    re.compile(rb"GIF8.*", re.DOTALL): "GIF",
+    re.compile(rb"RIFF....WEBP", re.DOTALL): "WEBP",
 }
 _LONGEST = 8  # sides of a picture whose ends are cut off before it is resized
 
@@ -83,25 +85,47 @@ def _decoded(data: bytes, least: int) -> Image.Image:
         picture.load()
         if picture.format == "JPEG" and not _has_end(data):
             raise OSError("file is truncated: no end marker")  # libjpeg fills it in grey
+        if picture.format == "PNG":
+            _check_chunks(data)
         return _rgb(ImageOps.exif_transpose(picture))
     except _DECODER_ERRORS as error:
-        kind = "truncated" if "truncated" in str(error) else "damaged"
+        kind = "truncated" if "truncated" in str(error).lower() else "damaged"
         raise ValueError(f"{kind} picture: {error}") from None
 
 
 def _unidentified(data: bytes) -> str:
     """What stands in the place of a picture."""
     for signature, kind in _SIGNATURES.items():
-        if data.startswith(signature):
+        if signature.fullmatch(data[:12]):
             return f"damaged picture: begins as a {kind}, but its header cannot be read"
     try:
         with Image.open(io.BytesIO(data)) as other:
             return f"a picture of another kind: {other.format}; read are {', '.join(FORMATS)}"
     except (UnidentifiedImageError, Image.DecompressionBombError, *_DECODER_ERRORS):
         pass
-    start = data[:24].decode("ascii", "replace").strip()
-    shown = repr(start) if start.isascii() and start.isprintable() and start else data[:8].hex()
-    return f"not a picture: begins with {shown}"
+    if not data.strip(b"\0"):
+        return f"not a picture: {len(data)} zero bytes"
+    line = data[:256].strip().split(b"\n")[0].strip()[:32].decode("ascii", "replace")
+    if line.isascii() and line.isprintable() and line:  # an error page, a table, a pointer
+        return f"not a picture: begins with {line!r}"
+    return f"not a picture: begins with the bytes {data[:8].hex(' ')}"
+
+
+def _check_chunks(png: bytes) -> None:
+    """OSError where a chunk that the pixels need is damaged, or the last one is not there.
+
+    The decoder compares no checksum of the pixels, and needs no end.
+    """
+    at = 8
+    while (end := at + 8 + int.from_bytes(png[at : at + 4], "big")) + 4 <= len(png):
+        kind = png[at + 4 : at + 8]
+        needed = kind[:1].isupper()
+        if needed and zlib.crc32(png[at + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
+            raise OSError(f"wrong checksum of its {kind.decode('ascii', 'replace')} at byte {at}")
+        if kind == b"IEND":
+            return
+        at = end + 4
+    raise OSError("file is truncated: no end marker")
 
 
 def _has_end(jpeg: bytes) -> bool:

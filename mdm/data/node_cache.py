@@ -6,6 +6,7 @@ here is for the caller to verify, so that neither a crash nor a bad disk can pas
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -24,7 +25,7 @@ _TEMPORARY, _INDEX, _TOTAL = ".tmp-", "index", "bytes"
 class NodeCache:
     """At most `limit` bytes of named, immutable files below `folder`.
 
-    ValueError if the folder cannot be made or written. A disk that is full, or fails, later on
+    ValueError if the folder cannot be made or written. A disk that is full, or fails later on,
     costs the cache and not the run: `is_full` becomes true, and one warning says so.
     """
 
@@ -36,10 +37,15 @@ class NodeCache:
         try:
             for made in (self._files, self._locks):
                 made.mkdir(parents=True, exist_ok=True)
+            for lock in (_INDEX, *range(LOCKS)):  # later there may be no room for them
+                (self._locks / str(lock)).touch()
             with self.lock(_INDEX):
                 self._sweep()
                 self._drop_oldest(0, limit)
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self._give_up(error)
+                return
             raise ValueError(
                 f"data.cache_dir {self.folder} cannot be used: {error.strerror or error}"
             ) from None
@@ -88,15 +94,18 @@ class NodeCache:
                         rest = rest[file.write(rest) :]
                 aside.replace(self._files / name)
         except OSError as error:
-            self.is_full = True
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
-            log.warning(
-                "data.cache_dir %s takes no more (%s): going on without it; what is read again "
-                "comes from the store again. Free space and start anew to use it",
-                self.folder,
-                error.strerror or error,
-            )
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.is_full = True
+        log.warning(
+            "data.cache_dir %s takes no more (%s): going on without it; what is read again "
+            "comes from the store again. Free space and start anew to use it",
+            self.folder,
+            error.strerror or error,
+        )
 
     def drop(self, name: str) -> None:
         """Remove a file whose bytes are wrong."""

@@ -18,7 +18,7 @@ from mdm.sources import jsonfile
 from mdm.sources.fields import id_field, list_field, object_field
 from mdm.sources.joined import Join, Joined
 from mdm.sources.jsonfile import BrokenFileError, Element
-from mdm.sources.packed import Pictures, listing, open_file, unpacked_size
+from mdm.sources.packed import PictureError, Pictures, listing, open_file, unpacked_size
 from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_split, fingerprint
 from mdm.sources.streams import ARCHIVE_ERRORS, describe, tgz_members
 
@@ -161,6 +161,8 @@ class Annotated:
                 if not problem and row.content.pictures:
                     try:
                         place, data = pictures.read(row.content.pictures)
+                    except PictureError as error:
+                        place, problem = error.place, str(error)
                     except ValueError as error:
                         problem = str(error)
                 yield self._record(layout, row, place, data, problem)
@@ -185,6 +187,8 @@ class Annotated:
                 for element in _elements(file, layout, 0, size):
                     if not cuts:
                         cuts.append(0)
+                    elif element.problem:
+                        continue  # where damage ends is seen from the whole entry before it
                     elif element.offset >= (cuts[-1] * parts // size + 1) * size / parts:
                         cuts.append(element.offset)
                     if parts == 1:

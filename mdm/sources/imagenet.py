@@ -36,6 +36,8 @@ TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
 MAPPING = "LOC_synset_mapping.txt"
 DEVKIT = "ILSVRC2012_devkit_t12"
+_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+_PICTURES = (".jpeg", ".jpg", ".png")
 
 
 def units(root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
@@ -68,10 +70,10 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
         key = f"{SOURCE}/{unit.split}/{wnid}/{name}"
         origin = member.name
         if unit.kind != "files":
-            origin = f"{unit.files[0]}::{wnid}.tar::{name}" if wnid else f"{unit.files[0]}::{name}"
+            origin = "::".join(filter(None, (unit.files[0], _inner(unit), name)))
         if not _is_unicode(key):
             shown = key.encode("utf-8", "backslashreplace").decode()
-            yield BadRecord(shown, SOURCE, unit.split, shown, "file name is not valid UTF-8")
+            yield BadRecord(shown, SOURCE, unit.split, origin, "file name is not valid UTF-8")
         elif member.data is None:
             yield BadRecord(key, SOURCE, unit.split, origin, member.problem)
         elif wnid not in labels:
@@ -134,7 +136,8 @@ def _is_unicode(text: str) -> bool:
 def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
     listing: list[tuple[str, int]] = []
     for outer in os.scandir(root / split):
-        folder = f"{split}/{outer.name}" if _is(outer.is_dir) else split
+        named = outer.name.lower().endswith(_PICTURES)  # a folder with a picture's name is none
+        folder = f"{split}/{outer.name}" if _is(outer.is_dir) and not named else split
         try:
             inside = [*os.scandir(outer.path)] if folder != split else [outer]
         except OSError:  # a folder that may not be entered: its reader says why
@@ -249,10 +252,15 @@ def _has_content(path: Path, start: int) -> bool:
         return any(file.read(10240))
 
 
+def _inner(unit: Unit) -> str:
+    """The class's tar that the unit is; "" for pictures of the outer one."""
+    return unit.kind.removeprefix("class ") if unit.kind.startswith("class ") else ""
+
+
 def _from_tar(unit: Unit) -> Iterator[tuple[str, Member]]:
     """(wnid, picture); a class's tar names the wnid, the devkit those of the val tar."""
     path = Path(unit.root) / unit.files[0]
-    inner = unit.kind.removeprefix("class ") if unit.kind.startswith("class ") else ""
+    inner = _inner(unit)
     wnid = Path(inner).stem
     done = 0
     if unit.kind == "cut":
@@ -280,10 +288,14 @@ def _validation_wnid(unit: Unit, member: Member) -> tuple[str, Member]:
         return "", Member(member.name, None, problem)
     truth = _ground_truth(Path(unit.root))
     number = Path(member.name).stem.rsplit("_", 1)[-1]
-    if not number.isdecimal() or not 1 <= int(number) <= len(truth):
+    if not (number.isascii() and number.isdecimal()) or not 1 <= int(number) <= len(truth):
         problem = f"no label: picture number {number!r}, and labels for 1 to {len(truth)}"
         return "", Member(member.name, None, problem)
-    return truth[int(number) - 1], member
+    wnid, label = truth[int(number) - 1]
+    if not wnid:
+        problem = f"no label: line {int(number)} of {_TRUTH} is {label[:80]!r}, no class's id"
+        return "", Member(member.name, None, member.problem or problem)
+    return wnid, member
 
 
 # ---- classes and the devkit
@@ -348,11 +360,11 @@ def _devkit_classes(root: Path) -> dict[int, tuple[str, str]]:
 
 
 @lru_cache(maxsize=8)
-def _ground_truth(root: Path) -> tuple[str, ...]:
-    """The wnid of validation picture 1, 2, ..."""
-    name = "data/ILSVRC2012_validation_ground_truth.txt"
-    classes = _devkit_classes(root)
-    try:
-        return tuple(classes[int(word)][0] for word in _devkit_file(root, name).split())
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{root}: {name} holds an unknown class: {error}") from None
+def _ground_truth(root: Path) -> tuple[tuple[str, str], ...]:
+    """Of validation picture 1, 2, ...: the wnid, or "" for no class's id, and the line itself."""
+    wnids = {str(number): wnid for number, (wnid, _) in _devkit_classes(root).items()}
+    lines = _devkit_file(root, f"data/{_TRUTH}").decode("utf-8", "replace").rstrip().splitlines()
+    truth = tuple((wnids.get(line.strip(), ""), line) for line in lines)
+    if not any(wnid for wnid, _ in truth):
+        raise ValueError(f"{root}: data/{_TRUTH} holds not one class's id")
+    return truth

@@ -106,6 +106,14 @@ def listing(
     return fingerprint(entries), sum(size for _, size in entries)
 
 
+class PictureError(ValueError):
+    """A picture that is there and cannot be read; `place` is where."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(reason)
+        self.place = place
+
+
 class Pictures:
     """The pictures that annotations name, from folders and zips; each zip is opened once."""
 
@@ -131,7 +139,7 @@ class Pictures:
     def read(self, names: tuple[str, ...]) -> tuple[str, bytes]:
         """(where it lies, bytes) of the first of `names` that is there; ValueError says why not.
 
-        Records of one picture come together: the last picture is kept.
+        PictureError where it is there. Records of one picture come together: the last is kept.
         """
         if names != self._last[0]:
             self._last = (names, self._find(names))
@@ -143,14 +151,21 @@ class Pictures:
                 raise ValueError(f"picture's name holds a zero byte: {name[:80]!r}")
             if not is_inside(name):
                 raise ValueError(f"picture's name points outside the data set: {name[:80]!r}")
-            if _is_there(self._root / name):
-                return name, read_file(self._root / name)
+            try:
+                if _is_there(self._root / name):
+                    return name, read_file(self._root / name)
+            except ValueError as error:
+                raise PictureError(name, str(error)) from None
             for archive, packed in self._zips:
                 folder = PurePosixPath(archive).parent
                 if PurePosixPath(name).is_relative_to(folder):
                     member = str(PurePosixPath(name).relative_to(folder))
                     if member in packed.NameToInfo:
-                        return f"{archive}::{member}", _unzip(packed, member)
+                        place = f"{archive}::{member}"
+                        try:
+                            return place, _unzip(packed, member)
+                        except ValueError as error:
+                            raise PictureError(place, str(error)) from None
         raise ValueError(f"missing file: {names[0][:200]}{self._damage}")
 
 

@@ -232,7 +232,7 @@ def read_file(path: Path) -> bytes:
             raise ValueError(f"file of {found.st_size} bytes is too large")
         return path.read_bytes()
     except FileNotFoundError:
-        raise ValueError("missing file") from None
+        raise ValueError("missing file" + " behind a link" * path.is_symlink()) from None
     except OSError as error:
         raise ValueError(f"unreadable file: {describe(error)}") from None
 

@@ -22,8 +22,10 @@ from tests.drills.drill import Drill, Row, Setting
 DRILLS: tuple[Drill, ...] = (
     data.encode_network,
     data.loader_network,
+    data.loader_kills,
     data.encode_kills,
     data.disk_full,
+    data.cache_full,
     data.clock_skew,
     data.two_jobs,
     data.runbooks,

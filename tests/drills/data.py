@@ -1,11 +1,12 @@
 """Drills of the data system: encoding and loading through faults, against a real S3 server."""
 
+import logging
 import random
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mdm.data.batch import Batch
 from mdm.data.loader import Loader
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import open_mixture
+from mdm.data.reader import open_cache
 from mdm.data.storage import StoreError, open_store
 from pipelines.s3_server import S3Server
 from tests.chaos.encode_job import Job, check_whole, ended, one_line, receipts, wait_for
@@ -24,9 +26,12 @@ from tests.chaos.faults import TARGETS, environment, kill, wrong_clock
 from tests.chaos.proxy import KINDS, FaultProxy
 from tests.data_sets import encoded
 from tests.drills.drill import Row, Setting
+from tests.drills.loader_life import SEED, Step, walk
 from tests.drills.runbook import execute
+from tests.unit.data.test_elastic import FIRST, LATER, RANKS, SETTINGS, check, data
 
 SHARES = (0.01, 0.1)
+LAST_STEP = 60  # of runs of loaders
 ATTEMPTS = 8  # of a job that is started again after each failure
 QUICK = ("503", "reset", "truncate", "flip")  # a stall costs the client its timeout of 20 s
 
@@ -95,10 +100,10 @@ def loader_network(setting: Setting) -> Iterator[Row]:
                 yield Row(f"loading, {share:.0%} {kind}", count, count, 0, equal, spent)
 
 
-def write_mixture(root: str) -> DataConfig:
-    """Two encoded sets in small record batches: a request each."""
-    encoded(f"{root}/pictures", [200, 160], batch_rows=8)
-    encoded(f"{root}/talk", [120], pictures=False, batch_rows=8)
+def write_mixture(root: str, times: int = 1) -> DataConfig:
+    """Two encoded sets, some times a hundred kilobytes, in small record batches: a request each."""
+    encoded(f"{root}/pictures", [200 * times, 160 * times], batch_rows=8 * times)
+    encoded(f"{root}/talk", [120 * times], pictures=False, batch_rows=8 * times)
     sources = (SourceConfig("pictures", 0.7), SourceConfig("talk", 0.3))
     return DataConfig(root=root, sources=sources, global_batch=16, window=2)
 
@@ -111,6 +116,7 @@ def load(config: DataConfig, setting: Setting, steps: int) -> Iterator[Batch]:
         try:
             mixture = open_mixture(config)
             small = {"caption_length": 8, "dialogue_length": 10, "cache_bytes": 1, "prefetch": 1}
+            small |= {"node_cache": open_cache(mixture, config) if config.cache_dir else None}
             with Loader(mixture, setting.seed, **small) as loader:  # type: ignore[arg-type]
                 if state:
                     loader.load_state_dict(state)
@@ -131,6 +137,94 @@ def same(one: Batch, other: Batch) -> bool:
     pairs = [(getattr(one, n), getattr(other, n)) for n in names]
     pairs += [] if one.latents is None else [(one.latents, other.latents)]
     return all(torch.equal(a, b) for a, b in pairs)
+
+
+def loader_kills(setting: Setting) -> Iterator[Row]:
+    """Loading killed at random, and continued by another number of ranks and of threads."""
+    root = str(setting.folder / "encoded")
+    write_sets(root)
+    for texts_per_row, what in ((1, "padded"), (3, "packed")):
+        rng = setting.random(f"loader_kills {what}")
+        whole = data(root, texts_per_row)
+        expected = walk(whole, 1, None, LAST_STEP)
+        check(whole, [step.parts for step in expected], expected[-1].state)
+        kills, equal, began = 0, True, time.monotonic()
+        while kills < setting.rounds:
+            steps, ranks = list[Step](), rng.choice(RANKS)
+            while len(steps) < LAST_STEP:
+                # Until its first step the run does not know of the later stage.
+                staged = len(steps) >= LATER.step
+                some = rng.randint(1, (LAST_STEP if staged else LATER.step) - len(steps))
+                config = data(root, texts_per_row, staged=staged)
+                last = steps[-1].state if steps else None
+                pause, settings = rng.uniform(0, 0.05), rng.choice(SETTINGS)
+                found = walk(config, ranks, last, some, pause, **settings)
+                kills += 1
+                steps += found[: max(1, some - rng.randint(0, 2))]  # the rest was not saved
+                ranks = rng.choice([r for r in RANKS if r != ranks])
+            check(whole, [step.parts for step in steps], steps[-1].state)
+            equal = equal and [s.ids() for s in steps] == [s.ids() for s in expected]
+            equal = equal and steps[-1].state == expected[-1].state  # with its order_digest
+        spent = time.monotonic() - began
+        yield Row(f"loading, SIGKILL, {what} texts", kills, kills, 0, equal, spent)
+
+
+def write_sets(root: str, late: bool = True) -> None:
+    """The sets of the mixture and its later stage."""
+    encoded(f"{root}/pictures", [100, 42, 68, 16], part_shards=2)
+    encoded(f"{root}/talk", [180, 140, 66], pictures=False, part_shards=1)
+    if late:
+        encoded(f"{root}/late", [80, 120], part_shards=1)
+
+
+def cache_full(setting: Setting) -> Iterator[Row]:
+    """A node's cache on a disk that fills up, and on one that was full: the batches without it."""
+    with ExitStack() as stack:
+        server = stack.enter_context(S3Server(setting.folder / "s3", bucket="drill"))
+        stack.enter_context(environment(server.env))
+        config = write_mixture("s3://drill/loading", times=4)
+        expected = list(load(config, setting, 40))
+        mount = setting.folder / "small"
+        mount.mkdir()
+        stack.enter_context(small_disk(mount, 256))
+        cached = replace(config, cache_dir=str(mount / "cache"))
+        for fault in ("the cache's disk fills up", "the cache's disk is full"):
+            began = time.monotonic()
+            with warnings_of("mdm") as said:
+                found = list(load(cached, setting, 40))
+            assert len(said) == 1, said
+            assert "takes no more (No space left on device)" in said[0]
+            equal = all(same(a, b) for a, b in zip(expected, found, strict=True))
+            yield Row(f"loading, {fault}", 1, 1, 0, equal, time.monotonic() - began)
+            fill(mount)
+        (mount / "somebody else's").unlink()
+        execute("full_cache_disk.md", {"CACHE_DIR": cached.cache_dir})
+        with warnings_of("mdm") as said:
+            found = list(load(replace(cached, cache_gb=1.5e-4), setting, 40))
+        equal = all(same(a, b) for a, b in zip(expected, found, strict=True))
+        assert not said, said
+        assert any((mount / "cache" / "files").iterdir())
+        yield Row("runbook: a full cache disk", 1, 1, 0, equal, 0.0)
+
+
+def fill(mount: Path) -> None:
+    """Take all that is left of a disk."""
+    with (mount / "somebody else's").open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(512)):
+            pass
+
+
+@contextmanager
+def warnings_of(logger: str) -> Iterator[list[str]]:
+    """The warnings that are logged meanwhile."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(logger).addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger(logger).removeHandler(handler)
 
 
 def encode_kills(setting: Setting) -> Iterator[Row]:
@@ -197,7 +291,8 @@ def small_disk(mount: Path, kilobytes: int = 128) -> ExitStack:
     stack = ExitStack()
     size = f"size={kilobytes}k"
     subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(mount)], check=True)
-    stack.callback(subprocess.run, ["umount", str(mount)], check=True)
+    # Lazily: what a drill has left running may still hold a file open.
+    stack.callback(subprocess.run, ["umount", "--lazy", str(mount)], check=True)
     return stack
 
 
@@ -268,6 +363,8 @@ def runbooks(setting: Setting) -> Iterator[Row]:
         check_whole(out, sha256)
         yield Row("runbook: a damaged shard", 4, 4, 0, True, time.monotonic() - before)
 
+        yield added_mid_run(setting)
+
         outage = "s3://drill/encoded/outage"
         process = job.start(outage)
         store = open_store(outage)
@@ -283,6 +380,37 @@ def runbooks(setting: Setting) -> Iterator[Row]:
         helper.join()
         check_whole(outage, sha256)
         yield Row("runbook: an S3 outage", 1, 1, 0, True, time.monotonic() - before)
+
+
+def added_mid_run(setting: Setting) -> Row:
+    """Loading is stopped, another set encoded, the page followed, and loading goes on with it."""
+    began = time.monotonic()
+    root = "s3://drill/running"
+    write_sets(root, late=False)
+    steps = walk(data(root, 1, staged=False), 2, None, LATER.step - 3)
+    encoded(f"{root}/late", [80, 120], part_shards=1)
+    config = data(root, 1)
+    shares = (",".join(f"{s.name}:{s.weight}" for s in x) for x in (FIRST, LATER.sources))
+    variables = {
+        "DATA": root,
+        "SOURCES": next(shares),
+        "STAGES": f"{LATER.step}={next(shares)}",
+        "STEP": str(LATER.step),
+        "SEED": str(SEED),
+        "GLOBAL_BATCH": str(config.global_batch),
+        "WINDOW": str(config.window),
+    }
+    said = execute("add_a_data_set_mid_run.md", variables)
+    before, _, first = said.partition(f"step {LATER.step}: ")
+    assert '"late:' not in before, said
+    assert '"late:' in first, said
+    steps += walk(config, 3, steps[-1].state, LAST_STEP - len(steps))
+    check(config, [step.parts for step in steps], steps[-1].state)
+    undisturbed = walk(config, 1, None, LAST_STEP)
+    equal = [s.ids() for s in steps] == [s.ids() for s in undisturbed]
+    assert any(i.startswith("late:") for s in steps for i in s.ids())
+    spent = time.monotonic() - began
+    return Row("runbook: a data set added mid-run", 1, 1, 0, equal, spent)
 
 
 def damage_shards(uri: str) -> None:

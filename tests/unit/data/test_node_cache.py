@@ -1,3 +1,4 @@
+import errno
 import logging
 import multiprocessing
 import os
@@ -107,6 +108,22 @@ def test_a_full_disk_costs_the_cache_and_one_warning(
     assert str(tmp_path) in caplog.records[0].message
     assert names(cache) == {"before"}  # nothing half-written stays in the way
     assert cache.read("before", 0, 4) == b"here"
+
+
+def test_a_disk_that_is_full_from_the_start_costs_the_cache_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    NodeCache(tmp_path, 1000).put("before", [b"here"])
+    monkeypatch.setattr(Path, "write_text", full)
+    cache = NodeCache(tmp_path, 1000)
+    assert cache.is_full
+    assert "takes no more (No space left on device)" in caplog.text
+    cache.put("more", [b"x"])
+    assert cache.read("before", 0, 4) == b"here"
+    assert cache.read("more", 0, 1) is None
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:

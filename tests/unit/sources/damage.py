@@ -81,14 +81,14 @@ _PROGRESSIVE = saved(noise(64, 64), progressive=True)
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "zero bytes": (b"", "empty file"),
     "html error page": (
-        b"<!DOCTYPE html><html><title>404 Not Found</title></html>",
-        "not a picture",
+        b"<!DOCTYPE html>\n<html><title>404 Not Found</title></html>",
+        "not a picture: begins with '<!DOCTYPE html>'",
     ),
     "html after white space": (b"\n\n  <html>forbidden</html>", "not a picture"),
     "json error": (b'{"error": "rate limited"}', "not a picture"),
     "svg": (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture"),
     "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "not a picture"),
-    "zeros": (b"\0" * 4096, "not a picture"),
+    "zeros": (b"\0" * 4096, "not a picture: 4096 zero bytes"),
     "git lfs pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n",
         "not a picture",
@@ -118,6 +118,12 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "truncated png": (_PNG[: len(_PNG) // 2], "truncated|damaged"),
     "png of no data": (_PNG[:33] + chunk(b"IEND", b""), "truncated|damaged|picture"),
     "png with dos line ends": (_PNG.replace(b"\n", b"\r\n"), "not a picture|damaged"),
+    "png of pixels with a wrong checksum": (
+        _PNG[: _PNG.index(b"IEND") - 8] + b"\0\0\0\0" + _PNG[_PNG.index(b"IEND") - 4 :],
+        "damaged picture: wrong checksum of its IDAT at byte 33",
+    ),
+    "png without its last chunk": (_PNG[: _PNG.index(b"IEND") - 4], "truncated"),
+    "sound": (b"RIFF\x24\0\0\0WAVEfmt ", "not a picture: begins with the bytes 52 49 46 46"),
     "png bomb": (png_bomb(50_000, 50_000), "too many pixels"),
     "png text bomb": (_text_bomb(), "damaged|too large|bomb"),
     "truncated gif": (

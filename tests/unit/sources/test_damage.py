@@ -75,7 +75,9 @@ def test_imagenet_folders_with_what_lies_about_in_them(tmp_path: Path) -> None:
     os.symlink("loop", train / "loop")
     expected["/loop"] = "unreadable file: too many levels of symbolic links"
     os.symlink("gone", folder / "dangling.JPEG")
-    expected["n00000000/dangling.JPEG"] = "missing file"
+    expected["n00000000/dangling.JPEG"] = "missing file behind a link"
+    (train / "n00000001" / "4.JPEG").mkdir()  # empty, and in a picture's place all the same
+    expected["n00000001/4.JPEG"] = "a folder in a picture's place"
     (folder / "folder.JPEG").mkdir()
     expected["n00000000/folder.JPEG"] = "a folder in a picture's place"
     (folder / "Thumbs.db").write_bytes(b"junk")

@@ -216,7 +216,7 @@ def test_broken_folders(demo, tmp_path):
     bad = {r.id.rsplit("/", 1)[1]: r.reason for r in records if isinstance(r, BadRecord)}
     assert bad == {
         "x.JPEG": "'n99999999' is not among the classes",
-        "dangling.JPEG": "missing file",
+        "dangling.JPEG": "missing file behind a link",
         "caf\\udce9.JPEG": "file name is not valid UTF-8",
         gone.rsplit("/", 1)[1]: "missing file",
     }
@@ -232,3 +232,24 @@ def test_what_is_missing_is_named(tmp_path):
     tar_of([("ILSVRC2012_val_00000001.JPEG", b"x")], tmp_path / imagenet.VAL_TAR)
     with pytest.raises(ValueError, match="no devkit"):
         imagenet.units(tmp_path, "val")
+
+
+def test_a_wrong_label_costs_its_picture_alone(tars):
+    with tarfile.open(tars / f"{imagenet.DEVKIT}.tar.gz") as tar:
+        tar.extractall(tars, filter="data")
+    truth = tars / imagenet.DEVKIT / "data" / imagenet._TRUTH
+    lines = truth.read_text().splitlines()
+    truth.write_text("\r\n".join(["999", "", *lines[2:]]) + "\r\n\n")
+    imagenet._ground_truth.cache_clear()
+    found = read_all(tars, "val")
+    bad = {r.id: r.reason for r in found if isinstance(r, BadRecord)}
+    line = f"no label: line %d of {imagenet._TRUTH} is %r, no class's id"
+    assert bad == {
+        "imagenet/val//ILSVRC2012_val_00000001.JPEG": line % (1, "999"),
+        "imagenet/val//ILSVRC2012_val_00000002.JPEG": line % (2, ""),
+    }
+    assert len(found) == 6
+    truth.write_text("x\n" * 6)
+    imagenet._ground_truth.cache_clear()
+    with pytest.raises(ValueError, match="holds not one class's id"):
+        imagenet.units(tars, "val")

@@ -113,7 +113,7 @@ def test_a_pipe_or_a_folder_is_no_picture_and_nobody_waits_for_it(tmp_path, monk
     (tmp_path / "folder.jpg").mkdir()
     assert reason(tmp_path, "folder.jpg") == "a folder in a picture's place"
     os.symlink("nowhere", tmp_path / "dangling.jpg")
-    assert reason(tmp_path, "dangling.jpg") == "missing file"
+    assert reason(tmp_path, "dangling.jpg") == "missing file behind a link"
     monkeypatch.setattr(streams, "MAX_MEMBER_BYTES", 2)
     (tmp_path / "big.jpg").write_bytes(b"big")
     assert reason(tmp_path, "big.jpg") == "file of 3 bytes is too large"
