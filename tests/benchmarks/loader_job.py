@@ -259,9 +259,7 @@ def _from_arrow(table: Any) -> tuple[torch.Tensor, torch.Tensor]:
         values = text.values.to_numpy()
         place[: len(values)] = values
     torch.from_numpy(table["class_id"].to_numpy())
-    return torch.from_numpy(tokens), torch.from_numpy(
-        bits.reshape(rows, TOKENS, CHANNELS).copy()
-    )
+    return torch.from_numpy(tokens), torch.from_numpy(bits.reshape(rows, TOKENS, CHANNELS).copy())
 
 
 class HuggingFace(Contestant):
