@@ -5,8 +5,10 @@ C numbers a latent. Packed texts lie in R rows of M tokens; elsewhere a sample i
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,6 +133,15 @@ class Batch:
 
 def sample_key(sample_id: str) -> int:
     """A 63-bit key of a sample's id, the same on every machine."""
-    return (
-        int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "little") >> 1
+    return int(sample_keys([sample_id]))
+
+
+def sample_keys(sample_ids: Sequence[str]) -> Tensor:
+    """i64 [B]: `sample_key` of each id."""
+    hashed = bytearray().join(
+        [hashlib.blake2b(i.encode(), digest_size=8).digest() for i in sample_ids]
     )
+    if not hashed:
+        return torch.zeros(0, dtype=torch.int64)
+    # As unsigned numbers, whose upper 63 bits are the key.
+    return torch.from_numpy((np.frombuffer(hashed, "<u8") >> 1).astype(np.int64))

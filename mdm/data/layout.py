@@ -92,6 +92,8 @@ class RowLayout:
         """(shard, record batch in it, row in the batch) of each row number."""
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
             raise ValueError(f"rows {rows.min()} to {rows.max()} of a data set of {self.rows} rows")
+        if self.parts == 1:
+            return self.part(0).locate(rows)
         shards, batches, within = (np.empty(len(rows), np.int64) for _ in range(3))
         parts = np.searchsorted(self.part_start, rows, side="right") - 1
         for number in np.unique(parts).tolist():

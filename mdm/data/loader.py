@@ -6,7 +6,9 @@ interpreter lock, and pre-encoded rows cost less to read than to hand to another
 Shapes: B samples of this rank, N image tokens, M text tokens, C numbers a latent.
 """
 
+import contextlib
 import hashlib
+import math
 import queue
 import threading
 import time
@@ -21,13 +23,14 @@ from numpy.typing import NDArray
 
 from mdm.config import Config
 from mdm.data import packing, resume
-from mdm.data.batch import Batch, sample_key
+from mdm.data.batch import Batch, sample_keys
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.node_cache import NodeCache
 from mdm.data.order import Draw, Order, check_world, layout_of
 from mdm.data.quarantine import substituted
 from mdm.data.reader import BatchKey, Pending, RowCache, open_cache, open_readers
 from mdm.data.resume import ResumeError as ResumeError
+from mdm.data.schema import CELL
 from mdm.data.tokenizer import PAD
 from mdm.dist import World
 
@@ -59,7 +62,7 @@ class Loader:
         self._order = Order(mixture, seed)
         self._lengths = {"image_text": caption_length, "text": dialogue_length}
         self._layouts = [layout_of(s) for s in mixture.sources]
-        self._cache = RowCache(open_readers(mixture, node_cache), cache_bytes, threads)
+        self._cache = RowCache(open_readers(mixture, node_cache, cache_bytes), cache_bytes, threads)
         self._prefetch = prefetch
         self._producer: _Producer | None = None
         self._began = time.perf_counter()
@@ -123,43 +126,44 @@ class Loader:
 
     def _ask(self, draw: Draw, share: Draw) -> "_Plan":
         size = len(share.ids)
-        rows = np.empty(size, np.int64)
-        places: dict[BatchKey, list[int]] = {}
-        for source in np.unique(share.sources).tolist():
-            at = np.flatnonzero(share.sources == source)
-            shards, batches, rows[at] = self._layouts[source].locate(share.rows[at])
-            for i, shard, batch in zip(at.tolist(), shards.tolist(), batches.tolist(), strict=True):
-                places.setdefault((source, shard, batch), []).append(i)
-        return _Plan(draw, share, places, rows, self._cache.ask(places.keys()))
+        if len(self._layouts) == 1:
+            shards, batches, rows = self._layouts[0].locate(share.rows)
+        else:
+            shards, batches, rows = (np.empty(size, np.int64) for _ in range(3))
+            for source in np.flatnonzero(np.bincount(share.sources)).tolist():
+                at = share.sources == source
+                shards[at], batches[at], rows[at] = self._layouts[source].locate(share.rows[at])
+        columns = share.sources.tolist(), shards.tolist(), batches.tolist()
+        keys: list[BatchKey] = list(zip(*columns, strict=True))
+        return _Plan(draw, share, keys, rows.tolist(), self._cache.ask(dict.fromkeys(keys)))
 
     def collate(self, plan: "_Plan") -> Batch:
         """This rank's batch of a step; StoreError if its data cannot be read."""
-        share, rows = plan.share, plan.rows
-        size, length = len(share.ids), self._lengths[share.task]
-        tokens = np.empty((size, length), np.int64)
-        prompts, class_ids = np.empty(size, np.int64), np.empty(size, np.int64)
-        bits = None
-        for key, places in plan.places.items():
-            held = self._cache.wait(plan.pending[key])
-            at, within = np.array(places), rows[places]
-            texts, kept = held.texts(length)
-            tokens[at], prompts[at] = texts[within], kept[within]
-            class_ids[at] = held.class_ids[within]
-            if held.latents is not None:
-                if bits is None:
-                    bits = np.empty((size, *held.latents.shape[1:]), np.uint16)
-                bits[at] = held.latents[within]
+        share, length = plan.share, self._lengths[plan.share.task]
+        held = {key: self._cache.wait(pending) for key, pending in plan.pending.items()}
+        cells = np.frombuffer(
+            _joined({key: rows.cells(length) for key, rows in held.items()}, plan, length + CELL),
+            np.uint16,
+        ).reshape(-1, length + CELL)
+        tokens = cells[:, :length].astype(np.int64)
+        prompts, class_ids = cells[:, length:].copy().view(np.int32).astype(np.int64).T
         if self._packs(plan.draw):
             return self._pack(share, tokens, prompts, class_ids)
-        latents = None if bits is None else torch.from_numpy(bits.view(np.int16))
+        latents = None
+        views = {key: rows.latents for key, rows in held.items() if rows.latents is not None}
+        if views:
+            _, *shape = next(iter(views.values())).shape
+            flat = {key: memoryview(bits).cast("B") for key, bits in views.items()}
+            bits = _joined(flat, plan, math.prod(shape))
+            latents = torch.frombuffer(bits, dtype=torch.bfloat16).view(-1, *shape).float()
         return Batch(
             ids=tuple(share.ids),
-            keys=torch.tensor([sample_key(i) for i in share.ids], dtype=torch.int64),
+            keys=sample_keys(share.ids),
             epochs=torch.from_numpy(share.epochs.copy()),
-            class_ids=torch.from_numpy(class_ids),
+            class_ids=torch.from_numpy(class_ids.copy()),
             tokens=torch.from_numpy(tokens),
             prompt=torch.from_numpy(np.arange(length) < prompts[:, None]),
-            latents=None if latents is None else latents.view(torch.bfloat16).float(),
+            latents=latents,
         )
 
     def _pack(
@@ -179,7 +183,7 @@ class Loader:
         mine = draw.take(places)
         return Batch(
             ids=tuple(mine.ids),
-            keys=torch.tensor([sample_key(i) for i in mine.ids], dtype=torch.int64),
+            keys=sample_keys(mine.ids),
             epochs=torch.from_numpy(mine.epochs),
             class_ids=torch.from_numpy(class_ids[places]),
             tokens=torch.from_numpy(packed.tokens),
@@ -212,17 +216,28 @@ class _Plan:
 
     draw: Draw  # of all ranks
     share: Draw
-    places: dict[BatchKey, list[int]]  # where in the share the rows of a record batch go
-    rows: NDArray[np.int64]  # [B] rows in their record batches
+    keys: list[BatchKey]  # B of them: the record batch of each sample
+    rows: list[int]  # B of them: its row there
     pending: dict[BatchKey, Pending]
+
+
+def _joined(views: dict[BatchKey, memoryview], plan: _Plan, numbers: int) -> bytearray:
+    """The rows of a plan, each copied once; `views` are the bytes of u16 [R, numbers]."""
+    size = 2 * numbers
+    spans = [slice(row * size, (row + 1) * size) for row in plan.rows]
+    return bytearray().join([views[key][at] for key, at in zip(plan.keys, spans, strict=True)])
 
 
 class _Producer:
     """A thread that makes the batches of the next steps ahead of their use."""
 
     def __init__(self, loader: Loader, step: int, ahead: int) -> None:
-        self._ready: queue.Queue[tuple[Draw, Batch] | BaseException] = queue.Queue(max(1, ahead))
-        self._closed = threading.Event()
+        self._ahead = max(1, ahead)
+        # Both are C, and wake their reader without a condition variable.
+        self._ready: queue.SimpleQueue[tuple[Draw, Batch] | BaseException] = queue.SimpleQueue()
+        self._turns: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a batch may be made; or stop
+        for _ in range(self._ahead):
+            self._turns.put(True)
         self._thread = threading.Thread(
             target=self._run, args=(loader, step), name="mdm-prefetch", daemon=True
         )
@@ -230,30 +245,31 @@ class _Producer:
 
     def _run(self, loader: Loader, step: int) -> None:
         plans: deque[_Plan] = deque()
-        while not self._closed.is_set():
+        while self._turns.get():
             try:
                 # Steps ahead are asked for before this one is made: their latency is hidden.
-                while len(plans) <= self._ready.maxsize:
+                while len(plans) <= self._ahead:
                     plans.append(loader.plan(step + len(plans)))
                 plan = plans.popleft()
                 made: tuple[Draw, Batch] | BaseException = plan.draw, loader.collate(plan)
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 made = error
-            while not self._closed.is_set():
-                try:
-                    self._ready.put(made, timeout=0.2)
-                    break
-                except queue.Full:
-                    continue
+            self._ready.put(made)
             if isinstance(made, BaseException):
                 return
             step += 1
 
     def get(self) -> tuple[Draw, Batch] | BaseException:
-        return self._ready.get()
+        made = self._ready.get()
+        self._turns.put(True)
+        return made
 
     def close(self) -> None:
-        self._closed.set()
+        # Turns that are left are taken back, so that the thread meets the end at once.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._turns.get_nowait()
+        self._turns.put(False)
         self._thread.join()
 
 

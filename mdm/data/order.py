@@ -28,6 +28,7 @@ from mdm.data.shuffle import key_of, permute, shuffled, unpermute
 from mdm.dist import World
 
 POOL = 16  # parts
+TOGETHER = 16  # steps of a task that are drawn together: one costs hardly less than all
 
 
 class _Epoch(NamedTuple):
@@ -157,7 +158,12 @@ class Draw:
     def share(self, world: World) -> "Draw":
         """The contiguous part of one rank."""
         part = len(self.ids) // world.size
-        return self.take(np.arange(world.rank * part, (world.rank + 1) * part))
+        return self.span(world.rank * part, (world.rank + 1) * part)
+
+    def span(self, start: int, stop: int) -> "Draw":
+        """The samples at the places `start` to `stop`: views, for reading alone."""
+        own = slice(start, stop)
+        return Draw(self.task, self.sources[own], self.rows[own], self.epochs[own], self.ids[own])
 
     def take(self, places: NDArray[np.int64]) -> "Draw":
         """The samples at these places."""
@@ -174,6 +180,7 @@ class Order:
         self.sources = [
             SourceOrder(s.name, layout_of(s), seed, mixture.window) for s in mixture.sources
         ]
+        self._together = lru_cache(maxsize=8)(self._draw_together)
 
     @cached_property
     def _before(self) -> list[NDArray[np.int64]]:
@@ -202,7 +209,15 @@ class Order:
         turn = int(shares.steps.turns(inside, inside + 1)[0])
         task = shares.tasks[turn]
         size = mixture.slots(task)
-        first = int(shares.steps.before(inside)[turn]) * size
+        # Successive steps of a task take its successive slots.
+        number, place = divmod(int(shares.steps.before(inside)[turn]), TOGETHER)
+        return self._together(stage, task, number).span(place * size, (place + 1) * size)
+
+    def _draw_together(self, stage: int, task: str, number: int) -> Draw:
+        """`TOGETHER` successive steps of one task in a stage, the stage's end disregarded."""
+        mixture = self.mixture
+        shares, size = mixture.shares[stage], TOGETHER * mixture.slots(task)
+        first = number * size
         own, slots = shares.sources[task], shares.slots[task]
         turns = slots.turns(first, first + size)
         before = self._before[stage][own]

@@ -14,7 +14,8 @@ from mdm.data.schema import BatchInfo, Rows, checksum, read_rows
 from mdm.data.storage import LocalStore, Store, StoreError
 
 BatchKey = tuple[int, int, int]  # source, shard, record batch
-EXTENT = 8 << 20  # bytes that one request brings into the node's cache: fewer make S3 slow
+EXTENT = 8 << 20  # bytes that one request brings into a cache: fewer make S3 slow
+LOCAL_EXTENT = 1 << 20  # the same from a local folder, where a request costs little
 REREADS = 3  # of a record batch whose bytes are not those of the manifest
 
 
@@ -23,11 +24,17 @@ class SourceReader:
 
     With a cache, what comes from S3 stays on this node's disk: in extents of adjacent record
     batches if the cache holds the mixture (`whole`), which makes requests few, else one by one.
-    A cache's bytes are checked as the network's are.
+    A cache's bytes are checked as the network's are. Without one, extents are read where memory
+    holds the mixture (`kept`): then all of an extent is of use.
     """
 
     def __init__(
-        self, source: Source, cache: NodeCache | None = None, *, whole: bool = False
+        self,
+        source: Source,
+        cache: NodeCache | None = None,
+        *,
+        whole: bool = False,
+        kept: bool = False,
     ) -> None:
         self.source = source
         self.manifest: Manifest = source.manifest
@@ -35,25 +42,35 @@ class SourceReader:
         self.cache = None if isinstance(self.store, LocalStore) else cache
         first = self.manifest.shards[0].batches[0]
         self._per_extent = max(1, EXTENT // first.length) if whole else 1
+        extent = LOCAL_EXTENT if isinstance(self.store, LocalStore) else EXTENT
+        self._per_read = max(1, extent // first.length) if kept and self.cache is None else 1
 
     def runs(self, shard: int, batches: list[int]) -> list[tuple[int, list[int]]]:
-        """Record batches of a shard, grouped by the request that brings them."""
+        """Record batches of a shard, and what else comes, by the request that brings them."""
         if self.cache is not None and not self.cache.is_full:
             extents = groupby(sorted(batches), key=lambda batch: batch // self._per_extent)
             return [(shard, list(run)) for _, run in extents]
+        if self._per_read > 1:
+            total, size = len(self.manifest.shards[shard].batches), self._per_read
+            firsts = sorted({batch // size * size for batch in batches})
+            return [(shard, list(range(at, min(at + size, total)))) for at in firsts]
         runs = groupby(enumerate(sorted(batches)), key=lambda at: at[1] - at[0])
         return [(shard, [batch for _, batch in run]) for _, run in runs]
 
-    def read(self, shard: int, run: list[int]) -> list[Rows]:
-        """The record batches of one of `runs`; StoreError if one stays damaged."""
+    def read(self, shard: int, run: list[int]) -> list[Rows | StoreError]:
+        """The record batches of one of `runs`, or what is wrong with one that stays damaged.
+
+        StoreError if they cannot be read at all.
+        """
         info = self.manifest.shards[shard]
         if self.cache is not None:
             parts = self._cached(self.cache, shard, run)
         else:
             parts = self._fetch(shard, [info.batches[n] for n in run])
-        return [read_rows(part, self.manifest.schema) for part in parts]
+        schema = self.manifest.schema
+        return [p if isinstance(p, StoreError) else read_rows(p, schema) for p in parts]
 
-    def _cached(self, cache: NodeCache, shard: int, run: list[int]) -> list[bytes | memoryview]:
+    def _cached(self, cache: NodeCache, shard: int, run: list[int]) -> "list[Part]":
         info = self.manifest.shards[shard]
         wanted = [info.batches[n] for n in run]
         start = run[0] // self._per_extent * self._per_extent
@@ -70,16 +87,16 @@ class SourceReader:
             if (found := self._from_cache(cache, name, first, wanted)) is not None:
                 return found
             parts = self._fetch(shard, list(extent))
-            cache.put(name, parts)
+            cache.put(name, [_sound(part) for part in parts])
         # Copies: a view would hold the whole extent in memory.
-        return [bytes(parts[n - start]) for n in run]
+        return [bytes(_sound(parts[n - start])) for n in run]
 
     @staticmethod
     def _from_cache(
         cache: NodeCache, name: str, first: int, wanted: list[BatchInfo]
-    ) -> list[bytes | memoryview] | None:
+    ) -> "list[Part] | None":
         """The verified bytes; None if they are not there, or damaged, and then dropped."""
-        found: list[bytes | memoryview] = []
+        found: list[Part] = []
         for batch in wanted:
             data = cache.read(name, batch.offset - first, batch.length)
             if data is None:
@@ -90,15 +107,20 @@ class SourceReader:
             found.append(data)
         return found
 
-    def _fetch(self, shard: int, batches: list[BatchInfo]) -> list[bytes | memoryview]:
-        """These adjacent record batches by one request, verified."""
+    def _fetch(self, shard: int, batches: list[BatchInfo]) -> "list[Part]":
+        """These adjacent record batches by one request, verified, each for itself."""
         info = self.manifest.shards[shard]
         first, end = batches[0].offset, batches[-1].offset + batches[-1].length
         data = memoryview(self.store.read_range(info.key, first, end - first))
-        parts: list[bytes | memoryview] = []
+        parts: list[Part] = []
         for batch in batches:
-            part = data[batch.offset - first :][: batch.length]
-            parts.append(part if checksum(part) == batch.xxh3 else self._again(shard, batch))
+            part: Part = data[batch.offset - first :][: batch.length]
+            if checksum(_sound(part)) != batch.xxh3:
+                try:
+                    part = self._again(shard, batch)
+                except StoreError as error:
+                    part = error  # of this one alone: who wants its neighbours gets them
+            parts.append(part)
         return parts
 
     def _again(self, shard: int, batch: BatchInfo) -> bytes:
@@ -116,11 +138,20 @@ class SourceReader:
         )
 
 
+Part = bytes | memoryview | StoreError
+
+
+def _sound(part: Part) -> bytes | memoryview:
+    if isinstance(part, StoreError):
+        raise part
+    return part
+
+
 @dataclass(frozen=True)
 class Pending:
     """A record batch that is being read."""
 
-    run: "Future[list[Rows]]"
+    run: "Future[list[Rows | StoreError]]"
     place: int  # in the run
     nbytes: int
 
@@ -148,6 +179,8 @@ class RowCache:
                 read = self._pool.submit(reader.read, shard, run)
                 for place, number in enumerate(run):
                     pending = Pending(read, place, batches[number].length)
+                    if (old := self._held.get((source, shard, number))) is not None:
+                        self._bytes -= old.nbytes
                     self._held[source, shard, number] = pending
                     self._bytes += pending.nbytes
         found = {}
@@ -161,7 +194,10 @@ class RowCache:
     def wait(self, pending: Pending) -> Rows:
         """What was asked for; StoreError if it cannot be read: to ask again is to read again."""
         try:
-            return pending.run.result()[pending.place]
+            rows = pending.run.result()[pending.place]
+            if isinstance(rows, StoreError):
+                raise rows
+            return rows
         except BaseException:
             for key in [k for k, held in self._held.items() if held.run is pending.run]:
                 self._bytes -= self._held.pop(key).nbytes
@@ -188,10 +224,12 @@ def open_cache(mixture: Mixture, config: DataConfig) -> NodeCache:
     return NodeCache(config.cache_dir, limit)
 
 
-def open_readers(mixture: Mixture, cache: NodeCache | None) -> list[SourceReader]:
-    """A reader for each source of a mixture."""
-    whole = cache is not None and sum(map(_bytes, mixture.sources)) <= cache.limit * 0.9
-    return [SourceReader(s, cache, whole=whole) for s in mixture.sources]
+def open_readers(mixture: Mixture, cache: NodeCache | None, memory: int = 0) -> list[SourceReader]:
+    """A reader for each source of a mixture, beside a `RowCache` of `memory` bytes."""
+    size = sum(map(_bytes, mixture.sources))
+    whole = cache is not None and size <= cache.limit * 0.9
+    kept = size <= memory * 0.9
+    return [SourceReader(s, cache, whole=whole, kept=kept) for s in mixture.sources]
 
 
 def _bytes(source: Source) -> float:

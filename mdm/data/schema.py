@@ -18,6 +18,7 @@ from mdm.data.text import fit_all
 Number = TypeVar("Number", np.int32, np.uint16)
 
 SCHEMA_VERSION = 1
+CELL = 4
 MAX_VOCAB_SIZE = 1 << 16  # token ids are stored as uint16
 
 
@@ -188,9 +189,7 @@ class Rows:
     latents: NDArray[np.uint16] | None  # [R, N, C], bfloat16 bits
     nbytes: int
     batch: pa.RecordBatch = field(repr=False)
-    _fitted: dict[int, tuple[NDArray[np.uint16], NDArray[np.int64]]] = field(
-        default_factory=dict, repr=False
-    )
+    _cells: dict[int, memoryview] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -199,11 +198,22 @@ class Rows:
         """Token ids of one row."""
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
 
-    def texts(self, length: int) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """All texts fitted to a length, and their prompts' lengths: [R, length], [R]; made once."""
-        if length not in self._fitted:
-            self._fitted[length] = fit_all(self.tokens, self.offsets, self.prompt_lengths, length)
-        return self._fitted[length]
+    def cells(self, length: int) -> memoryview:
+        """What a row holds beside its latents, `CELL` numbers of 16 bits after its text's.
+
+        The bytes of u16 [R, length + CELL]: the text fitted to `length`, the prompt's length then
+        and the class, both as i32. Made once: a batch is a join of such rows.
+        """
+        if length not in self._cells:
+            made = np.empty((len(self), length + CELL), np.uint16)
+            rest = np.empty((len(self), 2), np.int32)
+            made[:, :length], rest[:, 0] = fit_all(
+                self.tokens, self.offsets, self.prompt_lengths, length
+            )
+            rest[:, 1] = self.class_ids
+            made[:, length:] = rest.view(np.uint16)
+            self._cells[length] = memoryview(made).cast("B")
+        return self._cells[length]
 
     @property
     def ids(self) -> list[str]:

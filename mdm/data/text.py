@@ -37,6 +37,10 @@ def fit_all(
     begin, end = offsets[:-1].astype(np.int64), offsets[1:].astype(np.int64)
     prompts = prompt_lengths.astype(np.int64)
     long = end - begin > length
+    if not long.any():
+        whole = np.full((len(begin), length), PAD, np.uint16)
+        whole[np.arange(length) < (end - begin)[:, None]] = tokens[offsets[0] : offsets[-1]]
+        return whole, prompts
     reply = np.minimum(end - begin - prompts, length - (prompts > 0))
     kept = np.where(long, np.where(prompts > 0, length - reply, 0), prompts)
     begin += np.where(long, prompts - kept, 0)

@@ -15,7 +15,17 @@ import tests.benchmarks as package
 from mdm.cli import fail
 from tests.benchmarks import timing
 
-HELPERS = {"__main__", "timing", "shapes", "encoding", "checkpoint_job", "engine_overhead_job"}
+HELPERS = {
+    "__main__",
+    "timing",
+    "shapes",
+    "encoding",
+    "checkpoint_job",
+    "engine_overhead_job",
+    "loading",
+    "loader_job",
+    "loader_samples",
+}
 OUT = Path("runs/bench")
 
 
