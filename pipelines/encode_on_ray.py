@@ -32,7 +32,7 @@ from mdm.sources.record import Unit
 # Chunks under way to each encoder: what it works on, what waits for it, and some more where the
 # next chunks come unevenly.
 _CHUNKS_AN_ENCODER = 4
-_STARTS = 3  # of a Ray of our own
+_STARTS = 6  # of a Ray of our own: its 30 s are few where the machine is busy
 _RETRIES = 3  # of work whose process died; a fourth death has a reason that stays
 
 

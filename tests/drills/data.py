@@ -267,7 +267,7 @@ def kill_once(bench: Bench, target: str, out: str, rng: random.Random) -> tuple[
 def disk_full(setting: Setting) -> Iterator[Row]:
     """Encoding into a folder on a disk that is full: a clear error, no half object; then on."""
     job = Job(setting.folder / "job")
-    undisturbed = job.run(str(setting.folder / "undisturbed"))
+    undisturbed = run_once_ray_starts(job, str(setting.folder / "undisturbed"))
     assert undisturbed[0] == 0, undisturbed[2]
     sha256 = undisturbed[1]["manifest_sha256"]
     mount = setting.folder / "small"
@@ -275,15 +275,24 @@ def disk_full(setting: Setting) -> Iterator[Row]:
     out = str(mount / "out")
     began = time.monotonic()
     with small_disk(mount):
-        code, _, stderr = job.run(out)
+        code, _, stderr = run_once_ray_starts(job, out)
         assert code == 2, stderr
         assert "No space left on device" in one_line(stderr), stderr
         subprocess.run(["mount", "-o", "remount,size=64m", str(mount)], check=True)
-        code, _, stderr = job.run(out)
+        code, _, stderr = run_once_ray_starts(job, out)
         assert code == 0, stderr
         check_whole(out, sha256)
         assert not list(mount.rglob(".tmp-*"))
         yield Row("encode, disk full", 1, 1, 0, True, time.monotonic() - began)
+
+
+def run_once_ray_starts(job: Job, out: str) -> tuple[int, dict[str, Any], str]:
+    """How the job ends; a machine too busy to start Ray is another fault than the drill's."""
+    for _ in range(ATTEMPTS):
+        ended_as = job.run(out)
+        if not (ended_as[0] and "Ray did not start" in one_line(ended_as[2])):
+            break
+    return ended_as
 
 
 def small_disk(mount: Path, kilobytes: int = 128) -> ExitStack:
