@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdm.data.batch import sample_key, sample_keys
 from mdm.data.layout import RowLayout
+from mdm.data.loader import extend_digest
 from mdm.data.mixture import (
     QUOTA_BLOCK,
     Interleaving,
