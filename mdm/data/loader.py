@@ -153,7 +153,7 @@ class Loader:
         views = {key: rows.latents for key, rows in held.items() if rows.latents is not None}
         if views:
             _, *shape = next(iter(views.values())).shape
-            flat = {key: memoryview(bits).cast("B") for key, bits in views.items()}
+            flat = {key: bits.data.cast("B") for key, bits in views.items()}
             bits = _joined(flat, plan, math.prod(shape))
             latents = torch.frombuffer(bits, dtype=torch.bfloat16).view(-1, *shape).float()
         return Batch(

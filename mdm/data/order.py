@@ -211,12 +211,14 @@ class Order:
         size = mixture.slots(task)
         # Successive steps of a task take its successive slots.
         number, place = divmod(int(shares.steps.before(inside)[turn]), TOGETHER)
-        return self._together(stage, task, number).span(place * size, (place + 1) * size)
+        return self._together(stage, turn, number).span(place * size, (place + 1) * size)
 
-    def _draw_together(self, stage: int, task: str, number: int) -> Draw:
-        """`TOGETHER` successive steps of one task in a stage, the stage's end disregarded."""
+    def _draw_together(self, stage: int, turn: int, number: int) -> Draw:
+        """`TOGETHER` successive steps of a stage's task, the stage's end disregarded."""
         mixture = self.mixture
-        shares, size = mixture.shares[stage], TOGETHER * mixture.slots(task)
+        shares = mixture.shares[stage]
+        task = shares.tasks[turn]
+        size = TOGETHER * mixture.slots(task)
         first = number * size
         own, slots = shares.sources[task], shares.slots[task]
         turns = slots.turns(first, first + size)

@@ -57,7 +57,11 @@ class SourceReader:
         runs = groupby(enumerate(sorted(batches)), key=lambda at: at[1] - at[0])
         return [(shard, [batch for _, batch in run]) for _, run in runs]
 
-    def read(self, shard: int, run: list[int]) -> list[Rows | StoreError]:
+    def read(self, shard: int, run: list[int]) -> list[Rows]:
+        """The record batches of one of `runs`; StoreError if one stays damaged."""
+        return [_sound(rows) for rows in self.read_each(shard, run)]
+
+    def read_each(self, shard: int, run: list[int]) -> list[Rows | StoreError]:
         """The record batches of one of `runs`, or what is wrong with one that stays damaged.
 
         StoreError if they cannot be read at all.
@@ -87,9 +91,9 @@ class SourceReader:
             if (found := self._from_cache(cache, name, first, wanted)) is not None:
                 return found
             parts = self._fetch(shard, list(extent))
-            cache.put(name, [_sound(part) for part in parts])
+            cache.put(name, [_data(part) for part in parts])
         # Copies: a view would hold the whole extent in memory.
-        return [bytes(_sound(parts[n - start])) for n in run]
+        return [bytes(_data(parts[n - start])) for n in run]
 
     @staticmethod
     def _from_cache(
@@ -115,7 +119,7 @@ class SourceReader:
         parts: list[Part] = []
         for batch in batches:
             part: Part = data[batch.offset - first :][: batch.length]
-            if checksum(_sound(part)) != batch.xxh3:
+            if checksum(data[batch.offset - first :][: batch.length]) != batch.xxh3:
                 try:
                     part = self._again(shard, batch)
                 except StoreError as error:
@@ -141,10 +145,16 @@ class SourceReader:
 Part = bytes | memoryview | StoreError
 
 
-def _sound(part: Part) -> bytes | memoryview:
+def _data(part: Part) -> bytes | memoryview:
     if isinstance(part, StoreError):
         raise part
     return part
+
+
+def _sound(rows: Rows | StoreError) -> Rows:
+    if isinstance(rows, StoreError):
+        raise rows
+    return rows
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,7 @@ class RowCache:
             reader = self.readers[source]
             batches = reader.manifest.shards[shard].batches
             for _, run in reader.runs(shard, [k[2] for k in keys]):
-                read = self._pool.submit(reader.read, shard, run)
+                read = self._pool.submit(reader.read_each, shard, run)
                 for place, number in enumerate(run):
                     pending = Pending(read, place, batches[number].length)
                     if (old := self._held.get((source, shard, number))) is not None:
@@ -194,10 +204,7 @@ class RowCache:
     def wait(self, pending: Pending) -> Rows:
         """What was asked for; StoreError if it cannot be read: to ask again is to read again."""
         try:
-            rows = pending.run.result()[pending.place]
-            if isinstance(rows, StoreError):
-                raise rows
-            return rows
+            return _sound(pending.run.result()[pending.place])
         except BaseException:
             for key in [k for k, held in self._held.items() if held.run is pending.run]:
                 self._bytes -= self._held.pop(key).nbytes

@@ -212,7 +212,7 @@ class Rows:
             )
             rest[:, 1] = self.class_ids
             made[:, length:] = rest.view(np.uint16)
-            self._cells[length] = memoryview(made).cast("B")
+            self._cells[length] = made.data.cast("B")
         return self._cells[length]
 
     @property

@@ -13,8 +13,8 @@ from mdm.data import reader
 from mdm.data.loader import Loader
 from mdm.data.mixture import Mixture, Source
 from mdm.data.node_cache import NodeCache
-from mdm.data.reader import SourceReader, open_cache, open_readers
-from mdm.data.storage import S3Store, StoreOptions
+from mdm.data.reader import RowCache, SourceReader, open_cache, open_readers
+from mdm.data.storage import S3Store, StoreError, StoreOptions
 from mdm.data.text import fit, fit_all
 from mdm.data.tokenizer import PAD
 from tests.data_sets import encoded
@@ -166,3 +166,36 @@ def test_fitting_all_is_fitting_each(texts: list[tuple[list[int], int]], length:
         expected, left = fit(np.array(text, np.uint16), prompt, length)
         assert found[row].tolist() == [*expected.tolist(), *[PAD] * (length - len(expected))]
         assert kept[row] == left
+
+
+def test_what_fits_in_memory_is_read_by_extents(remote: Mixture) -> None:
+    made = open_readers(remote, None, 10**6)[0]
+    made.store = store = Counted(remote.sources[0].manifest.location)
+    cache = RowCache([made], 10**6, 1)
+    wanted = cache.ask([(0, 0, 1), (0, 0, 4)])
+    assert [len(cache.wait(p)) for p in wanted.values()] == [8, 8]
+    assert len(store.ranges) == 2
+    again = cache.ask([(0, 0, b) for b in range(6)])
+    expected, _ = counted(remote, None)
+    assert [i for p in again.values() for i in cache.wait(p).ids] == rows_of(
+        expected, list(range(6))
+    )
+    assert len(store.ranges) == 2  # they came along
+    cache.close()
+
+
+def test_a_damaged_record_batch_costs_its_neighbours_nothing(tmp_path: Path) -> None:
+    manifest = encoded(str(tmp_path), [50])
+    info = manifest.shards[0]
+    path = tmp_path / info.key
+    data = bytearray(path.read_bytes())
+    data[info.batches[1].offset + info.batches[1].length // 2] ^= 0x10
+    path.write_bytes(data)
+    mixture = Mixture((Source("pictures", manifest, 1.0),), global_batch=24, window=2)
+    cache = RowCache(open_readers(mixture, None, 10**6), 10**6, 1)
+    pending = cache.ask([(0, 0, b) for b in range(3)])
+    assert [len(cache.wait(pending[0, 0, b])) for b in (0, 2)] == [8, 8]
+    with pytest.raises(StoreError, match="record batch 1 of"):
+        cache.wait(pending[0, 0, 1])
+    assert len(cache.wait(cache.ask([(0, 0, 2)])[0, 0, 2])) == 8
+    cache.close()
