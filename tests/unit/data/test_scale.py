@@ -32,15 +32,15 @@ def test_ten_billion_samples_are_opened_drawn_resumed_and_traced_by_arithmetic(
     fetched = first.sources[0].layout.manifest.shard_parts
     draw = first.draw(0)
     assert len(set(draw.ids)) == 256
-    # The blocks of the two windows at most that a step of 256 needs lie in as many parts.
-    assert fetched.fetched <= 2 * first.mixture.window
+    # The steps that are drawn together begin in one pool of parts, and may end in the next.
+    assert fetched.fetched <= 2 * POOL
     state = json.dumps(resume.state_dict(first, 0, deep, "digest"))
 
     second = order(tmp_path)
     resume.check(json.loads(state), second, 0)
     assert second.sources[0].layout.manifest.shard_parts.fetched == 0
     there = second.draw(deep)
-    assert second.sources[0].layout.manifest.shard_parts.fetched <= 2 * first.mixture.window
+    assert second.sources[0].layout.manifest.shard_parts.fetched <= 2 * POOL
     assert set(there.epochs.tolist()) == {3}
     uses = list(second.uses(0, int(there.rows[7]), deep + 1))
     assert [epoch for _, epoch in uses] == [0, 1, 2, 3]
