@@ -28,7 +28,7 @@ from mdm.data.shuffle import key_of, permute, shuffled, unpermute
 from mdm.dist import World
 
 POOL = 16  # parts
-TOGETHER = 16  # steps of a task that are drawn together: one costs hardly less than all
+TOGETHER = 16  # steps of a task drawn together at most: one costs hardly less than all
 
 
 class _Epoch(NamedTuple):
@@ -210,15 +210,20 @@ class Order:
         task = shares.tasks[turn]
         size = mixture.slots(task)
         # Successive steps of a task take its successive slots.
-        number, place = divmod(int(shares.steps.before(inside)[turn]), TOGETHER)
+        number, place = divmod(int(shares.steps.before(inside)[turn]), self._steps(task))
         return self._together(stage, turn, number).span(place * size, (place + 1) * size)
 
+    def _steps(self, task: str) -> int:
+        """How many steps are drawn together: those of a window, whose parts may be remote."""
+        window = self.mixture.window * min(s.manifest.batch_rows for s in self.mixture.sources)
+        return max(1, min(TOGETHER, window // self.mixture.slots(task)))
+
     def _draw_together(self, stage: int, turn: int, number: int) -> Draw:
-        """`TOGETHER` successive steps of a stage's task, the stage's end disregarded."""
+        """Successive steps of a stage's task, the stage's end disregarded."""
         mixture = self.mixture
         shares = mixture.shares[stage]
         task = shares.tasks[turn]
-        size = TOGETHER * mixture.slots(task)
+        size = self._steps(task) * mixture.slots(task)
         first = number * size
         own, slots = shares.sources[task], shares.slots[task]
         turns = slots.turns(first, first + size)

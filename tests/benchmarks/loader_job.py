@@ -377,7 +377,9 @@ class LitData(Contestant):
             yield batch
 
     def resume(self) -> Batches:
-        loader = self._loader(0, "resume")
+        # The state names the cache's folder; it is emptied.
+        shutil.rmtree(self.scratch / "pass-0", ignore_errors=True)
+        loader = self._loader(0, "pass-0")
         loader.load_state_dict(self.state)
         return iter(loader)
 
