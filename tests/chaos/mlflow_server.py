@@ -48,6 +48,7 @@ class MlflowServer:
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.3)
+        self.kill()
         raise TimeoutError((self._folder / "log").read_text()[-2000:])
 
     def kill(self) -> None:
