@@ -20,7 +20,7 @@ from mdm.train import watch
 from mdm.train.checkpoint import Checkpoints, uri_of
 from mdm.train.engine import start_ranks, stop_ranks
 from mdm.train.loop import train
-from mdm.train.outcome import Draw
+from mdm.train.run import Draw
 from mdm.train.saver import Saver
 from mdm.train.snapshot import Snapshot
 from mdm.train.state import RunError
