@@ -27,9 +27,9 @@ class Batch:
     class_ids: Tensor  # i64 [B], -1 without a class
     tokens: Tensor  # i64 [R, M], text, EOS, then PAD
     prompt: Tensor  # bool [R, M], tokens given as a clean condition, never noised nor predicted
-    latents: (
-        Tensor | None
-    )  # f32 [B, K * N, C] first-stage latents of the pictures' patches; None for text alone
+    # [B, K * N, C] first-stage latents of the pictures' patches, bf16 as they are stored until `to`
+    # makes them f32; None for text alone.
+    latents: Tensor | None
     # i64 [B, K] the text token at whose place a picture stands, -1 for one beside the whole text;
     # None: all beside it.
     picture_at: Tensor | None = None
@@ -49,7 +49,7 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on `device`."""
+        """The batch with its tensors on `device`, the latents in f32 once they are there."""
         moved = {
             k: getattr(self, k).to(device)
             for k in ("keys", "epochs", "class_ids", "tokens", "prompt")
@@ -57,6 +57,8 @@ class Batch:
         for k in ("latents", "picture_at", "text_of"):
             tensor = getattr(self, k)
             moved[k] = None if tensor is None else tensor.to(device)
+        if moved["latents"] is not None:
+            moved["latents"] = moved["latents"].float()
         return replace(self, **moved)
 
     def check(self, model: ModelConfig) -> None:
@@ -79,7 +81,9 @@ class Batch:
             fields["text_of"] = (shape, torch.int64)
         if self.latents is not None:
             k = max(self.latents.shape[1] // n, 1) if self.latents.dim() == 3 else 1
-            fields["latents"] = ((b, k * n, model.latent_dim), torch.float32)
+            stored = self.latents.dtype == torch.bfloat16
+            kind = torch.bfloat16 if stored else torch.float32
+            fields["latents"] = ((b, k * n, model.latent_dim), kind)
             if self.picture_at is not None:
                 fields["picture_at"] = ((b, k), torch.int64)
             if packed:

@@ -155,7 +155,7 @@ class Loader:
             _, *shape = next(iter(views.values())).shape
             flat = {key: bits.data.cast("B") for key, bits in views.items()}
             bits = _joined(flat, plan, math.prod(shape))
-            latents = torch.frombuffer(bits, dtype=torch.bfloat16).view(-1, *shape).float()
+            latents = torch.frombuffer(bits, dtype=torch.bfloat16).view(-1, *shape)
         return Batch(
             ids=tuple(share.ids),
             keys=sample_keys(share.ids),
