@@ -71,8 +71,13 @@ def test_batches_hold_what_the_order_says_bit_for_bit(mixture: Mixture) -> None:
             assert batch.class_ids[i] == true.class_ids[at]
             assert batch.keys[i] == sample_key(sample)
             if batch.latents is not None:
+                assert batch.latents.dtype == torch.bfloat16
+                moved = batch.to("cpu").latents
+                assert moved is not None
                 expected = from_bfloat16_bits(true.latents[at]).reshape(4, 16)
-                assert np.array_equal(batch.latents[i].float().numpy(), expected)
+                assert expected.dtype == np.float32
+                assert moved.dtype == torch.float32
+                assert np.array_equal(moved[i].numpy(), expected)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 8), (8, 1)])
