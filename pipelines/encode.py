@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,6 @@ from mdm.evaluate.card import card_page
 from mdm.sources.record import Unit
 from pipelines import encode_on_ray
 from pipelines.encode_on_ray import GroupEncoder, Place, RayFailedError
-
-_RECORDS_AN_ENCODER = 2048  # an autoencoder takes seconds to load
 
 
 @dataclass(frozen=True)
@@ -174,10 +173,17 @@ def _encode(
         str(Path(flags.tokenizer).absolute()),
         str(Path(flags.autoencoder).absolute()) if flags.autoencoder else "",
     )
-    # One loads its network during the survey; more only where there is work for them.
-    pictures = recipe.image_size is not None
-    encoders = encode_on_ray.start_encoders(recipe, place.autoencoder, 1) if pictures else []
-    encoder = GroupEncoder(recipe, place, decoders, encoders)
+    # The first encoder loads its network during the survey.
+    if recipe.image_size is None:
+        encoder = GroupEncoder(recipe, place, decoders)
+    else:
+        encoders = flags.encoders or (
+            encode_on_ray.gpus()
+            if flags.device == "cuda"
+            else max(1, cores // flags.encoder_threads)
+        )
+        start = partial(encode_on_ray.start_encoder, recipe, place.autoencoder)
+        encoder = GroupEncoder(recipe, place, decoders, start, encoders)
     began = time.perf_counter()
     encoder.seconds["survey"] = survey_all(units, store, recipe, place, decoders)
     groups, total, bad = plan_groups(units, store, recipe)
@@ -187,18 +193,10 @@ def _encode(
     resumed = len(done)
     todo = [g for g in groups if g.index not in done]
     before = sum(r.counts.get("records", 0) for r in done.values())
-    if pictures:
-        most = flags.encoders or (
-            encode_on_ray.gpus()
-            if flags.device == "cuda"
-            else max(1, cores // flags.encoder_threads)
-        )
-        more = min(most, (total - before) // _RECORDS_AN_ENCODER) - 1
-        encoder.add(encode_on_ray.start_encoders(recipe, place.autoencoder, more))
     reasons = Counter(_kind(q.reason) for r in done.values() for q in r.quarantine)
     title = f"{flags.dataset}/{flags.split}"
     with tqdm(total=total, initial=before, desc=title, unit=" records") as bar:
-        for group, receipt in encoder.run(todo, bar.update):
+        for group, receipt in encoder.run(todo, total - before, bar.update):
             lease.check()
             done[group.index] = dataclasses.replace(receipt, samples=())
             samples = lowest([*samples, *receipt.samples])

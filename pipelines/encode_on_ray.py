@@ -32,6 +32,7 @@ from mdm.sources.record import Unit
 # Chunks under way to each encoder: what it works on, what waits for it, and some more where the
 # next chunks come unevenly.
 _CHUNKS_AN_ENCODER = 4
+_WORTH_SECONDS = 15.0  # of work ahead, for another encoder to be started: that takes seconds
 _STARTS = 6  # of a Ray of our own: its 30 s are few where the machine is busy
 _RETRIES = 3  # of work whose process died; a fourth death has a reason that stays
 
@@ -102,15 +103,15 @@ def _write(group: Group, recipe: Recipe, place: Place, *chunks: Chunk) -> tuple[
     return receipt, time.process_time() - began
 
 
-def start_encoders(recipe: Recipe, folder: str, count: int) -> list[Any]:
-    """Actors that hold the autoencoder. On CPUs no core is set aside for one: it takes turns."""
+def start_encoder(recipe: Recipe, folder: str) -> Any:
+    """An actor that holds the autoencoder. On CPUs no core is set aside for it: it takes turns."""
     remote = ray.remote(
         num_cpus=0,
         num_gpus=1 if recipe.device == "cuda" else 0,
         max_restarts=_RETRIES,
         max_task_retries=_RETRIES,
     )
-    return [remote(_Encoder).remote(recipe, folder) for _ in range(count)]
+    return remote(_Encoder).remote(recipe, folder)
 
 
 @contextmanager
@@ -221,37 +222,45 @@ class GroupEncoder:
     Each stage is held back by the next one: a decoder stops behind a few chunks that nobody took,
     chunks are taken while the encoders have few, and groups are begun while few are being written.
     `seconds` says what the stages took: of a core, or of the GPU with the autoencoder.
+
+    `start` gives an actor with the autoencoder; None for texts alone. One is started at once, up to
+    `encoders` of them where the work ahead is worth it.
     """
 
     def __init__(
-        self, recipe: Recipe, place: Place, decoders: int, encoders: Sequence[Any] = ()
+        self,
+        recipe: Recipe,
+        place: Place,
+        decoders: int,
+        start: Callable[[], Any] | None = None,
+        encoders: int = 1,
     ) -> None:
         self.recipe = recipe
         self.place = place
         self.decoders = decoders
         self.seconds: dict[str, float] = dict.fromkeys(("survey", "decode", "encode", "write"), 0.0)
-        self.advance: Callable[[int], object] = lambda _: None
         self._decode = _decode.options(
             num_returns="streaming", _generator_backpressure_num_objects=8
         )
-        self._encoders: list[Any] = []
-        self._pending: list[int] = []
+        self._start = start
+        self._most = encoders
+        self._encoders = [start()] if start is not None else []
+        self._pending = [0] * len(self._encoders)
         self._decoding: list[_Running] = []
         self._encoding: dict[Any, tuple[_Running, int, int]] = {}
         self._writing: dict[Any, _Running] = {}
-        self.add(encoders)
-
-    def add(self, encoders: Sequence[Any]) -> None:
-        """Actors to encode with from now on."""
-        self._encoders += encoders
-        self._pending += [0] * len(encoders)
+        self._advance: Callable[[int], object] = lambda _: None
+        self._records = 0  # ahead
+        self._pace: tuple[float, int] | None = None  # when the first chunk came back, records then
 
     def run(
-        self, groups: Sequence[Group], advance: Callable[[int], object]
+        self, groups: Sequence[Group], records: int, advance: Callable[[int], object]
     ) -> Iterator[tuple[Group, Receipt]]:
-        """Each group with its receipt, as they are done; `advance` hears of records done."""
-        self.advance = advance
-        most = _CHUNKS_AN_ENCODER * len(self._encoders)
+        """Each group with its receipt, as they are done; `advance` hears of records done.
+
+        `records` of them lie in the groups.
+        """
+        self._advance, self._records = advance, records
         waiting = deque(groups)
         while waiting or self._decoding or self._encoding or self._writing:
             # What is being written still fills the object store: do not run far ahead of it.
@@ -264,6 +273,7 @@ class GroupEncoder:
                 chunks = self._decode.remote(group, self.recipe, self.place)
                 self._decoding.append(_Running(group, chunks))
             events: list[Any] = [*self._writing, *self._encoding]
+            most = _CHUNKS_AN_ENCODER * len(self._encoders)
             if not self._encoders or len(self._encoding) < most:
                 events += [r.chunks for r in self._decoding]
             for event in ray.wait(events, num_returns=1, fetch_local=False)[0]:
@@ -276,7 +286,8 @@ class GroupEncoder:
                     run, records, at = self._encoding.pop(event)
                     self._pending[at] -= 1
                     run.encoding -= 1
-                    self.advance(records)
+                    self._done(records)
+                    self._add_encoders()
                     self._write_if_complete(run)
                 else:
                     self._next_chunk(next(r for r in self._decoding if r.chunks is event))
@@ -293,13 +304,33 @@ class GroupEncoder:
         self.seconds["decode"] += seconds
         if not self._encoders:
             run.parts.append(chunk)
-            self.advance(records)
+            self._done(records)
             return
         at = self._pending.index(min(self._pending))
         run.parts.append(self._encoders[at].encode.remote(chunk))
         run.encoding += 1
         self._pending[at] += 1
         self._encoding[run.parts[-1]] = (run, records, at)
+
+    def _done(self, records: int) -> None:
+        self._records -= records
+        self._advance(records)
+
+    def _add_encoders(self) -> None:
+        """Start those that the work ahead is worth, told from the pace of the first one."""
+        missing = self._most - len(self._encoders)
+        if not missing or self._start is None:
+            return
+        if self._pace is None:  # before, it loaded its network
+            self._pace = time.perf_counter(), self._records
+            return
+        since, before = self._pace
+        if (done := before - self._records) <= 0:
+            return
+        seconds = self._records * (time.perf_counter() - since) / done
+        wanted = min(missing, int(seconds / _WORTH_SECONDS))
+        self._encoders += [self._start() for _ in range(wanted)]
+        self._pending += [0] * wanted
 
     def _write_if_complete(self, run: _Running) -> None:
         if run.decoded and not run.encoding:

@@ -16,6 +16,10 @@ from mdm.data.first_stage import PATCH, describe
 
 _Kl = cast(Any, AutoencoderKL)  # partly typed by diffusers
 
+# Pixels that a CPU takes at once, so that what lies between two convolutions stays in its caches:
+# 64 pictures of 128 px go through four at a time, twice as fast as at once.
+_CPU_PIXELS = 1 << 16
+
 
 def build(
     image_size: int,
@@ -87,6 +91,8 @@ class Autoencoder:
     def to(self, device: str | torch.device) -> Self:
         """Move to a device, and return self."""
         self._model.to(device)
+        if torch.device(device).type == "cpu":
+            self._model.to(memory_format=torch.channels_last)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
 
@@ -101,8 +107,13 @@ class Autoencoder:
         step = self.factor * PATCH
         if pixels.shape[2] % step or pixels.shape[3] % step:
             raise ValueError(f"{pixels.shape[2]} x {pixels.shape[3]} is no multiple of {step}")
-        mean = self._model.encode(to_signed(pixels.to(self._mean.device))).latent_dist.mode()
-        cells = (mean.float() - self._mean) / self._std
+        mean = torch.cat(
+            [
+                self._model.encode(to_signed(part.to(self._mean.device))).latent_dist.mode().float()
+                for part in self._slices(pixels, pixels.shape[2] * pixels.shape[3])
+            ]
+        )
+        cells = (mean - self._mean) / self._std
         tokens: Tensor = rearrange(cells, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
         return tokens.contiguous()
 
@@ -127,9 +138,21 @@ class Autoencoder:
             p=PATCH,
             q=PATCH,
         )
-        pixels = self._model.decode(cells * self._std + self._mean).sample
-        result: Tensor = ((pixels.float() + 1) / 2).clamp(0, 1)
-        return result
+        size = rows * columns * (PATCH * self.factor) ** 2
+        pixels = torch.cat(
+            [
+                self._model.decode(part * self._std + self._mean).sample.float()
+                for part in self._slices(cells, size)
+            ]
+        )
+        return ((pixels + 1) / 2).clamp(0, 1)
+
+    def _slices(self, pictures: Tensor, pixels: int) -> tuple[Tensor, ...]:
+        """The batch as the network takes it, pictures of so many pixels."""
+        if self._mean.device.type != "cpu":
+            return (pictures,)
+        slices: tuple[Tensor, ...] = pictures.split(max(1, _CPU_PIXELS // pixels))
+        return slices
 
 
 def to_signed(pixels: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ def run() -> Result:
         place = Place(str(folder / "out"), StoreOptions(), str(inputs.tokenizer), "")
         with encode_on_ray.cluster():
             fake: Any = ray.remote(num_cpus=0)(FakeEncoder).remote(recipe, seconds)
-            for _ in GroupEncoder(recipe, place, cores, [fake]).run(groups, lambda _: None):
+            encoder = GroupEncoder(recipe, place, cores, lambda: fake)
+            for _ in encoder.run(groups, PICTURES, lambda _: None):
                 pass
             times = ray.get(fake.times.remote())
     # The first batches wait for the first decoders: that is a start, no starving.
