@@ -1,12 +1,11 @@
 """Batches of a mixture from any step on: verified, prefetched, the same for every number of ranks.
 
-Reading happens in this process, in threads: Arrow, numpy, hashing and sockets leave the
-interpreter lock, and pre-encoded rows cost less to read than to hand to another process.
+Reading happens in this process: pre-encoded rows cost less to read than to hand to another one. One
+thread makes the batches ahead of their use and reads folders itself; S3 is read by others.
 
 Shapes: B samples of this rank, N image tokens, M text tokens, C numbers a latent.
 """
 
-import contextlib
 import hashlib
 import math
 import queue
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from mdm.config import Config
 from mdm.data import packing, resume
 from mdm.data.batch import Batch, sample_keys
+from mdm.data.buffers import BUFFERS
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.node_cache import NodeCache
 from mdm.data.order import Draw, Order, check_world, layout_of
@@ -62,7 +62,8 @@ class Loader:
         self._order = Order(mixture, seed)
         self._lengths = {"image_text": caption_length, "text": dialogue_length}
         self._layouts = [layout_of(s) for s in mixture.sources]
-        self._cache = RowCache(open_readers(mixture, node_cache, cache_bytes), cache_bytes, threads)
+        readers = open_readers(mixture, node_cache, cache_bytes)
+        self._cache = RowCache(readers, cache_bytes, threads, mixture.window)
         self._prefetch = prefetch
         self._producer: _Producer | None = None
         self._began = time.perf_counter()
@@ -141,10 +142,8 @@ class Loader:
         """This rank's batch of a step; StoreError if its data cannot be read."""
         share, length = plan.share, self._lengths[plan.share.task]
         held = {key: self._cache.wait(pending) for key, pending in plan.pending.items()}
-        cells = np.frombuffer(
-            _joined({key: rows.cells(length) for key, rows in held.items()}, plan, length + CELL),
-            np.uint16,
-        ).reshape(-1, length + CELL)
+        flat = {key: rows.cells(length) for key, rows in held.items()}
+        cells = _joined(flat, plan, length + CELL).view(np.uint16).reshape(-1, length + CELL)
         tokens = cells[:, :length].astype(np.int64)
         prompts, class_ids = cells[:, length:].copy().view(np.int32).astype(np.int64).T
         if self._packs(plan.draw):
@@ -155,7 +154,7 @@ class Loader:
             _, *shape = next(iter(views.values())).shape
             flat = {key: bits.data.cast("B") for key, bits in views.items()}
             bits = _joined(flat, plan, math.prod(shape))
-            latents = torch.frombuffer(bits, dtype=torch.bfloat16).view(-1, *shape)
+            latents = torch.from_numpy(bits).view(torch.bfloat16).view(-1, *shape)
         return Batch(
             ids=tuple(share.ids),
             keys=sample_keys(share.ids),
@@ -210,6 +209,10 @@ class Loader:
         self.close()
 
 
+_Made = tuple[Draw, Batch] | BaseException
+_TOGETHER_SECONDS = 2e-3  # that a batch may wait for those after it
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A step whose record batches have been asked for."""
@@ -220,24 +223,39 @@ class _Plan:
     rows: list[int]  # B of them: its row there
     pending: dict[BatchKey, Pending]
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing has to be waited for."""
+        return all(pending.run.done() for pending in self.pending.values())
 
-def _joined(views: dict[BatchKey, memoryview], plan: _Plan, numbers: int) -> bytearray:
+
+def _joined(views: dict[BatchKey, memoryview], plan: _Plan, numbers: int) -> NDArray[np.uint8]:
     """The rows of a plan, each copied once; `views` are the bytes of u16 [R, numbers]."""
     size = 2 * numbers
-    spans = [slice(row * size, (row + 1) * size) for row in plan.rows]
-    return bytearray().join([views[key][at] for key, at in zip(plan.keys, spans, strict=True)])
+    joined = BUFFERS.take(size * len(plan.rows))
+    to = joined.data
+    at = 0
+    for key, row in zip(plan.keys, plan.rows, strict=True):
+        to[at : at + size] = views[key][row * size : (row + 1) * size]
+        at += size
+    return joined
 
 
 class _Producer:
-    """A thread that makes the batches of the next steps ahead of their use."""
+    """A thread that makes the batches of the next steps ahead of their use.
+
+    What is ready goes over in one piece: waking another thread takes longer than making a small
+    batch.
+    """
 
     def __init__(self, loader: Loader, step: int, ahead: int) -> None:
         self._ahead = max(1, ahead)
         # Both are C, and wake their reader without a condition variable.
-        self._ready: queue.SimpleQueue[tuple[Draw, Batch] | BaseException] = queue.SimpleQueue()
-        self._turns: queue.SimpleQueue[bool] = queue.SimpleQueue()  # a batch may be made; or stop
-        for _ in range(self._ahead):
-            self._turns.put(True)
+        self._ready: queue.SimpleQueue[list[_Made]] = queue.SimpleQueue()
+        self._turns: queue.SimpleQueue[int] = queue.SimpleQueue()  # batches to be made; 0: stop
+        self._taken: deque[_Made] = deque()  # by the reader, not used yet
+        self._turns.put(self._ahead)
+        self._stopping = False
         self._thread = threading.Thread(
             target=self._run, args=(loader, step), name="mdm-prefetch", daemon=True
         )
@@ -245,31 +263,36 @@ class _Producer:
 
     def _run(self, loader: Loader, step: int) -> None:
         plans: deque[_Plan] = deque()
-        while self._turns.get():
-            try:
-                # Steps ahead are asked for before this one is made: their latency is hidden.
-                while len(plans) <= self._ahead:
-                    plans.append(loader.plan(step + len(plans)))
-                plan = plans.popleft()
-                made: tuple[Draw, Batch] | BaseException = plan.draw, loader.collate(plan)
-            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-                made = error
-            self._ready.put(made)
-            if isinstance(made, BaseException):
-                return
-            step += 1
+        while (turns := self._turns.get()) and not self._stopping:
+            made: list[_Made] = []
+            began = time.perf_counter()
+            for left in reversed(range(turns)):
+                try:
+                    # Steps ahead are asked for before this one is made: their latency is hidden.
+                    while len(plans) <= self._ahead:
+                        plans.append(loader.plan(step + len(plans)))
+                    plan = plans.popleft()
+                    made.append((plan.draw, loader.collate(plan)))
+                except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                    self._ready.put([*made, error])
+                    return
+                if self._stopping:
+                    return
+                step += 1
+                now = time.perf_counter()
+                if not left or now - began > _TOGETHER_SECONDS or not plans[0].is_ready:
+                    self._ready.put(made)
+                    made, began = [], now
 
-    def get(self) -> tuple[Draw, Batch] | BaseException:
-        made = self._ready.get()
-        self._turns.put(True)
-        return made
+    def get(self) -> "_Made":
+        if not self._taken:
+            self._taken.extend(self._ready.get())
+            self._turns.put(len(self._taken))
+        return self._taken.popleft()
 
     def close(self) -> None:
-        # Turns that are left are taken back, so that the thread meets the end at once.
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._turns.get_nowait()
-        self._turns.put(False)
+        self._stopping = True
+        self._turns.put(0)
         self._thread.join()
 
 

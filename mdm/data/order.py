@@ -24,7 +24,7 @@ from mdm.data.layout import RowLayout, Rows
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Mixture, Source
 from mdm.data.parts import starts
-from mdm.data.shuffle import key_of, permute, shuffled, unpermute
+from mdm.data.shuffle import Permutation, key_of, shuffled
 from mdm.dist import World
 
 POOL = 16  # parts
@@ -58,6 +58,7 @@ class _Pool:
         ]
         self.windows = max(1, self.full // window)
         self.key = key
+        self.blocks = Permutation(self.full, key)  # of the full ones
 
     def window_at(self, position: int) -> tuple[int, int]:
         """(window, place in it) of a position in the pool."""
@@ -69,7 +70,7 @@ class _Pool:
         """The rows of a window, in the order in which they are used."""
         first = window * self.window
         last = self.full if window == self.windows - 1 else first + self.window
-        blocks = [self._block(permute(i, self.full, self.key)) for i in range(first, last)]
+        blocks = [self._block(self.blocks.at(i)) for i in range(first, last)]
         if window == self.windows - 1:
             blocks += [self.layout.block(part, index) for part, index in self.short]
         found: Rows = np.concatenate(blocks)[
@@ -87,7 +88,7 @@ class _Pool:
         block = self.layout.part(part).block_of(row - int(self.layout.part_start[part]))
         if block >= self.full_start[turn + 1] - self.full_start[turn]:
             return self.windows - 1
-        place = unpermute(int(self.full_start[turn]) + block, self.full, self.key)
+        place = self.blocks.source(int(self.full_start[turn]) + block)
         return min(place // self.window, self.windows - 1)
 
 

@@ -1,7 +1,7 @@
 """Record batches of encoded data sets: read by byte range, verified, held in memory."""
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +15,7 @@ from mdm.data.storage import LocalStore, Store, StoreError
 
 BatchKey = tuple[int, int, int]  # source, shard, record batch
 EXTENT = 8 << 20  # bytes that one request brings into a cache: fewer make S3 slow
-LOCAL_EXTENT = 1 << 20  # the same from a local folder, where a request costs little
+LOCAL_BYTES = 16 << 20  # of record batches held in memory beside a folder, whose pages are too
 REREADS = 3  # of a record batch whose bytes are not those of the manifest
 
 
@@ -24,8 +24,8 @@ class SourceReader:
 
     With a cache, what comes from S3 stays on this node's disk: in extents of adjacent record
     batches if the cache holds the mixture (`whole`), which makes requests few, else one by one.
-    A cache's bytes are checked as the network's are. Without one, extents are read where memory
-    holds the mixture (`kept`): then all of an extent is of use.
+    A cache's bytes are checked as the network's are. Without one, extents are read from S3 where
+    memory holds the mixture (`kept`): then all of an extent is of use.
     """
 
     def __init__(
@@ -39,11 +39,12 @@ class SourceReader:
         self.source = source
         self.manifest: Manifest = source.manifest
         self.store: Store = source.manifest.store()
-        self.cache = None if isinstance(self.store, LocalStore) else cache
+        self.is_local = isinstance(self.store, LocalStore)
+        self.cache = None if self.is_local else cache
         first = self.manifest.shards[0].batches[0]
         self._per_extent = max(1, EXTENT // first.length) if whole else 1
-        extent = LOCAL_EXTENT if isinstance(self.store, LocalStore) else EXTENT
-        self._per_read = max(1, extent // first.length) if kept and self.cache is None else 1
+        kept = kept and self.cache is None and not self.is_local
+        self._per_read = max(1, EXTENT // first.length) if kept else 1
 
     def runs(self, shard: int, batches: list[int]) -> list[tuple[int, list[int]]]:
         """Record batches of a shard, and what else comes, by the request that brings them."""
@@ -127,7 +128,7 @@ class SourceReader:
             parts.append(part)
         return parts
 
-    def _again(self, shard: int, batch: BatchInfo) -> bytes:
+    def _again(self, shard: int, batch: BatchInfo) -> bytes | memoryview:
         """Bytes may be flipped on their way: a few more tries, then it is the object itself."""
         info = self.manifest.shards[shard]
         for _ in range(REREADS):
@@ -157,11 +158,30 @@ def _sound(rows: Rows | StoreError) -> Rows:
     return rows
 
 
+class _Inline:
+    """A future that is read by who waits for it: for a local file a thread costs more than it."""
+
+    def __init__(self, reader: SourceReader, shard: int, run: list[int]) -> None:
+        self._read = (reader, shard, run)
+        self._rows: list[Rows | StoreError] | None = None
+
+    def result(self) -> list[Rows | StoreError]:
+        """The record batches, read the first time."""
+        if self._rows is None:
+            reader, shard, run = self._read
+            self._rows = reader.read_each(shard, run)
+        return self._rows
+
+    def done(self) -> bool:
+        """Whether asking takes no waiting."""
+        return True
+
+
 @dataclass(frozen=True)
 class Pending:
     """A record batch that is being read."""
 
-    run: "Future[list[Rows | StoreError]]"
+    run: "Future[list[Rows | StoreError]] | _Inline"
     place: int  # in the run
     nbytes: int
 
@@ -170,10 +190,15 @@ class RowCache:
     """Record batches in memory, the least recently used dropped beyond a budget of bytes.
 
     Who has asked for one keeps it: dropping only means that the next one who asks reads it again.
+    Of folders alone no more is held than what is in use: the kernel holds their files, and memory
+    that is soon used again stays in the processor's caches.
     """
 
-    def __init__(self, readers: list[SourceReader], budget: int, threads: int) -> None:
+    def __init__(self, readers: list[SourceReader], budget: int, threads: int, window: int) -> None:
         self.readers = readers
+        if all(r.is_local for r in readers):
+            used = windows_bytes([r.source for r in readers], window)
+            budget = min(budget, max(LOCAL_BYTES, 2 * used))
         self.budget = budget
         self._held: OrderedDict[BatchKey, Pending] = OrderedDict()
         self._bytes = 0
@@ -186,7 +211,11 @@ class RowCache:
             reader = self.readers[source]
             batches = reader.manifest.shards[shard].batches
             for _, run in reader.runs(shard, [k[2] for k in keys]):
-                read = self._pool.submit(reader.read_each, shard, run)
+                read: Future[list[Rows | StoreError]] | _Inline
+                if reader.is_local:
+                    read = _Inline(reader, shard, run)
+                else:
+                    read = self._pool.submit(reader.read_each, shard, run)
                 for place, number in enumerate(run):
                     pending = Pending(read, place, batches[number].length)
                     if (old := self._held.get((source, shard, number))) is not None:
@@ -218,10 +247,7 @@ class RowCache:
 def open_cache(mixture: Mixture, config: DataConfig) -> NodeCache:
     """The node's cache of a run; ValueError for one that cannot hold what is read at once."""
     limit = round(config.cache_gb * 1e9)
-    # A window in use and one on its way, of each source.
-    needed = sum(
-        2 * mixture.window * s.manifest.shards[0].batches[0].length for s in mixture.sources
-    )
+    needed = windows_bytes(mixture.sources, mixture.window)
     if limit < needed:
         raise ValueError(
             f"data.cache_gb is {config.cache_gb:g} ({limit} bytes) but two windows of "
@@ -229,6 +255,11 @@ def open_cache(mixture: Mixture, config: DataConfig) -> NodeCache:
             f"{needed} bytes: raise data.cache_gb or lower data.window"
         )
     return NodeCache(config.cache_dir, limit)
+
+
+def windows_bytes(sources: Sequence[Source], window: int) -> int:
+    """Of a window in use and one on its way, of each source."""
+    return sum(2 * window * s.manifest.shards[0].batches[0].length for s in sources)
 
 
 def open_readers(mixture: Mixture, cache: NodeCache | None, memory: int = 0) -> list[SourceReader]:

@@ -24,39 +24,46 @@ def shuffled(n: int, key: bytes, stream: int = 0) -> NDArray[np.int64]:
     return order
 
 
-def permute(index: int, n: int, key: bytes) -> int:
-    """Where a keyed permutation of range(n) sends `index`, without making the permutation.
+class Permutation:
+    """A keyed permutation of range(n), both ways, without making all of it.
 
     A Feistel network over the next even power of two, walked along its cycle until it is below n.
+    Its round functions are remembered: they take 2^h values of h = half the bits each.
     """
-    half = _half(n)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for turn in range(_TURNS):
-            left, right = right, left ^ (_mixed(right, turn, key) & mask)
-        index = left << half | right
-        if index < n:
-            return index
 
+    def __init__(self, n: int, key: bytes) -> None:
+        self.n = n
+        self._key = key
+        self._half = max(1, ((n - 1).bit_length() + 1) // 2)
+        self._mask = (1 << self._half) - 1
+        self._rounds: list[dict[int, int]] = [{} for _ in range(_TURNS)]
 
-def unpermute(index: int, n: int, key: bytes) -> int:
-    """What `permute` sends to `index`: the network run backwards."""
-    half = _half(n)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for turn in reversed(range(_TURNS)):
-            left, right = right ^ (_mixed(left, turn, key) & mask), left
-        index = left << half | right
-        if index < n:
-            return index
+    def at(self, index: int) -> int:
+        """Where `index` is sent."""
+        half, mask = self._half, self._mask
+        while True:
+            left, right = index >> half, index & mask
+            for turn in range(_TURNS):
+                left, right = right, left ^ self._mixed(right, turn)
+            index = left << half | right
+            if index < self.n:
+                return index
 
+    def source(self, index: int) -> int:
+        """What is sent to `index`: the network run backwards."""
+        half, mask = self._half, self._mask
+        while True:
+            left, right = index >> half, index & mask
+            for turn in reversed(range(_TURNS)):
+                left, right = right ^ self._mixed(left, turn), left
+            index = left << half | right
+            if index < self.n:
+                return index
 
-def _half(n: int) -> int:
-    return max(1, ((n - 1).bit_length() + 1) // 2)
-
-
-def _mixed(value: int, turn: int, key: bytes) -> int:
-    data = value.to_bytes(8, "little") + bytes([turn])
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, key=key).digest(), "little")
+    def _mixed(self, value: int, turn: int) -> int:
+        known = self._rounds[turn]
+        if (found := known.get(value)) is None:
+            data = value.to_bytes(8, "little") + bytes([turn])
+            digest = hashlib.blake2b(data, digest_size=8, key=self._key).digest()
+            found = known[value] = int.from_bytes(digest, "little") & self._mask
+        return found

@@ -95,7 +95,7 @@ class Store(ABC):
         """The whole object and its ETag; MissingObjectError if it is not there."""
 
     @abstractmethod
-    def read_range(self, key: str, offset: int, length: int) -> bytes:
+    def read_range(self, key: str, offset: int, length: int) -> bytes | memoryview:
         """Exactly `length` bytes from `offset`; StoreError if the object ends before.
 
         All ranges that a store reads of one S3 object are of the same version of it:

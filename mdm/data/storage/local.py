@@ -9,6 +9,7 @@ from pathlib import Path
 
 import xxhash
 
+from mdm.data.buffers import BUFFERS
 from mdm.data.storage.base import MissingObjectError, Store, StoreError, checked
 
 _TEMPORARY = ".tmp-"
@@ -81,20 +82,21 @@ class LocalStore(Store):
             raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
         return data, _etag(data)
 
-    def read_range(self, key: str, offset: int, length: int) -> bytes:  # noqa: D102
+    def read_range(self, key: str, offset: int, length: int) -> memoryview:  # noqa: D102
         path = self.root / checked(key)
+        data, done = BUFFERS.take(length).data, 0
         try:
             with open(path, "rb", buffering=0) as file:
-                file.seek(offset)
-                data = file.read(length)
-                while len(data) < length and (more := file.read(length - len(data))):
-                    data += more
+                while done < length and (
+                    more := os.preadv(file.fileno(), [data[done:]], offset + done)
+                ):
+                    done += more
         except FileNotFoundError:
             raise MissingObjectError(f"{path} does not exist") from None
         except OSError as error:
             raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
-        if len(data) != length:
-            raise StoreError(f"{path} ends at byte {offset + len(data)}, before {offset + length}")
+        if done != length:
+            raise StoreError(f"{path} ends at byte {offset + done}, before {offset + length}")
         return data
 
     def listing(self, prefix: str = "") -> dict[str, int]:  # noqa: D102

@@ -19,7 +19,7 @@ from mdm.data.mixture import (
     interleave,
 )
 from mdm.data.order import Order, SourceOrder, sample_ids
-from mdm.data.shuffle import permute, shuffled, unpermute
+from mdm.data.shuffle import Permutation, shuffled
 from mdm.dist import World
 from tests.data_sets import planned
 
@@ -41,9 +41,10 @@ def mixture(global_batch: int = 24) -> Mixture:
 @given(st.integers(1, 300), st.binary(min_size=1, max_size=16))
 @settings(max_examples=30, deadline=None)
 def test_permute_is_a_permutation(n: int, key: bytes) -> None:
-    sent = [permute(i, n, key) for i in range(n)]
+    permutation = Permutation(n, key)
+    sent = [permutation.at(i) for i in range(n)]
     assert sorted(sent) == list(range(n))
-    assert [unpermute(i, n, key) for i in sent] == list(range(n))
+    assert [permutation.source(i) for i in sent] == list(range(n))
 
 
 def test_a_shuffle_is_the_same_with_every_numpy() -> None:

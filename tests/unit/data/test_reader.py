@@ -171,7 +171,7 @@ def test_fitting_all_is_fitting_each(texts: list[tuple[list[int], int]], length:
 def test_what_fits_in_memory_is_read_by_extents(remote: Mixture) -> None:
     made = open_readers(remote, None, 10**6)[0]
     made.store = store = Counted(remote.sources[0].manifest.location)
-    cache = RowCache([made], 10**6, 1)
+    cache = RowCache([made], 10**6, 1, 4)
     wanted = cache.ask([(0, 0, 1), (0, 0, 4)])
     assert [len(cache.wait(p)) for p in wanted.values()] == [8, 8]
     assert len(store.ranges) == 2
@@ -192,7 +192,7 @@ def test_a_damaged_record_batch_costs_its_neighbours_nothing(tmp_path: Path) -> 
     data[info.batches[1].offset + info.batches[1].length // 2] ^= 0x10
     path.write_bytes(data)
     mixture = Mixture((Source("pictures", manifest, 1.0),), global_batch=24, window=2)
-    cache = RowCache(open_readers(mixture, None, 10**6), 10**6, 1)
+    cache = RowCache(open_readers(mixture, None, 10**6), 10**6, 1, 2)
     pending = cache.ask([(0, 0, b) for b in range(3)])
     assert [len(cache.wait(pending[0, 0, b])) for b in (0, 2)] == [8, 8]
     with pytest.raises(StoreError, match="record batch 1 of"):
