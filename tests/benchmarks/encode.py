@@ -28,7 +28,7 @@ from pipelines import encode
 from tests.benchmarks.encoding import SIZE, Inputs
 from tests.benchmarks.timing import Result
 
-PICTURES = 3000
+PICTURES = 4000
 CHANNELS = (32, 64, 64)
 
 
