@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mdm.data import png
+
 # Larger pictures are refused by their header, before their pixels are unpacked.
 MAX_PIXELS = 64 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -86,7 +88,7 @@ def _decoded(data: bytes, least: int) -> Image.Image:
         if picture.format == "JPEG" and not _has_end(data):
             raise OSError("file is truncated: no end marker")  # libjpeg fills it in grey
         if picture.format == "PNG":
-            _check_chunks(data)
+            _check_png(data, picture)
         return _rgb(ImageOps.exif_transpose(picture))
     except _DECODER_ERRORS as error:
         kind = "truncated" if "truncated" in str(error).lower() else "damaged"
@@ -111,21 +113,17 @@ def _unidentified(data: bytes) -> str:
     return f"not a picture: begins with the bytes {data[:8].hex(' ')}"
 
 
-def _check_chunks(png: bytes) -> None:
-    """OSError where a chunk that the pixels need is damaged, or the last one is not there.
+def _check_png(data: bytes, picture: Image.Image) -> None:
+    """OSError where chunks are damaged or pixels missing.
 
-    The decoder compares no checksum of the pixels, and needs no end.
+    Rows that are not there stay zero: to unpack the pixels once more is for pictures whose last row
+    is, and for interlaced ones.
     """
-    at = 8
-    while (end := at + 8 + int.from_bytes(png[at : at + 4], "big")) + 4 <= len(png):
-        kind = png[at + 4 : at + 8]
-        needed = kind[:1].isupper()
-        if needed and zlib.crc32(png[at + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
-            raise OSError(f"wrong checksum of its {kind.decode('ascii', 'replace')} at byte {at}")
-        if kind == b"IEND":
-            return
-        at = end + 4
-    raise OSError("file is truncated: no end marker")
+    png.check_chunks(data)
+    width, height = picture.size
+    last = picture.crop((0, height - 1, width, height))
+    if "interlace" in picture.info or not np.asarray(last).any():
+        png.check_pixels(data)
 
 
 def _has_end(jpeg: bytes) -> bool:

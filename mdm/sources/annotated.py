@@ -17,7 +17,8 @@ from typing import Any
 from mdm.sources import jsonfile
 from mdm.sources.fields import id_field, list_field, object_field
 from mdm.sources.joined import Join, Joined
-from mdm.sources.jsonfile import BrokenFileError, Element
+from mdm.sources.jsoncursor import BrokenFileError
+from mdm.sources.jsonfile import Element
 from mdm.sources.packed import PictureError, Pictures, listing, open_file, unpacked_size
 from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_split, fingerprint
 from mdm.sources.streams import ARCHIVE_ERRORS, describe, tgz_members

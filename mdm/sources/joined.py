@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mdm.sources import jsonfile
 from mdm.sources.fields import number_field
-from mdm.sources.jsonfile import BrokenFileError
+from mdm.sources.jsoncursor import BrokenFileError
 from mdm.sources.packed import open_file
 from mdm.sources.streams import ARCHIVE_ERRORS, describe
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mdm.data import png
 from mdm.data.image import decode_image
+from tests.unit.sources.damage import chunk, png_of_rows
 
 
 def encoded(picture, kind="PNG", **options):
@@ -64,11 +66,6 @@ def test_exif_orientation_is_applied():
 
 
 def bomb(width, height):
-    def chunk(kind, data):
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"0"))
 
@@ -107,3 +104,49 @@ def test_no_damage_escapes_as_another_error():
             except ValueError:
                 continue
             assert pixels.shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("adam7", [False, True])
+@pytest.mark.parametrize(
+    ("depth", "colours"),
+    [(1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2), (1, 3), (4, 3), (8, 3), (16, 6)],
+)
+def test_a_png_that_lacks_any_of_its_rows_is_damaged(depth, colours, adam7):
+    rows = 15 if adam7 else 8
+    whole = png_of_rows(rows, depth=depth, colours=colours, adam7=adam7)
+    assert decode_image(whole, 8).shape == (3, 8, 8)
+    # The decoder itself gives up where next to nothing is there.
+    reason = r"damaged picture: \d+ bytes of pixels, but|truncated picture: image file is truncated"
+    for there in range(rows):
+        data = png_of_rows(there, depth=depth, colours=colours, adam7=adam7)
+        with pytest.raises(ValueError, match=reason):
+            decode_image(data, 8)
+
+
+def test_the_rows_that_are_there_may_hold_anything():
+    """Rows cut from a picture's data by a tool that knows only its length."""
+    noise = np.random.default_rng(2).integers(1, 255, (40, 30, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(noise))
+    packed = zlib.compress(zlib.decompress(data[41 : data.index(b"IEND") - 8])[: 39 * 91])
+    short = data[:33] + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    with pytest.raises(ValueError, match="3549 bytes of pixels, but its header says 3640"):
+        decode_image(short, 8)
+
+
+def test_no_more_of_a_png_is_unpacked_than_its_header_asks_for(monkeypatch):
+    given, unpack = [], zlib.decompressobj
+
+    class Counted:
+        def __init__(self):
+            self.stream, self.eof = unpack(), False
+
+        def decompress(self, packed, most):
+            given.append(len(piece := self.stream.decompress(packed, most)))
+            self.unconsumed_tail = self.stream.unconsumed_tail
+            return piece
+
+    data = png_of_rows(8)
+    bomb = data[:33] + chunk(b"IDAT", zlib.compress(b"\0" * (64 << 20))) + chunk(b"IEND", b"")
+    monkeypatch.setattr(png.zlib, "decompressobj", Counted)
+    png.check_pixels(bomb)
+    assert sum(given) == 1 << 16

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from botocore.exceptions import ConnectionClosedError
 
 from mdm.data.storage import (
     ChangedObjectError,
@@ -155,8 +156,8 @@ PART = 5 << 20
 
 
 def uploads(store: S3Store) -> list[str]:
-    page = store._client.list_multipart_uploads(Bucket="test", Prefix=store._prefix)
-    return [found["Key"].removeprefix(store._prefix) for found in page.get("Uploads", ())]
+    page = store.requests.client.list_multipart_uploads(Bucket="test", Prefix=store.requests.prefix)
+    return [found["Key"].removeprefix(store.requests.prefix) for found in page.get("Uploads", ())]
 
 
 def test_a_large_object_is_uploaded_in_parts_once(s3: str) -> None:
@@ -179,6 +180,34 @@ def test_a_large_object_is_uploaded_in_parts_once(s3: str) -> None:
     assert uploads(store) == []
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_upload_whose_answer_is_lost_is_looked_for(s3: str, gone: bool) -> None:
+    store = S3Store(s3, StoreOptions(part_bytes=PART, backoff=0.01))
+    answers: list[int] = []
+
+    def lose_the_first(http_response: Any, **_: Any) -> None:
+        answers.append(http_response.status_code)
+        if len(answers) == 1:
+            if gone:
+                store.delete("large")
+            raise ConnectionClosedError(endpoint_url="")
+
+    events, event = store.requests.client.meta.events, "after-call.s3.CompleteMultipartUpload"
+    events.register(event, lose_the_first)
+    try:
+        if gone:
+            with pytest.raises(
+                StoreError, match=r"write s3://.*/large: the server lost the upload"
+            ):
+                store.put("large", bytes(PART + 1))
+        else:
+            assert store.put("large", bytes(PART + 1))
+    finally:
+        events.unregister(event, lose_the_first)
+    assert answers == [200, 404 if gone else 200]  # this server knows what it has completed
+    assert store.listing() == ({} if gone else {"large": PART + 1})
+
+
 def test_parts_of_a_failed_upload_are_given_back_and_a_killed_writers_are_swept(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,9 +221,9 @@ def test_parts_of_a_failed_upload_are_given_back_and_a_killed_writers_are_swept(
     monkeypatch.setenv("AWS_ENDPOINT_URL", direct)
     assert uploads(store) == []
     assert store.listing() == {}
-    store._client.create_multipart_upload(**store._at("killed"))
+    store.requests.client.create_multipart_upload(**store.requests.at("killed"))
     other = S3Store(s3 + "-other", StoreOptions())
-    other._client.create_multipart_upload(**other._at("living"))
+    other.requests.client.create_multipart_upload(**other.requests.at("living"))
     assert uploads(store) == ["killed"]
     store.sweep()
     assert uploads(store) == []
@@ -264,7 +293,9 @@ def test_uploads_are_checked_as_asked(s3: str, checksum: str) -> None:
     sums = {
         key: {
             name
-            for name in store._client.head_object(**store._at(key), ChecksumMode="ENABLED")
+            for name in store.requests.client.head_object(
+                **store.requests.at(key), ChecksumMode="ENABLED"
+            )
             if name.startswith("Checksum") and name != "ChecksumType"
         }
         for key in ("small", "large")
@@ -278,7 +309,7 @@ def test_encryption_is_asked_for_with_every_upload(s3: str) -> None:
     """The server here holds no keys and refuses it: what counts is what it was asked."""
     store = S3Store(s3, StoreOptions(sse="aws:kms", sse_key_id="key-1", attempts=1))
     asked: list[Any] = []
-    events = store._client.meta.events
+    events = store.requests.client.meta.events
     events.register("before-send.s3", lambda request, **_: asked.append(request))
     with pytest.raises(StoreError, match="write"):
         store.put("small", b"small")

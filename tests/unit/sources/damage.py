@@ -39,6 +39,23 @@ def png_bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+def png_of_rows(rows: int, *, depth: int = 8, colours: int = 2, adam7: bool = False) -> bytes:
+    """A PNG of 9 x 8 pixels, all checksums right, of whose rows (Adam7: 15) only so many are there.
+
+    Rows of zeros, so that they look like those which the decoder leaves out.
+    """
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
+    columns = [9] * 8
+    if adam7:  # the columns of every row of the seven passes
+        columns = [2, 1, 3, 2, 2, 5, 5, 4, 4, 4, 4, 9, 9, 9, 9]
+    raw = b"".join(b"\0" * (1 + -(-width * bits // 8)) for width in columns[:rows])
+    head = struct.pack(">IIBBBBB", 9, 8, depth, colours, 0, 0, adam7)
+    palette = chunk(b"PLTE", b"\0" * 6) if colours == 3 else b""
+    data = zlib.compress(raw)
+    parts = (chunk(b"IHDR", head), palette, chunk(b"IDAT", data[:5]), chunk(b"IDAT", data[5:]))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
 def jpeg_of_size(width: int, height: int) -> bytes:
     """A real JPEG whose header claims another size."""
     data = bytearray(saved(noise()))
@@ -122,6 +139,14 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         _PNG[: _PNG.index(b"IEND") - 8] + b"\0\0\0\0" + _PNG[_PNG.index(b"IEND") - 4 :],
         "damaged picture: wrong checksum of its IDAT at byte 33",
     ),
+    "png of too few rows": (
+        png_of_rows(7),
+        "damaged picture: 196 bytes of pixels, but its header says 224",
+    ),
+    "interlaced png of too few rows": (
+        png_of_rows(14, adam7=True),
+        "damaged picture: .* of pixels",
+    ),
     "png without its last chunk": (_PNG[: _PNG.index(b"IEND") - 4], "truncated"),
     "sound": (b"RIFF\x24\0\0\0WAVEfmt ", "not a picture: begins with the bytes 52 49 46 46"),
     "png bomb": (png_bomb(50_000, 50_000), "too many pixels"),
@@ -159,6 +184,8 @@ UNUSUAL: dict[str, bytes] = {
     "png with a wrong iccp": _PNG[:33]
     + chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no"))
     + _PNG[33:],
+    "interlaced png": png_of_rows(15, adam7=True),
+    "black png": png_of_rows(8),
     "webp": saved(noise(), "WEBP"),
     "bmp": saved(noise(), "BMP"),
     "mpo": saved(noise(), "MPO", save_all=True, append_images=[noise()]),
