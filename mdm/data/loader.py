@@ -2,36 +2,27 @@
 
 Reading happens in this process: pre-encoded rows cost less to read than to hand to another one. One
 thread makes the batches ahead of their use and reads folders itself; S3 is read by others.
-
-Shapes: B samples of this rank, N image tokens, M text tokens, C numbers a latent.
 """
 
 import hashlib
-import math
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from mdm.config import Config
-from mdm.data import packing, resume
-from mdm.data.batch import Batch, sample_keys
-from mdm.data.buffers import BUFFERS
+from mdm.data import resume
+from mdm.data.batch import Batch
+from mdm.data.collate import Collator, Plan
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.node_cache import NodeCache
-from mdm.data.order import Draw, Order, check_world, layout_of
+from mdm.data.order import Draw, Order, check_world
 from mdm.data.quarantine import substituted
-from mdm.data.reader import BatchKey, Pending, RowCache, open_cache, open_readers
+from mdm.data.reader import RowCache, open_cache, open_readers
 from mdm.data.resume import ResumeError as ResumeError
-from mdm.data.schema import CELL
-from mdm.data.tokenizer import PAD
+from mdm.data.storage import StoreError
 from mdm.dist import World
 
 
@@ -61,9 +52,9 @@ class Loader:
         check_world(mixture.global_batch, self.world)
         self._order = Order(mixture, seed)
         self._lengths = {"image_text": caption_length, "text": dialogue_length}
-        self._layouts = [layout_of(s) for s in mixture.sources]
         readers = open_readers(mixture, node_cache, cache_bytes)
         self._cache = RowCache(readers, cache_bytes, threads, mixture.window)
+        self._collator = Collator(mixture, self._cache, self._lengths, self.world)
         self._prefetch = prefetch
         self._producer: _Producer | None = None
         self._began = time.perf_counter()
@@ -116,81 +107,13 @@ class Loader:
         """The global sample ids of any step, as they stand with what is quarantined now."""
         return substituted(self._order, step, self.quarantined).ids
 
-    def plan(self, step: int) -> "_Plan":
+    def plan(self, step: int) -> Plan:
         """What a step reads; the reading begins."""
-        draw = substituted(self._order, step, self.quarantined)
-        # Which rank has a packed text is decided by the lengths of all: every rank reads them.
-        return self._ask(draw, draw if self._packs(draw) else draw.share(self.world))
+        return self._collator.ask(substituted(self._order, step, self.quarantined))
 
-    def _packs(self, draw: Draw) -> bool:
-        return draw.task == "text" and self.mixture.texts_per_row > 1
-
-    def _ask(self, draw: Draw, share: Draw) -> "_Plan":
-        size = len(share.ids)
-        if len(self._layouts) == 1:
-            shards, batches, rows = self._layouts[0].locate(share.rows)
-        else:
-            shards, batches, rows = (np.empty(size, np.int64) for _ in range(3))
-            for source in np.flatnonzero(np.bincount(share.sources)).tolist():
-                at = share.sources == source
-                shards[at], batches[at], rows[at] = self._layouts[source].locate(share.rows[at])
-        columns = share.sources.tolist(), shards.tolist(), batches.tolist()
-        keys: list[BatchKey] = list(zip(*columns, strict=True))
-        return _Plan(draw, share, keys, rows.tolist(), self._cache.ask(dict.fromkeys(keys)))
-
-    def collate(self, plan: "_Plan") -> Batch:
-        """This rank's batch of a step; StoreError if its data cannot be read."""
-        share, length = plan.share, self._lengths[plan.share.task]
-        held = {key: self._cache.wait(pending) for key, pending in plan.pending.items()}
-        flat = {key: rows.cells(length) for key, rows in held.items()}
-        cells = _joined(flat, plan, length + CELL).view(np.uint16).reshape(-1, length + CELL)
-        tokens = cells[:, :length].astype(np.int64)
-        prompts, class_ids = cells[:, length:].copy().view(np.int32).astype(np.int64).T
-        if self._packs(plan.draw):
-            return self._pack(share, tokens, prompts, class_ids)
-        latents = None
-        views = {key: rows.latents for key, rows in held.items() if rows.latents is not None}
-        if views:
-            _, *shape = next(iter(views.values())).shape
-            flat = {key: bits.data.cast("B") for key, bits in views.items()}
-            bits = _joined(flat, plan, math.prod(shape))
-            latents = torch.from_numpy(bits).view(torch.bfloat16).view(-1, *shape)
-        return Batch(
-            ids=tuple(share.ids),
-            keys=sample_keys(share.ids),
-            epochs=torch.from_numpy(share.epochs.copy()),
-            class_ids=torch.from_numpy(class_ids.copy()),
-            tokens=torch.from_numpy(tokens),
-            prompt=torch.from_numpy(np.arange(length) < prompts[:, None]),
-            latents=latents,
-        )
-
-    def _pack(
-        self,
-        draw: Draw,
-        tokens: NDArray[np.int64],
-        prompts: NDArray[np.int64],
-        class_ids: NDArray[np.int64],
-    ) -> Batch:
-        """This rank's rows of a step's packed texts, [T, M] as yet."""
-        lengths = (tokens != PAD).sum(1).tolist()
-        packs = packing.plan(lengths, tokens.shape[1], self.mixture.global_batch)
-        own = packing.share(packs, self.world.rank, self.world.size)
-        texts = [text[:length] for text, length in zip(tokens, lengths, strict=True)]
-        packed = packing.fill(own, texts, prompts.tolist(), tokens.shape[1])
-        places = np.array([place for pack in own for place in pack], np.int64)
-        mine = draw.take(places)
-        return Batch(
-            ids=tuple(mine.ids),
-            keys=sample_keys(mine.ids),
-            epochs=torch.from_numpy(mine.epochs),
-            class_ids=torch.from_numpy(class_ids[places]),
-            tokens=torch.from_numpy(packed.tokens),
-            prompt=torch.from_numpy(packed.prompt),
-            latents=None,
-            text_of=torch.from_numpy(packed.text_of),
-            average_over=len(draw.ids) // self.world.size,
-        )
+    def collate(self, plans: Sequence[Plan]) -> list[Batch]:
+        """This rank's batch of each of these steps; StoreError if its data cannot be read."""
+        return self._collator.collate(plans)
 
     def _stop(self) -> None:
         if self._producer is not None:
@@ -210,42 +133,14 @@ class Loader:
 
 
 _Made = tuple[Draw, Batch] | BaseException
-_TOGETHER_SECONDS = 2e-3  # that a batch may wait for those after it
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A step whose record batches have been asked for."""
-
-    draw: Draw  # of all ranks
-    share: Draw
-    keys: list[BatchKey]  # B of them: the record batch of each sample
-    rows: list[int]  # B of them: its row there
-    pending: dict[BatchKey, Pending]
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether nothing has to be waited for."""
-        return all(pending.run.done() for pending in self.pending.values())
-
-
-def _joined(views: dict[BatchKey, memoryview], plan: _Plan, numbers: int) -> NDArray[np.uint8]:
-    """The rows of a plan, each copied once; `views` are the bytes of u16 [R, numbers]."""
-    size = 2 * numbers
-    joined = BUFFERS.take(size * len(plan.rows))
-    to = joined.data
-    at = 0
-    for key, row in zip(plan.keys, plan.rows, strict=True):
-        to[at : at + size] = views[key][row * size : (row + 1) * size]
-        at += size
-    return joined
+_TOGETHER = 512  # samples: then what is paid by the call is little
 
 
 class _Producer:
     """A thread that makes the batches of the next steps ahead of their use.
 
-    What is ready goes over in one piece: waking another thread takes longer than making a small
-    batch.
+    Those at hand are made together and go over in one piece: waking another thread takes longer
+    than making a small batch.
     """
 
     def __init__(self, loader: Loader, step: int, ahead: int) -> None:
@@ -262,27 +157,31 @@ class _Producer:
         self._thread.start()
 
     def _run(self, loader: Loader, step: int) -> None:
-        plans: deque[_Plan] = deque()
-        while (turns := self._turns.get()) and not self._stopping:
-            made: list[_Made] = []
-            began = time.perf_counter()
-            for left in reversed(range(turns)):
-                try:
+        plans: deque[Plan] = deque()
+        asked = step
+        most = _TOGETHER
+        try:
+            while turns := self._turns.get():
+                while turns and not self._stopping:
                     # Steps ahead are asked for before this one is made: their latency is hidden.
                     while len(plans) <= self._ahead:
-                        plans.append(loader.plan(step + len(plans)))
-                    plan = plans.popleft()
-                    made.append((plan.draw, loader.collate(plan)))
-                except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-                    self._ready.put([*made, error])
-                    return
-                if self._stopping:
-                    return
-                step += 1
-                now = time.perf_counter()
-                if not left or now - began > _TOGETHER_SECONDS or not plans[0].is_ready:
-                    self._ready.put(made)
-                    made, began = [], now
+                        plans.append(loader.plan(asked))
+                        asked += 1
+                    some = _at_hand(plans, turns, most)
+                    try:
+                        batches = loader.collate(some)
+                    except StoreError:
+                        if len(some) == 1:
+                            raise
+                        most = 1  # the batches before the one that fails are good
+                        continue
+                    for _ in some:
+                        plans.popleft()
+                    draws = [plan.draw for plan in some]
+                    self._ready.put(list(zip(draws, batches, strict=True)))
+                    turns -= len(some)
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            self._ready.put([error])
 
     def get(self) -> "_Made":
         if not self._taken:
@@ -294,6 +193,17 @@ class _Producer:
         self._stopping = True
         self._turns.put(0)
         self._thread.join()
+
+
+def _at_hand(plans: Iterable[Plan], steps: int, samples: int) -> list[Plan]:
+    """The first plan, and those after it that need no waiting, within these numbers."""
+    found: list[Plan] = []
+    for plan in plans:
+        samples -= len(plan.share.ids)
+        if found and (len(found) == steps or samples < 0 or not plan.is_ready):
+            break
+        found.append(plan)
+    return found
 
 
 def extend_digest(digest: str, ids: list[str]) -> str:

@@ -4,19 +4,31 @@ from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mdm.config import DataConfig
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Mixture, Source
 from mdm.data.node_cache import NodeCache
-from mdm.data.schema import BatchInfo, Rows, checksum, read_rows
+from mdm.data.schema import BatchInfo, Rows, checksum
 from mdm.data.storage import LocalStore, Store, StoreError
 
-BatchKey = tuple[int, int, int]  # source, shard, record batch
 EXTENT = 8 << 20  # bytes that one request brings into a cache: fewer make S3 slow
+_BITS = 24  # of a shard's number, and of a record batch's in it
 LOCAL_BYTES = 16 << 20  # of record batches held in memory beside a folder, whose pages are too
 REREADS = 3  # of a record batch whose bytes are not those of the manifest
+
+
+def keys_of(
+    sources: NDArray[np.int64], shards: NDArray[np.int64], batches: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The number by which a record batch is known here."""
+    keys: NDArray[np.int64] = (sources << _BITS | shards) << _BITS | batches
+    return keys
 
 
 class SourceReader:
@@ -38,6 +50,7 @@ class SourceReader:
     ) -> None:
         self.source = source
         self.manifest: Manifest = source.manifest
+        self.shard = lru_cache(maxsize=64)(self.manifest.shards.__getitem__)
         self.store: Store = source.manifest.store()
         self.is_local = isinstance(self.store, LocalStore)
         self.cache = None if self.is_local else cache
@@ -52,7 +65,7 @@ class SourceReader:
             extents = groupby(sorted(batches), key=lambda batch: batch // self._per_extent)
             return [(shard, list(run)) for _, run in extents]
         if self._per_read > 1:
-            total, size = len(self.manifest.shards[shard].batches), self._per_read
+            total, size = len(self.shard(shard).batches), self._per_read
             firsts = sorted({batch // size * size for batch in batches})
             return [(shard, list(range(at, min(at + size, total)))) for at in firsts]
         runs = groupby(enumerate(sorted(batches)), key=lambda at: at[1] - at[0])
@@ -67,16 +80,16 @@ class SourceReader:
 
         StoreError if they cannot be read at all.
         """
-        info = self.manifest.shards[shard]
+        info = self.shard(shard)
         if self.cache is not None:
             parts = self._cached(self.cache, shard, run)
         else:
             parts = self._fetch(shard, [info.batches[n] for n in run])
         schema = self.manifest.schema
-        return [p if isinstance(p, StoreError) else read_rows(p, schema) for p in parts]
+        return [p if isinstance(p, StoreError) else Rows(p, schema) for p in parts]
 
     def _cached(self, cache: NodeCache, shard: int, run: list[int]) -> "list[Part]":
-        info = self.manifest.shards[shard]
+        info = self.shard(shard)
         wanted = [info.batches[n] for n in run]
         start = run[0] // self._per_extent * self._per_extent
         extent = info.batches[start : start + self._per_extent]
@@ -114,7 +127,7 @@ class SourceReader:
 
     def _fetch(self, shard: int, batches: list[BatchInfo]) -> "list[Part]":
         """These adjacent record batches by one request, verified, each for itself."""
-        info = self.manifest.shards[shard]
+        info = self.shard(shard)
         first, end = batches[0].offset, batches[-1].offset + batches[-1].length
         data = memoryview(self.store.read_range(info.key, first, end - first))
         parts: list[Part] = []
@@ -130,7 +143,7 @@ class SourceReader:
 
     def _again(self, shard: int, batch: BatchInfo) -> bytes | memoryview:
         """Bytes may be flipped on their way: a few more tries, then it is the object itself."""
-        info = self.manifest.shards[shard]
+        info = self.shard(shard)
         for _ in range(REREADS):
             data = self.store.read_range(info.key, batch.offset, batch.length)
             if (found := checksum(data)) == batch.xxh3:
@@ -200,27 +213,29 @@ class RowCache:
             used = windows_bytes([r.source for r in readers], window)
             budget = min(budget, max(LOCAL_BYTES, 2 * used))
         self.budget = budget
-        self._held: OrderedDict[BatchKey, Pending] = OrderedDict()
+        self._held: OrderedDict[int, Pending] = OrderedDict()
         self._bytes = 0
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mdm-read")
 
-    def ask(self, wanted: Collection[BatchKey]) -> dict[BatchKey, Pending]:
-        """All of these; the reading of what is missing begins, adjacent ones by one request."""
+    def ask(self, wanted: Collection[int]) -> dict[int, Pending]:
+        """All of these keys; what is missing is begun to be read, adjacent ones by one request."""
         missing = sorted(k for k in wanted if k not in self._held)
-        for (source, shard), keys in groupby(missing, key=lambda k: k[:2]):
+        for place, keys in groupby(missing, key=lambda k: k >> _BITS):
+            source, shard = divmod(place, 1 << _BITS)
             reader = self.readers[source]
-            batches = reader.manifest.shards[shard].batches
-            for _, run in reader.runs(shard, [k[2] for k in keys]):
+            batches = reader.shard(shard).batches
+            first = place << _BITS
+            for _, run in reader.runs(shard, [k - first for k in keys]):
                 read: Future[list[Rows | StoreError]] | _Inline
                 if reader.is_local:
                     read = _Inline(reader, shard, run)
                 else:
                     read = self._pool.submit(reader.read_each, shard, run)
-                for place, number in enumerate(run):
-                    pending = Pending(read, place, batches[number].length)
-                    if (old := self._held.get((source, shard, number))) is not None:
+                for at, number in enumerate(run):
+                    pending = Pending(read, at, batches[number].length)
+                    if (old := self._held.get(first + number)) is not None:
                         self._bytes -= old.nbytes
-                    self._held[source, shard, number] = pending
+                    self._held[first + number] = pending
                     self._bytes += pending.nbytes
         found = {}
         for key in wanted:

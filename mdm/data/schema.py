@@ -5,7 +5,8 @@ Shapes: R rows of a record batch, N image tokens (rows x columns of the grid), C
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -13,12 +14,9 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from mdm.data.text import fit_all
-
 Number = TypeVar("Number", np.int32, np.uint16)
 
 SCHEMA_VERSION = 1
-CELL = 4
 MAX_VOCAB_SIZE = 1 << 16  # token ids are stored as uint16
 
 
@@ -178,42 +176,58 @@ def checksum(data: bytes | memoryview) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
-@dataclass(frozen=True)
 class Rows:
-    """One record batch as numpy views of its bytes; strings are decoded on request."""
+    """One record batch as numpy views of its verified bytes, decoded when they are first used.
 
-    class_ids: NDArray[np.int32]  # [R]
-    offsets: NDArray[np.int32]  # [R + 1] into tokens
-    tokens: NDArray[np.uint16]
-    prompt_lengths: NDArray[np.uint16]  # [R]
-    latents: NDArray[np.uint16] | None  # [R, N, C], bfloat16 bits
-    nbytes: int
-    batch: pa.RecordBatch = field(repr=False)
-    _cells: dict[int, memoryview] = field(default_factory=dict, repr=False)
+    It needs no footer. Decoding waits because it is quicker for several in a row than for each
+    after its reading, which leaves the processor's caches full of other things.
+    """
+
+    def __init__(self, data: bytes | memoryview, schema: pa.Schema) -> None:
+        self._data, self._schema = data, schema
+
+    @cached_property
+    def batch(self) -> pa.RecordBatch:
+        """The columns of `EXAMPLE_SCHEMA`."""
+        return pa.ipc.read_record_batch(pa.py_buffer(self._data), self._schema)
+
+    @cached_property
+    def class_ids(self) -> NDArray[np.int32]:
+        """[R]."""
+        return _view(self.batch.column(2), np.int32)
+
+    @cached_property
+    def tokens(self) -> NDArray[np.uint16]:
+        """Of all texts, one after the other."""
+        return _view(self.batch.column(3).values, np.uint16)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int32]:
+        """[R + 1] into tokens."""
+        # np.frombuffer, not to_numpy: the latter imports pandas.
+        return np.frombuffer(self.batch.column(3).buffers()[1], np.int32, self.batch.num_rows + 1)
+
+    @cached_property
+    def prompt_lengths(self) -> NDArray[np.uint16]:
+        """[R]."""
+        return _view(self.batch.column(4), np.uint16)
+
+    @cached_property
+    def latents(self) -> NDArray[np.uint16] | None:
+        """[R, N, C], bfloat16 bits."""
+        if (at := self._schema.get_field_index("latents")) < 0:
+            return None
+        shape = self._schema.field(at).metadata[b"shape"].decode().split(",")
+        bits = _view(self.batch.column(at).values, np.uint16)
+        return bits.reshape(len(self), *map(int, shape))
 
     def __len__(self) -> int:
-        return len(self.class_ids)
+        rows: int = self.batch.num_rows
+        return rows
 
     def text(self, row: int) -> NDArray[np.uint16]:
         """Token ids of one row."""
         return self.tokens[self.offsets[row] : self.offsets[row + 1]]
-
-    def cells(self, length: int) -> memoryview:
-        """What a row holds beside its latents, `CELL` numbers of 16 bits after its text's.
-
-        The bytes of u16 [R, length + CELL]: the text fitted to `length`, the prompt's length then
-        and the class, both as i32. Made once: a batch is a join of such rows.
-        """
-        if length not in self._cells:
-            made = np.empty((len(self), length + CELL), np.uint16)
-            rest = np.empty((len(self), 2), np.int32)
-            made[:, :length], rest[:, 0] = fit_all(
-                self.tokens, self.offsets, self.prompt_lengths, length
-            )
-            rest[:, 1] = self.class_ids
-            made[:, length:] = rest.view(np.uint16)
-            self._cells[length] = made.data.cast("B")
-        return self._cells[length]
 
     @property
     def ids(self) -> list[str]:
@@ -226,28 +240,6 @@ class Rows:
         """Where the records came from."""
         origins: list[str] = self.batch.column(1).to_pylist()
         return origins
-
-
-def read_rows(data: bytes | memoryview, schema: pa.Schema) -> Rows:
-    """The record batch whose verified bytes these are; needs no footer."""
-    batch = pa.ipc.read_record_batch(pa.py_buffer(data), schema)
-    tokens = batch.column(3)
-    latents = None
-    if (at := schema.get_field_index("latents")) >= 0:
-        shape = schema.field(at).metadata[b"shape"].decode().split(",")
-        # np.frombuffer, not to_numpy: the latter imports pandas.
-        latents = _view(batch.column(at).values, np.uint16).reshape(
-            batch.num_rows, *map(int, shape)
-        )
-    return Rows(
-        class_ids=_view(batch.column(2), np.int32),
-        offsets=np.frombuffer(tokens.buffers()[1], np.int32, batch.num_rows + 1),
-        tokens=_view(tokens.values, np.uint16),
-        prompt_lengths=_view(batch.column(4), np.uint16),
-        latents=latents,
-        nbytes=len(data),
-        batch=batch,
-    )
 
 
 def _view(array: pa.Array, dtype: type[Number]) -> NDArray[Number]:

@@ -26,28 +26,27 @@ def fit(
 
 def fit_all(
     tokens: NDArray[np.uint16],
-    offsets: NDArray[np.int32],
-    prompt_lengths: NDArray[np.uint16],
+    begin: NDArray[np.int64],
+    end: NDArray[np.int64],
+    prompts: NDArray[np.int64],
     length: int,
-) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """`fit` for R texts at once: ([R, length] tokens, PAD after their end, new prompts [R]).
 
-    Text r is `tokens[offsets[r] : offsets[r + 1]]`.
+    Text r is `tokens[begin[r] : end[r]]`.
     """
-    begin, end = offsets[:-1].astype(np.int64), offsets[1:].astype(np.int64)
-    prompts = prompt_lengths.astype(np.int64)
     long = end - begin > length
-    if not long.any():
-        whole = np.full((len(begin), length), PAD, np.uint16)
-        whole[np.arange(length) < (end - begin)[:, None]] = tokens[offsets[0] : offsets[-1]]
-        return whole, prompts
-    reply = np.minimum(end - begin - prompts, length - (prompts > 0))
-    kept = np.where(long, np.where(prompts > 0, length - reply, 0), prompts)
-    begin += np.where(long, prompts - kept, 0)
+    some_are_cut = bool(long.any())
+    if some_are_cut:
+        reply = np.minimum(end - begin - prompts, length - (prompts > 0))
+        kept = np.where(long, np.where(prompts > 0, length - reply, 0), prompts)
+        begin = begin + np.where(long, prompts - kept, 0)
+        prompts = kept
     sizes = np.minimum(end - begin, length)
     places = np.arange(length)
     index = begin[:, None] + places
-    index[np.arange(len(index)), sizes - 1] = end - 1  # whatever was cut, the last one stays
-    found: NDArray[np.uint16] = tokens.take(index, mode="clip")
+    if some_are_cut:
+        index[np.arange(len(index)), sizes - 1] = end - 1  # whatever was cut, the last one stays
+    found = tokens.take(index, mode="clip").astype(np.int64)
     found[places >= sizes[:, None]] = PAD
-    return found, kept
+    return found, prompts

@@ -11,7 +11,7 @@ from mdm.data.lease import LEASE
 from mdm.data.manifest import CARD, Manifest
 from mdm.data.parts import PartList
 from mdm.data.publish import receipts_of
-from mdm.data.schema import Rows, ShardInfo, checksum, from_bfloat16_bits, read_rows
+from mdm.data.schema import Rows, ShardInfo, checksum, from_bfloat16_bits
 from mdm.data.storage import Store, StoreError
 from mdm.data.tokenizer import EOS
 
@@ -63,7 +63,7 @@ def _shard(store: Store, manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
         if (found := checksum(part)) != batch.xxh3:
             yield f"record batch {number}: xxh3 is {found}, the manifest says {batch.xxh3}"
             continue
-        rows = read_rows(part, manifest.schema)
+        rows = Rows(part, manifest.schema)
         if len(rows) != batch.rows:
             yield f"record batch {number}: {len(rows)} rows, the manifest says {batch.rows}"
         for problem in _rows(rows, manifest):

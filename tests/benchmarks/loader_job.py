@@ -189,7 +189,7 @@ class PlainIpc(Contestant):
     def open(self, number: int) -> Batches:
         import xxhash
 
-        from mdm.data.schema import read_rows
+        from mdm.data.schema import Rows
 
         store, random = self.manifest.store(), np.random.default_rng(number)
         places = list(self.manifest.batches())
@@ -202,7 +202,7 @@ class PlainIpc(Contestant):
                 data = store.read_range(self.manifest.shards[shard].key, info.offset, info.length)
                 if xxhash.xxh3_64_hexdigest(data) != info.xxh3:
                     raise RuntimeError("damaged")
-                rows = read_rows(data, self.manifest.schema)
+                rows = Rows(data, self.manifest.schema)
                 latents = rows.latents.view(np.int16)
                 window += [
                     {"tokens": rows.text(i), "latents": latents[i], "class_id": rows.class_ids[i]}

@@ -11,7 +11,7 @@ from typing import Any
 
 from mdm.data.manifest import Manifest
 from mdm.data.publish import receipts_of
-from mdm.data.schema import ShardInfo, read_rows
+from mdm.data.schema import Rows, ShardInfo
 from mdm.data.storage import Store, open_store
 from mdm.data.verify import verify
 from tests.data_sets import write_autoencoder, write_imagenet, write_tokenizer
@@ -98,7 +98,7 @@ def check_whole(uri: str, manifest_sha256: str) -> None:
 def _ids(uri: str, manifest: Manifest, shard: ShardInfo) -> list[str]:
     data = open_store(uri).get(shard.key)
     parts = [data[b.offset : b.offset + b.length] for b in shard.batches]
-    return [i for part in parts for i in read_rows(part, manifest.schema).ids]
+    return [i for part in parts for i in Rows(part, manifest.schema).ids]
 
 
 def one_line(stderr: str) -> str:

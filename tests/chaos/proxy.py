@@ -61,6 +61,7 @@ class FaultProxy:
 
     async def _close(self) -> None:
         self._server.close()
+        await asyncio.sleep(0)  # asyncio reports a task that is cancelled before its first step
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()

@@ -83,14 +83,15 @@ class LocalStore(Store):
         return data, _etag(data)
 
     def read_range(self, key: str, offset: int, length: int) -> memoryview:  # noqa: D102
-        path = self.root / checked(key)
+        path = f"{self.uri}/{checked(key)}"
         data, done = BUFFERS.take(length).data, 0
         try:
-            with open(path, "rb", buffering=0) as file:
-                while done < length and (
-                    more := os.preadv(file.fileno(), [data[done:]], offset + done)
-                ):
+            file = os.open(path, os.O_RDONLY)  # less than half of what a file object takes
+            try:
+                while done < length and (more := os.preadv(file, [data[done:]], offset + done)):
                     done += more
+            finally:
+                os.close(file)
         except FileNotFoundError:
             raise MissingObjectError(f"{path} does not exist") from None
         except OSError as error:

@@ -13,7 +13,7 @@ from mdm.data import reader
 from mdm.data.loader import Loader
 from mdm.data.mixture import Mixture, Source
 from mdm.data.node_cache import NodeCache
-from mdm.data.reader import RowCache, SourceReader, open_cache, open_readers
+from mdm.data.reader import RowCache, SourceReader, keys_of, open_cache, open_readers
 from mdm.data.storage import S3Store, StoreError, StoreOptions
 from mdm.data.text import fit, fit_all
 from mdm.data.tokenizer import PAD
@@ -158,24 +158,30 @@ def test_a_cache_below_the_working_set_is_refused_with_both_sizes(
     st.integers(2, 9),
 )
 def test_fitting_all_is_fitting_each(texts: list[tuple[list[int], int]], length: int) -> None:
-    prompts = np.array([min(p, len(t) - 1) for t, p in texts], np.uint16)
-    offsets = np.cumsum([0, *(len(t) for t, _ in texts)], dtype=np.int32)
+    prompts = np.array([min(p, len(t) - 1) for t, p in texts])
+    offsets = np.cumsum([0, *(len(t) for t, _ in texts)])
     tokens = np.array([i for t, _ in texts for i in t], np.uint16)
-    found, kept = fit_all(tokens, offsets, prompts, length)
+    found, kept = fit_all(tokens, offsets[:-1], offsets[1:], prompts, length)
     for row, ((text, _), prompt) in enumerate(zip(texts, prompts.tolist(), strict=True)):
         expected, left = fit(np.array(text, np.uint16), prompt, length)
         assert found[row].tolist() == [*expected.tolist(), *[PAD] * (length - len(expected))]
         assert kept[row] == left
 
 
+def first_shard(*batches: int) -> list[int]:
+    """Keys of record batches of the first source's first shard."""
+    zeros = np.zeros(len(batches), np.int64)
+    return keys_of(zeros, zeros, np.array(batches)).tolist()  # type: ignore[no-any-return]
+
+
 def test_what_fits_in_memory_is_read_by_extents(remote: Mixture) -> None:
     made = open_readers(remote, None, 10**6)[0]
     made.store = store = Counted(remote.sources[0].manifest.location)
     cache = RowCache([made], 10**6, 1, 4)
-    wanted = cache.ask([(0, 0, 1), (0, 0, 4)])
+    wanted = cache.ask(first_shard(1, 4))
     assert [len(cache.wait(p)) for p in wanted.values()] == [8, 8]
     assert len(store.ranges) == 2
-    again = cache.ask([(0, 0, b) for b in range(6)])
+    again = cache.ask(first_shard(*range(6)))
     expected, _ = counted(remote, None)
     assert [i for p in again.values() for i in cache.wait(p).ids] == rows_of(
         expected, list(range(6))
@@ -193,9 +199,9 @@ def test_a_damaged_record_batch_costs_its_neighbours_nothing(tmp_path: Path) -> 
     path.write_bytes(data)
     mixture = Mixture((Source("pictures", manifest, 1.0),), global_batch=24, window=2)
     cache = RowCache(open_readers(mixture, None, 10**6), 10**6, 1, 2)
-    pending = cache.ask([(0, 0, b) for b in range(3)])
-    assert [len(cache.wait(pending[0, 0, b])) for b in (0, 2)] == [8, 8]
+    one, two, three = cache.ask(first_shard(0, 1, 2)).values()
+    assert [len(cache.wait(pending)) for pending in (one, three)] == [8, 8]
     with pytest.raises(StoreError, match="record batch 1 of"):
-        cache.wait(pending[0, 0, 1])
-    assert len(cache.wait(cache.ask([(0, 0, 2)])[0, 0, 2])) == 8
+        cache.wait(two)
+    assert [len(cache.wait(p)) for p in cache.ask(first_shard(2)).values()] == [8]
     cache.close()

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdm.data.schema import (
+    Rows,
     checksum,
     example_schema,
     from_bfloat16_bits,
-    read_rows,
     to_bfloat16_bits,
     write_shard,
 )
@@ -41,7 +41,7 @@ def test_a_shard_gives_back_every_bit_from_ranges_alone(pictures: bool) -> None:
     for batch in info.batches:
         part = data[batch.offset : batch.offset + batch.length]
         assert checksum(part) == batch.xxh3
-        read = read_rows(part, schema)
+        read = Rows(part, schema)
         span = slice(first, first + batch.rows)
         assert read.ids == rows.ids[span]
         assert read.origins == rows.origins[span]
