@@ -1,7 +1,7 @@
 """Rows of record batches into batches, the steps at hand together.
 
-First all are read, then decoded, then copied, each latent once: what is done for many in a row finds
-its code in the processor's caches, and what costs by the call is paid once for several steps.
+First all are read, then decoded, then copied, each latent once: what is done for many in a row
+finds its code in the processor's caches, and what costs by the call is paid once for several steps.
 
 Shapes: S samples of some steps, one after the other; B of them of one step and rank; R rows of a
 record batch; N image tokens, C numbers a latent; M text tokens.
