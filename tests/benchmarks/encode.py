@@ -5,8 +5,8 @@ same shards' rows; it finds no duplicates, leaves no receipts and cannot go on w
 Both ways of giving torch the machine's cores are among the peers. The same loop with our wrapper of
 the autoencoder is no peer, but tells what of the ratio is due to the wrapper.
 
-The loops do the first third of the pictures, which tells their rate; the job does all, and its start
-counts, which in a real data set is nothing.
+The loops do the first third of the pictures, which tells their rate; the job does all, and its
+start counts, which in a real data set is nothing.
 """
 
 import os
