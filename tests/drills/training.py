@@ -1,5 +1,6 @@
 """Drills of the training engine: signals at random moments, bad numbers, damage, servers away."""
 
+import itertools
 import json
 import shutil
 import signal
@@ -62,10 +63,12 @@ def training_signals(setting: Setting) -> Iterator[Row]:
             job = Job(run_dir, options | {"train": common | {"checkpoints": uri}, "slow_save": 0.1})
             began, lost = time.monotonic(), 0
             injected, torn = Counter[str](), Counter[str]()
-            for n in range(rounds):
+            for n in itertools.count():
+                if injected.total() == rounds or job.done():
+                    break
                 into = "" if n % 2 else what
                 hit = strike(job, uri, *faults[n % len(faults)], into=into, setting=setting)
-                if hit is not None:
+                if hit is not None:  # else the next one takes its turn
                     name, was_torn, was_lost = hit
                     injected[name] += 1
                     torn[name] += was_torn
