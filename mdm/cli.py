@@ -7,10 +7,12 @@ never with a stack trace.
 
 import argparse
 import dataclasses
+import os
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from mdm.config import SourceConfig, StageConfig, suggest
@@ -89,6 +91,17 @@ def fail(message: str) -> NoReturn:
     """End a job over a user's mistake: one line on stderr, exit code 2."""
     print(message, file=sys.stderr)  # noqa: T201
     sys.exit(2)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Prints lines; where `head` or a pager stops reading them, the job ends without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(1)
 
 
 def _metavar(kind: Any) -> str:

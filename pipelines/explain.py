@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 
-from mdm.cli import fail, parse_cli
+from mdm.cli import fail, parse_cli, printing
 from mdm.config import DataConfig, SourceConfig, StageConfig, doc
 from mdm.data.manifest import ManifestError
 from mdm.data.mixture import Mixture, open_mixture
@@ -76,7 +76,8 @@ def main() -> int:
                 texts_per_row=flags.texts_per_row,
             )
         )
-        (explain_step if flags.step >= 0 else explain_sample)(mixture, flags)
+        with printing():
+            (explain_step if flags.step >= 0 else explain_sample)(mixture, flags)
     except (ManifestError, StoreError, ValueError) as error:
         fail(f"explain: {error}")
     return 0

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 from tqdm import tqdm
 
-from mdm.cli import fail, parse_cli
+from mdm.cli import fail, parse_cli, printing
 from mdm.config import doc
 from mdm.data.manifest import MANIFEST, MANIFEST_SHA256, Manifest, ManifestError
 from mdm.data.storage import StoreError, open_store
@@ -62,21 +62,12 @@ def check(uri: str, discard_damaged: bool = False) -> int:
     return problems
 
 
-def main() -> int:
-    """Check every data set named."""
-    flags = parse_cli(Flags, description=__doc__)
-    try:
-        if flags.quarantine:
-            for uri in filter(None, flags.data.split(",")):
-                for record in Manifest.load(uri).quarantine:
-                    print(json.dumps(asdict(record), ensure_ascii=False))
-            return 0
-        problems = sum(check(uri, flags.discard) for uri in flags.data.split(",") if uri)
-    except (ManifestError, StoreError, ValueError) as error:
-        fail(f"verify: {error}")
+def checked(uris: list[str], discard_damaged: bool) -> int:
+    """Print the verdicts on these data sets, and what to do; the exit code."""
+    problems = sum(check(uri, discard_damaged) for uri in uris)
     if not problems:
         print("all as the manifest says")
-    elif flags.discard:
+    elif discard_damaged:
         print(f"{problems} problems; now run encode.py with the same flags as before")
     else:
         print(
@@ -84,6 +75,25 @@ def main() -> int:
             "the same flags as before"
         )
     return 1 if problems else 0
+
+
+def listed(uris: list[str]) -> int:
+    """Print the records in quarantine, a line of JSON each; the exit code."""
+    for uri in uris:
+        for record in Manifest.load(uri).quarantine:
+            print(json.dumps(asdict(record), ensure_ascii=False))
+    return 0
+
+
+def main() -> int:
+    """Check every data set named, or list what is in quarantine."""
+    flags = parse_cli(Flags, description=__doc__)
+    uris = [uri for uri in flags.data.split(",") if uri]
+    try:
+        with printing():
+            return listed(uris) if flags.quarantine else checked(uris, flags.discard)
+    except (ManifestError, StoreError, ValueError) as error:
+        fail(f"verify: {error}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import struct
 import zlib
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -85,8 +86,8 @@ def _decoded(data: bytes, least: int) -> Image.Image:
     try:
         picture.draft(None, (least, least))
         picture.load()
-        if picture.format == "JPEG" and not _has_end(data):
-            raise OSError("file is truncated: no end marker")  # libjpeg fills it in grey
+        if picture.format in ("JPEG", "MPO"):
+            _check_jpeg(data)
         if picture.format == "PNG":
             _check_png(data, picture)
         return _rgb(ImageOps.exif_transpose(picture))
@@ -113,6 +114,22 @@ def _unidentified(data: bytes) -> str:
     return f"not a picture: begins with the bytes {data[:8].hex(' ')}"
 
 
+def _check_jpeg(data: bytes) -> None:
+    """OSError where the decoder lost its way among the pixels.
+
+    libjpeg fills what is damaged or missing in grey and only warns, which PIL does not hear. Its
+    other warnings (an unknown marker, an odd version) are not of the pixels.
+    """
+    try:
+        # An eighth of each side and grey: all that is coded is read, little is computed.
+        simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
+    except ValueError as error:
+        if "premature end" in str(error).lower():
+            raise OSError(f"file is truncated: {error}") from None
+        if str(error).startswith("Corrupt JPEG data"):
+            raise OSError(str(error)) from None
+
+
 def _check_png(data: bytes, picture: Image.Image) -> None:
     """OSError where chunks are damaged or pixels missing.
 
@@ -124,19 +141,6 @@ def _check_png(data: bytes, picture: Image.Image) -> None:
     last = picture.crop((0, height - 1, width, height))
     if "interlace" in picture.info or not np.asarray(last).any():
         png.check_pixels(data)
-
-
-def _has_end(jpeg: bytes) -> bool:
-    """Whether the end marker follows the pixels: a file filled up with zeros has lost it.
-
-    Segments before the pixels have lengths and are passed over (a thumbnail has an end, too);
-    within the pixels these two bytes cannot occur.
-    """
-    at = 2
-    while at + 4 <= len(jpeg) and jpeg[at] == 0xFF and jpeg[at + 1] != 0xDA:
-        filler = jpeg[at + 1] == 0xFF
-        at += 1 if filler else 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    return jpeg.find(b"\xff\xd9", at) >= 0
 
 
 def _middle(picture: Image.Image) -> Image.Image:

@@ -27,11 +27,10 @@ def _names(split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _answer(annotation: dict[str, Any]) -> str:
-    """The published choice. Should it not be there, the ten answers say what it would be."""
-    if "answers" not in annotation:
-        return text_field(annotation.get("multiple_choice_answer"), "multiple_choice_answer")
-    answer = commonest(annotation["answers"], "answers", "answer")
-    return text_field(annotation.get("multiple_choice_answer", answer), "multiple_choice_answer")
+    """The published choice; ValueError if it, or one of the answers beside it, is none."""
+    if "answers" in annotation:
+        commonest(annotation["answers"], "answers", "answer")
+    return text_field(annotation.get("multiple_choice_answer"), "multiple_choice_answer")
 
 
 _reader = mscoco_vqa.reader(SOURCE, _names, _answer)

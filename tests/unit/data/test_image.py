@@ -106,6 +106,48 @@ def test_no_damage_escapes_as_another_error():
             assert pixels.shape == (3, 8, 8)
 
 
+JPEGS = {
+    "sequential": {},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_blocks": 8},
+    "colour in full": {"subsampling": 0, "quality": 95},
+}
+
+
+def grainy(mode="RGB", **options):
+    pixels = np.random.default_rng(0).integers(60, 200, (120, 160, 3)).astype(np.uint8)
+    return encoded(Image.fromarray(pixels).convert(mode), "JPEG", **options)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_bytes_changed_among_a_jpegs_pixels_are_told(mode, options):
+    good = grainy(mode, **options)
+    decode_image(good, 32)
+    decode_image(good + b"what a camera appends", 32)
+    random = np.random.default_rng(1)
+    start = good.index(b"\xff\xda") + 20
+    told = []
+    for _ in range(40):
+        data = bytearray(good)
+        for at in random.integers(start, len(good) - 4, 8):
+            data[at] ^= random.integers(1, 256)
+        try:
+            decode_image(bytes(data), 32)
+        except ValueError as error:
+            told.append(str(error).split(":")[0])
+    assert set(told) <= {"damaged picture", "truncated picture"}
+    assert len(told) >= 34  # where the decoder finds its way again in time, nothing can be told
+
+
+def test_a_jpeg_whose_header_says_more_rows_than_there_are_is_truncated():
+    good = grainy()
+    at = good.index(b"\xff\xc0") + 5
+    taller = good[:at] + struct.pack(">H", 1200) + good[at + 2 :]
+    with pytest.raises(ValueError, match="truncated picture: file is truncated"):
+        decode_image(taller, 32)
+
+
 @pytest.mark.parametrize("adam7", [False, True])
 @pytest.mark.parametrize(
     ("depth", "colours"),
