@@ -1,7 +1,10 @@
 """Fields of published rows: each is what it should be, or a ValueError says what it is instead."""
 
+import re
 from collections import Counter
 from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # all but white space
 
 
 def kind(value: Any) -> str:
@@ -18,7 +21,7 @@ def kind(value: Any) -> str:
 
 
 def text_field(value: Any, name: str) -> str:
-    """`value` as usable text; ValueError for an absent, wrong or empty one."""
+    """`value` as usable text; ValueError for an absent, wrong, empty or damaged one."""
     _present(value, name)
     if not isinstance(value, str):
         raise ValueError(f"field {name} is {kind(value)}, not text")
@@ -28,6 +31,8 @@ def text_field(value: Any, name: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"field {name} holds half a surrogate pair, not valid Unicode") from None
+    if control := _CONTROL.search(value):
+        raise ValueError(f"field {name} holds the control character U+{ord(control[0]):04X}")
     return value
 
 
