@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+PRECISIONS = ("auto", "bf16", "fp32")
+
 
 def doc(default: Any, help: str) -> Any:
     """A dataclass field with a default and the sentence that `--help` prints for it."""
@@ -262,9 +264,12 @@ class TrainConfig:
     activation_checkpointing: bool = doc(
         False, "keep a block's input alone and compute the block again for its gradient"
     )
-    deepspeed: str = doc(
-        "deepspeed_configs/zero3.json", "DeepSpeed JSON: ZeRO, offload and precision only"
+    precision: str = doc(
+        "auto",
+        "of matrix products: bf16, fp32, or auto: bf16 where the hardware computes in it, else "
+        "fp32; a resumed run keeps what it began with",
     )
+    deepspeed: str = doc("deepspeed_configs/zero3.json", "DeepSpeed JSON: ZeRO and offload only")
     threads: int = doc(0, "CPU threads a rank; 0 shares the cores evenly")
     hang_seconds: float = doc(180.0, "a step that takes so long, and ten times the mean, hangs")
     peak_tflops: float = doc(0.0, "a rank's peak in 1e12 FLOP/s, for MFU; 0: by the GPU's name")
@@ -272,6 +277,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("train.decay", self.decay, ("constant", "cosine"))
         _one_of("train.gather", self.gather, ("block", "trunk"))
+        _one_of("train.precision", self.precision, PRECISIONS)
         for name in (
             "steps",
             "lr",

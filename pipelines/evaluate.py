@@ -112,6 +112,7 @@ def run(flags: Flags) -> dict[str, Any]:
             tokenizer=flags.tokenizer,
             autoencoder=flags.autoencoder,
             compiled=True,
+            precision=flags.precision,
             local_files_only=True,
         )
 

@@ -58,6 +58,7 @@ class Flags:
     solver: str = doc("dpmpp2m", ", ".join(SOLVERS))
     selection: float = doc(0.0, "nats below which a token has settled and is dropped; 0 for off")
     selection_map: str = doc("", "PNG of the tokens that had settled at each step")
+    precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
     seed: int = doc(0, "starting noise")
     out: str = doc("runs/generated", "folder for pictures")
     tokenizer: str = doc("", "SentencePiece model, if not the run's own")
@@ -87,6 +88,7 @@ def main() -> int:
             flags.checkpoint,
             tokenizer=flags.tokenizer,
             autoencoder=flags.autoencoder,
+            precision=flags.precision,
             local_files_only=True,
         )
         generate(generator, flags)

@@ -30,6 +30,7 @@ from mdm.model.count import trunk_macs
 from mdm.model.network import Trunk, block_scans
 from mdm.model.packing import N_HEAD
 from mdm.objective import Objective
+from mdm.precision import BF16, autocast
 from mdm.presets import PRESETS
 
 DEVICE = "cuda"
@@ -220,7 +221,7 @@ def measure(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int) ->
     for _ in range(steps + 3):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with autocast(BF16, DEVICE):
             value = loss()
         value.backward()
         optimizer.step()

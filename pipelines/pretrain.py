@@ -33,7 +33,7 @@ from mdm.model.transformer import AttentionBlock
 from mdm.objective import Objective
 from mdm.presets import PRESETS
 from mdm.train import blackbox, watch
-from mdm.train.engine import device_of_rank, load_deepspeed_config, start_ranks, stop_ranks
+from mdm.train.engine import device_of_rank, start_ranks, stop_ranks
 from mdm.train.loop import train
 from mdm.train.preflight import preflight, table
 from mdm.train.profiling import explain_out_of_memory, parse_steps, record_memory
@@ -84,9 +84,7 @@ def check_first(config: Config, world: World) -> int:
 def replay(config: Config, step: int) -> int:
     """Print what a skipped step does with each of its samples alone."""
     folder, report = blackbox.find_box(Path(config.run_dir), step)
-    precision = load_deepspeed_config(config, 1).get("torch_autocast", {})
-    dtype = getattr(torch, precision.get("dtype", "bfloat16")) if precision.get("enabled") else None
-    whole, played = blackbox.replay(folder, Objective, dtype)
+    whole, played = blackbox.replay(folder, Objective)
     print(blackbox.describe(report, whole, played))
     return watch.DONE
 

@@ -29,6 +29,7 @@ from mdm.config import doc
 from mdm.data import fit_autoencoder
 from mdm.data.autoencoder import Autoencoder, build, save
 from mdm.data.image import decode_image
+from mdm.precision import describe, resolve
 from mdm.sources.record import RawRecord
 
 HELD_OUT = 20  # one picture in so many, of sets that publish none held out
@@ -49,12 +50,14 @@ class TrainAutoencoderConfig:
     lr: float = doc(3e-3, "highest learning rate of the one-cycle schedule")
     kl_weight: float = doc(1e-3, "weight of the KL term beside the reconstruction's L1")
     pictures: int = doc(20_000, "training pictures held in memory, a set")
+    precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
     seed: int = doc(0, "seed of weights, order and noise")
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "lr", "pictures"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        resolve(self.precision)
         sources.parse_datasets(self.datasets)
 
 
@@ -138,6 +141,8 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
         bad += lost + lost_too if other else lost
     loaded = time.perf_counter()
     history: list[dict[str, float]] = []
+    precision = resolve(config.precision)
+    print(f"precision: {describe(precision)}", file=sys.stderr)
     terms = fit_autoencoder.fit(
         model,
         train_sets,
@@ -146,6 +151,7 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
         lr=config.lr,
         kl_weight=config.kl_weight,
         seed=config.seed,
+        precision=precision,
     )
     with tqdm(terms, total=config.steps, desc="autoencoder", unit=" steps") as bar:
         for step, term in enumerate(bar, start=1):
@@ -176,6 +182,7 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
             "train_pictures": {key: len(part) for key, part in train_sets.items()},
             "bad_records": bad,
             "steps": config.steps,
+            "precision": precision,
             "seconds": {
                 "read": round(loaded - started, 1),
                 "train": round(trained - loaded, 1),

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdm.precision import describe, resolve
 from pipelines.s3_server import S3Server
+
+
+def pytest_report_header() -> str:
+    """In which precision the tests of trainings and generation run on this machine."""
+    return f"precision auto: {describe(resolve('auto'))}"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mdm.data.autoencoder import Autoencoder, to_signed
+from mdm.precision import autocast
 
 EDGE_WEIGHT = 0.5  # differences of neighbouring pixels: keeps strokes crisp where L1 alone blurs
 TONE_WEIGHT = 4.0  # squared, of 2 x 2 pixels: keeps colours, which L1 gives up for the common one
@@ -30,11 +31,12 @@ def fit(
     lr: float,
     kl_weight: float,
     seed: int,
+    precision: str,
 ) -> Iterator[dict[str, float]]:
     """Train `model` in place; yields a step's loss terms and posterior's mean deviation.
 
     `pictures` are uint8 [n, 3, H, W] a set; every set gives the same share of a batch, so that a
-    small one is not drowned. bf16 where autocast allows, one-cycle rate.
+    small one is not drowned. Matrix products in a resolved `precision`, one-cycle rate.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -47,7 +49,7 @@ def fit(
             for part in pictures.values()
         ]
         target = to_signed(torch.cat(picks))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(precision):
             posterior = vae.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             output = vae.decode(posterior.mean + posterior.std * noise).sample

@@ -76,6 +76,7 @@ class Settings:
     steps: int = doc(20, "solver steps of a picture")
     text_steps: int = doc(20, "solver steps of a text")
     joint_steps: int = doc(40, "solver steps of each where both are drawn")
+    precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
     seed: int = doc(0, "of everything drawn here")
 
 

@@ -22,6 +22,7 @@ from mdm.generate.denoise import Drawn, denoise
 from mdm.generate.request import Request, Sampling
 from mdm.generate.selection import Selected
 from mdm.objective import Objective
+from mdm.precision import AUTO, autocast, resolve
 
 log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
@@ -74,8 +75,10 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         first_stage: Decodes,
         *,
         compiled: bool = False,
+        precision: str = AUTO,
     ) -> None:
         """Compiled blocks (`model.kernel compiled`) pay from some hundred samples on."""
+        self.precision = resolve(precision)
         self.compiled = compiled and weights.network.trunk.compiled
         weights.network.trunk.compiled = self.compiled
         self.config, self.objective = settings, weights.eval()
@@ -90,6 +93,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         tokenizer: str = "",
         autoencoder: str = "",
         compiled: bool = False,
+        precision: str = AUTO,
         **hub: Any,
     ) -> Self:
         """From an export (config.json, model.safetensors, tokenizer.model).
@@ -99,6 +103,8 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             tokenizer: SentencePiece model; the export's own by default.
             autoencoder: first-stage autoencoder; the run's own by default.
             compiled: compile the blocks, if the run did.
+            precision: of matrix products: bf16, fp32, or auto, what this CPU is fast in, whichever
+                the run was trained in.
             hub: for a name on the hub, what `huggingface_hub.snapshot_download` takes.
 
         Raises:
@@ -123,12 +129,20 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             tokenizer=tokenizer or (str(own) if own.is_file() else ""),
             autoencoder=autoencoder,
             compiled=compiled,
+            precision=precision,
         )
         return made
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]
-        cls, *, model_id: str, tokenizer: str, autoencoder: str, compiled: bool, **_: Any
+        cls,
+        *,
+        model_id: str,
+        tokenizer: str,
+        autoencoder: str,
+        compiled: bool,
+        precision: str,
+        **_: Any,
     ) -> Self:
         folder = Path(model_id)
         config = from_dict(Config, json.loads((folder / "config.json").read_text()))
@@ -143,7 +157,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         if model.kernel == "fused":  # CUDA's; here the same scans are computed by torch
             model = dataclasses.replace(model, kernel="torch")
         objective = load_objective(folder, dataclasses.replace(config, model=model))
-        return cls(config, objective, pieces, first_stage, compiled=compiled)
+        return cls(config, objective, pieces, first_stage, compiled=compiled, precision=precision)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What `save_pretrained` and `push_to_hub` write: an export like that of a run."""
@@ -326,7 +340,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             raise ValueError(f"{n} samples are asked for; it takes at least 1")
         parts = torch.arange(n).split(BATCH)
         shown = tqdm(parts, desc="denoise", leave=False, disable=None if len(parts) > 1 else True)
-        with torch.autocast("cpu", torch.bfloat16):  # as in training
+        with autocast(self.precision):
             done = [self._denoise(request, part, how) for part in shown]
         self.selected = Selected.join([drawn.selected for drawn in done])
         latents = [drawn.latents.float() for drawn in done if drawn.latents is not None]

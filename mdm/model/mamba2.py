@@ -92,7 +92,10 @@ def _gated_norm(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
 
 
 class _Stacked(nn.Module):
-    """Holds `weight`, and `bias` where there is one, under the names of `mamba_ssm.Mamba2`."""
+    """Holds `weight`, and `bias` where there is one, under the names of `mamba_ssm.Mamba2`.
+
+    All have a leading scan axis: a bias has two dimensions here, so that weight decay goes by role.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -136,6 +139,7 @@ class Mamba2(nn.Module):
         self.A_log = nn.Parameter(A.log())
         self.D = nn.Parameter(torch.ones(n_scans, n_heads))
         self.norm = _Stacked(torch.ones(n_scans, d_inner))
+        self.norm.weight._no_weight_decay = True  # type: ignore[attr-defined]
         self.out_proj = _Stacked(uniform(config.d_model, d_inner, fan_in=d_inner))
 
     @property

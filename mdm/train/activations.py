@@ -23,6 +23,7 @@ from mdm.kernels import fused
 from mdm.model.network import Trunk
 from mdm.model.packing import N_HEAD
 from mdm.objective import Objective
+from mdm.precision import autocast
 from mdm.train.footprint import Live, saved_activations
 
 
@@ -75,29 +76,24 @@ def sequence_length(config: Config, with_picture: bool) -> int:
 
 @lru_cache(maxsize=8)
 def _for_one_and_two(
-    model: ModelConfig, objective: ObjectiveConfig, data: DataConfig, picture: bool, autocast: bool
+    model: ModelConfig, objective: ObjectiveConfig, data: DataConfig, picture: bool, precision: str
 ) -> list[Activations]:
     config = Config(model=model, objective=objective, data=data)
     return [
-        Activations(*_trunk(config, n, picture, autocast), *_heads(config, n, picture, autocast))
+        Activations(*_trunk(config, n, picture, precision), *_heads(config, n, picture, precision))
         for n in (1, 2)
     ]
 
 
-def activations(config: Config, samples: int, with_picture: bool, autocast: bool) -> Activations:
+def activations(config: Config, samples: int, with_picture: bool, precision: str) -> Activations:
     """What a step on `samples` samples of one task needs beside states and parameters."""
     key = (config.model, config.objective, config.data)
-    one, two = map(dataclasses.astuple, _for_one_and_two(*key, with_picture, autocast))
+    one, two = map(dataclasses.astuple, _for_one_and_two(*key, with_picture, precision))
     return Activations(*(a + (b - a) * (samples - 1) for a, b in zip(one, two, strict=True)))
 
 
-def _autocast(on: bool) -> contextlib.AbstractContextManager[object]:
-    # As in the engine: a cast weight is not shared between its uses.
-    return torch.autocast("cpu", torch.bfloat16, enabled=on, cache_enabled=False)
-
-
 def _trunk(
-    config: Config, samples: int, with_picture: bool, autocast: bool
+    config: Config, samples: int, with_picture: bool, precision: str
 ) -> tuple[int, int, int, int]:
     model = config.model
     if model.kernel == "compiled":  # keeps less; counted as what it is compiled from
@@ -122,7 +118,7 @@ def _trunk(
 
     def run(trunk: nn.Module) -> tuple[Tensor, int]:
         x = torch.randn(shape, requires_grad=True)
-        with _autocast(autocast), saved_activations(trunk) as saved:
+        with autocast(precision), saved_activations(trunk) as saved:
             return trunk(x, m, grid), saved.bytes
 
     with FakeTensorMode(allow_non_fake_inputs=True), _shapes_of_fused_kernels():
@@ -145,7 +141,7 @@ class _NoTrunk(nn.Module):
         return x
 
 
-def _heads(config: Config, samples: int, with_picture: bool, autocast: bool) -> tuple[int, int]:
+def _heads(config: Config, samples: int, with_picture: bool, precision: str) -> tuple[int, int]:
     tiny = dataclasses.replace(
         config.model, n_layer=1, long_skip=False, scan_mode="alternate", expand=1, d_state=1
     )
@@ -153,7 +149,7 @@ def _heads(config: Config, samples: int, with_picture: bool, autocast: bool) -> 
     objective.network.trunk = _NoTrunk()  # type: ignore[assignment]
     batch = largest_batch(config, samples, with_picture)
     with Live() as live:
-        with _autocast(autocast), saved_activations(objective) as saved:
+        with autocast(precision), saved_activations(objective) as saved:
             total = objective(batch, 0).total
         total.backward()
     # Gradients of these parameters are among what is alive, and counted elsewhere.

@@ -7,7 +7,6 @@ run_dir/blackbox/step-00000123/
   config.json
 """
 
-import contextlib
 import itertools
 import json
 import math
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from mdm.config import Config, from_dict, to_dict
 from mdm.data.batch import Batch
 from mdm.data.tokenizer import PAD
+from mdm.precision import autocast, resolve
 from mdm.train.checkpoint import write_synced
 from mdm.train.state import RunError
 
@@ -124,17 +124,18 @@ def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
 
 
 def replay(
-    folder: Path, make_objective: Callable[[Config], nn.Module], dtype: torch.dtype | None
+    folder: Path, make_objective: Callable[[Config], nn.Module]
 ) -> tuple[float, list[Played]]:
     """The step's loss with the weights it began with, then loss and gradient of each sample alone.
 
-    In one process, whatever number of ranks took the step; `dtype` is that of the run's autocast.
+    In one process, whatever number of ranks took the step, and in the run's precision.
     """
     config = from_dict(Config, json.loads((folder / "config.json").read_text()))
     saved = torch.load(folder / "batch.pt", weights_only=True)
     batch = Batch(**(saved | {"ids": tuple(saved["ids"])}))
     step = int(folder.name.removeprefix("step-"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = resolve(config.train.precision, device.type)
     module = make_objective(config).to(device)
     module.load_state_dict(load_file(folder / WEIGHTS))
     buffers = [b.clone() for b in module.buffers()]
@@ -143,10 +144,7 @@ def replay(
         for buffer, value in zip(module.buffers(), buffers, strict=True):
             buffer.data.copy_(value)
         module.zero_grad()
-        precision: Any = contextlib.nullcontext()
-        if dtype is not None:
-            precision = torch.autocast(device.type, dtype, cache_enabled=False)
-        with torch.set_grad_enabled(gradient), precision:
+        with torch.set_grad_enabled(gradient), autocast(kind, device.type):
             loss = module(part.to(device), step).total
         if not gradient:
             return float(loss.detach()), 0.0

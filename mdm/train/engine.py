@@ -1,6 +1,6 @@
 """The one door to DeepSpeed: ranks, ZeRO, precision, sharded state.
 
-The JSON owns ZeRO, offload and precision; `Config` owns batch, clipping and rate. A key on the
+The JSON owns ZeRO and offload; `Config` owns batch, clipping, rate and precision. A key on the
 wrong side is refused, so that no knob has two owners.
 """
 
@@ -27,12 +27,13 @@ from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from mdm import precision
 from mdm.config import Config
 from mdm.dist import World
 from mdm.train.shards import Shards
 from mdm.train.state import RunError
 
-ALLOWED = ("zero_optimization", "torch_autocast", "aio", "communication_data_type", "comms_logger")
+ALLOWED = ("zero_optimization", "aio", "communication_data_type", "comms_logger")
 OWNED_BY_CONFIG = {
     "train_batch_size": "--data.global_batch",
     "train_micro_batch_size_per_gpu": "--data.global_batch",
@@ -41,8 +42,9 @@ OWNED_BY_CONFIG = {
     "optimizer": "--train.lr, --train.beta1, --train.beta2, --train.weight_decay",
     "scheduler": "--train.warmup, --train.decay",
     "seed": "--seed",
-    "bf16": "torch_autocast in the same file, which keeps parameters in fp32",
-    "fp16": "torch_autocast in the same file, which keeps parameters in fp32",
+    "torch_autocast": "--train.precision",
+    "bf16": "--train.precision, which keeps parameters in fp32",
+    "fp16": "--train.precision, which keeps parameters in fp32",
 }
 
 
@@ -85,6 +87,10 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.data.global_batch // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.grad_clip,
+        "torch_autocast": {
+            "enabled": precision.resolve(config.train.precision, _device_type()) == precision.BF16,
+            "dtype": "bfloat16",
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
@@ -147,6 +153,10 @@ def _init_deepspeed(timeout: timedelta) -> None:
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 
+def _device_type() -> str:
+    return str(deepspeed.accelerator.get_accelerator().device_name())
+
+
 def device_of_rank() -> torch.device:
     """The device that this rank trains on."""
     return torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
@@ -165,13 +175,19 @@ def stop_ranks() -> None:
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: matrices decay; vectors, scalars and `_no_weight_decay` never do."""
+    """Parameter groups: weights of projections, convolutions and embedding tables decay.
+
+    Nothing else does: biases, norms, `A_log`, `D`, `dt_bias`, positions, learned tokens, and what
+    is marked `_no_weight_decay`. The name tells the role; the shape does not, as a mixer's
+    parameters have a leading scan axis.
+    """
     if weight_decay == 0:
         return [{"params": list(module.parameters()), "weight_decay": 0.0}]
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for p in module.parameters():
+    for name, p in module.named_parameters():
         shape = getattr(p, "ds_shape", p.shape)  # of the whole, where ZeRO-3 has partitioned it
-        groups[len(shape) >= 2 and not getattr(p, "_no_weight_decay", False)].append(p)
+        is_matrix = name.rpartition(".")[2] == "weight" and len(shape) >= 2
+        groups[is_matrix and not getattr(p, "_no_weight_decay", False)].append(p)
     return [
         {"params": params, "weight_decay": weight_decay if decays else 0.0}
         for decays, params in groups.items()
@@ -230,9 +246,7 @@ class Engine:
     ) -> None:
         values = load_deepspeed_config(config, world.size)
         zero = values["zero_optimization"]
-        # Autocast would keep a cast copy of every weight until the forward ends, which undoes
-        # ZeRO-3's saving; and a copy made by an earlier pass gets its gradient after ZeRO-3 has
-        # freed the weight, which fails. DeepSpeed's autocast inherits this setting.
+        # DeepSpeed's autocast inherits this setting: see `precision.autocast`.
         torch.set_autocast_cache_enabled(False)
         torch.manual_seed(config.seed)
         with _partitioned_when_made(leaf_classes if zero["stage"] == 3 else (), values):
@@ -269,7 +283,7 @@ class Engine:
         return module
 
     def forward(self, *inputs: Any) -> Any:
-        """The module's output under the JSON's precision."""
+        """The module's output under the run's precision."""
         return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:

@@ -18,6 +18,7 @@ from mdm.config import Config
 from mdm.model.network import Block
 from mdm.model.transformer import AttentionBlock
 from mdm.objective import Objective
+from mdm.precision import BF16, resolve
 from mdm.train.activations import activations
 from mdm.train.engine import load_deepspeed_config, zero_settings
 
@@ -84,11 +85,11 @@ def plan(config: Config, world_size: int) -> Ledger:
     """The ledger of one rank; raises RunError for settings that the engine refuses."""
     values = load_deepspeed_config(config, world_size)
     zero = zero_settings(values)
-    autocast = bool(values.get("torch_autocast", {}).get("enabled", False))
+    precision = resolve(config.train.precision, "cuda")
     shapes = shapes_of(config)
     states = _states3 if int(zero.stage) == 3 else _states2
-    rows = [*states(config, world_size, zero, autocast, shapes)]
-    rows += _activations(config, world_size, autocast)
+    rows = [*states(config, world_size, zero, precision, shapes)]
+    rows += _activations(config, world_size, precision)
     known = sum(row.device for row in rows)
     rows.append(Row("context", CONTEXT, note="CUDA, cuBLAS, NCCL: assumed"))
     rows.append(Row("slack", int(SLACK * known), note=f"{SLACK:.0%} of the above: assumed"))
@@ -96,7 +97,7 @@ def plan(config: Config, world_size: int) -> Ledger:
 
 
 def _states3(
-    config: Config, world: int, zero: Any, autocast: bool, shapes: Shapes
+    config: Config, world: int, zero: Any, precision: str, shapes: Shapes
 ) -> Iterator[Row]:
     part = FP32 * sum(-(-n // world) for n in shapes.tensors)
     hpz = min(zero.zero_hpz_partition_size, world)
@@ -111,7 +112,8 @@ def _states3(
     yield _row("optimizer", 3 * part, host_states, "master copy and AdamW's two moments")
     averages = 2 if config.train.ema2 else 1
     yield _row("ema", averages * part, host_states, "fp32, this rank's")
-    kinds = FP32 + (2 if autocast else 0)  # linear layers are reduced in bf16, the rest in fp32
+    # Gradients of linear layers are reduced in the precision of their products, others in fp32.
+    kinds = FP32 + (2 if precision == BF16 else 0)
     buckets = kinds * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     yield Row("buckets", buckets, note="gradients on their way")
     threshold = zero.param_persistence_threshold
@@ -135,7 +137,7 @@ def _states3(
 
 
 def _states2(
-    config: Config, world: int, zero: Any, autocast: bool, shapes: Shapes
+    config: Config, world: int, zero: Any, precision: str, shapes: Shapes
 ) -> Iterator[Row]:
     total, part = FP32 * shapes.total, FP32 * -(-shapes.total // world)
     host = zero.offload_optimizer is not None and zero.offload_optimizer.device == "cpu"
@@ -154,9 +156,9 @@ def _row(name: str, size: int, on_host: bool, note: str) -> Row:
     return Row(name, 0, size, note + "; on the host") if on_host else Row(name, size, 0, note)
 
 
-def _activations(config: Config, world: int, autocast: bool) -> Iterator[Row]:
+def _activations(config: Config, world: int, precision: str) -> Iterator[Row]:
     samples, checkpointed = config.data.global_batch // world, config.train.activation_checkpointing
-    tasks = [activations(config, samples, picture, autocast) for picture in (True, False)]
+    tasks = [activations(config, samples, picture, precision) for picture in (True, False)]
     found = max(tasks, key=lambda a: a.kept(checkpointed) + a.work(checkpointed))
     task = "a picture and its text" if found is tasks[0] else "text alone"
     other = found.trunk if checkpointed else found.trunk_checkpointed

@@ -17,10 +17,11 @@ from torch import nn
 
 from mdm.config import Config, to_dict
 from mdm.dist import World, exchange
+from mdm.precision import describe
 from mdm.train import recovery
 from mdm.train.checkpoint import Checkpoints, Keep, uri_of
 from mdm.train.ema import EMA
-from mdm.train.engine import Engine
+from mdm.train.engine import Engine, device_of_rank
 from mdm.train.guard import Guard
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.outcome import (
@@ -35,7 +36,7 @@ from mdm.train.outcome import (
 from mdm.train.profiling import Profile
 from mdm.train.run import Draw, Loader, Run
 from mdm.train.saver import Saver, find
-from mdm.train.state import RunError, TrainState, check_resumable
+from mdm.train.state import RunError, TrainState, check_resumable, settled
 from mdm.train.throughput import Ranks, Throughput
 from mdm.train.watch import DONE as EXIT_DONE
 from mdm.train.watch import GAVE_UP, HALTED, STOP_FILE, Watch, report_end
@@ -81,8 +82,9 @@ def train(
     candidates, passed = find(checkpoints, resume, world)
     if resume == "none" and world.is_main:
         forget_former(run_dir)
-    if candidates:
-        newest = candidates[0].state
+    newest = candidates[0].state if candidates else None
+    config = settled(config, newest, device_of_rank().type)
+    if newest:
         check_resumable(newest, config, f"{checkpoints.store.uri}/{candidates[0].name}")
         if newest.step >= config.train.steps and (run_dir / DONE).exists():
             if world.is_main and track:
@@ -108,6 +110,7 @@ def train(
         watch.pulse = reporter.attempts
     for line in saver.beginning(found, passed + damaged):
         reporter.say(line)
+    reporter.say(f"precision: {describe(config.train.precision, engine.device.type)}")
     run = Run(
         *(config, world, engine, ema, loader, state, tracker, reporter),
         Clock(state.seconds, watch.enter),

@@ -1,7 +1,7 @@
 """One rank of a large run on one CPU: the real model in the real engine, with nobody else there.
 
-The kernels are torch's and the blocks are checkpointed, whatever the preset says, so that a step
-fits here; what the preset asks of a GPU is the ledger's matter.
+The kernels are torch's, the blocks are checkpointed and `auto` is this CPU's precision, whatever
+the preset says, so that a step fits here; what the preset asks of a GPU is the ledger's matter.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mdm import precision
 from mdm.config import Config
 from mdm.data.batch import Batch
 from mdm.objective import Objective
@@ -39,7 +40,11 @@ class Rehearsal:
 def runnable_here(config: Config) -> Config:
     """`config` as a CPU can run it: same shapes, states and engine."""
     model = dataclasses.replace(config.model, kernel="torch")
-    train = dataclasses.replace(config.train, activation_checkpointing=True)
+    train = dataclasses.replace(
+        config.train,
+        activation_checkpointing=True,
+        precision=precision.resolve(config.train.precision),
+    )
     return dataclasses.replace(config, model=model, train=train)
 
 

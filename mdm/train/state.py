@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mdm.config import Config, to_dict
+from mdm.dist import from_main
+from mdm.precision import AUTO, BF16, resolve
 from mdm.train.watch import GAVE_UP, MISTAKE
 
 # Fields that may change between two attempts at one run: they steer its length and its reporting,
@@ -68,7 +70,9 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """The state that `to_json` wrote."""
+        """The state that `to_json` wrote, in this version or an earlier one."""
+        # Before `train.precision` was recorded, every shipped configuration trained in bf16.
+        values.get("config", {}).get("train", {}).setdefault("precision", BF16)
         return cls(**values)
 
     def on_ranks(self, size: int) -> "TrainState":
@@ -80,6 +84,20 @@ class TrainState:
             for task, row in self.window.items()
         }
         return dataclasses.replace(self, world_size=size, window=window)
+
+
+def settled(config: Config, state: TrainState | None, device_type: str) -> Config:
+    """`config` with `auto` precision resolved: as the run of `state` began, else for this machine.
+
+    All ranks must call: rank 0's measurement decides for all.
+    """
+    if config.train.precision != AUTO:
+        return config
+    if state:
+        precision = state.config["train"]["precision"]
+    else:
+        precision = from_main(resolve(AUTO, device_type))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, precision=precision))
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 
 import tests.benchmarks as package
 from mdm.cli import fail
+from mdm.precision import describe, resolve
 from tests.benchmarks import timing
 
 HELPERS = {
@@ -37,10 +38,13 @@ def main(names: list[str]) -> None:
             fail(f"bench: unknown benchmark {name!r}; there are {', '.join(known)}")
     torch.set_num_threads(timing.THREADS)
     OUT.mkdir(parents=True, exist_ok=True)
+    machine = f"precision auto: {describe(resolve('auto'))}"
+    print(machine, flush=True)
     for name in names or known:
         result: timing.Result = importlib.import_module(f"tests.benchmarks.{name}").run()
         print(result.line(), flush=True)
-        (OUT / f"{name}.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+        found = result.to_dict() | {"machine": machine}
+        (OUT / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

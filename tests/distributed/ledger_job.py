@@ -33,8 +33,7 @@ def config_of(folder: Path, checkpointed: bool, stage: int = 3) -> Config:
         "overlap_comm": False,
     }
     path = folder / f"zero{stage}.json"
-    values = {"zero_optimization": zero, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps({"zero_optimization": zero}))
     return Config(
         model=ModelConfig(
             d_model=64,
@@ -50,7 +49,9 @@ def config_of(folder: Path, checkpointed: bool, stage: int = 3) -> Config:
             text_length=24,
         ),
         data=DataConfig(global_batch=GLOBAL_BATCH, caption_length=24, dialogue_length=24),
-        train=TrainConfig(deepspeed=str(path), activation_checkpointing=checkpointed),
+        train=TrainConfig(
+            deepspeed=str(path), activation_checkpointing=checkpointed, precision="bf16"
+        ),
         run_dir=str(folder),
     )
 

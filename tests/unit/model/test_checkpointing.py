@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mdm.model.network import Network
+from mdm.precision import autocast
 from tests.unit.model.test_network import SMALL, call
 
 
@@ -17,8 +18,8 @@ from tests.unit.model.test_network import SMALL, call
         {"decoder": "transformer", "n_heads": 4, "n_kv_heads": 2},
     ],
 )
-@pytest.mark.parametrize("autocast", [False, True])
-def test_checkpointing_changes_no_bit(changes, autocast):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpointing_changes_no_bit(changes, precision):
     torch.manual_seed(0)
     network = Network(dataclasses.replace(SMALL, **changes))
     torch.nn.init.normal_(network.image_out.weight)
@@ -31,7 +32,7 @@ def test_checkpointing_changes_no_bit(changes, autocast):
         network.trunk.checkpointing = checkpointing
         network.zero_grad()
         ran[0] = 0
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with autocast(precision):
             said = call(network, z_txt, z_img)
         loss = said.text.float().square().sum() + said.image.float().square().sum()
         loss.backward()

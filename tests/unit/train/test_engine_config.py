@@ -1,8 +1,11 @@
+import dataclasses
 import json
 
 import pytest
+import torch
 from torch import nn
 
+from mdm.objective import Objective
 from mdm.train.engine import (
     ALLOWED,
     OWNED_BY_CONFIG,
@@ -28,14 +31,12 @@ def test_shipped_files_are_accepted(path, tmp_path):
     assert values["train_batch_size"] == 8
     assert values["train_micro_batch_size_per_gpu"] == 2
     assert values["gradient_clipping"] == 1.0
-    assert values["torch_autocast"]["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_shipped_files_hold_zero_offload_and_precision_alone(path, tmp_path):
+def test_shipped_files_hold_zero_and_offload_alone(path, tmp_path):
     held = json.loads(path.read_text())
-    assert held.keys() <= {"zero_optimization", "torch_autocast", "aio"}
-    assert held["torch_autocast"].keys() == {"enabled", "dtype"}
+    assert held.keys() <= {"zero_optimization", "aio"}
     config = small_config(tmp_path, deepspeed=str(path))
     injected = load_deepspeed_config(config, 2).keys() - held.keys()
     assert injected.isdisjoint(held)
@@ -85,6 +86,44 @@ def test_missing_file_and_uneven_batch(tmp_path):
         load_deepspeed_config(small_config(tmp_path, deepspeed=str(tmp_path / "none.json")), 2)
     with pytest.raises(RunError, match="global_batch 8 is not a multiple of 3"):
         load_deepspeed_config(small_config(tmp_path), 3)
+
+
+@pytest.mark.parametrize(("precision", "enabled"), [("bf16", True), ("fp32", False)])
+def test_precision_is_the_configurations(precision, enabled, tmp_path):
+    values = load_deepspeed_config(small_config(tmp_path, precision=precision), 2)
+    assert values["torch_autocast"] == {"enabled": enabled, "dtype": "bfloat16"}
+
+
+# What each parameter of the real network is, by the last words of its name.
+DECAYS = (
+    *("image_in.weight", "text_in.weight", "mlp.0.weight", "mlp.2.weight", "summary.weight"),
+    *("class_embedding.weight", "in_proj.weight", "conv1d.weight", "out_proj.weight"),
+    *("skips.0.weight", "image_out.weight", "text_out.weight", "eq17_gain.weight"),
+    *("image_mean.weight", "image_log_sigma.weight", "image_decoder.weight", "vocabulary.weight"),
+    *("text_log_sigma.weight", "text_decoder.weight"),
+    *(f"{part}_proj.weight" for part in ("q", "k", "v", "o", "gate", "up", "down")),
+)
+DOES_NOT = (
+    *("bias", "A_log", "D", "dt_bias", "mixer.norm.weight", "norm", "mlp_norm"),
+    *("image_position", "text_position", "time_token", "pads"),
+)
+
+
+@pytest.mark.parametrize("decoder", ["mamba", "transformer"])
+@pytest.mark.parametrize("scan_mode", ["separate", "alternate"])
+def test_weight_decay_goes_by_the_role_of_each_parameter_of_the_network(
+    decoder, scan_mode, tmp_path
+):
+    config = small_config(tmp_path)
+    sizes = {"decoder": decoder, "scan_mode": scan_mode, "n_heads": 4, "n_kv_heads": 2}
+    model = dataclasses.replace(config.model, long_skip=True, eq17_logits=True, **sizes)
+    with torch.device("meta"):
+        module = Objective(dataclasses.replace(config, model=model))
+    decays = {id(p): g["weight_decay"] for g in decay_groups(module, 0.1) for p in g["params"]}
+    assert len(decays) == len(list(module.parameters()))
+    for name, p in module.named_parameters():
+        assert name.endswith(DECAYS) != name.endswith(DOES_NOT), name
+        assert decays[id(p)] == (0.1 if name.endswith(DECAYS) else 0.0), name
 
 
 def test_vectors_and_marked_parameters_do_not_decay():
