@@ -4,13 +4,10 @@ Interrupted anywhere and run again, it goes on: finished stages are skipped, a b
 `--review true` serves the MLflow pages of what it tracked instead.
 """
 
-import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,15 @@ from mdm.cli import fail, parse_cli
 from mdm.config import doc, fingerprint
 from mdm.presets import PRESETS
 from pipelines.children import die_with_parent, supervised
-from pipelines.stages import Runner, Stage, StageFailed, end_leftovers, only_one, remove_path
+from pipelines.stages import (
+    Runner,
+    Service,
+    Stage,
+    StageFailed,
+    end_leftovers,
+    only_one,
+    remove_path,
+)
 
 BUCKET = "mdm-demo"
 PYTHON = sys.executable
@@ -52,7 +57,7 @@ def stages(flags: Flags) -> list[Stage]:
     encoded = f"s3://{BUCKET}/encoded" if flags.store == "s3" else f"{out}/encoded"
     pictures = f"imagenet={data}/digits,journeydb={data}/emoji"
     texts = f"{pictures},ultrachat={data}/dialogues"
-    s3 = flags.store == "s3"
+    store = ("s3",) if flags.store == "s3" else ()
 
     def job(name: str, *flags: str) -> tuple[str, ...]:
         return (PYTHON, f"pipelines/{name}.py", *flags)
@@ -68,7 +73,8 @@ def stages(flags: Flags) -> list[Stage]:
             *("--out", where, "--report", report),
         )
         title = f"Encode {name}, {split}"
-        return Stage(f"encode-{target}", title, command, (), (where, report), s3, Path(report))
+        needs = (*store, "ray")  # the store first: Ray's workers have its environment
+        return Stage(f"encode-{target}", title, command, (), (where, report), needs, Path(report))
 
     train = f"{out}/train"
     launcher = str(Path(PYTHON).parent / "deepspeed")
@@ -123,7 +129,7 @@ def stages(flags: Flags) -> list[Stage]:
             ),
             inputs=(fingerprint(preset),),
             outputs=(train,),
-            needs_store=s3,
+            needs=store,
             report=Path(train, "done.json"),
         ),
         Stage(
@@ -137,40 +143,20 @@ def stages(flags: Flags) -> list[Stage]:
                 *("--n", str(flags.n), "--out", f"{out}/evaluation"),
             ),
             outputs=(f"{out}/evaluation",),
-            needs_store=s3,
+            needs=store,
             report=Path(out, "evaluation", "metrics.json"),
         ),
     ]
 
 
-@contextlib.contextmanager
-def s3_on_demand(folder: Path) -> Iterator[Callable[[], dict[str, str]]]:
-    """A function that starts the S3 server on its first call and gives its environment."""
-    started: list[subprocess.Popen[str]] = []
-    env: dict[str, str] = {}
-
-    def start() -> dict[str, str]:
-        if not started:
-            command = [PYTHON, "pipelines/s3_server.py", "--dir", str(folder), "--bucket", BUCKET]
-            server = supervised(command, stdout=subprocess.PIPE)
-            started.append(server)
-            assert server.stdout is not None
-            while len(env) < 4 and (line := server.stdout.readline()):
-                name, _, value = line.removeprefix("export ").strip().partition("=")
-                env[name] = value
-            if len(env) < 4:
-                raise StageFailed(f"the S3 server did not start; see {folder}")
-            os.environ.update(env)  # for removing what a changed stage left
-        return env
-
-    try:
-        yield start
-    finally:
-        for server in started:
-            server.send_signal(signal.SIGTERM)
-            server.wait()
-            assert server.stdout is not None
-            server.stdout.close()
+def services(out: Path) -> dict[str, Service]:
+    """The servers of the demo, each for the stages that need it."""
+    s3 = ("pipelines/s3_server.py", "--dir", str((out / "s3").absolute()), "--bucket", BUCKET)
+    aws = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+    return {
+        "s3": Service((PYTHON, *s3), aws),
+        "ray": Service((PYTHON, "pipelines/ray_server.py"), ("RAY_ADDRESS",)),
+    }
 
 
 def remove(where: str) -> None:
@@ -203,12 +189,12 @@ def run(flags: Flags) -> int:
     """Run what is not finished, then write the report; returns the exit code."""
     out = Path(flags.out)
     markers = out / "stages"
-    with only_one(out), s3_on_demand((out / "s3").absolute()) as store:
+    with only_one(out):
         if left := end_leftovers(markers):
             print(f"ended {left} processes that a killed run had left")
         # Threads that wait by spinning starve each other as soon as a core is busy elsewhere.
         env = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.getcwd(), "OMP_WAIT_POLICY": "passive"}
-        runner = Runner(markers, env, store, remove, lambda line: print(line, flush=True))
+        runner = Runner(markers, env, services(out), remove, lambda line: print(line, flush=True))
         todo = stages(flags)
         done = runner.run(todo)
     from mdm.evaluate import report  # needs torch, which the stages' memory should not pay for

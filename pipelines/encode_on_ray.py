@@ -166,6 +166,11 @@ def _connect() -> None:
         raise RayFailedError(f"Ray did not start: {reason}") from None
 
 
+def address() -> str:
+    """Where other jobs find this cluster: a value of RAY_ADDRESS."""
+    return str(ray.get_runtime_context().gcs_address)
+
+
 def cores() -> int:
     """CPUs of the cluster."""
     return max(1, _resource("CPU"))

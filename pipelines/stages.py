@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,12 +37,54 @@ class Stage:
     command: tuple[str, ...]
     inputs: tuple[str, ...] = ()  # values or fingerprints beside the command
     outputs: tuple[str, ...] = ()  # folders, files or s3:// prefixes, removed before a changed redo
-    needs_store: bool = False  # whether the object store must be up
+    needs: tuple[str, ...] = ()  # names of the services that must be up
     report: Path | None = None  # JSON that the job writes about itself, kept in the marker
 
 
 class StageFailed(Exception):
-    """A stage ended with another exit code than 0."""
+    """A stage ended with another exit code than 0, or a service did not start."""
+
+
+class Service:
+    """A server that some stages need: up from the first of them to the last.
+
+    `command` prints `export NAME=VALUE` for each of `names` once it serves. These are in this
+    process's environment, and so in those of stages and later services, until it ends.
+    """
+
+    def __init__(self, command: Sequence[str], names: Sequence[str]) -> None:
+        self._command, self._names = tuple(command), tuple(names)
+        self._former: dict[str, str] = {}
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self, env: Mapping[str, str]) -> None:
+        """Bring it up, unless it is; `env` adds to its environment. StageFailed if it fails."""
+        if self._process is not None:
+            return
+        self._process = children.supervised(self._command, env=env, stdout=subprocess.PIPE)
+        values: dict[str, str] = {}
+        assert self._process.stdout is not None
+        while len(values) < len(self._names) and (line := self._process.stdout.readline()):
+            name, _, value = line.removeprefix("export ").strip().partition("=")
+            values[name] = value
+        if values.keys() != set(self._names):
+            self.stop()
+            raise StageFailed(f"{Path(self._command[1]).name} did not start")
+        self._former = {name: os.environ[name] for name in self._names if name in os.environ}
+        os.environ.update(values)
+
+    def stop(self) -> None:
+        """End it, if it is up."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._process = None
+        for name in self._names:
+            os.environ.pop(name, None)
+        os.environ.update(self._former)
 
 
 @dataclass
@@ -188,7 +231,7 @@ class Runner:
 
     folder: Path
     env: Mapping[str, str] = field(default_factory=dict)
-    store: Callable[[], Mapping[str, str]] = dict  # brings the object store up; its environment
+    services: Mapping[str, Service] = field(default_factory=dict)
     remove: Callable[[str], None] = remove_path
     say: Callable[[str], None] = print
 
@@ -199,20 +242,27 @@ class Runner:
     def run(self, stages: Sequence[Stage]) -> dict[str, dict[str, Any]]:
         """Run what is not finished; the markers' content by stage. Raises StageFailed."""
         upstream, done = "", {}
-        for stage in stages:
-            upstream = _fingerprint(stage, upstream)
-            marker = read_json(self.marker(stage))
-            if marker.get("fingerprint") == upstream:
-                self.say(f"= {stage.title}: done before, {marker['seconds']:.1f} s")
-            else:
-                marker = self._run(stage, upstream)
-            done[stage.name] = marker
+        try:
+            for at, stage in enumerate(stages):
+                upstream = _fingerprint(stage, upstream)
+                marker = read_json(self.marker(stage))
+                if marker.get("fingerprint") == upstream:
+                    self.say(f"= {stage.title}: done before, {marker['seconds']:.1f} s")
+                else:
+                    marker = self._run(stage, upstream)
+                done[stage.name] = marker
+                for name in set(self.services).difference(*(s.needs for s in stages[at + 1 :])):
+                    self.services[name].stop()
+        finally:
+            for service in self.services.values():
+                service.stop()
         return done
 
     def _run(self, stage: Stage, fingerprint: str) -> dict[str, Any]:
         marker, attempt = self.marker(stage), self.folder / f"{stage.name}.attempt.json"
         begun = read_json(attempt)
-        env = {**self.env, **(self.store() if stage.needs_store else {})}
+        for name in stage.needs:
+            self.services[name].start(self.env)
         if begun.get("fingerprint") == fingerprint:
             usage = Usage(**begun)
             self.say(f"> {stage.title}: goes on after {usage.seconds:.1f} s")
@@ -227,7 +277,7 @@ class Runner:
             usage = Usage(fingerprint)
         usage.attempts += 1
         with metered(usage, attempt):
-            code = run_supervised(stage.command, env)
+            code = run_supervised(stage.command, self.env)
         if code != 0:
             raise StageFailed(f"{stage.title} failed: {stage.name} ended with exit code {code}")
         content = {

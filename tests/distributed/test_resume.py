@@ -13,7 +13,7 @@ from mdm.train.checkpoint import MARKER, Checkpoints, Record
 from mdm.train.export import export_checkpoint
 from mdm.train.snapshot import read_whole
 from pipelines.s3_server import S3Server
-from tests.helpers import ROOT, run_ranks
+from tests.helpers import run_ranks
 
 pytestmark = pytest.mark.distributed
 JOB = Path(__file__).with_name("train_job.py")
@@ -217,15 +217,6 @@ def test_changed_configuration_is_refused_in_one_line(whole, tmp_path):
     assert "Traceback (most recent call last)" not in output.split(lines[0])[0]
 
 
-def in_fp32(folder: Path) -> str:
-    """The CPU's DeepSpeed file without autocast."""
-    values = json.loads((ROOT / "deepspeed_configs/cpu.json").read_text())
-    values.pop("torch_autocast")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "fp32.json").write_text(json.dumps(values))
-    return str(folder / "fp32.json")
-
-
 @pytest.mark.parametrize(
     ("precision", "stage", "worlds", "tolerance"),
     [
@@ -239,9 +230,9 @@ def in_fp32(folder: Path) -> str:
 def test_another_world_size_goes_on_with_the_same_state_and_samples(
     tmp_path, precision, stage, worlds, tolerance
 ):
-    file = in_fp32(tmp_path) if precision == "fp32" else f"deepspeed_configs/zero{stage}.json"
+    file = f"deepspeed_configs/{'cpu' if stage == 3 else 'zero2'}.json"
     undisturbed, run_dir, copies = (tmp_path / n for n in ("undisturbed", "run", "copies"))
-    settings = {"ema2": 0.5, "deepspeed": file, "snapshots": 0}
+    settings = {"ema2": 0.5, "deepspeed": file, "snapshots": 0, "precision": precision}
     options = {"global_batch": 12, "copy_what_was_restored": str(copies)}
     stops = [4, 8, 12][: len(worlds)]
     code, output = train(undisturbed, global_batch=12, train=settings)
@@ -269,6 +260,26 @@ def test_another_world_size_goes_on_with_the_same_state_and_samples(
     torch.testing.assert_close(ours[:first], expected[1][:first], rtol=1e-6, atol=0)
     torch.testing.assert_close(ours, expected[1], rtol=tolerance, atol=0)
     torch.testing.assert_close(norms, expected[2], rtol=tolerance, atol=0)
+
+
+def test_a_run_keeps_the_precision_it_began_in(tmp_path, monkeypatch):
+    run_dir, settings = tmp_path / "run", {"precision": "bf16", "snapshots": 0}
+    code, output = train(run_dir, ranks=1, train=settings, signal_step=3, signal=15)
+    assert "saved at step 4" in output
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    code, output = train(run_dir, ranks=1, train=settings | {"precision": "fp32"})
+    assert code != 0
+    assert output.count("train.precision was 'bf16' and is 'fp32'") == 1
+    code, output = train(run_dir, ranks=1, train=settings | {"precision": "auto"})
+    assert code == 0, output
+    assert "precision: bf16, which this CPU" in output
+    assert "only emulates: slow here" in output
+    # Emulated or not, products are rounded to 8 bits.
+    undisturbed = tmp_path / "undisturbed"
+    code, output = train(undisturbed, ranks=1, train=settings)
+    assert code == 0, output
+    ours, theirs = (torch.tensor(losses(folder)) for folder in (run_dir, undisturbed))
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=0)
 
 
 def test_offline_export_equals_the_live_one(whole, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipelines.stages import Runner, Stage, StageFailed, end_leftovers, only_one
+from pipelines.stages import Runner, Service, Stage, StageFailed, end_leftovers, only_one
 
 ROOT = Path(__file__).parents[3]
 
@@ -78,21 +78,43 @@ def test_a_failure_stops_and_the_next_run_goes_on_there(tmp_path: Path) -> None:
     assert lines(tmp_path, "last") == 1
 
 
-def test_the_store_comes_up_only_when_a_stage_needs_it(tmp_path: Path) -> None:
-    started: list[int] = []
+# Serves until it is ended, and keeps an account of both.
+SERVER = """
+import signal, sys, time
+account = open(sys.argv[1], "a")
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+print("up", file=account, flush=True)
+print("export SERVED=" + account.name, flush=True)
+signal.sigwait([signal.SIGTERM])
+print("down", file=account)
+"""
 
-    def store() -> dict[str, str]:
-        started.append(1)
-        return {"STORE": "up"}
 
-    runner = Runner(tmp_path / "stages", store=store, say=lambda _: None)
-    script = "import os; assert os.environ['STORE'] == 'up'"
-    needy = Stage("needy", "needy", (sys.executable, "-c", script), needs_store=True)
-    runner.run([count(tmp_path, "one")])
-    assert started == []
-    runner.run([count(tmp_path, "one"), needy])
-    runner.run([count(tmp_path, "one"), needy])
-    assert started == [1]
+def test_a_service_is_up_from_the_first_to_the_last_stage_that_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVED", "before")
+    account = tmp_path / "account"
+    service = Service((sys.executable, "-c", SERVER, str(account)), ("SERVED",))
+    runner = Runner(tmp_path / "stages", services={"server": service}, say=lambda _: None)
+
+    def stage(name: str, needs: tuple[str, ...], expected: str) -> Stage:
+        script = f"import os; assert os.environ['SERVED'] == {expected!r}"
+        return Stage(name, name, (sys.executable, "-c", script), needs=needs)
+
+    needy = [stage(name, ("server",), str(account)) for name in ("b", "c")]
+    runner.run([stage("a", (), "before")])
+    assert not account.exists()
+    runner.run([stage("a", (), "before"), *needy, stage("d", (), "before")])
+    runner.run([stage("a", (), "before"), *needy])
+    assert account.read_text() == "up\ndown\n"
+
+
+def test_a_service_that_does_not_come_up_fails_its_stage(tmp_path: Path) -> None:
+    service = Service((sys.executable, "-c", "print('export OTHER=1')"), ("SERVED",))
+    runner = Runner(tmp_path / "stages", services={"server": service}, say=lambda _: None)
+    with pytest.raises(StageFailed, match="did not start"):
+        runner.run([Stage("a", "a", (sys.executable, "-c", ""), needs=("server",))])
 
 
 # A stage whose grandchild leaves its session, as launchers' and daemons' children do.
