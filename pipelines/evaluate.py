@@ -102,7 +102,6 @@ def run(flags: Flags) -> dict[str, Any]:
     began, out = time.perf_counter(), Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
     autoencoder = Autoencoder.load(flags.autoencoder)
-    judge, _ = classifier.load(Path(flags.judge))
 
     def generator(folder: Path) -> MDM:
         return MDM.from_pretrained(
@@ -115,6 +114,7 @@ def run(flags: Flags) -> dict[str, Any]:
 
     export = Path(flags.checkpoint)
     config, model = read_config(export), generator(export)
+    judge, _ = classifier.load(Path(flags.judge))
     data, counted = load_data(flags, autoencoder)
     loaded = time.perf_counter()
     settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})

@@ -171,9 +171,7 @@ def encode(generator: MDM, files: Sequence[str]) -> Tensor:
     """First-stage latents [b, n, c] of picture files."""
     autoencoder = generator.autoencoder
     if not isinstance(autoencoder, Autoencoder):
-        raise ValueError(
-            "the model was trained on text alone: it takes no images"
-        )
+        raise ValueError("the model was trained on text alone: it takes no images")
     size = autoencoder.image_size
     pictures = [torch.from_numpy(decode_image(Path(i).read_bytes(), size)) for i in files]
     return autoencoder.encode(torch.stack(pictures))

@@ -25,11 +25,12 @@ from tests.helpers import ROOT
 
 pytestmark = pytest.mark.distributed
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-SMALL = (
-    "--preset learn --model.kernel torch --model.n_layer 2 --model.d_model 64 --model.d_state 16 "
-    "--data.global_batch 16 --train.threads 1 --train.warmup 2 --train.decay constant "
-    "--train.log_every 1 --train.checkpoint_every 2 --train.keep 9"
-).split()
+SMALL = [
+    *("--preset", "learn", "--model.kernel", "torch", "--model.n_layer", "2"),
+    *("--model.d_model", "64", "--model.d_state", "16", "--data.global_batch", "16"),
+    *("--train.threads", "1", "--train.warmup", "2", "--train.decay", "constant"),
+    *("--train.log_every", "1", "--train.checkpoint_every", "2", "--train.keep", "9"),
+]
 CPU = ROOT / "deepspeed_configs/cpu.json"
 
 
