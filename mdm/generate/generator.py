@@ -66,7 +66,7 @@ def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes
         )
     if provenance.autoencoder:
         check_autoencoder(path, provenance.autoencoder, f"the data of {folder} was encoded with")
-    elif provenance.tokenizer:
+    elif provenance.tokenizer and not (Path(path) / "config.json").is_file():
         return TextAlone()
     return Autoencoder.load(path)
 
@@ -161,16 +161,15 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         config = from_dict(Config, json.loads((folder / "config.json").read_text()))
         tokenizer, autoencoder = tokenizer or config.tokenizer, autoencoder or config.autoencoder
         provenance = read_provenance(folder)
-        if not provenance.tokenizer:
+        if provenance.tokenizer:
+            whose = f"the data of {folder} was encoded with"
+            pieces = check_tokenizer(tokenizer, provenance.tokenizer, whose)
+        else:
             log.warning(
                 "%s does not record its tokenizer and autoencoder: %s and %s are taken for them",
                 *(folder, tokenizer or "none", autoencoder or "none"),
             )
-        else:
-            check_tokenizer(
-                tokenizer, provenance.tokenizer, f"the data of {folder} was encoded with"
-            )
-        pieces = Tokenizer(tokenizer)
+            pieces = Tokenizer(tokenizer)
         if pieces.vocab_size != config.model.vocab_size:
             raise ValueError(
                 f"the tokenizer has {pieces.vocab_size} pieces but the model was trained with "
