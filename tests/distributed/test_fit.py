@@ -157,6 +157,16 @@ def test_what_does_not_fit_ends_it_before_anything_is_touched(runs):
     assert not list(runs.folder.rglob(ASIDE))
 
 
+def test_starting_over_sets_the_former_checkpoints_aside(runs):
+    shutil.copytree(runs.folder / "half", runs.folder / "anew")
+    runs.add("anew", 4, resume="none")
+    ((code, said),) = runs.run()
+    assert code == 0, said
+    assert "goes on from" not in said
+    assert runs.losses("anew") == runs.losses("whole")
+    assert (runs.checkpoint("anew") / ASIDE).read_text() == "started over with --resume none"
+
+
 def test_an_earlier_versions_checkpoint_goes_on_with_what_may_change_said_once(runs):
     shutil.copytree(runs.folder / "half", runs.folder / "old")
     checkpoint = runs.checkpoint("old")
