@@ -335,8 +335,8 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = doc(0, "the run's only source of randomness, with the sample's id and its epoch")
     run_dir: str = doc("runs/pretrain", "folder of checkpoints, exports and logs")
-    tokenizer: str = doc("", "SentencePiece .model file")
-    autoencoder: str = doc("", "folder of the frozen first-stage autoencoder")
+    tokenizer: str = doc("", "SentencePiece .model file that the data was encoded with")
+    autoencoder: str = doc("", "folder of the autoencoder that the data was encoded with")
     experiment: str = doc("mdm", "MLflow experiment")
 
     def __post_init__(self) -> None:

@@ -1,25 +1,28 @@
 """A folder of exported weights, complete in itself but for the first stage it names.
 
 config.json                the run's configuration
-model.safetensors          weights by `state_dict` name; `model.<kind>.safetensors` for others
+model.safetensors          weights by `state_dict` name; `model.<kind>.safetensors` for others.
+                           Their metadata hold the sha256 of tokenizer and autoencoder
 tokenizer.model            the run's tokenizer
 README.md                  the model card
 """
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from json import dumps
+from dataclasses import asdict, dataclass
+from json import dumps, loads
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mdm.config import Config, to_dict
+from mdm.data.fit import Provenance
 from mdm.data.storage import LocalStore, StoreError
 
 TOKENIZER = "tokenizer.model"
+_PROVENANCE = "provenance"
 KINDS = {
     "ema": "averaged weights",
     "ema2": "weights of the second average",
@@ -37,22 +40,27 @@ class Training:
 
 
 def write_export(
-    folder: Path, config: Config, training: Training, weights: Mapping[str, Mapping[str, Tensor]]
+    folder: Path,
+    config: Config,
+    training: Training,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    tokenizer: bytes,
+    provenance: Provenance,
 ) -> None:
     """Write `folder` whole or not at all; an older one is replaced.
 
     Args:
         folder: where to.
-        config: the run's configuration; its tokenizer is copied.
+        config: the run's configuration.
         training: for the card.
         weights: by kind, then by `state_dict` name; the first kind is `model.safetensors`.
+        tokenizer: the `.model` file's bytes; empty for none.
+        provenance: what the training data was encoded with.
     """
     work = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    tokenizer = Path(config.tokenizer)
-    model = tokenizer.read_bytes() if tokenizer.is_file() else b""
-    write_files(work, config, training, weights, model)
+    write_files(work, config, training, weights, tokenizer, provenance)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
 
@@ -63,24 +71,43 @@ def write_files(
     training: Training,
     weights: Mapping[str, Mapping[str, Tensor]],
     tokenizer: bytes,
+    provenance: Provenance,
 ) -> None:
-    """The files of an export, into a folder that exists; `tokenizer` is the `.model` file's."""
+    """The files of an export, into a folder that exists; as `write_export` takes them."""
     store, parameters = LocalStore(folder), 0
+    # One entry alone: safetensors writes several in any order.
+    metadata = {_PROVENANCE: dumps(asdict(provenance))} if provenance.tokenizer else None
     for i, (kind, tensors) in enumerate(weights.items()):
         name = f"model.{kind}.safetensors" if i else "model.safetensors"
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name)
+            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name, metadata)
         except SafetensorError as error:
             raise StoreError(f"cannot write {folder / name}: {error}") from None
         parameters = sum(t.numel() for t in tensors.values())
     store.put("config.json", dumps(to_dict(config), indent=1).encode())
     if tokenizer:
         store.put(TOKENIZER, tokenizer)
-    card = model_card(config, training, list(weights), parameters)
+    card = model_card(config, training, list(weights), parameters, provenance)
     store.put("README.md", card.encode())
 
 
-def model_card(config: Config, training: Training, kinds: list[str], parameters: int) -> str:
+def read_provenance(folder: Path) -> Provenance:
+    """What the training data of an export was encoded with; empty where it does not say.
+
+    ValueError if the weights cannot be read.
+    """
+    path = folder / "model.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return Provenance(**loads(metadata.get(_PROVENANCE, "{}")))
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def model_card(
+    config: Config, training: Training, kinds: list[str], parameters: int, provenance: Provenance
+) -> str:
     """The README.md of an export, in the form that model hubs read."""
     model, first, *others = config.model, *kinds
     files = [f"- `model.safetensors`: {KINDS[first]}, fp32"]
@@ -90,6 +117,9 @@ def model_card(config: Config, training: Training, kinds: list[str], parameters:
     averages = f"{config.train.ema:g}"
     if config.train.ema2:
         averages += f" and {config.train.ema2:g}"
+    first_stage = f"`{config.autoencoder or 'none'}`"
+    if provenance.autoencoder:
+        first_stage += f", sha256 `{provenance.autoencoder}`"
     return f"""---
 library_name: mdm
 license: apache-2.0
@@ -108,7 +138,7 @@ of up to {model.text_length} tokens out of {model.vocab_size:,}.
 - `config.json`: the whole configuration of the run
 - `tokenizer.model`: SentencePiece
 
-The first-stage autoencoder is not part of it: `{config.autoencoder or "none"}`.
+The first-stage autoencoder is not part of it: {first_stage}.
 
 ## Training
 

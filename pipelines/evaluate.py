@@ -65,7 +65,7 @@ def load_data(flags: Flags, autoencoder: Autoencoder) -> tuple[DemoData, dict[st
     tokenizer, raw = Tokenizer(flags.tokenizer), Path(flags.raw)
     sets, counted = {}, {}
     for name in tqdm(SETS, desc="held-out data", leave=False):
-        sets[name], manifest = load_encoded(join(flags.data, name), tokenizer)
+        sets[name], manifest = load_encoded(join(flags.data, name), tokenizer, autoencoder.sha256)
         counted[name] = counts(manifest)
         if manifest.class_names:
             names = ClassNames.parse(manifest.class_names)
@@ -102,9 +102,6 @@ def run(flags: Flags) -> dict[str, Any]:
     began, out = time.perf_counter(), Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
     autoencoder = Autoencoder.load(flags.autoencoder)
-    judge, _ = classifier.load(Path(flags.judge))
-    data, counted = load_data(flags, autoencoder)
-    loaded = time.perf_counter()
 
     def generator(folder: Path) -> MDM:
         return MDM.from_pretrained(
@@ -116,10 +113,13 @@ def run(flags: Flags) -> dict[str, Any]:
             local_files_only=True,
         )
 
-    settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})
     export = Path(flags.checkpoint)
-    config = read_config(export)
-    result = run_demo(generator(export), judge, data, settings, out)
+    config, model = read_config(export), generator(export)
+    judge, _ = classifier.load(Path(flags.judge))
+    data, counted = load_data(flags, autoencoder)
+    loaded = time.perf_counter()
+    settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})
+    result = run_demo(model, judge, data, settings, out)
     wishes = _spread_texts(data)
     shots = []
     for folder in tqdm(snapshots(flags), desc="over training", unit="snapshot"):

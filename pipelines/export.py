@@ -29,6 +29,7 @@ class Flags:
         "ema: averaged weights; ema2: the second average; raw: the last step's; several, separated "
         "by commas: the first becomes model.safetensors, the others model.<name>.safetensors",
     )
+    tokenizer: str = doc("", "SentencePiece .model file, if the run's is not where it was")
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
@@ -45,7 +46,7 @@ def main() -> int:
     """Run the job; returns its exit code."""
     flags = parse_cli(Flags, description=__doc__ or "")
     try:
-        export_checkpoint(flags.checkpoint, Path(flags.out), flags.kinds)
+        export_checkpoint(flags.checkpoint, Path(flags.out), flags.kinds, flags.tokenizer)
     except (RunError, StoreError) as error:
         fail(f"export: {error}")
     return 0

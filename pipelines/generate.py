@@ -172,7 +172,8 @@ def draw(generator: MDM, flags: Flags) -> None:
 def encode(generator: MDM, files: Sequence[str]) -> Tensor:
     """First-stage latents [b, n, c] of picture files."""
     autoencoder = generator.autoencoder
-    assert isinstance(autoencoder, Autoencoder)  # what `load` gives
+    if not isinstance(autoencoder, Autoencoder):
+        raise ValueError("the model was trained on text alone: it takes no images")
     size = autoencoder.image_size
     pictures = [torch.from_numpy(decode_image(Path(i).read_bytes(), size)) for i in files]
     return autoencoder.encode(torch.stack(pictures))

@@ -13,6 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from mdm.data.first_stage import PIXELS
 from mdm.data.manifest import Manifest, publish
 from mdm.data.pixels import PixelPatches, fitted
 from mdm.data.schema import Examples, example_schema, to_bfloat16_bits, write_shard
@@ -87,7 +88,7 @@ def write(folder: Path) -> tuple[Digits, Digits, PixelPatches]:
             split="train",
             recipe_hash=f"digits in {PATCH} x {PATCH} patches, {len(TEMPLATES)} captions each",
             tokenizer_sha256=tokenizer.sha256,
-            autoencoder_sha256="pixel patches",
+            autoencoder_sha256=PIXELS,
             image_grid=pixels.grid,
             latent_dim=pixels.latent_dim,
             vocab_size=tokenizer.vocab_size,

@@ -25,6 +25,7 @@ import torch
 
 from mdm.cli import parse_cli
 from mdm.config import Config, doc
+from mdm.data.fit import check_fit
 from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.storage import StoreError
 from mdm.dist import World
@@ -68,7 +69,11 @@ def fields_of(config: Config) -> dict[str, object]:
 def make_loader(config: Config, world: World) -> Loader:
     """The run's loader; data that is missing or does not fit is the user's to mend."""
     try:
-        return build_loader(config, world)
+        loader = build_loader(config, world)
+        # Once a node: any of them may come to write the exports, which hold the tokenizer.
+        if world.local_rank == 0:
+            check_fit(loader.mixture, config)
+        return loader
     except (ValueError, StoreError) as error:
         raise RunError(str(error)) from error
 

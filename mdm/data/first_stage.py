@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PATCH = 2  # latent cells a token spans, each way (Table 1)
+PIXELS = "pixel patches"  # in place of an autoencoder's sha256, where there is none (pixels.py)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -23,13 +24,13 @@ class FirstStage:
 def describe(folder: str | Path) -> FirstStage:
     """The facts about a folder in diffusers' format; ValueError names what is missing in it."""
     folder = Path(folder)
-    for name in ("config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise ValueError(f"autoencoder {folder}: no {name}")
     digest = hashlib.sha256()
-    for name in ("config.json", WEIGHTS):
-        digest.update((folder / name).read_bytes())
     try:
+        for name in ("config.json", WEIGHTS):
+            if not (folder / name).is_file():
+                raise ValueError(f"no {name}")
+        for name in ("config.json", WEIGHTS):
+            digest.update((folder / name).read_bytes())
         config = json.loads((folder / "config.json").read_text())
         if (kind := config.get("_class_name")) != "AutoencoderKL":
             raise ValueError(f"config.json describes {kind}, not AutoencoderKL")
@@ -38,7 +39,7 @@ def describe(folder: str | Path) -> FirstStage:
         latent_dim = int(config["latent_channels"]) * PATCH * PATCH
     except KeyError as error:
         raise ValueError(f"autoencoder {folder}: config.json has no {error}") from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"autoencoder {folder}: {error}") from None
     side = size // factor // PATCH
     return FirstStage(digest.hexdigest(), size, factor, (side, side), latent_dim)

@@ -76,9 +76,8 @@ class Mixture:
         self._check_stages(names)
         for what in ("tokenizer_sha256", "vocab_size"):
             self._same(what, self.sources)
-        pictures = [s for s in self.sources if s.manifest.task == "image_text"]
         for what in ("autoencoder_sha256", "image_grid", "latent_dim"):
-            self._same(what, pictures)
+            self._same(what, self.pictures)
 
     def _check_stages(self, names: Sequence[str]) -> None:
         steps = [s.step for s in self.stages]
@@ -101,6 +100,21 @@ class Mixture:
                     f"{sources[0].name!r} and {source.name!r} cannot be mixed: {what} is {first} "
                     f"and {other}; encode both with the same tokenizer and autoencoder"
                 )
+
+    @property
+    def pictures(self) -> tuple[Source, ...]:
+        """The sources that hold images, of whatever stage."""
+        return tuple(s for s in self.sources if s.manifest.task == "image_text")
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """The tokenizer that all sources were encoded with."""
+        return self.sources[0].manifest.tokenizer_sha256
+
+    @property
+    def autoencoder_sha256(self) -> str | None:
+        """The autoencoder that all images were encoded with; None without one."""
+        return next((s.manifest.autoencoder_sha256 for s in self.pictures), None)
 
     def slots(self, task: str) -> int:
         """Samples that a step of this task consumes."""

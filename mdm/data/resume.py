@@ -21,6 +21,9 @@ def state_dict(order: Order, dialogue_length: int, step: int, order_digest: str)
         "order_digest": order_digest,
         "stages": [s.to_json() for s in order.mixture.stages],
         "manifests": {s.name: s.manifest.sha256 for s in order.mixture.sources},
+        # Follow from the manifests; for exports, which see no data.
+        "tokenizer_sha256": order.mixture.tokenizer_sha256,
+        "autoencoder_sha256": order.mixture.autoencoder_sha256,
         "cursors": _cursors(order, step),
     }
 

@@ -52,15 +52,22 @@ def _explain(message: str, vocab_size: int) -> str:
     return f"SentencePiece cannot train on this corpus: {message}"
 
 
+def read_model(path: str | Path) -> bytes:
+    """The bytes of a `.model` file; ValueError where it cannot be read."""
+    try:
+        if (place := Path(path)).exists() and not (place.is_file() or place.is_dir()):
+            raise ValueError(f"tokenizer {path}: not a file")  # a pipe would be waited for
+        return place.read_bytes()
+    except OSError as error:
+        raise ValueError(f"tokenizer {path}: {(error.strerror or '').lower()}") from None
+
+
 class Tokenizer:
     """A trained model: text <-> ids. Ids 0 to 4 are UNK, PAD, EOS, USER and ASSISTANT."""
 
     def __init__(self, path: str | Path) -> None:
         """Load a `.model` file; ValueError where it is missing or not one of ours."""
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise ValueError(f"tokenizer {path}: {(error.strerror or '').lower()}") from None
+        self._data = data = read_model(path)
         self.sha256 = hashlib.sha256(data).hexdigest()
         self._model = spm.SentencePieceProcessor()
         try:
@@ -78,8 +85,7 @@ class Tokenizer:
 
     def model(self) -> bytes:
         """The `.model` file."""
-        data: bytes = self._model.serialized_model_proto()
-        return data
+        return self._data
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without EOS; never PAD, EOS, USER or ASSISTANT, whatever the text."""

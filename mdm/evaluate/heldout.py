@@ -78,8 +78,12 @@ def balanced(class_ids: Tensor, n: int) -> Tensor:
     return rows[torch.argsort(key, stable=True)][:n]
 
 
-def load_encoded(uri: str, tokenizer: Tokenizer) -> tuple[Encoded, Manifest]:
+def load_encoded(
+    uri: str, tokenizer: Tokenizer, autoencoder_sha256: str = ""
+) -> tuple[Encoded, Manifest]:
     """All rows of the pictures encoded at `uri`, every record batch verified, and the manifest.
+
+    An `autoencoder_sha256` must be that of the set's autoencoder.
 
     Raises ManifestError, StoreError or ValueError with one line for the user.
     """
@@ -89,7 +93,12 @@ def load_encoded(uri: str, tokenizer: Tokenizer) -> tuple[Encoded, Manifest]:
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise ValueError(
             f"{uri} was encoded with tokenizer {manifest.tokenizer_sha256}; the given one is "
-            f"{tokenizer.sha256}"
+            f"{tokenizer.sha256}; give the former as --tokenizer"
+        )
+    if autoencoder_sha256 and manifest.autoencoder_sha256 != autoencoder_sha256:
+        raise ValueError(
+            f"{uri} was encoded with autoencoder {manifest.autoencoder_sha256}; the given one is "
+            f"{autoencoder_sha256}; give the former as --autoencoder"
         )
     reader = SourceReader(Source(manifest.dataset, manifest, 1.0))
     ids: list[str] = []

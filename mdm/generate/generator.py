@@ -15,9 +15,11 @@ from tqdm import tqdm
 
 from mdm.config import Config, from_dict
 from mdm.data.autoencoder import Autoencoder
+from mdm.data.first_stage import PIXELS
+from mdm.data.fit import Provenance, check_autoencoder, check_tokenizer
 from mdm.data.tokenizer import EOS, PAD, Tokenizer
 from mdm.diffusion import noise
-from mdm.exported import TOKENIZER, Training, write_files
+from mdm.exported import TOKENIZER, Training, read_provenance, write_files
 from mdm.generate.denoise import Drawn, denoise
 from mdm.generate.request import Request, Sampling
 from mdm.generate.selection import Selected
@@ -48,6 +50,28 @@ def load_objective(folder: Path, config: Config) -> Objective:
     return objective
 
 
+class TextAlone:
+    """In an autoencoder's place where the training data held no images."""
+
+    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Raises ValueError."""
+        raise ValueError("the model was trained on text alone: no autoencoder decodes its latents")
+
+
+def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes:
+    """The autoencoder at `path`; ValueError unless the data of the export `folder` came of it."""
+    if provenance.autoencoder == PIXELS:
+        raise ValueError(
+            f"{folder} was trained on pixel patches, which no autoencoder decodes; "
+            "pipelines/learn.py draws from it"
+        )
+    if provenance.autoencoder:
+        check_autoencoder(path, provenance.autoencoder, f"the data of {folder} was encoded with")
+    elif provenance.tokenizer and not (Path(path) / "config.json").is_file():
+        return TextAlone()
+    return Autoencoder.load(path)
+
+
 class Options(TypedDict, total=False):
     """What every method of `MDM` takes besides; defaults and meaning are `Sampling`'s."""
 
@@ -76,9 +100,10 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         *,
         compiled: bool = False,
         precision: str = AUTO,
+        provenance: Provenance = Provenance(),  # noqa: B008 - frozen
     ) -> None:
         """Compiled blocks (`model.kernel compiled`) pay from some hundred samples on."""
-        self.precision = resolve(precision)
+        self.precision, self.provenance = resolve(precision), provenance
         self.compiled = compiled and weights.network.trunk.compiled
         weights.network.trunk.compiled = self.compiled
         self.config, self.objective = settings, weights.eval()
@@ -109,7 +134,8 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
 
         Raises:
             FileNotFoundError: a folder or file that is missing, by name.
-            ValueError: a config that this version does not know, or a tokenizer of another run.
+            ValueError: a config that this version does not know, or a tokenizer or autoencoder that
+                is not the one of the training data.
         """
         place = Path(folder)
         if not place.is_dir():
@@ -146,24 +172,45 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     ) -> Self:
         folder = Path(model_id)
         config = from_dict(Config, json.loads((folder / "config.json").read_text()))
-        pieces = Tokenizer(tokenizer or config.tokenizer)
+        tokenizer, autoencoder = tokenizer or config.tokenizer, autoencoder or config.autoencoder
+        provenance = read_provenance(folder)
+        if provenance.tokenizer:
+            whose = f"the data of {folder} was encoded with"
+            pieces = check_tokenizer(tokenizer, provenance.tokenizer, whose)
+        else:
+            log.warning(
+                "%s does not record its tokenizer and autoencoder: %s and %s are taken for them",
+                *(folder, tokenizer or "none", autoencoder or "none"),
+            )
+            pieces = Tokenizer(tokenizer)
         if pieces.vocab_size != config.model.vocab_size:
             raise ValueError(
                 f"the tokenizer has {pieces.vocab_size} pieces but the model was trained with "
                 f"{config.model.vocab_size}; use the tokenizer of its run"
             )
-        first_stage = Autoencoder.load(autoencoder or config.autoencoder)
+        first_stage = load_first_stage(autoencoder, provenance, folder)
         model = config.model
         if model.kernel == "fused":  # CUDA's; here the same scans are computed by torch
             model = dataclasses.replace(model, kernel="torch")
         objective = load_objective(folder, dataclasses.replace(config, model=model))
-        return cls(config, objective, pieces, first_stage, compiled=compiled, precision=precision)
+        return cls(
+            config,
+            objective,
+            pieces,
+            first_stage,
+            compiled=compiled,
+            precision=precision,
+            provenance=provenance,
+        )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What `save_pretrained` and `push_to_hub` write: an export like that of a run."""
         weights = {k: v.detach().cpu().clone() for k, v in self.objective.state_dict().items()}
         tokenizer = self.tokenizer.model()
-        write_files(save_directory, self.config, Training(), {"ema": weights}, tokenizer)
+        write_files(
+            *(save_directory, self.config, Training(), {"ema": weights}, tokenizer),
+            provenance=self.provenance,
+        )
 
     def class_to_image(
         self,

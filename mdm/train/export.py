@@ -1,5 +1,6 @@
 """A committed checkpoint's weights for generation, with no rank running and no DeepSpeed."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,27 +8,38 @@ import safetensors.torch
 from torch import Tensor
 
 from mdm.config import Config, from_dict
+from mdm.data.fit import Provenance, check_tokenizer
+from mdm.data.tokenizer import read_model
 from mdm.exported import Training, write_export
 from mdm.train.checkpoint import Checkpoints, Record
 from mdm.train.snapshot import DamagedError, buffers_key, fetch, read_whole
 from mdm.train.state import RunError
 
+log = logging.getLogger(__name__)
 
-def export_checkpoint(checkpoint: str, folder: Path, kinds: Sequence[str] = ("ema",)) -> None:
+
+def export_checkpoint(
+    checkpoint: str, folder: Path, kinds: Sequence[str] = ("ema",), tokenizer: str = ""
+) -> None:
     """Export some kinds of weights, the first as `model.safetensors`, whatever world wrote them.
 
     Args:
         checkpoint: folder or s3:// prefix of one checkpoint.
         folder: where the export goes.
         kinds: of `ema`, `ema2` and `raw`.
+        tokenizer: SentencePiece model, if the run's is not where it was.
 
     Raises:
-        RunError: the checkpoint is damaged, of another format, or lacks a kind.
+        RunError: the checkpoint is damaged, of another format, or lacks a kind; or the tokenizer is
+            not the one that the training data was encoded with.
     """
     uri, _, name = checkpoint.rstrip("/").rpartition("/")
     checkpoints = Checkpoints.at(uri or ".")
     try:
         record = checkpoints.read(name)
+        config = from_dict(Config, record.state.config)
+        provenance = Provenance.of(record.manifest["loader"])
+        model = _tokenizer(tokenizer or config.tokenizer, provenance, checkpoint)
         if lacking := [kind for kind in kinds if kind not in (*record.averages, "raw")]:
             raise RunError(
                 f"{checkpoint} holds no {', '.join(lacking)}; it has raw and "
@@ -38,7 +50,21 @@ def export_checkpoint(checkpoint: str, folder: Path, kinds: Sequence[str] = ("em
         raise RunError(f"{checkpoint} is not a valid checkpoint: {error}") from None
     state = record.state
     training = Training(state.step, state.samples_seen, state.loss)
-    write_export(folder, from_dict(Config, state.config), training, weights)
+    write_export(folder, config, training, weights, model, provenance)
+
+
+def _tokenizer(path: str, provenance: Provenance, checkpoint: str) -> bytes:
+    """The tokenizer's file for an export; RunError unless it is the one of the training data."""
+    if provenance.tokenizer:
+        whose = f"the data of {checkpoint} was encoded with"
+        try:
+            return check_tokenizer(path, provenance.tokenizer, whose).model()
+        except ValueError as error:
+            raise RunError(str(error)) from None
+    found = Path(path).is_file()
+    kept = f"{path} is taken for it" if found else "the export holds none"
+    log.warning("%s does not record its tokenizer: %s", checkpoint, kept)
+    return read_model(path) if found else b""
 
 
 def _weights(checkpoints: Checkpoints, record: Record, kind: str) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from mdm.config import Config, to_dict
 from mdm.dist import World, exchange
 from mdm.precision import describe
 from mdm.train import recovery
+from mdm.train.beginning import on_every_rank, prepare
 from mdm.train.checkpoint import Checkpoints, Keep, uri_of
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, device_of_rank
@@ -80,39 +81,42 @@ def train(
     """
     run_dir, checkpoints = Path(config.run_dir), Checkpoints.at(uri_of(config))
     candidates, passed = find(checkpoints, resume, world)
-    if resume == "none" and world.is_main:
-        forget_former(run_dir)
     newest = candidates[0].state if candidates else None
     config = settled(config, newest, device_of_rank().type)
+    said: list[str] = []
+    path = ""
     if newest:
-        check_resumable(newest, config, f"{checkpoints.store.uri}/{candidates[0].name}")
+        path = f"{checkpoints.store.uri}/{candidates[0].name}"
+        said = check_resumable(newest, config, path)
         if newest.step >= config.train.steps and (run_dir / DONE).exists():
             if world.is_main and track:
                 deliver(config, newest)
             return EXIT_DONE
+    begun = prepare(config, world, make_loader, candidates[0] if candidates else None, path)
+    if resume == "none":
+        on_every_rank(lambda: _start_over(run_dir, checkpoints, world), world)
 
     watch = Watch(run_dir, world.rank, world.size, config.train.hang_seconds)
     engine = Engine(lambda: make_objective(config), config, world, leaf_classes)
     ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
-    loader = make_loader(config, world)
     saver = Saver(checkpoints, engine, ema, world, Keep.of(config))
     watch.enter("load")
     found, damaged = saver.restore(candidates)
     state = found.state.on_ranks(world.size) if found else TrainState(world_size=world.size)
-    state.config = to_dict(config)
+    state.config, state.deepspeed = to_dict(config), begun.deepspeed
     if found:
-        loader.load_state_dict(found.manifest["loader"])
+        begun.loader.load_state_dict(found.manifest["loader"])
 
     tracker = start_tracking(config, state, track and world.is_main)
     reporter = Reporter(run_dir, config.train.steps, world, tracker)
     reporter.start(state, fresh=found is None)
     if world.is_main:
         watch.pulse = reporter.attempts
-    for line in saver.beginning(found, passed + damaged):
+    for line in [*said, *begun.said, *saver.beginning(found, passed + damaged)]:
         reporter.say(line)
     reporter.say(f"precision: {describe(config.train.precision, engine.device.type)}")
     run = Run(
-        *(config, world, engine, ema, loader, state, tracker, reporter),
+        *(config, world, engine, ema, begun.loader, state, tracker, reporter),
         Clock(state.seconds, watch.enter),
         Window(world, state.window),
         saver,
@@ -122,10 +126,17 @@ def train(
         Ranks(engine.device),
         Profile(profiled, run_dir / "profile", world),
         draw,
+        begun.tokenizer,
     )
     code = _run(run)
     torch.distributed.barrier()  # a launcher ends all ranks once one is gone
     return code
+
+
+def _start_over(run_dir: Path, checkpoints: Checkpoints, world: World) -> None:
+    if world.is_main:
+        checkpoints.set_all_aside("started over with --resume none")
+        forget_former(run_dir)
 
 
 def _run(run: Run) -> int:

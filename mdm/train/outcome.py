@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from mdm.config import Config, fingerprint, to_dict
+from mdm.data.fit import Provenance
 from mdm.data.storage import StoreError
 from mdm.exported import Training, write_export
 from mdm.journal import Journal
@@ -28,7 +29,8 @@ def export(folder: Path, run: Run, needed: bool = True) -> None:
         state = run.state
         training = Training(state.step, state.samples_seen, state.loss)
         try:
-            write_export(folder, run.config, training, weights)
+            provenance = Provenance.of(run.loader.state_dict())
+            write_export(folder, run.config, training, weights, run.tokenizer, provenance)
         except (OSError, StoreError) as error:
             if needed:
                 raise

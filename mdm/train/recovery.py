@@ -94,10 +94,11 @@ def roll_back(run: Run) -> None:
     run.loader.load_state_dict(found.manifest["loader"])
     run.loader.quarantine(quarantined)
     saved = found.state.on_ranks(run.world.size)
-    config, tracking_id = run.state.config, run.tracker.run_id
+    config, deepspeed = run.state.config, run.state.deepspeed
     guard.roll_back(saved.guard, decided, saved.step)
     run.state = saved
-    run.state.config, run.state.tracking_id = config, tracking_id
+    run.state.config, run.state.deepspeed = config, deepspeed
+    run.state.tracking_id = run.tracker.run_id
     run.clock = Clock(saved.seconds, run.watch.enter)
     run.window = Window(run.world, saved.window)
     run.reporter.rewind(saved)

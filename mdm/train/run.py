@@ -76,6 +76,7 @@ class Run:
     ranks: Ranks
     profile: Profile
     draw: Draw | None = None
+    tokenizer: bytes = b""  # the `.model` file for exports, as it was when the run began
     linked_step: int = -1  # of the newest checkpoint that was told of
 
     @property

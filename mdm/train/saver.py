@@ -40,7 +40,7 @@ def find(
 ) -> tuple[list[Record], list[tuple[str, str]]]:
     """Checkpoints to continue, newest first, and why others do not count; all ranks must call.
 
-    With `resume` none, all are set aside; nothing is deleted. RunError if the store cannot be read
+    There are none with `resume` none. RunError if the store cannot be read
     or holds another format.
     """
     records: list[Record] = []
@@ -49,9 +49,7 @@ def find(
     if world.is_main:
         try:
             checkpoints.store.sweep()
-            if resume == "none":
-                checkpoints.set_all_aside("started over with --resume none")
-            else:
+            if resume != "none":
                 records, passed = checkpoints.newest_first()
         except (RunError, StoreError) as error:
             refusal = str(error)

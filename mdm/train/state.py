@@ -10,7 +10,8 @@ from mdm.precision import AUTO, BF16, resolve
 from mdm.train.watch import GAVE_UP, MISTAKE
 
 # Fields that may change between two attempts at one run: they steer its length and its reporting,
-# never what a step computes. (A longer cosine changes later rates, which is what is asked for.)
+# never what a step computes (a longer cosine changes later rates, which is what is asked for); or
+# they say where something lies whose content is compared instead.
 MAY_CHANGE = (
     "train.steps",
     "train.log_every",
@@ -22,6 +23,11 @@ MAY_CHANGE = (
     "train.snapshots",
     "train.pictures",
     "data.stages",  # those to come; the loader refuses a change of what was consumed
+    "data.root",  # manifests are compared by the loader,
+    "tokenizer",  # these two with the manifests,
+    "autoencoder",
+    "train.deepspeed",  # and this by what it holds
+    "train.threads",
     "data.cache_dir",
     "data.cache_gb",
     "train.activation_checkpointing",
@@ -63,6 +69,7 @@ class TrainState:
     # The guard's history, see `mdm.train.guard`.
     guard: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # what the DeepSpeed JSON held
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `state.json` holds them."""
@@ -70,10 +77,11 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """The state that `to_json` wrote, in this version or an earlier one."""
+        """The state that `to_json` wrote, in whatever version; what it lacks has its default."""
         # Before `train.precision` was recorded, every shipped configuration trained in bf16.
         values.get("config", {}).get("train", {}).setdefault("precision", BF16)
-        return cls(**values)
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
 
     def on_ranks(self, size: int) -> "TrainState":
         """The state as `size` ranks continue it: each adds its own mean to a window's sums."""
@@ -111,16 +119,30 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_resumable(state: TrainState, config: Config, path: str) -> None:
-    """Raise `RunError` unless `config` continues `state` exactly, on however many ranks."""
+def check_resumable(state: TrainState, config: Config, path: str) -> list[str]:
+    """Raise `RunError` unless `config` continues `state` exactly, on however many ranks.
+
+    Returns what is to be said of changes that are allowed.
+    """
     saved, now = flatten(state.config), flatten(to_dict(config))
     differing = [
-        f"{key} was {saved.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(saved.keys() | now.keys())
-        if not key.startswith(MAY_CHANGE) and saved.get(key) != now.get(key)
+        f"{key} was {value!r} and is {now.get(key)!r}"
+        for key, value in sorted(saved.items())
+        if not key.startswith(MAY_CHANGE) and value != now.get(key)
     ]
     if differing:
         raise RunError(
             f"{path} was made with another configuration: {'; '.join(differing)}. "
             "Give the former values, another --run_dir, or --resume none to start over"
         )
+    said = [
+        f"{path} does not record {key}; {now[key]!r} holds from now on"
+        for key in sorted(now.keys() - saved.keys())
+    ]
+    key = "train.threads"
+    if key in saved and saved[key] != now[key]:
+        said.append(
+            f"{key} was {saved[key]} and is {now[key]}: sums on the CPU may be taken in another "
+            "order, so that losses agree but not to the last bit"
+        )
+    return said

@@ -23,6 +23,33 @@ def test_length_and_reporting_may_change(tmp_path):
     check_resumable(state, dataclasses.replace(config, train=train, run_dir="elsewhere"), "x")
 
 
+def test_files_may_move_and_threads_are_told_of(tmp_path):
+    config = small_config(tmp_path)
+    state = TrainState(config=to_dict(config), world_size=2)
+    moved = dataclasses.replace(
+        config,
+        tokenizer="elsewhere.model",
+        autoencoder="elsewhere",
+        data=dataclasses.replace(config.data, root="s3://elsewhere"),
+        train=dataclasses.replace(config.train, deepspeed="elsewhere.json"),
+    )
+    assert check_resumable(state, moved, "x") == []
+    threads = dataclasses.replace(config, train=dataclasses.replace(config.train, threads=3))
+    (said,) = check_resumable(state, threads, "x")
+    assert said.startswith("train.threads was 1 and is 3: ")
+
+
+def test_a_state_of_another_version_is_read(tmp_path):
+    """What it lacks is taken from now and said; what it has besides is passed over."""
+    config = small_config(tmp_path)
+    values = TrainState(step=3, config=to_dict(config)).to_json() | {"unheard_of": 1}
+    del values["deepspeed"], values["config"]["train"]["ema2"]
+    state = TrainState.from_json(values)
+    assert (state.step, state.deepspeed) == (3, {})
+    (said,) = check_resumable(state, config, "step-00000003")
+    assert said == "step-00000003 does not record train.ema2; 0.0 holds from now on"
+
+
 def test_all_else_is_named(tmp_path):
     config = small_config(tmp_path)
     state = TrainState(config=to_dict(config), world_size=2)
