@@ -1,7 +1,6 @@
 """What people ask of the model: a method a task, over exported weights."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from mdm.data.autoencoder import Autoencoder
 from mdm.data.tokenizer import EOS, PAD, Tokenizer
 from mdm.diffusion import noise
 from mdm.exported import TOKENIZER, Training, write_files
+from mdm.files import load_json
 from mdm.generate.denoise import Drawn, denoise
 from mdm.generate.request import Request, Sampling
 from mdm.generate.selection import Selected
@@ -131,7 +131,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         cls, *, model_id: str, tokenizer: str, autoencoder: str, compiled: bool, **_: Any
     ) -> Self:
         folder = Path(model_id)
-        config = from_dict(Config, json.loads((folder / "config.json").read_text()))
+        config = from_dict(Config, load_json(folder / "config.json"))
         pieces = Tokenizer(tokenizer or config.tokenizer)
         if pieces.vocab_size != config.model.vocab_size:
             raise ValueError(

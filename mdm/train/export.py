@@ -13,13 +13,19 @@ from mdm.train.snapshot import DamagedError, buffers_key, fetch, read_whole
 from mdm.train.state import RunError
 
 
-def export_checkpoint(checkpoint: str, folder: Path, kinds: Sequence[str] = ("ema",)) -> None:
+def export_checkpoint(
+    checkpoint: str,
+    folder: Path,
+    kinds: Sequence[str] = ("ema",),
+    config: Config | None = None,
+) -> None:
     """Export some kinds of weights, the first as `model.safetensors`, whatever world wrote them.
 
     Args:
         checkpoint: folder or s3:// prefix of one checkpoint.
         folder: where the export goes.
         kinds: of `ema`, `ema2` and `raw`.
+        config: the run's configuration as it is now; None for that of the checkpoint.
 
     Raises:
         RunError: the checkpoint is damaged, of another format, or lacks a kind.
@@ -38,7 +44,7 @@ def export_checkpoint(checkpoint: str, folder: Path, kinds: Sequence[str] = ("em
         raise RunError(f"{checkpoint} is not a valid checkpoint: {error}") from None
     state = record.state
     training = Training(state.step, state.samples_seen, state.loss)
-    write_export(folder, from_dict(Config, state.config), training, weights)
+    write_export(folder, config or from_dict(Config, state.config), training, weights)
 
 
 def _weights(checkpoints: Checkpoints, record: Record, kind: str) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ from mdm.train.engine import Engine
 from mdm.train.guard import Guard
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.outcome import (
-    DONE,
-    deliver,
+    EXPORT,
+    done_before,
     export,
     forget_former,
     mark_done,
@@ -80,13 +80,12 @@ def train(
     run_dir, checkpoints = Path(config.run_dir), Checkpoints.at(uri_of(config))
     candidates, passed = find(checkpoints, resume, world)
     if resume == "none" and world.is_main:
-        forget_former(run_dir)
+        forget_former(run_dir, track)
     if candidates:
         newest = candidates[0].state
         check_resumable(newest, config, f"{checkpoints.store.uri}/{candidates[0].name}")
-        if newest.step >= config.train.steps and (run_dir / DONE).exists():
-            if world.is_main and track:
-                deliver(config, newest)
+        finished = newest.step >= config.train.steps
+        if finished and done_before(config, checkpoints, candidates[0], world, track):
             return EXIT_DONE
 
     watch = Watch(run_dir, world.rank, world.size, config.train.hang_seconds)
@@ -132,7 +131,7 @@ def _run(run: Run) -> int:
         code = take_steps(run)
         run.watch.enter("end")
         if code == EXIT_DONE:
-            export(run.dir / "export", run)
+            export(run.dir / EXPORT, run)
         run.saver.wait()
         if code == EXIT_DONE:
             mark_done(run)
@@ -230,7 +229,8 @@ def take_step(run: Run) -> tuple[int, float]:
 def save(run: Run) -> None:
     """Have everything that the next attempt needs committed; all ranks must call."""
     run.clock.tick("other")
-    run.state.seconds, run.state.tracking_id = dict(run.clock.seconds), run.tracker.run_id
+    run.state.seconds = dict(run.clock.seconds)
+    run.state.tracking_id = run.tracker.run_id or run.state.tracking_id  # kept if not tracked now
     run.state.order_digest = run.loader.order_digest
     run.state.window = run.window.state()
     run.state.guard = run.guard.state()

@@ -94,7 +94,8 @@ def roll_back(run: Run) -> None:
     run.loader.load_state_dict(found.manifest["loader"])
     run.loader.quarantine(quarantined)
     saved = found.state.on_ranks(run.world.size)
-    config, tracking_id = run.state.config, run.tracker.run_id
+    config = run.state.config
+    tracking_id = run.tracker.run_id or run.state.tracking_id
     guard.roll_back(saved.guard, decided, saved.step)
     run.state = saved
     run.state.config, run.state.tracking_id = config, tracking_id
