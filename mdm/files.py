@@ -144,7 +144,7 @@ def _read_lines(path: Path, shape: Shape) -> tuple[list[dict[str, Any]], bool]:
         return [], path.is_dir()
     if not data:
         tell(f"{path} is empty; it is passed over")
-        return [], False
+        return [], True
     lines = data.split(b"\n")
     found, damage = [], []
     for number, line in enumerate(lines, start=1):

@@ -55,6 +55,7 @@ class MlflowRun:
         self._uri, self._experiment, self._name = uri, experiment, name
         self._wanted, self._parent, self._key, self._warn = run_id, parent, key, warn
         self.run_id: str | None = None
+        self.is_new = False  # whether `open` had to create it
         self._known: dict[str, int] = {}  # the last step of each metric that the store has
         self._refused: set[str] = set()  # names that the store does not take
         self._client: Any = None
@@ -79,7 +80,7 @@ class MlflowRun:
         if found is not None and self._resume(found):
             return
         created = self._client.create_run(experiment, tags=tags, run_name=self._name)
-        self.run_id, self._known = str(created.info.run_id), {}
+        self.run_id, self.is_new, self._known = str(created.info.run_id), True, {}
 
     def bring(self, entries: Sequence[dict[str, Any]], failures: int) -> None:
         """Write entries of one kind: one, or lines of metrics. `failures` of them went before.
@@ -281,5 +282,6 @@ def _code(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of what an error says."""
-    return (str(error).splitlines() or [""])[0][:200]
+    """The beginning of what an error says; of SQLAlchemy's, the database's own words."""
+    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result")]
+    return (lines or [""])[0][:200]

@@ -220,9 +220,6 @@ class MlflowTracker:
         os.environ.setdefault("DO_NOT_TRACK", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        # What fails is told in a line of our own; theirs are stack traces.
-        for name in ("alembic", "mlflow.store.db"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
         try:
             # Imported here: it takes seconds, and only rank 0 of a tracked job needs it.
             import mlflow  # noqa: F401
@@ -236,10 +233,15 @@ class MlflowTracker:
                 first_line(error),
             )
             return False
+        # What fails is told in a line of our own; theirs are stack traces. The import sets levels.
+        for name in ("alembic", "mlflow.store.db"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         return True
 
     def _deliver(self) -> None:
         self._insist(self._run.open)
+        if self._run.is_new:  # a store that has lost its run gets all that there still is
+            self._journal.rewind()
         while not self._closing.is_set():
             self._announce()
             self._news.clear()
