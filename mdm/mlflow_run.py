@@ -1,9 +1,12 @@
-"""One run in an MLflow store: found, restored or created, and written to. The door to MLflow.
+"""One run in an MLflow store: found, restored or created, and written to.
 
-Nothing here waits or tries again; `mdm.tracking` does. Errors are those of MLflow, except for an
-entry that the store will never take: it is dropped alone, and one line says so.
+The one door to MLflow. Nothing here waits or tries again; `mdm.tracking` does. Errors are those of
+MLflow, except for an entry that the store will never take: it is dropped alone, and one line says
+so.
 """
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,20 @@ _UNSOUND = (ValueError, TypeError, KeyError)
 _NO_PATH = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError)
 _PATIENCE = 3  # failures of one entry, in a store that takes others, before it is dropped
 _KEY = "mdm.key"  # the tag by which a run is found again
+
+
+def import_mlflow() -> None:
+    """Import mlflow, quietly; raises whatever a missing or broken installation raises."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("DO_NOT_TRACK", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    # Imported in functions: it takes seconds, and only rank 0 of a tracked job needs it.
+    import mlflow  # noqa: F401
+
+    # What fails is told in a line of our own; theirs are stack traces. The import sets levels.
+    for name in ("alembic", "mlflow.store.db"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class RunChanged(Exception):

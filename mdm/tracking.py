@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from mdm import files
 from mdm.journal import Journal
-from mdm.mlflow_run import MlflowRun, RunChanged, first_line
+from mdm.mlflow_run import MlflowRun, RunChanged, first_line, import_mlflow
 
 log = logging.getLogger("mdm")
 
@@ -216,13 +216,8 @@ class MlflowTracker:
 
     def _has_mlflow(self) -> bool:
         """Import mlflow; where that fails, nothing is to wait for it."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         try:
-            # Imported here: it takes seconds, and only rank 0 of a tracked job needs it.
-            import mlflow  # noqa: F401
+            import_mlflow()
         except Exception as error:  # noqa: BLE001 - a broken installation fails in any way
             self._off = True
             self._journal.withdraw()
@@ -233,9 +228,6 @@ class MlflowTracker:
                 first_line(error),
             )
             return False
-        # What fails is told in a line of our own; theirs are stack traces. The import sets levels.
-        for name in ("alembic", "mlflow.store.db"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
         return True
 
     def _deliver(self) -> None:

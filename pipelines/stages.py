@@ -127,7 +127,7 @@ def end_leftovers(folder: Path) -> int:
     """
     ours = []
     for path in sorted(folder.glob("*.attempt.json")):
-        for recorded in read_json(path, _USAGE).get("processes", []):
+        for recorded in read_json(path, {"processes": list}).get("processes", []):
             if files.misfit(recorded, _PROCESS) or recorded["pid"] < 1:
                 continue
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):

@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
 from mlflow.entities import ViewType
 
 from mdm.tracking import MlflowTracker, NullTracker, read_key
