@@ -163,13 +163,17 @@ def log(flags: Flags, config: Config, report: dict[str, Any], shots: list[dict[s
     """A child of the training run: metrics by samples seen, sheets, the plain results."""
     note = read_json(Path(flags.checkpoint).parent / "tracking.json", {"run_id": str})
     child = tracking.MlflowTracker(config.experiment, "evaluate", parent=note.get("run_id"))
-    child.log_params({k: v for k, v in vars(flags).items() if k != "tracking"})
-    for shot in shots:
-        child.log_metrics({"snapshot_accuracy": shot["accuracy"]}, shot["samples_seen"])
-    numbers = {k: v for k, v in report.items() if k != "samples_seen"}
-    child.log_metrics(numbers, report["samples_seen"])
-    child.log_artifact(flags.out, "evaluation")
-    child.finish()
+    status = "FAILED"
+    try:
+        child.log_params({k: v for k, v in vars(flags).items() if k != "tracking"})
+        for shot in shots:
+            child.log_metrics({"snapshot_accuracy": shot["accuracy"]}, shot["samples_seen"])
+        numbers = {k: v for k, v in report.items() if k != "samples_seen"}
+        child.log_metrics(numbers, report["samples_seen"])
+        child.log_artifact(flags.out, "evaluation")
+        status = "FINISHED"
+    finally:
+        child.finish(status)
 
 
 def main() -> int:

@@ -99,9 +99,9 @@ def done_before(
             finished = _export_again(config, checkpoints, newest)
         except (OSError, StoreError) as error:
             failure = f"the export cannot be made anew: {error}"
-        if finished and track:
-            deliver(config, newest.state)
     finished, failure = from_main((finished, failure))
+    if world.is_main and finished and track:
+        deliver(config, newest.state)
     if failure:
         refusal = RunError(failure)
         refusal.code = GAVE_UP

@@ -62,7 +62,7 @@ def test_what_waits_arrives_also_after_a_restart(tmp_path, s3_server, caplog):
 
 
 def test_answers_that_are_lost_make_no_second_run(tmp_path):
-    """Requests are cut before and after the server did its work, also in the middle of the start."""
+    """Requests are cut before and after the server did its work, at any moment of the start too."""
     import mlflow
 
     with MlflowServer(tmp_path / "server") as server:

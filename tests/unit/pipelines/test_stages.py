@@ -207,5 +207,5 @@ def test_a_damaged_record_costs_no_outputs(
     done = runner.run([stage])
     assert lines(tmp_path, "one") == 2  # it went on with what was there
     assert runner.run([stage]) == done
-    assert "its record is damaged" in said[1]
+    assert "its record is damaged" in said[2]
     assert f"{path} is damaged" in caplog.text
