@@ -171,7 +171,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     Missing folders are made. A folder that has the file's place is set aside, with a line.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    aside = path.with_name(f"{path.name}.tmp")
     try:
         with aside.open("wb") as file:
             file.write(data)
@@ -183,10 +183,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
     handle = os.open(path.parent, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):  # not every file system can
         os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
