@@ -66,8 +66,8 @@ def test_answers_that_are_lost_make_no_second_run(tmp_path):
     import mlflow
 
     with MlflowServer(tmp_path / "server") as server:
-        for seed in range(4):
-            with FaultProxy(server.port, 0.3, ("reset", "503"), seed) as proxy:
+        for seed in range(2):
+            with FaultProxy(server.port, 0.3, ("reset",), seed) as proxy:
                 tracker = MlflowTracker(
                     "cut", f"job {seed}", uri=proxy.endpoint, journal=tmp_path / str(seed)
                 )
@@ -78,7 +78,7 @@ def test_answers_that_are_lost_make_no_second_run(tmp_path):
                 assert tracker.waiting == 0
         client = mlflow.MlflowClient(tracking_uri=server.uri)
         found = client.search_runs([client.get_experiment_by_name("cut").experiment_id])
-        assert sorted(run.info.run_name for run in found) == [f"job {seed}" for seed in range(4)]
+        assert sorted(run.info.run_name for run in found) == ["job 0", "job 1"]
         for run in found:
             assert run.info.status == "FINISHED"
             history = client.get_metric_history(run.info.run_id, "loss")
