@@ -8,7 +8,7 @@ README.md                  the model card
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from json import dumps, loads
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 from mdm.config import Config, to_dict
 from mdm.data.fit import Provenance
 from mdm.data.storage import LocalStore, StoreError
+from mdm.files import DamagedFileError, load_json
 
 TOKENIZER = "tokenizer.model"
 _PROVENANCE = "provenance"
@@ -63,6 +64,25 @@ def write_export(
     write_files(work, config, training, weights, tokenizer, provenance)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
+
+
+def missing_files(folder: Path, config: Config, kinds: Sequence[str]) -> list[str]:
+    """What an export of these kinds of weights lacks, or holds only a part of."""
+    missing = []
+    for i, kind in enumerate(kinds):
+        name = f"model.{kind}.safetensors" if i else "model.safetensors"
+        try:
+            with safe_open(folder / name, "pt"):  # its header tells how long it must be
+                pass
+        except (OSError, SafetensorError):
+            missing.append(name)
+    try:
+        load_json(folder / "config.json", {"model": dict})
+    except (FileNotFoundError, DamagedFileError):
+        missing.append("config.json")
+    if Path(config.tokenizer).is_file() and not (folder / TOKENIZER).is_file():
+        missing.append(TOKENIZER)
+    return missing
 
 
 def write_files(

@@ -1,13 +1,18 @@
-"""The one door to MLflow: runs, parameters, metrics keyed by samples seen, artifacts.
+"""Tracking in MLflow: runs, parameters, metrics keyed by samples seen, artifacts.
 
 Training must never wait for a tracking server, nor end because of one. So everything goes into a
 journal on disk, and a thread of its own brings it to the server, trying again for as long as the
 run lives. What is left then is brought by the next attempt, or by running a finished job again.
+
+A run carries a key that is on disk before the run is created, so that it is found again whenever a
+kill or a full disk keeps its id from being noted. A run that was deleted is restored, or made anew.
+Without mlflow nothing is kept: one line says that tracking is off.
 """
 
 import logging
 import os
 import re
+import secrets
 import tempfile
 import threading
 import time
@@ -15,16 +20,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from mdm import files
 from mdm.journal import Journal
+from mdm.mlflow_run import MlflowRun, RunChanged, first_line, import_mlflow
 
 log = logging.getLogger("mdm")
 
 DEFAULT_STORE = "runs/mlflow.db"
 _PARAM_LENGTH = 6000  # MLflow refuses longer values
-_PARAMS_A_CALL = 100  # and more than this many a call
-_METRICS_A_CALL = 1000
-# What a server answers to an entry that it will never take.
-_HOPELESS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST")
+_METRICS_A_CALL = 1000  # and more than this many a call
+_KEY_FILE = "key"
+_SHAPES: dict[str, files.Shape] = {
+    "params": {"params": dict},
+    "metrics": {"metrics": dict, "step": int, "time": int},
+    "artifact": {"path": str, "folder": str},
+    "text": {"text": str, "path": str},
+    "status": {"status": str},
+    "former": {"run_id": str, "key": str},
+}
 
 
 class Tracker(Protocol):
@@ -95,28 +108,39 @@ class MlflowTracker:
         name: str,
         run_id: str | None = None,
         uri: str | None = None,
-        parent: "MlflowTracker | None" = None,
+        parent: "MlflowTracker | str | None" = None,
         on_start: Callable[[str], None] | None = None,
         journal: Path | None = None,
     ) -> None:
-        self._experiment, self._name = experiment, name
-        self._uri = uri or default_uri()
+        self._experiment, self._uri = experiment, uri or default_uri()
         self._wanted_id, self._parent, self._on_start = run_id, parent, on_start
-        self._run_id: str | None = None
-        self._known: dict[str, int] = {}  # the last step of each metric that the store has
-        self._scratch = tempfile.TemporaryDirectory() if journal is None else None
-        self._journal = Journal(journal or Path(self._scratch.name))  # type: ignore[union-attr]
+        self._run = MlflowRun(
+            *(self._uri, experiment, name, run_id),
+            *(self._parent_id, self._key, lambda line: self._warn(line, again=True)),
+        )
         self._news, self._ending, self._closing = (threading.Event() for _ in range(3))
-        self._dropped = False
-        self._warned = False
-        self._client: Any = None
+        self._dropped = self._warned = self._off = False
+        self._failures = 0  # in a row, of what is being brought
+        self._announced: str | None = None  # what `on_start` has heard
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._journal, self._folder = self._open_journal(journal)
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
+
+    def _open_journal(self, folder: Path | None) -> tuple[Journal, Path]:
+        if folder is not None:
+            try:
+                return Journal(folder, _misfit), folder
+            except OSError as error:
+                self._warn(f"{folder} cannot be written ({error}): what is left at the end is lost")
+        self._scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        folder = Path(self._scratch.name)
+        return Journal(folder, _misfit), folder
 
     @property
     def run_id(self) -> str | None:
         """The MLflow run id; None until the store has answered once."""
-        return self._run_id or self._wanted_id
+        return self._run.run_id or self._wanted_id
 
     @property
     def waiting(self) -> int:
@@ -125,7 +149,7 @@ class MlflowTracker:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record the resolved configuration, flat."""
-        texts = {key: str(value)[:_PARAM_LENGTH] for key, value in params.items()}
+        texts = {key: _text(value)[:_PARAM_LENGTH] for key, value in params.items()}
         self._put({"kind": "params", "params": texts})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -140,11 +164,15 @@ class MlflowTracker:
 
     def log_text(self, text: str, path: str) -> None:
         """Record `text` as the artifact `path`."""
-        self._put({"kind": "text", "text": text, "path": path})
+        self._put({"kind": "text", "text": _text(text), "path": path})
 
     def child(self, name: str) -> Tracker:
         """A run below this one."""
         return MlflowTracker(self._experiment, name, uri=self._uri, parent=self)
+
+    def end_former(self, run_id: str, key: str) -> None:
+        """Close a run that a killed job left RUNNING, by its id or its key, as KILLED."""
+        self._put({"kind": "former", "run_id": run_id, "key": key})
 
     def finish(self, status: str = "FINISHED", timeout: float = 30.0) -> None:
         """Close the run; waits at most `timeout` seconds for the store to take what is left."""
@@ -161,9 +189,11 @@ class MlflowTracker:
             self._scratch.cleanup()
 
     def _put(self, entry: dict[str, Any]) -> None:
+        if self._off:
+            return
         if self._journal.append(entry):
             self._news.set()
-        elif not self._dropped:
+        elif not self._dropped and not self._off:
             self._dropped = True
             log.warning("MLflow's journal takes no more: entries are dropped from now on")
 
@@ -176,13 +206,36 @@ class MlflowTracker:
 
     def _work(self) -> None:
         try:
-            self._deliver()
+            if self._has_mlflow():
+                self._deliver()
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            self._off = True
+            self._warn(f"tracking ends: {type(error).__name__}: {first_line(error)}", again=True)
         finally:
             self._journal.close()
 
+    def _has_mlflow(self) -> bool:
+        """Import mlflow; where that fails, nothing is to wait for it."""
+        try:
+            import_mlflow()
+        except Exception as error:  # noqa: BLE001 - a broken installation fails in any way
+            self._off = True
+            self._journal.withdraw()
+            log.warning(
+                "tracking is off: mlflow cannot be imported (%s: %s); install it, or say "
+                "--tracking false",
+                type(error).__name__,
+                first_line(error),
+            )
+            return False
+        return True
+
     def _deliver(self) -> None:
-        self._insist(self._open)
+        self._insist(self._run.open)
+        if self._run.is_new:  # a store that has lost its run gets all that there still is
+            self._journal.rewind()
         while not self._closing.is_set():
+            self._announce()
             self._news.clear()
             waiting = self._journal.waiting()
             if not waiting:
@@ -191,128 +244,90 @@ class MlflowTracker:
                 self._news.wait()
                 continue
             entry, end, backlog = waiting[0]
+            lines = [entry]
             if entry["kind"] == "metrics":  # what has piled up goes in few calls
                 lines, end = _leading_metrics(waiting)
-                written = self._insist(lambda lines=lines: self._write_metrics(lines))  # type: ignore[misc]
-            else:
-                stale = entry["kind"] == "status" and backlog  # how a former attempt ended
-                written = stale or self._insist(lambda entry=entry: self._write(entry))  # type: ignore[misc]
-            if written:
+            stale = entry["kind"] == "status" and backlog  # how a former attempt ended
+            if stale or self._insist(lambda lines=lines: self._bring(lines)):  # type: ignore[misc]
                 self._journal.take(end)
 
     def _insist(self, task: Callable[[], None]) -> bool:
-        """Run `task` until it succeeds or the job ends; a store's trouble is no reason to stop."""
-        pause = 1.0
+        """Run `task` until it succeeds or the job ends; a store's trouble is no reason to stop.
+
+        False if it has not succeeded, or the journal is to be read again.
+        """
+        pause, self._failures = 1.0, 0
         while not self._closing.is_set():
             try:
                 task()
                 self._warned = False
                 return True
+            except RunChanged as change:
+                if change.anew:  # it has nothing of what was taken
+                    self._journal.rewind()
+                return False
             except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
-                first = (str(error).splitlines() or [""])[0][:200]
-                if getattr(error, "error_code", "") in _HOPELESS:
-                    self._warn(f"an entry is refused and dropped: {first}", again=True)
-                    return True
-                self._warn(f"{type(error).__name__}: {first}")
+                self._failures += 1
+                self._warn(f"{type(error).__name__}: {first_line(error)}")
                 # One that ends soon asks more often: its server may be back in time.
                 self._closing.wait(1.0 if self._ending.is_set() else pause)
                 pause = min(2 * pause, 30.0)
         return False
 
-    def _open(self) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        for name in ("alembic", "mlflow.store.db"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        if self._uri.startswith("sqlite:///"):
-            Path(self._uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        # Imported here: it takes seconds, and only rank 0 of a tracked job needs it.
-        import mlflow
-        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+    def _bring(self, entries: list[dict[str, Any]]) -> None:
+        self._run.bring(entries, self._failures)
 
-        self._client = mlflow.MlflowClient(tracking_uri=self._uri)
-        if self._wanted_id is not None and self._resume(self._wanted_id):
-            return
-        tags = {}
-        if self._parent is not None:
-            while self._parent.run_id is None:
-                if self._closing.wait(0.1):
-                    return
-            tags[MLFLOW_PARENT_RUN_ID] = self._parent.run_id
-        found = self._client.create_run(self._experiment_id(), tags=tags, run_name=self._name)
-        self._run_id = str(found.info.run_id)
-        if self._on_start is not None:
-            self._on_start(self._run_id)
+    def _announce(self) -> None:
+        """Tell the run's id; that it cannot be noted does not keep entries from the store."""
+        if self._on_start is not None and self._run.run_id not in (None, self._announced):
+            try:
+                self._on_start(str(self._run.run_id))
+            except Exception as error:  # noqa: BLE001 - tried again with the next entry
+                self._warn(f"the run's id is not noted: {first_line(error)}")
+            else:
+                self._announced = self._run.run_id
 
-    def _experiment_id(self) -> str:
-        found = self._client.get_experiment_by_name(self._experiment)
-        if found is not None:
-            return str(found.experiment_id)
-        location = None
-        if self._uri.startswith("sqlite:///"):
-            location = (
-                Path(self._uri.removeprefix("sqlite:///")).parent / "mlflow-artifacts"
-            ).as_uri()
-        return str(self._client.create_experiment(self._experiment, artifact_location=location))
+    def _parent_id(self) -> str | None:
+        if self._parent is None or isinstance(self._parent, str):
+            return self._parent
+        found = self._parent._run.run_id
+        if found is None:
+            raise TimeoutError("the run above this one is not known yet")
+        return found
 
-    def _resume(self, run_id: str) -> bool:
-        """Continue a run; False if this store does not know it."""
-        try:
-            run = self._client.get_run(run_id)
-        except Exception as error:
-            if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
-                return False
-            raise
-        self._client.update_run(run_id, status="RUNNING")
-        self._run_id = run_id
-        self._known = {m.key: m.step for m in run.data._metric_objs}
-        return True
+    def _key(self) -> str:
+        path = self._folder / _KEY_FILE
+        found = read_key(self._folder)
+        if not found:
+            found = secrets.token_hex(16)
+            files.write_bytes(path, found.encode())
+        return found
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        kind = entry["kind"]
-        if kind == "params":
-            self._write_params(entry["params"])
-        elif kind == "artifact":
-            self._write_artifact(Path(entry["path"]), entry["folder"])
-        elif kind == "text":
-            self._client.log_text(self._run_id, entry["text"], entry["path"])
-        else:
-            self._client.set_terminated(self._run_id, status=entry["status"])
 
-    def _write_params(self, params: dict[str, str]) -> None:
-        from mlflow.entities import Param
+def read_key(journal: Path) -> str:
+    """The key of the run whose entries wait in this folder; empty where none is known."""
+    path = journal / _KEY_FILE
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        files.tell(f"{path} cannot be read: {error.strerror or error}; it is passed over")
+        return ""
+    if re.fullmatch(rb"[0-9a-f]{32}", text):
+        return text.decode()
+    files.tell(f"{path} is damaged: not a key of 32 digits; it is passed over")
+    return ""
 
-        known = self._client.get_run(self._run_id).data.params
-        rows = [
-            Param(key, value)
-            for key, value in params.items()
-            if key not in known  # MLflow's parameters cannot change: a resumed run keeps its first
-        ]
-        for start in range(0, len(rows), _PARAMS_A_CALL):
-            self._client.log_batch(self._run_id, params=rows[start : start + _PARAMS_A_CALL])
 
-    def _write_metrics(self, lines: list[dict[str, Any]]) -> None:
-        from mlflow.entities import Metric
+def _misfit(entry: dict[str, Any]) -> str:
+    shape = _SHAPES.get(entry["kind"])
+    return f"unknown kind {entry['kind']!r}" if shape is None else files.misfit(entry, shape)
 
-        # A resumed run repeats the steps since its checkpoint, bit for bit.
-        rows, known = [], dict(self._known)
-        for line in lines:
-            for key, value in line["metrics"].items():
-                if line["step"] > known.get(key, -1):
-                    rows.append(Metric(key, value, line["time"], line["step"]))
-                    known[key] = line["step"]
-        if rows:
-            self._client.log_batch(self._run_id, metrics=rows)
-            self._known = known
 
-    def _write_artifact(self, path: Path, folder: str) -> None:
-        if not path.exists():
-            log.warning("MLflow: %s is gone and was not recorded", path)
-            return
-        write = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        write(self._run_id, str(path), folder or None)
+def _text(value: Any) -> str:
+    """What any store can encode."""
+    return str(value).encode("utf-8", "backslashreplace").decode()
 
 
 def _leading_metrics(
@@ -322,8 +337,10 @@ def _leading_metrics(
     lines: list[dict[str, Any]] = []
     end, values = 0, 0
     for entry, after, _ in waiting:
-        values += len(entry.get("metrics", ()))
-        if entry["kind"] != "metrics" or (lines and values > _METRICS_A_CALL):
+        if entry["kind"] != "metrics":
+            break
+        values += len(entry["metrics"])
+        if lines and values > _METRICS_A_CALL:
             break
         lines.append(entry)
         end = after

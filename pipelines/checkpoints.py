@@ -49,7 +49,8 @@ def show(checkpoints: Checkpoints) -> int:
         loss = "" if math.isinf(record.loss) else f"  loss {record.loss:.4f}"
         aside = ""
         if ASIDE in keys:
-            aside = f"  set aside: {checkpoints.store.get(f'{name}/{ASIDE}').decode()}"
+            reason = checkpoints.store.get(f"{name}/{ASIDE}").decode(errors="replace")
+            aside = f"  set aside: {reason}"
         print(
             f"{name}  {state.samples_seen} samples  {record.manifest['world_size']} ranks  "
             f"{record.nbytes / 2**20:.1f} MiB{loss}{aside}"

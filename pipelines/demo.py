@@ -16,6 +16,7 @@ import psutil
 
 from mdm.cli import fail, parse_cli
 from mdm.config import doc, fingerprint
+from mdm.files import DamagedFileError
 from mdm.presets import PRESETS
 from pipelines.children import die_with_parent, supervised
 from pipelines.stages import (
@@ -41,6 +42,7 @@ class Flags:
     review: bool = doc(False, "serve the MLflow pages of former runs, and do nothing else")
     port: int = doc(5000, "port of the pages")
     ranks: int = doc(2, "training processes")
+    tracking: bool = doc(True, "log to MLflow; false: nothing is written for it")
     train_flags: str = doc("", "more flags for the training job, separated by spaces")
     n: int = doc(500, "pictures of each kind that the evaluation draws")
 
@@ -77,6 +79,7 @@ def stages(flags: Flags) -> list[Stage]:
         return Stage(f"encode-{target}", title, command, (), (where, report), needs, Path(report))
 
     train = f"{out}/train"
+    untracked = () if flags.tracking else ("--tracking", "false")
     launcher = str(Path(PYTHON).parent / "deepspeed")
     return [
         Stage(
@@ -125,6 +128,7 @@ def stages(flags: Flags) -> list[Stage]:
                 *(launcher, "--num_accelerators", str(flags.ranks), "pipelines/pretrain.py"),
                 *("--preset", "demo", "--data.root", encoded, "--run_dir", train),
                 *("--tokenizer", f"{tokenizer}/tokenizer.model", "--autoencoder", autoencoder),
+                *untracked,
                 *flags.train_flags.split(),
             ),
             inputs=(fingerprint(preset),),
@@ -141,6 +145,7 @@ def stages(flags: Flags) -> list[Stage]:
                 *("--data", encoded, "--raw", data, "--judge", f"{out}/classifier"),
                 *("--tokenizer", f"{tokenizer}/tokenizer.model", "--autoencoder", autoencoder),
                 *("--n", str(flags.n), "--out", f"{out}/evaluation"),
+                *untracked,
             ),
             outputs=(f"{out}/evaluation",),
             needs=store,
@@ -237,6 +242,13 @@ def main() -> int:
     began = time.monotonic()
     try:
         return run(flags)
+    except DamagedFileError as error:  # the report needs it
+        print(
+            f"{error}; remove it and the record of its stage in {flags.out}/stages, then run it "
+            "again",
+            file=sys.stderr,
+        )
+        return 1
     except StageFailed as error:
         print(f"{error}; run it again to go on from there", file=sys.stderr)
         return 1

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from mdm.cli import fail, parse_cli
 from mdm.config import doc
+from mdm.files import make_way, read_json, write_bytes
 from mdm.sources.journeydb import ANNOTATIONS
 
 VERSION = 1  # of what is written; part of the marker, so that older folders are written anew
@@ -278,11 +279,11 @@ def write(out: Path, limit: int) -> dict[str, Any]:
     marker = out / MARKER
     request: dict[str, Any] = {"version": VERSION, "limit": limit}
     request |= {"packages": {name: facts["package"] for name, _, facts in _sets()}}
-    if marker.is_file():
-        known: dict[str, Any] = json.loads(marker.read_text())
-        if known["request"] == request:
-            return known
-        marker.unlink()
+    known = read_json(marker, {"request": dict, "sets": dict})
+    if known.get("request") == request:
+        return known
+    make_way(marker)
+    marker.unlink(missing_ok=True)
     report: dict[str, Any] = {"request": request, "sets": {}}
     for name, writer, facts in _sets():
         shutil.rmtree(out / name, ignore_errors=True)
@@ -291,9 +292,8 @@ def write(out: Path, limit: int) -> dict[str, Any]:
             "records": counts,
             "sha256": listing_sha256(out / name),
         }
-    partial = marker.with_suffix(".tmp")
-    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(marker)
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(marker, text.encode())
     return report
 
 

@@ -28,8 +28,8 @@ from mdm.evaluate import classifier, poster
 from mdm.evaluate.caption import ClassNames
 from mdm.evaluate.heldout import counts, load_encoded, load_pictures, load_prompts
 from mdm.evaluate.runner import DemoData, Settings, run_demo, snapshot
+from mdm.files import load_json, read_json, write_json
 from mdm.generate import MDM
-from pipelines.stages import read_json, write_json
 
 SETS = ("digits", "digits-val", "emoji", "emoji-valid")
 
@@ -47,7 +47,7 @@ class Flags(Settings):
     autoencoder: str = doc("runs/demo/autoencoder", "folder of the frozen autoencoder")
     snapshots: str = doc("", "folder of earlier exports, step-XXXXXXXX each; for grids")
     out: str = doc("runs/demo/evaluation", "folder to write")
-    track: bool = doc(True, "log to MLflow, below the training run")
+    tracking: bool = doc(True, "log to MLflow, below the training run; false: nothing is written")
     prompts: int = doc(8, "dialogues to answer")
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ def samples_seen(folder: Path, config: Config) -> int:
 
 def read_config(folder: Path) -> Config:
     """The configuration beside exported weights."""
-    return from_dict(Config, read_json(folder / "config.json"))
+    return from_dict(Config, load_json(folder / "config.json"))
 
 
 def run(flags: Flags) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def run(flags: Flags) -> dict[str, Any]:
     write_json(out / "evaluation.json", plain)
     poster.draw(result, out, out / "readme.png")
     write_json(out / "metrics.json", report)
-    if flags.track:
+    if flags.tracking:
         log(flags, config, report, shots)
     return report
 
@@ -162,19 +162,19 @@ def _spread_texts(data: DemoData) -> list[str]:
 
 def log(flags: Flags, config: Config, report: dict[str, Any], shots: list[dict[str, Any]]) -> None:
     """A child of the training run: metrics by samples seen, sheets, the plain results."""
-    note = read_json(Path(flags.checkpoint).parent / "tracking.json")
-    parent = tracking.MlflowTracker(
-        config.experiment, Path(config.run_dir).name, run_id=note.get("run_id")
-    )
-    child = parent.child("evaluate")
-    child.log_params({k: v for k, v in vars(flags).items() if k != "track"})
-    for shot in shots:
-        child.log_metrics({"snapshot_accuracy": shot["accuracy"]}, shot["samples_seen"])
-    numbers = {k: v for k, v in report.items() if k != "samples_seen"}
-    child.log_metrics(numbers, report["samples_seen"])
-    child.log_artifact(flags.out, "evaluation")
-    child.finish()
-    parent.finish()
+    note = read_json(Path(flags.checkpoint).parent / "tracking.json", {"run_id": str})
+    child = tracking.MlflowTracker(config.experiment, "evaluate", parent=note.get("run_id"))
+    status = "FAILED"
+    try:
+        child.log_params({k: v for k, v in vars(flags).items() if k != "tracking"})
+        for shot in shots:
+            child.log_metrics({"snapshot_accuracy": shot["accuracy"]}, shot["samples_seen"])
+        numbers = {k: v for k, v in report.items() if k != "samples_seen"}
+        child.log_metrics(numbers, report["samples_seen"])
+        child.log_artifact(flags.out, "evaluation")
+        status = "FINISHED"
+    finally:
+        child.finish(status)
 
 
 def main() -> int:

@@ -21,11 +21,11 @@ from mdm.data.tokenizer import Tokenizer
 from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import classifier, learn_report
 from mdm.evaluate.learn import Ruler, Task, evaluate
+from mdm.files import load_json
 from mdm.generate import MDM
 from mdm.generate.generator import load_objective
 from pipelines import learn_data
 from pipelines.children import supervised
-from pipelines.stages import read_json
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def train(out: Path, data: Path, ranks: int, flags: list[str]) -> dict[str, floa
     process = supervised(command, env=env)
     if code := process.wait():
         fail(f"learn: the training job ended with {code}; run it again to go on")
-    done: dict[str, float] = read_json(out / "done.json")
+    done: dict[str, float] = load_json(out / "done.json")
     return done
 
 
 def load(export: Path, setting: Setting, compiled: bool = True) -> MDM:
     """The generator of exported weights, with pixel patches in the autoencoder's place."""
-    config = from_dict(Config, read_json(export / "config.json"))
+    config = from_dict(Config, load_json(export / "config.json"))
     objective = load_objective(export, config)
     pieces = Tokenizer(setting.tokenizer)
     return MDM(config, objective, pieces, setting.pixels, compiled=compiled)

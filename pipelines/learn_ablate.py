@@ -5,7 +5,6 @@ solvers, their evaluations and the selection of settled tokens are compared on t
 weights, if `pipelines/learn.py` has made them. Run again, it goes on from the finished variants.
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -25,10 +24,10 @@ from mdm.evaluate import learn_report
 from mdm.evaluate.ablation import runs_table, selection_table, solver_table
 from mdm.evaluate.learn import evaluate
 from mdm.evaluate.sheets import save_sheet
+from mdm.files import read_json, read_lines, write_json
 from pipelines import learn_data
 from pipelines.children import supervised
 from pipelines.learn import Setting, load, prepare
-from pipelines.stages import read_json, write_json
 
 VARIANTS = {
     "as shipped": "",
@@ -86,8 +85,8 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
     """Train and judge one variant with one seed, or read what was found before."""
     folder = Path(flags.out) / folder_name(name, seed)
     found = folder / "metrics.json"
-    if found.exists():
-        return dict(read_json(found))
+    if former := read_json(found, {"sheet": dict, "loss": float}):
+        return former
     command = [
         *(sys.executable, "pipelines/pretrain.py", "--preset", "learn"),
         *("--data.root", str(setting.tokenizer.parent / "encoded")),
@@ -113,8 +112,8 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
     )
     shown = drawn.pictures[: len(learn_data.WORDS)]
     sheet = save_sheet(shown, folder / "pictures.png", columns=len(shown))
-    with (folder / "train" / "metrics.jsonl").open() as file:
-        losses = [json.loads(line)["loss"] for line in file]
+    rows = read_lines(folder / "train" / "metrics.jsonl", {"loss": float})
+    losses = [row["loss"] for row in rows]
     last = losses[-max(1, len(losses) // 10) :]
     metrics |= {"loss": statistics.fmean(last), "sheet": vars(sheet)}
     write_json(found, metrics)
@@ -189,8 +188,8 @@ def main() -> int:
         print(f"{flags.weights} holds no weights: solvers and selection not compared")
     write_json(out / "ablate.json", plain)
     learnt = out.parent / "report.json"
-    if learnt.exists():
-        learn_report.write_page(out.parent, read_json(learnt))
+    if plain := read_json(learnt):
+        learn_report.write_page(out.parent, plain)
         print(f"{out.parent}/report.html")
     return 0
 

@@ -17,6 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mdm import files
+
+_NODE: files.Shape = {"count": int, "state": str, "done": int, "address": str}
+_ATTEMPT: files.Shape = {"number": int, "nodes": list, "address": str, "port": int}
 BEAT = 0.5
 LOST = 10.0  # seconds after which a node whose counter stands still is gone
 
@@ -83,7 +87,7 @@ class Meeting:
         if self.hosts:
             self.folder.mkdir(parents=True, exist_ok=True)
             # An attempt that was called before this supervisor began is not one to join.
-            self._done = _read_json(self.folder / "attempt.json").get("number", 0)
+            self._done = self._attempt().get("number", 0)
             self._write()
             self._thread = threading.Thread(target=self._beat, name="mdm-meeting", daemon=True)
             self._thread.start()
@@ -94,6 +98,15 @@ class Meeting:
         if self._thread is not None:
             self._thread.join()
             self._path(self.own).unlink(missing_ok=True)
+
+    def _attempt(self) -> dict[str, Any]:
+        """The last attempt that was called; empty if there is none, or none of these nodes."""
+        found = files.read_json(self.folder / "attempt.json", _ATTEMPT)
+        return found if all(name in self.hosts for name in found.get("nodes", ())) else {}
+
+    def _strikes(self) -> dict[str, int]:
+        found = files.read_json(self.folder / "strikes.json")
+        return {name: n for name, n in found.items() if isinstance(n, int)}
 
     def _path(self, name: str) -> Path:
         return self.folder / f"node-{name}.json"
@@ -112,7 +125,7 @@ class Meeting:
         """The notes of the nodes whose counters move, in the hostfile's order."""
         now, found = time.monotonic(), {}
         for name in self.hosts:
-            note = _read_json(self._path(name))
+            note = files.read_json(self._path(name), _NODE)
             if not note:
                 continue
             count, since = self._seen.get(name, (-1, now))
@@ -137,14 +150,15 @@ class Meeting:
         began = time.monotonic()
         while not stop():
             alive = self.alive()
-            current = _read_json(self.folder / "attempt.json")
+            current = self._attempt()
             if current and current["number"] > self._done and self.own in current["nodes"]:
                 self._state = "running"  # first: waiting with this number means that it is over
                 self._done = current["number"]
                 self._write()
                 nodes = tuple(current["nodes"])
                 return Attempt(
-                    **(current | {"nodes": nodes}),
+                    **{k: current[k] for k in _ATTEMPT if k != "nodes"},
+                    nodes=nodes,
                     rank=nodes.index(self.own),
                     hosts={name: self.hosts[name] for name in nodes},
                 )
@@ -157,7 +171,7 @@ class Meeting:
         """Call an attempt, if those who should be in it are there and idle."""
         if any(note["state"] != "waiting" for note in alive.values()):
             return
-        strikes = _read_json(self.folder / "strikes.json")
+        strikes = self._strikes()
         fit = [name for name in alive if strikes.get(name, 0) < self.strikes]
         if len(fit) < self.least:  # too few are left to be choosy
             fit = list(alive)
@@ -192,7 +206,7 @@ class Meeting:
         """This node's part of the attempt is over; `hurt` if the failure began here."""
         if self.hosts and hurt:
             # Each node writes its own line at its own time: a lost strike costs one more restart.
-            strikes = _read_json(self.folder / "strikes.json")
+            strikes = self._strikes()
             _write_json(
                 self.folder / "strikes.json", strikes | {self.own: strikes.get(self.own, 0) + 1}
             )
@@ -209,14 +223,8 @@ def _address(name: str) -> str:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
+    # Not flushed to the disk: a note is of no use after the machine has been down.
     part = path.with_name(f"{path.name}.{socket.gethostname()}.part")
     part.write_text(json.dumps(value))
+    files.make_way(path)
     part.replace(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found

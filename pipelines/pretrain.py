@@ -50,6 +50,7 @@ class Flags(Config):
     preflight: bool = doc(False, "check storage, disk, versions, network and speed; train nothing")
     profile: str = doc("", "steps to trace into run_dir/profile: 10:13 for 10, 11 and 12")
     memory_history: bool = doc(False, "record CUDA's allocations, for a snapshot should they fail")
+    tracking: bool = doc(True, "log to MLflow; false: nothing is written for it")
     replay_step: int = doc(
         -1, "replay this skipped step alone, sample by sample, and train nothing"
     )
@@ -118,6 +119,7 @@ def run(flags: Flags, config: Config, world: World) -> int:
         make_loader,
         resume=flags.resume,
         leaf_classes=gathered,
+        track=flags.tracking,
         profiled=parse_steps(flags.profile),
         draw=drawing(config.train.pictures),
     )

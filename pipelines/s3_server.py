@@ -17,10 +17,12 @@ import urllib.request
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mdm.cli import fail, parse_cli
 from mdm.config import doc
 from mdm.data.storage import S3Store, StoreError, StoreOptions
+from mdm.files import make_way, read_json
 
 HOST = "127.0.0.1"
 
@@ -32,6 +34,15 @@ class Flags:
     dir: str = field(metadata={"help": "folder that keeps the objects"})
     port: int = doc(0, "port of the S3 endpoint; 0 picks a free one")
     bucket: str = doc("mdm-demo", "bucket that is made at the start")
+
+
+def _keys_in(plain: dict[str, Any]) -> tuple[str, str] | None:
+    """The access key and secret of what `S3Server` wrote; None if it holds none."""
+    try:
+        keys = plain["identities"][0]["credentials"][0]
+        return str(keys["accessKey"]), str(keys["secretKey"])
+    except (LookupError, TypeError):
+        return None
 
 
 class S3Server:
@@ -71,21 +82,21 @@ class S3Server:
 
     def _keys(self) -> tuple[str, str]:
         path = self.folder / "s3.json"
-        if not path.exists():
+        keys = _keys_in(read_json(path, {"identities": list}))
+        if keys is None:
+            keys = (secrets.token_hex(10), secrets.token_hex(20))
             identity = {
                 "name": "owner",
-                "credentials": [
-                    {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_hex(20)}
-                ],
+                "credentials": [{"accessKey": keys[0], "secretKey": keys[1]}],
                 "actions": ["Admin", "Read", "Write", "List", "Tagging"],
             }
             self.folder.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".new")
             aside.touch(mode=0o600)
             aside.write_text(json.dumps({"identities": [identity]}))
+            make_way(path)
             aside.replace(path)
-        keys = json.loads(path.read_text())["identities"][0]["credentials"][0]
-        return keys["accessKey"], keys["secretKey"]
+        return keys
 
     def start(self) -> "S3Server":
         """Start it and wait until it answers; StoreError with the log's end if it does not."""

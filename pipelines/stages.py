@@ -23,9 +23,20 @@ from typing import Any
 
 import psutil
 
+from mdm import files
+from mdm.files import read_json, write_json
 from pipelines import children
 
 GIB = 2**30
+_MARKER: files.Shape = {
+    **{"fingerprint": str, "title": str, "command": list, "seconds": float},
+    **{"peak_rss_gib": float, "attempts": int, "report": dict},
+}
+_USAGE: files.Shape = {
+    **{"fingerprint": str, "seconds": float, "peak_rss_gib": float},
+    **{"attempts": int, "processes": list},
+}
+_PROCESS: files.Shape = {"pid": int, "started": float, "command": list}
 
 
 @dataclass(frozen=True)
@@ -98,23 +109,6 @@ class Usage:
     processes: list[dict[str, Any]] = field(default_factory=list)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that `path` holds either the old or the new content, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty if it does not exist."""
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
-
-
 def _memory(process: psutil.Process) -> int:
     # PSS shares a page fairly among the processes that map it, so that sums over a tree are true.
     try:
@@ -177,7 +171,9 @@ def end_leftovers(folder: Path) -> int:
     """
     ours = []
     for path in sorted(folder.glob("*.attempt.json")):
-        for recorded in read_json(path).get("processes", []):
+        for recorded in read_json(path, {"processes": list}).get("processes", []):
+            if files.misfit(recorded, _PROCESS) or recorded["pid"] < 1:
+                continue
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 process = psutil.Process(recorded["pid"])
                 same = abs(process.create_time() - recorded["started"]) < 0.05
@@ -245,11 +241,11 @@ class Runner:
         try:
             for at, stage in enumerate(stages):
                 upstream = _fingerprint(stage, upstream)
-                marker = read_json(self.marker(stage))
+                marker = read_json(self.marker(stage), _MARKER)
                 if marker.get("fingerprint") == upstream:
                     self.say(f"= {stage.title}: done before, {marker['seconds']:.1f} s")
                 else:
-                    marker = self._run(stage, upstream)
+                    marker = self._run(stage, upstream, marker)
                 done[stage.name] = marker
                 for name in set(self.services).difference(*(s.needs for s in stages[at + 1 :])):
                     self.services[name].stop()
@@ -258,19 +254,25 @@ class Runner:
                 service.stop()
         return done
 
-    def _run(self, stage: Stage, fingerprint: str) -> dict[str, Any]:
+    def _run(self, stage: Stage, fingerprint: str, former: dict[str, Any]) -> dict[str, Any]:
         marker, attempt = self.marker(stage), self.folder / f"{stage.name}.attempt.json"
-        begun = read_json(attempt)
+        begun = read_json(attempt, _USAGE)
+        # What is not known to be another's work is not removed.
+        damaged = not begun and not former and (attempt.exists() or marker.exists())
         for name in stage.needs:
             self.services[name].start(self.env)
         if begun.get("fingerprint") == fingerprint:
-            usage = Usage(**begun)
+            usage = Usage(**{key: begun[key] for key in _USAGE})
             self.say(f"> {stage.title}: goes on after {usage.seconds:.1f} s")
+        elif damaged:
+            usage = Usage(fingerprint)
+            self.say(f"> {stage.title}: its record is damaged; goes on with what is there")
         else:
             if begun or marker.exists():
                 self.say(f"> {stage.title}: changed, starts anew")
             else:
                 self.say(f"> {stage.title}")
+            files.make_way(marker)
             marker.unlink(missing_ok=True)
             for output in stage.outputs:
                 self.remove(output)

@@ -29,6 +29,7 @@ from mdm.config import doc
 from mdm.data import fit_autoencoder
 from mdm.data.autoencoder import Autoencoder, build, save
 from mdm.data.image import decode_image
+from mdm.files import write_json
 from mdm.precision import describe, resolve
 from mdm.sources.record import RawRecord
 
@@ -193,7 +194,7 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
             "latents_std": std,
             "losses": list(islice(history, 0, None, max(1, config.steps // 100))) + history[-1:],
         }
-        (partial / "autoencoder.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(partial / "autoencoder.json", report)
         if out.exists():
             shutil.rmtree(out)
         os.replace(partial, out)

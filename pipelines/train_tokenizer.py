@@ -17,6 +17,7 @@ from mdm.cli import fail, parse_cli
 from mdm.config import doc
 from mdm.data import corpus
 from mdm.data.tokenizer import UNK, Tokenizer, train_model
+from mdm.files import write_json
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def train(config: TrainTokenizerConfig) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - started, 2),
         }
         shutil.move(partial, out / "tokenizer.model")
-    (out / "tokenizer.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(out / "tokenizer.json", report)
     return report
 
 

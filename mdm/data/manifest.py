@@ -125,7 +125,8 @@ class Manifest:
                 f"{uri} holds no encoded data set ({MANIFEST} is missing): has encode.py finished?"
             ) from None
         try:
-            expected = store.get(MANIFEST_SHA256).decode().split()[0]
+            # Damaged, it is no hash at all, which is refused below.
+            expected = (store.get(MANIFEST_SHA256).decode(errors="replace").split() or ["none"])[0]
         except MissingObjectError:
             raise ManifestError(
                 f"{uri} lacks {MANIFEST_SHA256}: encode.py was stopped at its last step, run it "

@@ -22,6 +22,7 @@ from mdm.data.recipe import Recipe
 from mdm.data.schema import Examples, ShardInfo, example_schema, write_shard
 from mdm.data.storage import MissingObjectError, Store
 from mdm.data.survey import Group
+from mdm.files import tell
 
 SAMPLES = 12  # examples that a dataset card shows
 _SMALL = 64  # pixels: larger pictures are shown as JPEG
@@ -105,6 +106,7 @@ def get_sealed(store: Store, key: str) -> bytes | None:
             return None
         if xxhash.xxh3_128_digest(data[16:]) == data[:16]:
             return data[16:]
+    tell(f"{store.uri}/{key} is damaged; it is passed over")
     return None
 
 

@@ -8,8 +8,6 @@ Shapes: B pictures, H = W = 32.
 """
 
 import itertools
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from mdm.files import DamagedFileError, load_json, write_json
 
 FEATURES = 64
 
@@ -138,19 +139,20 @@ def save(net: Classifier, folder: Path, report: dict[str, float]) -> None:
         folder / "classifier.safetensors",
         metadata={"n_classes": str(net.n_classes), "width": str(net.width)},
     )
-    temporary = folder / "classifier.json.tmp"
-    temporary.write_text(
-        json.dumps({"n_classes": net.n_classes, "width": net.width} | report, indent=2)
-    )
-    os.replace(temporary, folder / "classifier.json")
+    facts = {"n_classes": net.n_classes, "width": net.width} | report
+    write_json(folder / "classifier.json", facts)
 
 
 def load(folder: Path) -> tuple[Classifier, dict[str, float]]:
     """The judge that `save` wrote and its report. Raises FileNotFoundError naming the folder."""
-    described = folder / "classifier.json"
-    if not described.is_file():
-        raise FileNotFoundError(f"no classifier in {folder}: run pipelines/train_classifier.py")
-    report: dict[str, float] = json.loads(described.read_text())
-    net = Classifier(int(report["n_classes"]), int(report["width"]))
-    net.load_state_dict(load_file(folder / "classifier.safetensors"))
+    again = "run pipelines/train_classifier.py"
+    try:
+        report = load_json(folder / "classifier.json", {"n_classes": int, "width": int})
+        weights = load_file(folder / "classifier.safetensors")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no classifier in {folder}: {again}") from None
+    except (DamagedFileError, SafetensorError) as error:
+        raise ValueError(f"the classifier in {folder} is damaged ({error}): {again}") from None
+    net = Classifier(report["n_classes"], report["width"])
+    net.load_state_dict(weights)
     return net.eval(), report

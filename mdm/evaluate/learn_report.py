@@ -1,6 +1,5 @@
 """The report of `pipelines/learn.py`: `report.json` for programs, `report.html` for people."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from mdm.evaluate.learn import Drawn, Task
 from mdm.evaluate.page import Target, loss_charts, render, tiles, write_report
 from mdm.evaluate.runner import Label
 from mdm.evaluate.sheets import save_sheet
+from mdm.files import load_json, read_json, read_lines, write_json
 
 SHOWN = 100  # tiles of a sheet
 SHEETS = "sheets.json"
@@ -66,8 +66,7 @@ def save_sheets(task: Task, drawn: Drawn, wanted: Sequence[int], folder: Path) -
     for name, (pictures, marks) in parts.items():
         found[name] = vars(save_sheet(pictures[:SHOWN], folder / f"{name}.png", columns=10))
         labels[name] = [vars(mark) for mark in marks[:SHOWN]]
-    text = json.dumps({"sheets": found, "labels": labels})
-    (folder / SHEETS).write_text(text, encoding="utf-8")
+    write_json(folder / SHEETS, {"sheets": found, "labels": labels})
 
 
 def write(
@@ -90,18 +89,16 @@ def write(
 def write_page(run: Path, plain: Mapping[str, Any]) -> None:
     """Write the page of what lies in `run`, with the ablation's part if there is one."""
     metrics = {k: v for k, v in plain.items() if k not in ("targets", "settings")}
-    with (run / "train" / "metrics.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    drawn = json.loads((run / "sheets" / SHEETS).read_text(encoding="utf-8"))
+    lines = read_lines(run / "train" / "metrics.jsonl", {"step": float, "samples_seen": float})
+    drawn = load_json(run / "sheets" / SHEETS)
     ablation = run / "ablate" / "ablate.json"
+    compared = read_json(ablation, {"variants": dict, "sheets": dict})
     content = {
         "metrics": metrics,
         "targets": [target.row(metrics) for target in targets(metrics)],
         "tiles": tiles(drawn["sheets"], drawn["labels"], run / "sheets"),
         "losses": loss_charts(lines),
         "settings": plain["settings"],
-        "ablation": section(json.loads(ablation.read_text(encoding="utf-8")), ablation.parent)
-        if ablation.exists()
-        else None,
+        "ablation": section(compared, ablation.parent) if compared else None,
     }
     write_report(run, render("learn.html.j2", content), plain)

@@ -6,7 +6,6 @@ A page is one file: pictures, charts and styles are in it, and it asks nothing o
 import base64
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 
 from mdm.evaluate.charts import line_chart
 from mdm.evaluate.sheets import Sheet, cut_sheet
+from mdm.files import write_bytes
 
 TERMS = {
     "total": "total",
@@ -151,6 +151,4 @@ def write_report(run: Path, page: str, plain: Mapping[str, Any]) -> None:
         ("report.html", page),
         ("report.json", json.dumps(plain, indent=2) + "\n"),
     ):
-        temporary = run / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, run / name)
+        write_bytes(run / name, text.encode())

@@ -1,6 +1,5 @@
 """The report of a demo run: `report.json` for programs, `report.html` for people."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from PIL import Image
 
 from mdm.evaluate.page import Target, data_uri, loss_charts, render, tiles, write_report
 from mdm.evaluate.sheets import Sheet, cut_sheet
+from mdm.files import load_json, read_lines
 
 TARGETS = (
     Target(
@@ -77,8 +77,7 @@ TARGETS = (
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run the stages before the report")
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return load_json(path)
 
 
 def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -123,8 +122,7 @@ def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
     """
     evaluation = _read(run / "evaluation" / "evaluation.json")
     folder = run / "evaluation"
-    with (run / "train" / "metrics.jsonl").open(encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
+    lines = read_lines(run / "train" / "metrics.jsonl", {"step": float, "samples_seen": float})
     stages = _stages(run, order)
     training: dict[str, Any] = next(s["report"] for s in stages if s["name"] == "train")
     with Image.open(run / "autoencoder" / "reconstructions.png") as picture:

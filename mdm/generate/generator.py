@@ -1,7 +1,6 @@
 """What people ask of the model: a method a task, over exported weights."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from mdm.data.fit import Provenance, check_autoencoder, check_tokenizer
 from mdm.data.tokenizer import EOS, PAD, Tokenizer
 from mdm.diffusion import noise
 from mdm.exported import TOKENIZER, Training, read_provenance, write_files
+from mdm.files import load_json
 from mdm.generate.denoise import Drawn, denoise
 from mdm.generate.request import Request, Sampling
 from mdm.generate.selection import Selected
@@ -171,7 +171,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         **_: Any,
     ) -> Self:
         folder = Path(model_id)
-        config = from_dict(Config, json.loads((folder / "config.json").read_text()))
+        config = from_dict(Config, load_json(folder / "config.json"))
         tokenizer, autoencoder = tokenizer or config.tokenizer, autoencoder or config.autoencoder
         provenance = read_provenance(folder)
         if provenance.tokenizer:

@@ -8,7 +8,6 @@ run_dir/blackbox/step-00000123/
 """
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -20,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mdm import files
 from mdm.config import Config, from_dict, to_dict
 from mdm.data.batch import Batch
 from mdm.data.tokenizer import PAD
 from mdm.precision import autocast, resolve
-from mdm.train.checkpoint import write_synced
 from mdm.train.state import RunError
 
 WEIGHTS = "model.safetensors"
@@ -71,7 +70,7 @@ def write(
     folder = box_of(run_dir, step)
     folder.mkdir(parents=True, exist_ok=True)
     if weights is not None:
-        write_synced(folder / "config.json", json.dumps(to_dict(config), indent=1).encode())
+        files.write_json(folder / "config.json", to_dict(config))
         save_file(weights, folder / WEIGHTS)
         _forget_weights(run_dir, config.guard.black_boxes)
     facts = report | {
@@ -86,7 +85,7 @@ def write(
     tensors = {name: getattr(batch, name) for name in _TENSORS}
     plain = {"ids": list(batch.ids), "average_over": batch.average_over}
     torch.save(tensors | plain, folder / "batch.pt")
-    write_synced(folder / "report.json", json.dumps(facts, indent=1).encode())
+    files.write_json(folder / "report.json", facts)
     return folder
 
 
@@ -119,8 +118,10 @@ def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
         raise RunError(
             f"step {step} has no black box with weights in {boxes_of(run_dir)}; there are: {known}"
         )
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return folder, report
+    try:
+        return folder, files.load_json(folder / "report.json")
+    except (FileNotFoundError, files.DamagedFileError) as error:
+        raise RunError(f"step {step} cannot be replayed: {error}") from None
 
 
 def replay(
@@ -130,7 +131,7 @@ def replay(
 
     In one process, whatever number of ranks took the step, and in the run's precision.
     """
-    config = from_dict(Config, json.loads((folder / "config.json").read_text()))
+    config = from_dict(Config, files.load_json(folder / "config.json"))
     saved = torch.load(folder / "batch.pt", weights_only=True)
     batch = Batch(**(saved | {"ids": tuple(saved["ids"])}))
     step = int(folder.name.removeprefix("step-"))

@@ -19,11 +19,10 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mdm.config import Config
-from mdm.data.storage import LocalStore, MissingObjectError, Store, join, open_store
+from mdm.data.storage import MissingObjectError, Store, join, open_store
 from mdm.train.snapshot import DamagedError, fetch, side_by_side
 from mdm.train.state import RunError, TrainState
 
@@ -90,11 +89,6 @@ class Record:
 def uri_of(config: Config) -> str:
     """Where a run's checkpoints lie."""
     return config.train.checkpoints or join(config.run_dir, "checkpoints")
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all, and have it on the disk on return."""
-    LocalStore(path.parent).put(path.name, data)
 
 
 class Checkpoints:

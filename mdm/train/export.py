@@ -19,7 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def export_checkpoint(
-    checkpoint: str, folder: Path, kinds: Sequence[str] = ("ema",), tokenizer: str = ""
+    checkpoint: str,
+    folder: Path,
+    kinds: Sequence[str] = ("ema",),
+    tokenizer: str = "",
+    config: Config | None = None,
 ) -> None:
     """Export some kinds of weights, the first as `model.safetensors`, whatever world wrote them.
 
@@ -28,6 +32,7 @@ def export_checkpoint(
         folder: where the export goes.
         kinds: of `ema`, `ema2` and `raw`.
         tokenizer: SentencePiece model, if the run's is not where it was.
+        config: the run's configuration as it is now; None for that of the checkpoint.
 
     Raises:
         RunError: the checkpoint is damaged, of another format, or lacks a kind; or the tokenizer is
@@ -37,7 +42,7 @@ def export_checkpoint(
     checkpoints = Checkpoints.at(uri or ".")
     try:
         record = checkpoints.read(name)
-        config = from_dict(Config, record.state.config)
+        config = config or from_dict(Config, record.state.config)
         provenance = Provenance.of(record.manifest["loader"])
         model = _tokenizer(tokenizer or config.tokenizer, provenance, checkpoint)
         if lacking := [kind for kind in kinds if kind not in (*record.averages, "raw")]:

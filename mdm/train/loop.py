@@ -26,8 +26,8 @@ from mdm.train.engine import Engine, device_of_rank
 from mdm.train.guard import Guard
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.outcome import (
-    DONE,
-    deliver,
+    EXPORT,
+    done_before,
     export,
     forget_former,
     mark_done,
@@ -88,13 +88,12 @@ def train(
     if newest:
         path = f"{checkpoints.store.uri}/{candidates[0].name}"
         said = check_resumable(newest, config, path)
-        if newest.step >= config.train.steps and (run_dir / DONE).exists():
-            if world.is_main and track:
-                deliver(config, newest)
+        finished = newest.step >= config.train.steps
+        if finished and done_before(config, checkpoints, candidates[0], world, track):
             return EXIT_DONE
     begun = prepare(config, world, make_loader, candidates[0] if candidates else None, path)
     if resume == "none":
-        on_every_rank(lambda: _start_over(run_dir, checkpoints, world), world)
+        on_every_rank(lambda: _start_over(run_dir, checkpoints, world, track), world)
 
     watch = Watch(run_dir, world.rank, world.size, config.train.hang_seconds)
     engine = Engine(lambda: make_objective(config), config, world, leaf_classes)
@@ -133,10 +132,10 @@ def train(
     return code
 
 
-def _start_over(run_dir: Path, checkpoints: Checkpoints, world: World) -> None:
+def _start_over(run_dir: Path, checkpoints: Checkpoints, world: World, track: bool) -> None:
     if world.is_main:
         checkpoints.set_all_aside("started over with --resume none")
-        forget_former(run_dir)
+        forget_former(run_dir, track)
 
 
 def _run(run: Run) -> int:
@@ -146,7 +145,7 @@ def _run(run: Run) -> int:
         code = take_steps(run)
         run.watch.enter("end")
         if code == EXIT_DONE:
-            export(run.dir / "export", run)
+            export(run.dir / EXPORT, run)
         run.saver.wait()
         if code == EXIT_DONE:
             mark_done(run)
@@ -244,7 +243,8 @@ def take_step(run: Run) -> tuple[int, float]:
 def save(run: Run) -> None:
     """Have everything that the next attempt needs committed; all ranks must call."""
     run.clock.tick("other")
-    run.state.seconds, run.state.tracking_id = dict(run.clock.seconds), run.tracker.run_id
+    run.state.seconds = dict(run.clock.seconds)
+    run.state.tracking_id = run.tracker.run_id or run.state.tracking_id  # kept if not tracked now
     run.state.order_digest = run.loader.order_digest
     run.state.window = run.window.state()
     run.state.guard = run.guard.state()

@@ -5,8 +5,6 @@ data, forward, exchange (what the ranks agree on), backward, optimizer, ema, sav
 `events.jsonl` is the run's logbook: starts, skipped steps, rollbacks, stops.
 """
 
-import errno
-import json
 import math
 import os
 import resource
@@ -23,17 +21,22 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
+from mdm import files
 from mdm.data.batch import TASKS
+from mdm.data.storage import StoreError
 from mdm.dist import World, gather_to_all
 from mdm.objective import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
 from mdm.tracking import Tracker
-from mdm.train.checkpoint import write_synced
 from mdm.train.state import TrainState
 from mdm.train.throughput import Throughput
 
 MODEL_PARTS = ("forward", "backward")
 PARTS = ("data", "forward", "exchange", "backward", "optimizer", "ema", "save", "other")
 _TERMS = tuple(name for name in LossTerms._fields if name != "by_conditioning")
+# What a line of each file holds at least.
+_METRICS: files.Shape = {"step": float}
+_ATTEMPT: files.Shape = {"started": float, "step": int}
+_EVENT: files.Shape = {"event": str, "step": int, "time": float}
 _NAMES = (*_TERMS, *(f"{c}/{name}" for c in CONDITIONINGS for name in CONDITIONED_TERMS))
 
 
@@ -138,6 +141,7 @@ class Reporter:
         self._path = self.run_dir / "metrics.jsonl"
         self.attempts = self.run_dir / "attempts.jsonl"
         self._events = self.run_dir / "events.jsonl"
+        self._attempts: list[dict[str, Any]] = [{"started": time.time(), "step": 0}]
         self._steps = steps
         self._bar: Any = None
         self._before: dict[str, float] | None = None
@@ -151,24 +155,36 @@ class Reporter:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if fresh:
             for old in (self._path, self.attempts, self._events):
+                files.make_way(old)
                 old.unlink(missing_ok=True)
         attempt: dict[str, Any] = {"started": self._started, "step": state.step}
-        if self.attempts.exists():
+        if self.attempts.is_file():
             attempt["former_ended"] = self.attempts.stat().st_mtime  # the watch touches it
         self._drop_lines(state.step)
-        with self.attempts.open("a") as file:
-            file.write(json.dumps(attempt) + "\n")
+        files.mend_lines(self._events, _EVENT)
+        former = files.mend_lines(self.attempts, _ATTEMPT)
+        for line in former:
+            if files.misfit(line, {"former_ended": float}):
+                line.pop("former_ended", None)
+        self._attempts = [*former, attempt]
+        try:
+            files.append_line(self.attempts, attempt)
+        except OSError as error:
+            files.tell(f"warning: {self.attempts} lacks this attempt: {error}")
         self._before, self._samples_before = None, state.samples_seen
         self._bar = tqdm(
             total=self._steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=1.0
         )
 
     def _drop_lines(self, step: int) -> None:
-        """Drop the lines of metrics after `step`, and one that a kill cut short."""
-        if self._path.exists():
-            lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            write_synced(self._path, "".join(line + "\n" for line in kept).encode())
+        """Drop the lines of metrics after `step`, and those that are damaged."""
+        lines = files.mend_lines(self._path, _METRICS)
+        kept = [line for line in lines if line["step"] <= step]
+        if len(kept) < len(lines):
+            try:
+                files.write_lines(self._path, kept)
+            except OSError as error:
+                raise StoreError(f"cannot write {self._path}: {error.strerror}") from error
 
     def rewind(self, state: TrainState) -> None:
         """The run goes back to `state`: drop the lines of what will be done again."""
@@ -211,7 +227,7 @@ class Reporter:
         self._before, self._samples_before = dict(clock.seconds), state.samples_seen
         row = {"step": state.step, "samples_seen": state.samples_seen, **values, **speeds}
         try:
-            append_line(self._path, json.dumps(row | {"time": time.time()}))
+            files.append_line(self._path, row | {"time": time.time()})
         except OSError as error:
             self.say(f"warning: {self._path.name} lacks step {state.step}: {error}")
         self.tracker.log_metrics({**values, **speeds, **_system()}, step=state.samples_seen)
@@ -230,7 +246,7 @@ class Reporter:
         if self.world.is_main:
             row = {"event": event, "step": state.step, "time": time.time(), **facts}
             with suppress(OSError):  # a full disk costs the line, not the run
-                append_line(self._events, json.dumps(row))
+                files.append_line(self._events, row)
 
     def say(self, message: str) -> None:
         """A line above the bar."""
@@ -278,12 +294,12 @@ class Reporter:
 
     def _goodput(self, seconds: Mapping[str, float]) -> tuple[float, float, float, int]:
         """Useful share of the time lived; that time; the time since the first start; attempts."""
-        attempts = [json.loads(line) for line in self.attempts.read_text().splitlines()]
+        attempts = self._attempts
         ends = [a["former_ended"] for a in attempts[1:] if "former_ended" in a] + [time.time()]
         starts = [a["started"] for a in attempts][-len(ends) :]
         wall = sum(max(end - start, 0.0) for start, end in zip(starts, ends, strict=True))
         useful = sum(seconds.values())
-        return min(useful / wall, 1.0), wall, ends[-1] - starts[0], len(attempts)
+        return min(useful / wall, 1.0) if wall else 0.0, wall, ends[-1] - starts[0], len(attempts)
 
 
 def _system() -> dict[str, float]:
@@ -300,21 +316,3 @@ def _system() -> dict[str, float]:
         found[f"system/gpu_{i}_memory_usage_megabytes"] = (total - free) / 1e6
         found[f"system/gpu_{i}_memory_usage_percentage"] = 100 * (1 - free / total)
     return found
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a whole line or, raising OSError, nothing."""
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        data = line.encode() + b"\n"
-        if file.write(data) != len(data):
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinity for one that a kill cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return math.inf

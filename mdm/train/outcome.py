@@ -1,22 +1,32 @@
 """What a run leaves behind: exports, pictures that they draw, the done marker, its MLflow run."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
 
 import torch
 
+from mdm import files
 from mdm.config import Config, fingerprint, to_dict
 from mdm.data.fit import Provenance
-from mdm.data.storage import StoreError
-from mdm.exported import Training, write_export
+from mdm.data.storage import StoreError, join
+from mdm.dist import World, from_main
+from mdm.exported import Training, missing_files, write_export
 from mdm.journal import Journal
-from mdm.tracking import MlflowTracker, NullTracker, Tracker
-from mdm.train.checkpoint import write_synced
+from mdm.tracking import MlflowTracker, NullTracker, Tracker, read_key
+from mdm.train.checkpoint import Checkpoints, Record
+from mdm.train.export import export_checkpoint
 from mdm.train.run import Run
-from mdm.train.state import TrainState, flatten
+from mdm.train.state import RunError, TrainState, flatten
+from mdm.train.watch import GAVE_UP
 
-DONE, TRACKING, JOURNAL = "done.json", "tracking.json", "tracking"
+DONE, TRACKING, JOURNAL, EXPORT = "done.json", "tracking.json", "tracking", "export"
+_DONE: files.Shape = {
+    **{"step": int, "samples_seen": int},
+    **{"wall_seconds": float, "goodput": float, "samples_per_second": float},
+}
+_TRACKING: files.Shape = {"run_id": str, "config": str}
 
 
 def export(folder: Path, run: Run, needed: bool = True) -> None:
@@ -67,15 +77,77 @@ def mark_done(run: Run) -> None:
     run.state.seconds = dict(run.clock.seconds)
     totals = run.reporter.totals(run.state, run.loader.wait_seconds)
     if run.world.is_main:
-        write_synced(run.dir / DONE, json.dumps(totals, indent=1).encode())
+        try:
+            files.write_json(run.dir / DONE, totals)
+        except OSError as error:
+            raise StoreError(f"cannot write {run.dir / DONE}: {error.strerror}") from error
         run.tracker.log_artifact(run.dir / DONE)
 
 
-def forget_former(run_dir: Path) -> None:
-    """Have nothing of an earlier run in this folder taken for the new one's."""
-    for name in (DONE, TRACKING):
-        (run_dir / name).unlink(missing_ok=True)
+def done_before(
+    config: Config, checkpoints: Checkpoints, newest: Record, world: World, track: bool
+) -> bool:
+    """Whether the run ended with `newest`, its last checkpoint; all ranks must call.
+
+    If so, what it leaves behind is completed: an export that is gone is made anew from the
+    checkpoint, and MLflow gets what waits for it.
+
+    Raises:
+        RunError: the export cannot be written.
+    """
+    finished, failure = False, ""
+    if world.is_main:
+        try:
+            finished = _export_again(config, checkpoints, newest)
+        except (OSError, StoreError) as error:
+            failure = f"the export cannot be made anew: {error}"
+    finished, failure = from_main((finished, failure))
+    if world.is_main and finished and track:
+        deliver(config, newest.state)
+    if failure:
+        refusal = RunError(failure)
+        refusal.code = GAVE_UP
+        raise refusal
+    return bool(finished)
+
+
+def _export_again(config: Config, checkpoints: Checkpoints, newest: Record) -> bool:
+    run_dir = Path(config.run_dir)
+    if files.read_json(run_dir / DONE, _DONE).get("step") != newest.step:
+        return False
+    folder = run_dir / EXPORT
+    if missing := missing_files(folder, config, newest.averages):
+        try:
+            uri = join(checkpoints.store.uri, newest.name)
+            export_checkpoint(uri, folder, newest.averages, config=config)
+        except RunError as error:  # the checkpoint is damaged: the run goes on from one before
+            files.tell(f"{folder} lacks {', '.join(missing)}, and {error}")
+            return False
+        files.tell(f"{folder} lacked {', '.join(missing)}: made anew from {newest.name}")
+    return True
+
+
+def forget_former(run_dir: Path, track: bool) -> None:
+    """Have nothing of an earlier run in this folder taken for the new one's.
+
+    With `track`, its MLflow run is closed by the new one's tracker.
+    """
+    files.make_way(run_dir / DONE)
+    (run_dir / DONE).unlink(missing_ok=True)
+    _forget_tracking(run_dir, track)
+
+
+def _forget_tracking(run_dir: Path, track: bool) -> None:
+    former = files.read_json(run_dir / TRACKING, _TRACKING).get("run_id", "")
+    key = read_key(run_dir / JOURNAL)
+    files.make_way(run_dir / TRACKING)
+    (run_dir / TRACKING).unlink(missing_ok=True)
     shutil.rmtree(run_dir / JOURNAL, ignore_errors=True)
+    if track and (former or key):
+        with contextlib.suppress(OSError):
+            journal = Journal(run_dir / JOURNAL)
+            journal.append({"kind": "former", "run_id": former, "key": key})
+            journal.close()
 
 
 def start_tracking(config: Config, state: TrainState, wanted: bool) -> Tracker:
@@ -93,18 +165,17 @@ def start_tracking(config: Config, state: TrainState, wanted: bool) -> Tracker:
 def _tracker(config: Config, state: TrainState) -> MlflowTracker:
     run_dir = Path(config.run_dir)
     key, note = fingerprint(config), run_dir / TRACKING
-    run_id = state.tracking_id
-    if run_id is None and note.exists():
-        former = json.loads(note.read_text())
-        run_id = former["run_id"] if former["config"] == key else None
+    former = files.read_json(note, _TRACKING)
+    if former and not state.step and former["config"] != key:  # it never came to a checkpoint
+        _forget_tracking(run_dir, track=True)
+        former = {}
 
     def remember(started: str) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_synced(note, json.dumps({"run_id": started, "config": key}).encode())
+        files.write_json(note, {"run_id": started, "config": key})
 
     return MlflowTracker(
         *(config.experiment, run_dir.name),
-        run_id=run_id,
+        run_id=former.get("run_id") or state.tracking_id,
         on_start=remember,
         journal=run_dir / JOURNAL,
     )
@@ -115,7 +186,11 @@ def deliver(config: Config, state: TrainState) -> None:
     waiting = Path(config.run_dir) / JOURNAL
     if not waiting.is_dir():
         return
-    journal = Journal(waiting)
+    try:
+        journal = Journal(waiting)
+    except OSError as error:
+        files.tell(f"{waiting} cannot be read: {error}")
+        return
     left = len(journal)
     journal.close()
     if left:

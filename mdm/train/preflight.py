@@ -74,8 +74,9 @@ def _versions() -> Check:
 def _configuration(config: Config) -> Check:
     """The configuration and the text of its DeepSpeed JSON, as one digest."""
     path = Path(config.train.deepspeed)
-    text = path.read_text() if path.exists() else ""
-    return _same("configuration", hashlib.sha256((fingerprint(config) + text).encode()).hexdigest())
+    text = path.read_bytes() if path.exists() else b""
+    digest = hashlib.sha256(fingerprint(config).encode() + text)
+    return _same("configuration", digest.hexdigest())
 
 
 def _disk(config: Config) -> Check:

@@ -95,10 +95,11 @@ def roll_back(run: Run) -> None:
     run.loader.quarantine(quarantined)
     saved = found.state.on_ranks(run.world.size)
     config, deepspeed = run.state.config, run.state.deepspeed
+    tracking_id = run.tracker.run_id or run.state.tracking_id
     guard.roll_back(saved.guard, decided, saved.step)
     run.state = saved
     run.state.config, run.state.deepspeed = config, deepspeed
-    run.state.tracking_id = run.tracker.run_id
+    run.state.tracking_id = tracking_id
     run.clock = Clock(saved.seconds, run.watch.enter)
     run.window = Window(run.world, saved.window)
     run.reporter.rewind(saved)

@@ -27,6 +27,8 @@ from types import FrameType
 
 import psutil
 
+from mdm import files
+
 # Exit codes of a training job and of its supervisor.
 DONE = 0  # all steps are done
 GAVE_UP = 1  # failed, or failed too often
@@ -44,6 +46,7 @@ POLL = 0.5
 ANSWER_SECONDS = 3.0
 
 _BEAT = struct.Struct("<qdd16s")
+_ENDED: files.Shape = {"rank": int, "code": int, "reason": str, "blamed": list}
 
 
 @dataclass(frozen=True)
@@ -84,24 +87,30 @@ def report_end(code: int, reason: str = "", blamed: Sequence[int] = ()) -> None:
     rank = int(os.environ.get("RANK", "0"))
     path = folder / f"rank-{rank:05d}.json"
     if not path.exists():
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(Ended(rank, code, reason, tuple(blamed)))))
-        part.replace(path)
+        with contextlib.suppress(OSError):  # a full disk must not hide what it tells
+            files.write_json(path, asdict(Ended(rank, code, reason, tuple(blamed))))
 
 
 def read_beats(folder: Path) -> dict[int, Beat]:
     """The last heartbeat of every rank that has begun."""
     found = {}
     for path in folder.glob("rank-" + "[0-9]" * 5):
-        step, at, limit, part = _BEAT.unpack(path.read_bytes()[: _BEAT.size])
-        found[int(path.name[5:])] = Beat(step, at, limit, part.rstrip(b"\0").decode())
+        data = path.read_bytes()[: _BEAT.size]
+        if len(data) == _BEAT.size:  # else it is being made
+            step, at, limit, part = _BEAT.unpack(data)
+            name = part.rstrip(b"\0").decode(errors="replace")
+            found[int(path.name[5:])] = Beat(step, at, limit, name)
     return found
 
 
 def read_ends(folder: Path) -> list[Ended]:
     """The ranks that have said how they ended."""
-    values = [json.loads(p.read_text()) for p in sorted(folder.glob("rank-*.json"))]
-    return [Ended(**(v | {"blamed": tuple(v["blamed"])})) for v in values]
+    values = [files.read_json(p, _ENDED) for p in sorted(folder.glob("rank-*.json"))]
+    return [
+        Ended(v["rank"], v["code"], v["reason"], tuple(b for b in v["blamed"] if type(b) is int))
+        for v in values
+        if v
+    ]
 
 
 class Watch:

@@ -7,6 +7,7 @@ import pytest
 
 from mdm.tracking import MlflowTracker
 from tests.chaos.mlflow_server import MlflowServer
+from tests.chaos.proxy import FaultProxy
 
 pytestmark = pytest.mark.chaos
 
@@ -58,3 +59,27 @@ def test_what_waits_arrives_also_after_a_restart(tmp_path, s3_server, caplog):
             for a in client.list_artifacts(run.info.run_id, f)
         }
         assert found == {"notes/note.txt", "checkpoints/step-00000005.json"}
+
+
+def test_answers_that_are_lost_make_no_second_run(tmp_path):
+    """Requests are cut before and after the server did its work, at any moment of the start too."""
+    import mlflow
+
+    with MlflowServer(tmp_path / "server") as server:
+        for seed in range(2):
+            with FaultProxy(server.port, 0.3, ("reset",), seed) as proxy:
+                tracker = MlflowTracker(
+                    "cut", f"job {seed}", uri=proxy.endpoint, journal=tmp_path / str(seed)
+                )
+                tracker.log_params({"seed": seed})
+                for step in range(5):
+                    tracker.log_metrics({"loss": 1.0}, step=step)
+                tracker.finish(timeout=120)
+                assert tracker.waiting == 0
+        client = mlflow.MlflowClient(tracking_uri=server.uri)
+        found = client.search_runs([client.get_experiment_by_name("cut").experiment_id])
+        assert sorted(run.info.run_name for run in found) == ["job 0", "job 1"]
+        for run in found:
+            assert run.info.status == "FINISHED"
+            history = client.get_metric_history(run.info.run_id, "loss")
+            assert [m.step for m in history] == list(range(5))

@@ -101,3 +101,17 @@ def test_a_hostfile_that_cannot_be_meant_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_hostfile(path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", bytes(64), b'{"number": 1', b"\xff", b"[1]", b"{}", b'{"number": "1"}']
+)
+def test_damaged_notes_are_passed_over(tmp_path, data):
+    for name in ("attempt.json", "strikes.json", "node-a.json", "node-b.json"):
+        (tmp_path / name).write_bytes(data)
+    with Meeting(tmp_path, {"a": 1, "b": 1}, "a", 1, 0.0, 3, lambda: 29500) as meeting:
+        attempt = meeting.next_attempt(lambda: False)
+        assert attempt is not None
+        assert attempt.nodes == ("a",)
+        meeting.ended(attempt, hurt=True)
+        assert meeting._strikes() == {"a": 1}

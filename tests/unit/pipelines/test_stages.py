@@ -209,3 +209,25 @@ def test_leftovers_are_ended_only_if_they_are_the_recorded_processes(tmp_path: P
 def test_two_runs_of_one_folder_do_not_meet(tmp_path: Path) -> None:
     with only_one(tmp_path), pytest.raises(BlockingIOError), only_one(tmp_path, patience=0.1):
         pass
+
+
+@pytest.mark.parametrize("data", [b"", bytes(200), b'{"fingerprint": "', b"\xff", b"[]", b"{}"])
+@pytest.mark.parametrize("damaged", ["marker", "attempt"])
+def test_a_damaged_record_costs_no_outputs(
+    tmp_path: Path, caplog, damaged: str, data: bytes
+) -> None:
+    said: list[str] = []
+    runner = Runner(tmp_path / "stages", say=said.append)
+    stage = count(tmp_path, "one")
+    runner.run([stage])
+    marker, attempt = tmp_path / "stages" / "one.json", tmp_path / "stages" / "one.attempt.json"
+    if damaged == "attempt":
+        marker.unlink()
+    path = marker if damaged == "marker" else attempt
+    path.write_bytes(data)
+    end_leftovers(tmp_path / "stages")
+    done = runner.run([stage])
+    assert lines(tmp_path, "one") == 2  # it went on with what was there
+    assert runner.run([stage]) == done
+    assert "its record is damaged" in said[2]
+    assert f"{path} is damaged" in caplog.text
