@@ -34,7 +34,7 @@ def jpeg(data: bytes) -> Bare:
 
     There, what looks like stray bytes or markers may as well be damaged pixels.
     """
-    parts, exif, xmp = [b"\xff\xd8"], [], b""
+    parts, exif, xmp = [b"\xff\xd8"], b"", b""
     at = 2
     while marker := _MARKER.search(data, at):
         code, start = data[marker.end() - 1], marker.end()
@@ -53,15 +53,21 @@ def jpeg(data: bytes) -> Bare:
         else:
             if end < start + 2 or data[end : end + 1] != b"\xff":
                 at = _behind(data, start, end)
-            if code == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
-                parts.append(b"\xff\xe0\0\x10" + body[:12] + b"\0\0")  # without its thumbnail
-            elif code == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
-                parts.append(b"\xff\xee" + data[start:end])
-            elif code == 0xE1 and body.startswith(_EXIF):
-                exif.append(body[6:])
+            parts.append(_colours(code, body))
+            if code == 0xE1 and body.startswith(_EXIF):
+                exif += body[6:]  # a long one comes in several segments
             elif code == 0xE1 and body.startswith(_XMP):
                 xmp = xmp or body[len(_XMP) :]
-    return Bare(b"".join(parts), b"".join(exif), xmp)
+    return Bare(b"".join(parts), exif, xmp)
+
+
+def _colours(code: int, body: bytes) -> bytes:
+    """The segment, if it is one of the two that tell what colours the components are."""
+    if code == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
+        return b"\xff\xe0\0\x10" + body[:12] + b"\0\0"  # without its thumbnail
+    if code == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
+        return b"\xff\xee\0\x0e" + body[:12]
+    return b""
 
 
 def _behind(data: bytes, start: int, end: int) -> int:

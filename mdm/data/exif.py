@@ -16,8 +16,8 @@ _IN_XMP = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])\s*[<"']"""
 def orientation(exif: bytes, xmp: bytes = b"") -> int:
     """1 to 8, as in EXIF's tag 0x0112; 1 where neither block says anything else.
 
-    `exif` is a TIFF structure, with or without `Exif\\0\\0` before it. Only the one tag of its first
-    directory is read, so that no other tag, offset or later directory matters.
+    `exif` is a TIFF structure, with or without `Exif` and two bytes before it. Only the one tag of
+    its first directory is read, so that no other tag, offset or later directory matters.
     """
     while exif[:4].lower() == b"exif":
         exif = exif[6:]

@@ -21,7 +21,7 @@ _ADAM7 = (
 )
 _PIECE = 1 << 16  # bytes unpacked at a time
 _LONGEST_TEXT = 1 << 20  # bytes unpacked of a chunk of text
-_RAW_EXIF = (b"Raw profile type exif", b"Raw profile type APP1")
+_EXIF = (b"eXIf", b"Raw profile type exif", b"Raw profile type APP1")
 _XMP = b"XML:com.adobe.xmp"
 _NEEDED = re.compile(rb"PLTE|tRNS|IDAT|IEND")
 
@@ -44,12 +44,10 @@ def bare(png: bytes) -> Bare:
                 header = body
             if kind != b"tRNS" or _fits(body, header):
                 parts.append(png[at : end + 4])
-        elif kind == b"eXIf":
-            exif = exif or body
-        elif kind in (b"tEXt", b"zTXt", b"iTXt"):
-            key, text = _text(kind, body)
-            if key in _RAW_EXIF:
-                exif = exif or _unhex(text)
+        else:
+            key, text = _named(kind, body)
+            if key in _EXIF:
+                exif = exif or (body if key == kind else _unhex(text))
             elif key == _XMP:
                 xmp = xmp or text
         if kind == b"IEND":
@@ -76,8 +74,13 @@ def _fits(transparent: bytes, header: bytes) -> bool:
     return len(transparent) == {0: 2, 2: 6}.get(colours)
 
 
-def _text(kind: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """A text chunk's key, and of the keys that matter its text: of others it may be a bomb."""
+def _named(kind: bytes, body: bytes) -> tuple[bytes, bytes]:
+    """A text chunk's key, and of the keys that matter its text: of others it may be a bomb.
+
+    Of other chunks their kind.
+    """
+    if kind not in (b"tEXt", b"zTXt", b"iTXt"):
+        return kind, b""
     key, _, text = body.partition(b"\0")
     packed = kind == b"zTXt"
     if kind == b"iTXt":
@@ -85,7 +88,7 @@ def _text(kind: bytes, body: bytes) -> tuple[bytes, bytes]:
         text = rest.partition(b"\0")[2].partition(b"\0")[2]
     elif packed:
         text = text[1:]
-    if packed and key in (*_RAW_EXIF, _XMP):
+    if packed and key in (*_EXIF, _XMP):
         try:
             text = zlib.decompressobj().decompress(text, _LONGEST_TEXT)
         except zlib.error:

@@ -14,7 +14,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mdm.sources.fields import text_field
-from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_split, fingerprint
+from mdm.sources.record import (
+    UNIT_BYTES,
+    BadRecord,
+    RawRecord,
+    Unit,
+    check_split,
+    fingerprint,
+    one_record,
+)
 from mdm.sources.streams import ARCHIVE_ERRORS, describe, parse_row, tgz_lines, tgz_members
 
 SOURCE = "journeydb"
@@ -181,6 +189,7 @@ def _bad_row(unit: Unit, name: str, number: int, reason: str) -> BadRecord:
     return BadRecord(key, SOURCE, unit.split, f"{ANNOTATIONS[unit.split]}:{number}", reason)
 
 
+@one_record()
 def _path(row: dict[str, Any], single: bool) -> tuple[str, str]:
     """(archive, file); whatever folders stand before it where there is a `single` archive."""
     path = text_field(row.get("img_path"), "img_path")
@@ -192,6 +201,7 @@ def _path(row: dict[str, Any], single: bool) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
+@one_record()
 def _text(row: dict[str, Any]) -> str:
     """The caption where there is one, else the prompt that made the picture."""
     task = row.get("Task2")

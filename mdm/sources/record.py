@@ -115,7 +115,7 @@ def one_record(
 ) -> Iterator[None]:
     """What is inside handles one record: whatever goes wrong there is a ValueError.
 
-    This is the one place that decides what is a record's fault. A plain ValueError and the errors
+    This is the one place that tells what is a record's fault. A plain ValueError and the errors
     of this project say what they mean, and pass as they are; so do those named in `passing`. Any
     other becomes an UnforeseenError of `reason`, the error's type and its message. What fails
     because of the machine is no record's fault: it goes on with a note that names `origin`.
@@ -124,7 +124,7 @@ def one_record(
         yield
     except passing:
         raise
-    except Exception as error:  # noqa: BLE001 - the one place
+    except Exception as error:
         if type(error) is ValueError or type(error).__module__.split(".")[0] in ("mdm", "ray"):
             raise
         if _is_machines(error):
