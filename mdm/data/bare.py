@@ -25,7 +25,11 @@ _SOI, _SOS, _DHT, _DQT, _DRI = 0xD8, 0xDA, 0xC4, 0xDB, 0xDD
 _ALONE = {*range(0x01, 0xC0), *range(0xD0, 0xDA)}  # no segment follows
 _NEEDED = {*range(0xC0, 0xD0), *range(0xDA, 0xE0)}
 _FRAMES = {*range(0xC0, 0xD0)} - {_DHT, 0xC8, 0xCC}
-_NEXT = re.compile(rb"\xff(?:[\xc0-\xcf\xd8\xda\xdb\xdd]|\xe1..Exif)", re.DOTALL)
+_NAMES = rb"JFIF|JFXX|Exif|http|ICC_|MPF|Photoshop|Adobe"
+_NEXT = re.compile(
+    rb"\xff(?:[\xc0-\xcf\xd8\xda\xdb\xdd]|[\xe0-\xef]..(?:" + _NAMES + rb"))", re.DOTALL
+)
+_MOST_BROKEN = 100  # segments behind which the next is looked for
 _EXIF, _XMP = b"Exif\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 
@@ -35,7 +39,7 @@ def jpeg(data: bytes) -> Bare:
     There, what looks like stray bytes or markers may as well be damaged pixels.
     """
     parts, exif, xmp = [b"\xff\xd8"], b"", b""
-    at = 2
+    at, broken = 2, 0
     while marker := _MARKER.search(data, at):
         code, start = data[marker.end() - 1], marker.end()
         end = start + int.from_bytes(data[start : start + 2], "big")
@@ -52,10 +56,12 @@ def jpeg(data: bytes) -> Bare:
             parts.append(bytes((0xFF, code)) + data[start : max(end, start + 2)])
         else:
             if end < start + 2 or data[end : end + 1] != b"\xff":
-                at = _behind(data, start, end)
+                broken += 1
+                at = _behind(data, start, end) if broken <= _MOST_BROKEN else max(end, start)
             parts.append(_colours(code, body))
             if code == 0xE1 and body.startswith(_EXIF):
-                exif += body[6:]  # a long one comes in several segments
+                # A long one comes in several segments; what does not begin as one is passed over.
+                exif = exif + body[6:] if exif[:2] in (b"II", b"MM") else body[6:]
             elif code == 0xE1 and body.startswith(_XMP):
                 xmp = xmp or body[len(_XMP) :]
     return Bare(b"".join(parts), exif, xmp)
@@ -73,14 +79,15 @@ def _colours(code: int, body: bytes) -> bytes:
 def _behind(data: bytes, start: int, end: int) -> int:
     """Where to go on behind a segment whose length does not lead to a marker.
 
-    Junk may follow it, or its length is wrong. The next segment that is what it says decides; a
-    thumbnail's are not meant, and begin with a marker of their own.
+    Junk may follow it, or its length is wrong. The next segment that is what it says decides. A
+    thumbnail's are not meant: it is passed over from its first marker to its last.
     """
     end = max(end, start)
     for found in _NEXT.finditer(data, start):
         at = found.start()
         if data[at + 1] == _SOI:
-            break
+            behind = data.find(b"\xff\xd9", at) + 2
+            return end if at < behind <= end <= len(data) else max(behind, start)
         if _is_segment(data, at + 1):
             return at
     return end
@@ -99,7 +106,7 @@ def _is_segment(data: bytes, at: int) -> bool:
     if code == _DRI:
         return length == 4
     if code not in (_DQT, _DHT):
-        return code == 0xE1
+        return code >= 0xE0
     done = 0
     while done < len(body):
         if code == _DQT:
@@ -139,7 +146,9 @@ def webp(data: bytes) -> Bare:
             known = (b"", *_WEBP_NEEDED, *_WEBP_OTHERS)
             if end > len(data) or data[end : end + 4] not in known:
                 ahead = _WEBP_NEXT.search(data, at + 8)
-                end = ahead.start() if ahead else end
+                if ahead is None:
+                    break
+                end = ahead.start()
         at = end
     image = b"WEBP" + b"".join(parts)
     whole = b"RIFF" + len(image).to_bytes(4, "little") + image

@@ -159,7 +159,8 @@ class _Decoder:
         assert self.recipe.image_size is not None
         if self._last is None or self._last[0] != data:
             try:
-                pixels = decode_image(data, self.recipe.image_size)
+                with one_record():
+                    pixels = decode_image(data, self.recipe.image_size)
             except ValueError as error:
                 self._last = data, str(error)
             else:

@@ -125,7 +125,9 @@ def texts(root: Path, split: str) -> Iterator[str]:
     try:
         for _, _, line in tgz_lines(Path(first.root) / ANNOTATIONS[split]):
             try:
-                yield _text(parse_row(line))
+                with one_record():
+                    text = _text(parse_row(line))
+                yield text
             except ValueError:
                 continue  # the readers report it; here only usable text counts
     except ARCHIVE_ERRORS:
@@ -151,7 +153,8 @@ def _collect(unit: Unit, archive: str, rows: dict[str, str | None]) -> Iterator[
             yield _bad_row(unit, f"{folder}/{file}", number, reason)
             continue
         try:
-            rows[file] = _text(row)
+            with one_record(f"{ANNOTATIONS[unit.split]}:{number}"):
+                rows[file] = _text(row)
         except ValueError as error:
             rows[file] = None
             yield _bad_row(unit, f"{folder}/{file}", number, str(error))
@@ -173,8 +176,9 @@ def _annotations(unit: Unit, archive: str) -> Iterator[tuple[int, dict[str, Any]
             if not line.strip() or not (reporter or needle in line):
                 continue
             try:
-                row = parse_row(line)
-                _path(row, PurePosixPath(unit.files[0]).name == _ONE_ARCHIVE)
+                with one_record(f"{ANNOTATIONS[unit.split]}:{number}"):
+                    row = parse_row(line)
+                    _path(row, PurePosixPath(unit.files[0]).name == _ONE_ARCHIVE)
                 yield number, row
             except ValueError as error:
                 if reporter:
@@ -189,7 +193,6 @@ def _bad_row(unit: Unit, name: str, number: int, reason: str) -> BadRecord:
     return BadRecord(key, SOURCE, unit.split, f"{ANNOTATIONS[unit.split]}:{number}", reason)
 
 
-@one_record()
 def _path(row: dict[str, Any], single: bool) -> tuple[str, str]:
     """(archive, file); whatever folders stand before it where there is a `single` archive."""
     path = text_field(row.get("img_path"), "img_path")
@@ -201,7 +204,6 @@ def _path(row: dict[str, Any], single: bool) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-@one_record()
 def _text(row: dict[str, Any]) -> str:
     """The caption where there is one, else the prompt that made the picture."""
     task = row.get("Task2")

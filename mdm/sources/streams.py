@@ -318,7 +318,6 @@ def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
         yield line
 
 
-@one_record()
 def parse_row(line: bytes) -> dict[str, Any]:
     """A JSON object from one line; ValueError says what is wrong with it."""
     if len(line.rstrip(b"\r\n")) > MAX_LINE_BYTES:

@@ -129,10 +129,13 @@ def _lines(unit: Unit) -> Iterator[tuple[int, Any]]:
             while (offset := file.tell()) < unit.stop and (line := next(lines, b"")):
                 if not line.strip():
                     continue
+                row: Any
                 try:
-                    yield offset, parse_row(line)
+                    with one_record(f"{unit.files[0]}@{offset}"):
+                        row = parse_row(line)
                 except ValueError as error:
-                    yield offset, error
+                    row = error
+                yield offset, row
     except OSError as error:
         yield unit.start, ValueError(f"unreadable: {describe(error)}")
 
