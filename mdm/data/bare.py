@@ -20,7 +20,7 @@ class Bare:
 
 # ---- JPEG
 
-_MARKER = re.compile(rb"\xff+[^\x00\xff]")
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
 _SOI, _SOS, _DHT, _DQT, _DRI = 0xD8, 0xDA, 0xC4, 0xDB, 0xDD
 _ALONE = {*range(0x01, 0xC0), *range(0xD0, 0xDA)}  # no segment follows
 _NEEDED = {*range(0xC0, 0xD0), *range(0xDA, 0xE0)}
@@ -29,7 +29,8 @@ _NAMES = rb"JFIF|JFXX|Exif|http|ICC_|MPF|Photoshop|Adobe"
 _NEXT = re.compile(
     rb"\xff(?:[\xc0-\xcf\xd8\xda\xdb\xdd]|[\xe0-\xef]..(?:" + _NAMES + rb"))", re.DOTALL
 )
-_MOST_BROKEN = 100  # segments behind which the next is looked for
+_MOST_BROKEN = 100  # segments behind which the next is looked for,
+_REACH = 1 << 17  # in so many bytes: a segment has half as many
 _EXIF, _XMP = b"Exif\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 
@@ -43,7 +44,6 @@ def jpeg(data: bytes) -> Bare:
     while marker := _MARKER.search(data, at):
         code, start = data[marker.end() - 1], marker.end()
         end = start + int.from_bytes(data[start : start + 2], "big")
-        body = data[start + 2 : end]
         at = end
         if code == _SOS:
             parts.append(data[marker.start() :])
@@ -58,6 +58,7 @@ def jpeg(data: bytes) -> Bare:
             if end < start + 2 or data[end : end + 1] != b"\xff":
                 broken += 1
                 at = _behind(data, start, end) if broken <= _MOST_BROKEN else max(end, start)
+            body = data[start + 2 : end]
             parts.append(_colours(code, body))
             if code == 0xE1 and body.startswith(_EXIF):
                 # A long one comes in several segments; what does not begin as one is passed over.
@@ -83,7 +84,7 @@ def _behind(data: bytes, start: int, end: int) -> int:
     thumbnail's are not meant: it is passed over from its first marker to its last.
     """
     end = max(end, start)
-    for found in _NEXT.finditer(data, start):
+    for found in _NEXT.finditer(data, start, start + _REACH):
         at = found.start()
         if data[at + 1] == _SOI:
             behind = data.find(b"\xff\xd9", at) + 2
