@@ -34,7 +34,7 @@ from mdm.data.storage import Store, StoreError, StoreOptions, open_store
 from mdm.data.survey import Group, Survey, plan
 from mdm.data.tokenizer import Tokenizer
 from mdm.evaluate.card import card_page
-from mdm.sources.record import Unit
+from mdm.sources.record import Unit, describe_fully
 from pipelines import encode_on_ray
 from pipelines.encode_on_ray import GroupEncoder, Place, RayFailedError
 
@@ -306,6 +306,8 @@ def main() -> int:
         return 1
     except (ManifestError, StoreError, ValueError) as error:
         fail(f"encode: {error}")
+    except (OSError, MemoryError) as error:
+        fail(f"encode: {', '.join([describe_fully(error), *getattr(error, '__notes__', [])])}")
     except RayFailedError as error:
         fail(f"encode: {error}; run it again to go on from here")
     except KeyboardInterrupt:

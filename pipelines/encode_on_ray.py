@@ -27,13 +27,14 @@ from mdm.data.recipe import Recipe
 from mdm.data.storage import StoreOptions, open_store
 from mdm.data.survey import Group, survey
 from mdm.data.tokenizer import Tokenizer
-from mdm.sources.record import Unit
+from mdm.sources.record import Unit, describe_fully
 
 # Chunks under way to each encoder: what it works on, what waits for it, and some more where the
 # next chunks come unevenly.
 _CHUNKS_AN_ENCODER = 4
 _WORTH_SECONDS = 15.0  # of work ahead, for another encoder to be started: that takes seconds
 _STARTS = 6  # of a Ray of our own: its 30 s are few where the machine is busy
+_LONGEST_NOTE = 300  # characters
 _RETRIES = 3  # of work whose process died; a fourth death has a reason that stays
 
 
@@ -51,11 +52,24 @@ class Place:
     autoencoder: str
 
 
+@contextmanager
+def _named(units: Sequence[Unit]) -> Iterator[None]:
+    """An error that escapes names the record it met, or else the files that were being read."""
+    try:
+        yield
+    except Exception as error:
+        if not getattr(error, "__notes__", []):
+            files = ", ".join(name for unit in units for name in unit.files[:1])
+            error.add_note(f"at {files}"[:_LONGEST_NOTE])
+        raise
+
+
 @ray.remote(num_cpus=1, max_retries=_RETRIES)
 def _survey(unit: Unit, key: str, place: Place, near: bool) -> tuple[int, int, float]:
     """Records and bad records of a unit; the rest goes to the store."""
     began = time.process_time()
-    found = survey(unit, near=near)
+    with _named([unit]):
+        found = survey(unit, near=near)
     put_sealed(open_store(place.out, place.options), key, found.to_bytes())
     return len(found), found.bad, time.process_time() - began
 
@@ -64,11 +78,13 @@ def _survey(unit: Unit, key: str, place: Place, near: bool) -> tuple[int, int, f
 def _decode(group: Group, recipe: Recipe, place: Place) -> Iterator[Chunk | tuple[int, float]]:
     """Each chunk, then how many records and seconds it took: the driver reads these alone."""
     began = time.process_time()
-    for chunk in encoding.decode_group(group, recipe, Tokenizer(place.tokenizer)):
-        seconds = time.process_time() - began
-        yield chunk
-        yield chunk.counts["records"], seconds
-        began = time.process_time()
+    tokenizer = Tokenizer(place.tokenizer)
+    with _named(group.units):
+        for chunk in encoding.decode_group(group, recipe, tokenizer):
+            seconds = time.process_time() - began
+            yield chunk
+            yield chunk.counts["records"], seconds
+            began = time.process_time()
 
 
 class _Encoder:
@@ -190,10 +206,16 @@ def gpus() -> int:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The innermost error's one line: Ray wraps what happened in a worker, task by task."""
+    """The innermost error's one line, with the file that it met.
+
+    Ray wraps what happened in a worker, task by task.
+    """
     while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
         error = cause
-    return f"{str(error).strip().splitlines()[-1]}" if str(error).strip() else type(error).__name__
+    lines = str(error).strip().splitlines()
+    known = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("mdm.")
+    said = lines[-1] if lines and known else describe_fully(error)
+    return ", ".join([said, *getattr(error, "__notes__", [])])
 
 
 def survey_units(

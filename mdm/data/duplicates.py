@@ -23,6 +23,7 @@ from mdm.data.survey import Survey
 
 DUPLICATE = "duplicate"  # the same content again: dropped
 NEAR_DUPLICATE = "near duplicate"  # nearly the same content again: dropped
+DROPPED = (DUPLICATE, NEAR_DUPLICATE)  # what else is left out is quarantined
 ID_TAKEN = "id taken by another record"  # other content under the same id: quarantined
 BUCKETS = 64
 MAX_LEADERS = 128
@@ -48,6 +49,7 @@ class Ledger:
         self._signatures = self._open("signatures")
         self._places = self._open("places")
         self._records = 0
+        self._failed: dict[int, dict[int, str]] = {}
 
     def __enter__(self) -> "Ledger":
         return self
@@ -60,6 +62,7 @@ class Ledger:
 
     def add(self, unit: int, found: Survey) -> None:
         """The survey of the unit of this index."""
+        self._failed[unit] = found.failed
         at = np.uint64(unit << 32) | found.positions.astype(np.uint64)
         ids = np.zeros(len(at), _IDS)
         ids["high"], ids["low"], ids["at"] = found.ids[:, 0], found.ids[:, 1], at
@@ -100,8 +103,8 @@ class Ledger:
         return np.frombuffer(file.read(), dtype)
 
     def left_out(self, units: int) -> list[dict[int, str]]:
-        """For each unit, the positions to leave out and why."""
-        out: list[dict[int, str]] = [{} for _ in range(units)]
+        """For each unit, the positions to leave out and why; those that failed are among them."""
+        out = [dict(self._failed.get(unit, {})) for unit in range(units)]
 
         def note(places: NDArray[np.uint64], reason: str) -> None:
             for at in places.tolist():

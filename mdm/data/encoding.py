@@ -9,7 +9,7 @@ Shapes: n examples and p pictures of a chunk, H x W pixels, N image tokens, C nu
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdm import sources
-from mdm.data.duplicates import ID_TAKEN
+from mdm.data.duplicates import DROPPED
 from mdm.data.image import decode_image
 from mdm.data.manifest import Quarantined
 from mdm.data.quality import text_problem
@@ -29,7 +29,7 @@ from mdm.data.storage import Store
 from mdm.data.survey import Group
 from mdm.data.text import fit
 from mdm.data.tokenizer import EOS, Tokenizer
-from mdm.sources.record import BadRecord, RawRecord, Unit
+from mdm.sources.record import BadRecord, RawRecord, Unit, one_record
 
 # A chunk's examples, at most this many for each picture it may hold: dialogues have many turns.
 _EXAMPLES_A_PICTURE = 8
@@ -38,7 +38,7 @@ _EXAMPLES_A_PICTURE = 8
 def has_pictures(units: Sequence[Unit]) -> bool:
     """Whether the data set's first readable record has a picture; ValueError if none is."""
     for unit in units:
-        for record in sources.get(unit.source).read(unit):
+        for record in sources.read(unit):
             if isinstance(record, RawRecord):
                 return record.image is not None
     raise ValueError("not one record of the data set can be read; is --root the right folder?")
@@ -128,23 +128,30 @@ class _Decoder:
                 if record.image is None
                 else ("a picture in a data set of texts")
             )
+        counts = Counter[str]()
         try:
-            record.id.encode()
-            texts = list(self._texts(record))
-            pixels = self._pixels(record.image) if record.image is not None and texts else None
+            with one_record(record.origin, passing=(UnicodeEncodeError,)):
+                record.id.encode()
+                label = np.int32(-1 if record.label is None else record.label)
+                texts = list(self._texts(record, counts))
+                pixels = self._pixels(record.image) if record.image is not None and texts else None
+                samples = [
+                    self._sample(record.id + suffix, ids, pixels) for suffix, ids, _ in texts
+                ]
         except UnicodeEncodeError:
             return "text is not valid Unicode"
         except ValueError as error:
             return str(error)
         now = self.now
+        now.counts.update(counts)
         for suffix, tokens, prompt in texts:
             now.ids.append(record.id + suffix)
             now.origins.append(below(record.origin, None))
-            now.class_ids.append(-1 if record.label is None else record.label)
+            now.class_ids.append(int(label))
             now.tokens.append(tokens)
             now.prompts.append(prompt)
             now.pictures.append(len(now.pixels) - 1)
-            self._sample(now.ids[-1], tokens, pixels)
+        self._keep(sample for sample in samples if sample is not None)
         return None
 
     def _pixels(self, data: bytes) -> NDArray[np.uint8]:
@@ -152,7 +159,8 @@ class _Decoder:
         assert self.recipe.image_size is not None
         if self._last is None or self._last[0] != data:
             try:
-                pixels = decode_image(data, self.recipe.image_size)
+                with one_record():
+                    pixels = decode_image(data, self.recipe.image_size)
             except ValueError as error:
                 self._last = data, str(error)
             else:
@@ -165,24 +173,31 @@ class _Decoder:
 
     def _sample(
         self, example: str, tokens: NDArray[np.uint16], pixels: NDArray[np.uint8] | None
-    ) -> None:
-        rank = sample_rank(example)
-        if len(self._ranks) < SAMPLES or rank < self._ranks[-1]:
-            self._ranks = sorted([*self._ranks, rank])[:SAMPLES]
-            text = self.tokenizer.decode(tokens.tolist())
-            self.now.samples.append(Sample.of(example, text, pixels))
+    ) -> Sample | None:
+        """The example's, if it may be one of the lowest."""
+        if len(self._ranks) == SAMPLES and sample_rank(example) >= self._ranks[-1]:
+            return None
+        return Sample.of(example, self.tokenizer.decode(tokens.tolist()), pixels)
 
-    def _texts(self, record: RawRecord) -> Iterator[tuple[str, NDArray[np.uint16], int]]:
+    def _keep(self, samples: Iterable[Sample]) -> None:
+        for sample in samples:
+            if len(self._ranks) < SAMPLES or sample.rank < self._ranks[-1]:
+                self._ranks = sorted([*self._ranks, sample.rank])[:SAMPLES]
+                self.now.samples.append(sample)
+
+    def _texts(
+        self, record: RawRecord, counts: Counter[str]
+    ) -> Iterator[tuple[str, NDArray[np.uint16], int]]:
         """(id suffix, tokens, prompt length): the caption, or one reply after another."""
         if not record.turns:
             if record.text is None:
                 raise ValueError("neither caption nor dialogue")
-            if self._drop(record.text, self.recipe.min_chars):
+            if self._drop(record.text, self.recipe.min_chars, counts):
                 return
             ids = [*self.tokenizer.encode(record.text), EOS]
             if len(ids) == 1:
                 raise ValueError("the text has no tokens")
-            yield "", *self._fitted(ids, 0)
+            yield "", *self._fitted(ids, 0, counts)
             return
         if len(record.turns) < 2:
             raise ValueError("a dialogue without a reply")
@@ -190,7 +205,7 @@ class _Decoder:
         least = self.recipe.min_chars if record.image is None else 1
         for k in range(len(record.turns) // 2):
             turns = record.turns[: 2 * k + 2]
-            if self._drop(turns[-1], least):
+            if self._drop(turns[-1], least, counts):
                 continue
             ids, prompt = self.tokenizer.encode_dialogue(turns)
             shortened = len(ids) > self.recipe.text_length
@@ -199,18 +214,20 @@ class _Decoder:
                 turns = turns[2:]
                 ids, prompt = self.tokenizer.encode_dialogue(turns)
             if len(ids) <= self.recipe.text_length:
-                self.now.counts["shortened texts"] += shortened
-            yield f"#t{k}", *self._fitted(ids, prompt)
+                counts["shortened texts"] += shortened
+            yield f"#t{k}", *self._fitted(ids, prompt, counts)
 
-    def _drop(self, text: str, least: int) -> bool:
+    def _drop(self, text: str, least: int, counts: Counter[str]) -> bool:
         reason = text_problem(text, least)
         if reason and (self.recipe.text_filters or reason == "too short text"):
-            self.now.counts[f"dropped: {reason}"] += 1
+            counts[f"dropped: {reason}"] += 1
             return True
         return False
 
-    def _fitted(self, ids: list[int], prompt: int) -> tuple[NDArray[np.uint16], int]:
-        self.now.counts["shortened texts"] += len(ids) > self.recipe.text_length
+    def _fitted(
+        self, ids: list[int], prompt: int, counts: Counter[str]
+    ) -> tuple[NDArray[np.uint16], int]:
+        counts["shortened texts"] += len(ids) > self.recipe.text_length
         return fit(np.array(ids, np.uint16), prompt, self.recipe.text_length)
 
 
@@ -218,14 +235,14 @@ def decode_group(group: Group, recipe: Recipe, tokenizer: Tokenizer) -> Iterator
     """The group's chunks: `encode_batch` pictures, or texts, but the last, which may be empty."""
     decoder = _Decoder(recipe, tokenizer)
     for unit, left_out in zip(group.units, group.left_out, strict=True):
-        for position, record in enumerate(sources.get(unit.source).read(unit)):
+        for position, record in enumerate(sources.read(unit)):
             if isinstance(record, RawRecord) and decoder.full(record):
                 yield decoder.take()
             decoder.now.counts["records"] += 1
             reason = record.reason if isinstance(record, BadRecord) else left_out.get(position)
             if isinstance(record, RawRecord) and reason is None:
                 reason = decoder.add(record)
-            elif isinstance(record, RawRecord) and reason != ID_TAKEN:
+            elif isinstance(record, RawRecord) and reason in DROPPED:
                 decoder.now.counts[f"dropped: {reason}"] += 1
                 reason = None
             if reason is not None:
@@ -248,9 +265,10 @@ def _printable(text: str) -> str:
 
 
 def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> Chunk:
-    """The chunk with latents for pixels; a picture whose latents are not finite is quarantined.
+    """The chunk with latents for pixels.
 
-    The autoencoder always sees `encode_batch` pictures: another batch size may take another path
+    A picture that the autoencoder fails on, or whose latents are not finite, is quarantined. The
+    autoencoder always sees `encode_batch` pictures: another batch size may take another path
     through its kernels and round differently.
     """
     if chunk.pixels is None:
@@ -260,11 +278,25 @@ def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> C
     p = len(chunk.pixels)
     full = np.zeros((recipe.encode_batch, *chunk.pixels.shape[1:]), np.uint8)
     full[:p] = chunk.pixels
-    latents = autoencoder.encode(torch.from_numpy(full))[:p].float().cpu().numpy().reshape(p, -1)
-    good = np.isfinite(latents).all(axis=1)
+
+    def latents_of(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with one_record(passing=(MemoryError,)):
+            found = autoencoder.encode(torch.from_numpy(batch)).float().cpu().numpy()
+        return np.asarray(found, np.float32).reshape(len(batch), -1)
+
+    reasons: dict[int, str] = {}
+    try:
+        latents = latents_of(full)[:p]
+    except ValueError:
+        latents, reasons = _one_by_one(latents_of, full, p)
+    good: NDArray[np.bool_] = np.asarray(np.isfinite(latents).all(axis=1))
     kept = np.flatnonzero(good[chunk.pictures])
     bad = tuple(
-        Quarantined(chunk.examples.ids[i], "latents are not finite", chunk.examples.origins[i])
+        Quarantined(
+            chunk.examples.ids[i],
+            reasons.get(int(chunk.pictures[i]), "latents are not finite"),
+            chunk.examples.origins[i],
+        )
         for i in np.flatnonzero(~good[chunk.pictures]).tolist()
     )
     latents[~good] = 0
@@ -276,6 +308,28 @@ def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> C
         pictures=np.zeros(0, np.int64),
         quarantine=chunk.quarantine + bad,
     )
+
+
+def _one_by_one(
+    latents_of: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    full: NDArray[np.uint8],
+    pictures: int,
+) -> tuple[NDArray[np.float32], dict[int, str]]:
+    """Latents of the pictures of a batch that failed, NaN for those that fail alone, and why.
+
+    Where a batch of none fails, too, the autoencoder is at fault and no picture: that goes on.
+    """
+    blank = np.zeros_like(full)
+    latents = np.full((pictures, latents_of(blank).shape[1]), np.nan, np.float32)
+    reasons: dict[int, str] = {}
+    for i in range(pictures):
+        alone = blank.copy()
+        alone[i] = full[i]
+        try:
+            latents[i] = latents_of(alone)[i]
+        except ValueError as error:
+            reasons[i] = str(error)
+    return latents, reasons
 
 
 def write_chunks(store: Store, group: Group, recipe: Recipe, chunks: Sequence[Chunk]) -> Receipt:

@@ -2,15 +2,17 @@
 
 import io
 import re
-import struct
-import zlib
+import warnings
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from mdm.data import png
+from mdm.data import bare, png
+from mdm.data.bare import Bare
+from mdm.data.exif import orientation
+from mdm.sources.record import one_record
 
 # Larger pictures are refused by their header, before their pixels are unpacked.
 MAX_PIXELS = 64 << 20
@@ -25,25 +27,25 @@ _SIGNATURES = {
 }
 _LONGEST = 8  # sides of a picture whose ends are cut off before it is resized
 
-_DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-)
+# Of EXIF's values 2 to 8: how to turn the pixels upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
+@one_record(reason="damaged picture:")
 def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
     """RGB pixels uint8 [3, size, size]: short side resized to `size`, middle cropped.
 
     The EXIF orientation is applied, transparency lies over white. ValueError says why a picture is
-    refused: empty, not a picture, truncated, damaged, or of too many pixels.
+    refused: empty, not a picture, truncated, damaged, or of too many pixels. What the pixels do not
+    need may be damaged, and the orientation is read where it can be.
     """
     # JPEG can be unpacked at a fraction of its size; twice the target keeps all detail.
     rgb = _decoded(data, 2 * size)
@@ -56,6 +58,7 @@ def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
 
 
+@one_record(reason="damaged picture:")
 def thumbnail(data: bytes) -> NDArray[np.uint8]:
     """The whole picture in 96 bytes: 8 x 8 luma, then 4 x 4 of each chroma; errors as above."""
     small = _decoded(data, 64).convert("YCbCr")
@@ -71,29 +74,45 @@ def _decoded(data: bytes, least: int) -> Image.Image:
     if not data:
         raise ValueError("empty file")
     try:
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        with warnings.catch_warnings(action="ignore"):  # they are of what is beside the pixels
+            return _upright(_bare(data), least)
     except UnidentifiedImageError:
         raise ValueError(_unidentified(data)) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise ValueError(f"too many pixels: more than {MAX_PIXELS}") from None
-    except _DECODER_ERRORS as error:
-        raise ValueError(f"damaged picture: {error}") from None
+    except (OSError, SyntaxError) as error:  # what decoders say
+        kind = "truncated" if "truncated" in str(error).lower() else "damaged"
+        raise ValueError(f"{kind} picture: {error}") from None
+
+
+def _bare(data: bytes) -> Bare:
+    """The file without what its pixels do not need."""
+    if data.startswith(b"\xff\xd8"):
+        return bare.jpeg(data)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return png.bare(data)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return bare.webp(data)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return bare.gif(data)
+    return Bare(data)
+
+
+def _upright(file: Bare, least: int) -> Image.Image:
+    picture = Image.open(io.BytesIO(file.data), formats=FORMATS)
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"too many pixels: {width} x {height}, more than {MAX_PIXELS}")
     if min(width, height) < 1:
         raise ValueError(f"picture of no pixels: {width} x {height}")
-    try:
-        picture.draft(None, (least, least))
-        picture.load()
-        if picture.format in ("JPEG", "MPO"):
-            _check_jpeg(data)
-        if picture.format == "PNG":
-            _check_png(data, picture)
-        return _rgb(ImageOps.exif_transpose(picture))
-    except _DECODER_ERRORS as error:
-        kind = "truncated" if "truncated" in str(error).lower() else "damaged"
-        raise ValueError(f"{kind} picture: {error}") from None
+    picture.draft(None, (least, least))
+    picture.load()
+    if picture.format == "JPEG":
+        _check_jpeg(file.data)
+    if picture.format == "PNG":
+        _check_png(file.data, picture)
+    turn = _TURNS.get(orientation(file.exif, file.xmp))
+    return _rgb(picture if turn is None else picture.transpose(turn))
 
 
 def _unidentified(data: bytes) -> str:
@@ -102,9 +121,9 @@ def _unidentified(data: bytes) -> str:
         if signature.fullmatch(data[:12]):
             return f"damaged picture: begins as a {kind}, but its header cannot be read"
     try:
-        with Image.open(io.BytesIO(data)) as other:
+        with one_record(), Image.open(io.BytesIO(data)) as other:
             return f"a picture of another kind: {other.format}; read are {', '.join(FORMATS)}"
-    except (UnidentifiedImageError, Image.DecompressionBombError, *_DECODER_ERRORS):
+    except ValueError:
         pass
     if not data.strip(b"\0"):
         return f"not a picture: {len(data)} zero bytes"
@@ -131,12 +150,12 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _check_png(data: bytes, picture: Image.Image) -> None:
-    """OSError where chunks are damaged or pixels missing.
+    """OSError where pixels are missing, or the end.
 
     Rows that are not there stay zero: to unpack the pixels once more is for pictures whose last row
     is, and for interlaced ones.
     """
-    png.check_chunks(data)
+    png.check_end(data)
     width, height = picture.size
     last = picture.crop((0, height - 1, width, height))
     if "interlace" in picture.info or not np.asarray(last).any():

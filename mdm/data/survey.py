@@ -4,8 +4,9 @@ It reads every record and, where near duplicates are looked for, decodes picture
 """
 
 import io
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from mdm import sources
 from mdm.data import similar
-from mdm.sources.record import RawRecord, Unit
+from mdm.sources.record import RawRecord, UnforeseenError, Unit, one_record
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Survey:
     """What one unit's n good records hold. Positions count all that its reader yields.
 
     A record whose picture cannot be decoded has no content hash (zeros) and no keys: it is no
-    duplicate of anything, so that the second pass says what is wrong with it.
+    duplicate of anything, so that the second pass says what is wrong with it. One that could not be
+    surveyed for a reason that nobody foresaw is among them, and `failed` says why.
     """
 
     positions: NDArray[np.uint32]  # [n]
@@ -32,11 +34,13 @@ class Survey:
     key_rows: NDArray[np.uint32]  # [k] which record has the key
     keys: NDArray[np.uint64]  # [k]
     bad: int
+    failed: dict[int, str] = field(default_factory=dict)  # position -> reason
 
     def to_bytes(self) -> bytes:
         """As its object holds it."""
         file = io.BytesIO()
-        arrays: dict[str, Any] = {k: np.asarray(v) for k, v in vars(self).items()}
+        arrays: dict[str, Any] = {k: np.asarray(v) for k, v in vars(self).items() if k != "failed"}
+        arrays["failed"] = np.frombuffer(json.dumps(self.failed).encode(), np.uint8)
         np.savez(file, **arrays)
         return file.getvalue()
 
@@ -45,7 +49,8 @@ class Survey:
         """The survey that `to_bytes` wrote."""
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             fields: dict[str, Any] = dict(arrays)
-        return Survey(**(fields | {"bad": int(fields["bad"])}))
+        failed = {int(k): v for k, v in json.loads(fields["failed"].tobytes()).items()}
+        return Survey(**(fields | {"bad": int(fields["bad"]), "failed": failed}))
 
     def __len__(self) -> int:
         return len(self.positions) + self.bad
@@ -68,21 +73,26 @@ def survey(unit: Unit, *, near: bool) -> Survey:
     signatures: list[NDArray[np.uint8]] = []
     keys: list[tuple[int, int]] = []
     nothing = np.zeros(similar.SIGNATURE_BYTES, np.uint8)
-    bad = 0
-    for position, record in enumerate(sources.get(unit.source).read(unit)):
+    bad, failed = 0, dict[int, str]()
+    for position, record in enumerate(sources.read(unit)):
         if not isinstance(record, RawRecord):
             bad += 1
             continue
-        found, meets, good = nothing, list[int](), record.image != b""
-        if near:
-            try:
-                found, meets = similar.signature(record)
-            except ValueError:
-                good = False
+        found, meets, content = nothing, list[int](), bytes(16)
+        try:
+            with one_record(record.origin):
+                if near:
+                    found, meets = similar.signature(record)
+                if record.image != b"":
+                    content = content_hash(record)
+        except UnforeseenError as error:
+            failed[position] = str(error)
+        except ValueError:
+            pass  # told by the second pass
         keys += [(len(positions), key) for key in meets]
         positions.append(position)
         ids.append(_hash([record.id]))
-        contents.append(content_hash(record) if good else bytes(16))
+        contents.append(content)
         signatures.append(found)
     rows, values = zip(*keys, strict=True) if keys else ((), ())
     return Survey(
@@ -93,6 +103,7 @@ def survey(unit: Unit, *, near: bool) -> Survey:
         np.array(rows, np.uint32),
         np.array(values, np.uint64),
         bad,
+        failed,
     )
 
 

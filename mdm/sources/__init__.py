@@ -18,7 +18,7 @@ from mdm.sources import (
     vizwiz,
     vqav2,
 )
-from mdm.sources.record import BadRecord, RawRecord, Reader
+from mdm.sources.record import BadRecord, RawRecord, Reader, Unit, one_record
 
 READERS: dict[str, Reader] = {
     "imagenet": imagenet,
@@ -72,11 +72,36 @@ def held_out_split(name: str, root: Path) -> str:
     return reader.HELD_OUT
 
 
+def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
+    """The unit's records, from its reader.
+
+    Where the reader itself fails, what lies behind is out of reach, and a bad record says so.
+    ValueError only before the first record: the data set lacks what that names.
+    """
+    found = iter(get(unit.source).read(unit))
+    place = unit.files[0] if unit.files else unit.kind
+    number = 0
+    while True:
+        try:
+            with one_record(place):
+                record = next(found, None)
+        except ValueError as error:
+            if not number and type(error) is ValueError:
+                raise
+            key = f"{unit.source}/{unit.split}/unit {unit.index}, record {number}"
+            reason = f"its reader failed, all behind is left out: {error}"
+            yield BadRecord(key, unit.source, unit.split, place, reason)
+            return
+        if record is None:
+            return
+        number, place = number + 1, record.origin
+        yield record
+
+
 def records(name: str, root: Path, split: str) -> Iterator[RawRecord | BadRecord]:
     """All of a split, unit after unit, in one process."""
-    reader = get(name)
-    for unit in reader.units(root, split):
-        yield from reader.read(unit)
+    for unit in get(name).units(root, split):
+        yield from read(unit)
 
 
 def parse_datasets(text: str) -> list[tuple[str, Path]]:

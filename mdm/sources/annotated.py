@@ -20,7 +20,15 @@ from mdm.sources.joined import Join, Joined
 from mdm.sources.jsoncursor import BrokenFileError
 from mdm.sources.jsonfile import Element
 from mdm.sources.packed import PictureError, Pictures, listing, open_file, unpacked_size
-from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_split, fingerprint
+from mdm.sources.record import (
+    UNIT_BYTES,
+    BadRecord,
+    RawRecord,
+    Unit,
+    check_split,
+    fingerprint,
+    one_record,
+)
 from mdm.sources.streams import ARCHIVE_ERRORS, describe, tgz_members
 
 _TARS = (".tgz", ".tar.gz")
@@ -85,8 +93,10 @@ def nested(element: Element, field: str, key: str) -> Iterator[tuple[str, Any]]:
     for i, item in enumerate(list_field(jsonfile.entry(element).get(field), field)):
         where = f"{field}[{i}]"
         try:
-            found = object_field(item, where)
-            yield id_field(found.get(key), f"{where}.{key}"), found
+            with one_record(where):
+                found = object_field(item, where)
+                name = id_field(found.get(key), f"{where}.{key}")
+            yield name, found
         except ValueError as error:
             yield f"@{element.offset}/{i}", error
 
@@ -161,7 +171,8 @@ class Annotated:
                 place, data, problem = "", None, row.problem
                 if not problem and row.content.pictures:
                     try:
-                        place, data = pictures.read(row.content.pictures)
+                        with one_record(row.content.pictures[0]):
+                            place, data = pictures.read(row.content.pictures)
                     except PictureError as error:
                         place, problem = error.place, str(error)
                     except ValueError as error:
@@ -223,14 +234,18 @@ class Annotated:
 
     def _of_element(self, element: Element, layout: Layout, joined: Joined) -> Iterator[_Row]:
         offset = element.offset
+        place = f"{layout.annotations}@{offset}"
         try:
-            for key, value in self.entries(element, layout):
-                try:
-                    if isinstance(value, ValueError):
-                        raise value
-                    yield _Row(key, offset, self.content(value, layout, joined))
-                except ValueError as error:
-                    yield _Row(key, offset, Content(), str(error))
+            with one_record(place):
+                for key, value in self.entries(element, layout):
+                    try:
+                        if isinstance(value, ValueError):
+                            raise value
+                        with one_record(place):
+                            content = self.content(value, layout, joined)
+                        yield _Row(key, offset, content)
+                    except ValueError as error:
+                        yield _Row(key, offset, Content(), str(error))
         except ValueError as error:
             yield _Row(f"@{offset}", offset, Content(), str(error))
 
@@ -240,7 +255,8 @@ class Annotated:
             with open_file(root, layout.annotations) as file:
                 for element in _elements(file, layout, 0, unpacked_size(root, layout.annotations)):
                     try:
-                        yield from (key for key, _ in self.entries(element, layout))
+                        with one_record(f"{layout.annotations}@{element.offset}"):
+                            yield from (key for key, _ in self.entries(element, layout))
                     except ValueError:
                         continue  # reported where the entry is read
         except (BrokenFileError, *ARCHIVE_ERRORS):

@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_split, fingerprint
+from mdm.sources.record import (
+    UNIT_BYTES,
+    BadRecord,
+    RawRecord,
+    Unit,
+    check_split,
+    fingerprint,
+    one_record,
+)
 from mdm.sources.streams import (
     ARCHIVE_ERRORS,
     DamagedHeaderError,
@@ -83,13 +91,19 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
         else:
             seen.add(key)
             label = labels[wnid]
+            try:
+                with one_record(origin):
+                    text = caption(names[label], key)
+            except ValueError as error:
+                yield BadRecord(key, SOURCE, unit.split, origin, str(error))
+                continue
             yield RawRecord(
                 id=key,
                 source=SOURCE,
                 split=unit.split,
                 origin=origin,
                 image=member.data,
-                text=caption(names[label], key),
+                text=text,
                 label=label,
             )
 
@@ -184,7 +198,8 @@ def _is(kind: Callable[[], bool]) -> bool:
 def _from_folder(unit: Unit) -> Iterator[tuple[str, Member]]:
     for file in unit.files:
         try:
-            member = Member(file, read_file(Path(unit.root) / file))
+            with one_record(file):
+                member = Member(file, read_file(Path(unit.root) / file))
         except ValueError as error:
             member = Member(file, None, str(error))
         if file.count("/") == 1:

@@ -19,6 +19,7 @@ from mdm.sources import jsonfile
 from mdm.sources.fields import number_field
 from mdm.sources.jsoncursor import BrokenFileError
 from mdm.sources.packed import open_file
+from mdm.sources.record import one_record
 from mdm.sources.streams import ARCHIVE_ERRORS, describe
 
 
@@ -107,7 +108,8 @@ class Joined:
                         continue
                     problem, number, text = "", 0, ""
                     try:
-                        number, text = self._join.value(entry)
+                        with one_record(f"{self._join.file}@{element.offset}"):
+                            number, text = self._join.value(entry)
                     except ValueError as error:
                         problem = str(error)
                     if key in first:

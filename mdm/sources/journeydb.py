@@ -14,7 +14,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mdm.sources.fields import text_field
-from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_split, fingerprint
+from mdm.sources.record import (
+    UNIT_BYTES,
+    BadRecord,
+    RawRecord,
+    Unit,
+    check_split,
+    fingerprint,
+    one_record,
+)
 from mdm.sources.streams import ARCHIVE_ERRORS, describe, parse_row, tgz_lines, tgz_members
 
 SOURCE = "journeydb"
@@ -117,7 +125,9 @@ def texts(root: Path, split: str) -> Iterator[str]:
     try:
         for _, _, line in tgz_lines(Path(first.root) / ANNOTATIONS[split]):
             try:
-                yield _text(parse_row(line))
+                with one_record():
+                    text = _text(parse_row(line))
+                yield text
             except ValueError:
                 continue  # the readers report it; here only usable text counts
     except ARCHIVE_ERRORS:
@@ -143,7 +153,8 @@ def _collect(unit: Unit, archive: str, rows: dict[str, str | None]) -> Iterator[
             yield _bad_row(unit, f"{folder}/{file}", number, reason)
             continue
         try:
-            rows[file] = _text(row)
+            with one_record(f"{ANNOTATIONS[unit.split]}:{number}"):
+                rows[file] = _text(row)
         except ValueError as error:
             rows[file] = None
             yield _bad_row(unit, f"{folder}/{file}", number, str(error))
@@ -165,8 +176,9 @@ def _annotations(unit: Unit, archive: str) -> Iterator[tuple[int, dict[str, Any]
             if not line.strip() or not (reporter or needle in line):
                 continue
             try:
-                row = parse_row(line)
-                _path(row, PurePosixPath(unit.files[0]).name == _ONE_ARCHIVE)
+                with one_record(f"{ANNOTATIONS[unit.split]}:{number}"):
+                    row = parse_row(line)
+                    _path(row, PurePosixPath(unit.files[0]).name == _ONE_ARCHIVE)
                 yield number, row
             except ValueError as error:
                 if reporter:

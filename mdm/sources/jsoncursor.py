@@ -13,6 +13,7 @@ from itertools import islice
 from typing import IO, Any
 
 from mdm.sources import streams
+from mdm.sources.record import one_record
 
 _WINDOW = 1 << 18
 # An error so near the window's end may only mean that the entry goes on behind it.
@@ -153,9 +154,12 @@ class Cursor:
         if self._text.isascii() or (part := self._text[start:end]).isascii():
             return value, ""
         try:
-            return json.loads(part.encode("latin-1").decode("utf-8")), ""
+            with one_record(passing=(UnicodeDecodeError,)):
+                return json.loads(part.encode("latin-1").decode("utf-8")), ""
         except UnicodeDecodeError as error:
             return None, f"invalid UTF-8 at byte {error.start} of the entry"
+        except ValueError as error:  # nested so deeply that another call is one too many
+            return None, f"invalid JSON: {error}"
 
     def _fill(self) -> bool:
         """Read on, dropping what lies before the cursor; False at the end of the file."""

@@ -1,13 +1,20 @@
-"""What every reader takes and yields."""
+"""What every reader takes and yields, and what counts as a record's own fault."""
 
+import errno
 import hashlib
+import mmap
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 # Input bytes of one unit of work, unless the caller asks for another size.
 UNIT_BYTES = 1 << 30
+# The machine fails, whichever record meets it: disk, open files, memory.
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_HONEST_BYTES = 512 << 20  # no sound record takes more memory
+_LONGEST_REASON = 300  # characters of an error that nobody foresaw
 
 
 @dataclass(frozen=True)
@@ -96,3 +103,52 @@ def check_split(source: str, split: str, splits: tuple[str, ...]) -> None:
     """Raise ValueError unless the data set publishes `split`."""
     if split not in splits:
         raise ValueError(f"{source} has no split {split!r}; choose one of {', '.join(splits)}")
+
+
+class UnforeseenError(ValueError):
+    """Handling a record failed in a way that no reader, decoder or filter says in its own words."""
+
+
+@contextmanager
+def one_record(
+    origin: str = "", *, reason: str = "failed with", passing: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """What is inside handles one record: whatever goes wrong there is a ValueError.
+
+    This is the one place that tells what is a record's fault. A plain ValueError and the errors
+    of this project say what they mean, and pass as they are; so do those named in `passing`. Any
+    other becomes an UnforeseenError of `reason`, the error's type and its message. What fails
+    because of the machine is no record's fault: it goes on with a note that names `origin`.
+    """
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        if type(error) is ValueError or type(error).__module__.split(".")[0] in ("mdm", "ray"):
+            raise
+        if _is_machines(error):
+            if origin:
+                error.add_note(f"at {origin}")
+            raise
+        raise UnforeseenError(f"{reason} {describe_fully(error)}") from error
+
+
+def describe_fully(error: BaseException) -> str:
+    """An error's type and message on one line that any file or terminal can hold."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - an error whose message fails
+        text = ""
+    text = text[:_LONGEST_REASON].encode("utf-8", "backslashreplace").decode()
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_machines(error: Exception) -> bool:
+    """Whether memory, disk or open files ran out; not for a record that asks for too much."""
+    if isinstance(error, MemoryError):
+        try:
+            mmap.mmap(-1, _HONEST_BYTES).close()
+        except OSError:
+            return True
+    return isinstance(error, OSError) and error.errno in _MACHINE

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mdm.sources.fields import kind
+from mdm.sources.record import one_record
 
 # A single picture or line beyond these is refused, so that one bad file cannot exhaust the memory.
 MAX_MEMBER_BYTES = 256 << 20
@@ -74,7 +75,10 @@ class _StrictHeader(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictHeader":
         try:
-            return super().fromtarfile(tarfile_)
+            with one_record(passing=ARCHIVE_ERRORS):
+                return super().fromtarfile(tarfile_)
+        except ValueError as error:  # PAX fields that are no numbers
+            raise DamagedHeaderError(tarfile.HeaderError(str(error)), b"") from None
         except tarfile.HeaderError as error:
             if type(error).__name__ == "TruncatedHeaderError":
                 raise tarfile.ReadError(str(error)) from None

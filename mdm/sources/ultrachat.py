@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from mdm.sources.fields import id_field, list_field, object_field, text_field
-from mdm.sources.record import UNIT_BYTES, BadRecord, RawRecord, Unit, check_split, fingerprint
+from mdm.sources.record import (
+    UNIT_BYTES,
+    BadRecord,
+    RawRecord,
+    Unit,
+    check_split,
+    fingerprint,
+    one_record,
+)
 from mdm.sources.streams import MAX_MEMBER_BYTES, bounded_lines, describe, parse_row
 
 SOURCE = "ultrachat"
@@ -68,12 +76,13 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
         try:
             if isinstance(row, ValueError):
                 raise row
-            if unit.kind == "lines":
-                key = f"{prefix}/{id_field(row.get('id'), 'id')}"
-                turns = _turns(row)
-            else:
-                key = f"{prefix}/{id_field(row.get('prompt_id'), 'prompt_id')}"
-                turns = _messages(row)
+            with one_record(origin):
+                if unit.kind == "lines":
+                    key = f"{prefix}/{id_field(row.get('id'), 'id')}"
+                    turns = _turns(row)
+                else:
+                    key = f"{prefix}/{id_field(row.get('prompt_id'), 'prompt_id')}"
+                    turns = _messages(row)
             if key in seen:
                 raise ValueError("duplicate id")
         except ValueError as error:
@@ -120,10 +129,13 @@ def _lines(unit: Unit) -> Iterator[tuple[int, Any]]:
             while (offset := file.tell()) < unit.stop and (line := next(lines, b"")):
                 if not line.strip():
                     continue
+                row: Any
                 try:
-                    yield offset, parse_row(line)
+                    with one_record(f"{unit.files[0]}@{offset}"):
+                        row = parse_row(line)
                 except ValueError as error:
-                    yield offset, error
+                    row = error
+                yield offset, row
     except OSError as error:
         yield unit.start, ValueError(f"unreadable: {describe(error)}")
 
@@ -182,10 +194,15 @@ def _group_rows(file: Any, group: int) -> Iterator[tuple[str, Any]]:
         batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(_COLUMNS))
         for batch in batches:
             for i in range(batch.num_rows):
+                row: Any
                 try:
-                    yield f"{group}:{number}", batch.slice(i, 1).to_pylist()[0]
+                    with one_record(passing=(UnicodeDecodeError,)):
+                        row = batch.slice(i, 1).to_pylist()[0]
                 except UnicodeDecodeError as error:
-                    yield f"{group}:{number}", ValueError(f"invalid UTF-8: {error.reason}")
+                    row = ValueError(f"invalid UTF-8: {error.reason}")
+                except ValueError as error:
+                    row = error
+                yield f"{group}:{number}", row
                 number += 1
     except (OSError, ValueError) as error:
         problem = f"unreadable row group {group} after {number} rows: {describe(error)}"

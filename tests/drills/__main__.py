@@ -16,7 +16,7 @@ from typing import Any
 
 from mdm.cli import fail, parse_cli
 from mdm.config import doc
-from tests.drills import data, training, training_pages
+from tests.drills import data, hostile_records, training, training_pages
 from tests.drills.drill import Drill, Row, Setting
 
 DRILLS: tuple[Drill, ...] = (
@@ -29,6 +29,7 @@ DRILLS: tuple[Drill, ...] = (
     data.clock_skew,
     data.two_jobs,
     data.runbooks,
+    hostile_records.hostile_records,
     training.training_signals,
     training.training_numbers,
     training.training_damage,

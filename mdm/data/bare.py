@@ -1,0 +1,197 @@
+"""JPEG, WebP and GIF files reduced to what their pixels need: all else may be damaged.
+
+Profiles, EXIF, thumbnails, comments and stray bytes cannot make an image bad then, for no decoder
+sees them. Bytes within coded pixels are kept as they are: what is wrong with those is for the
+decoder to say. PNG is in `png.py`.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bare:
+    """An image file without what its pixels do not need, and what tells its orientation."""
+
+    data: bytes
+    exif: bytes = b""
+    xmp: bytes = b""
+
+
+# ---- JPEG
+
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
+_SOI, _SOS, _DHT, _DQT, _DRI = 0xD8, 0xDA, 0xC4, 0xDB, 0xDD
+_ALONE = {*range(0x01, 0xC0), *range(0xD0, 0xDA)}  # no segment follows
+_NEEDED = {*range(0xC0, 0xD0), *range(0xDA, 0xE0)}
+_FRAMES = {*range(0xC0, 0xD0)} - {_DHT, 0xC8, 0xCC}
+_NAMES = rb"JFIF|JFXX|Exif|http|ICC_|MPF|Photoshop|Adobe"
+_NEXT = re.compile(
+    rb"\xff(?:[\xc0-\xcf\xd8\xda\xdb\xdd]|[\xe0-\xef]..(?:" + _NAMES + rb"))", re.DOTALL
+)
+_MOST_BROKEN = 100  # segments behind which the next is looked for,
+_REACH = 1 << 17  # in so many bytes: a segment has half as many
+_EXIF, _XMP = b"Exif\0", b"http://ns.adobe.com/xap/1.0/\0"
+
+
+def jpeg(data: bytes) -> Bare:
+    """Tables, frame, the two segments that tell colours, then all from the first scan on.
+
+    There, what looks like stray bytes or markers may as well be damaged pixels.
+    """
+    parts, exif, xmp = [b"\xff\xd8"], b"", b""
+    at, broken = 2, 0
+    while marker := _MARKER.search(data, at):
+        code, start = data[marker.end() - 1], marker.end()
+        end = start + int.from_bytes(data[start : start + 2], "big")
+        at = end
+        if code == _SOS:
+            parts.append(data[marker.start() :])
+            break
+        if code in _ALONE:
+            at = start
+            if code == _SOI and start != 4:  # of a thumbnail, in a segment of a wrong length
+                parts.append(b"\xff\xd8")
+        elif code in _NEEDED:
+            parts.append(bytes((0xFF, code)) + data[start : max(end, start + 2)])
+        else:
+            if end < start + 2 or data[end : end + 1] != b"\xff":
+                broken += 1
+                at = _behind(data, start, end) if broken <= _MOST_BROKEN else max(end, start)
+            body = data[start + 2 : end]
+            parts.append(_colours(code, body))
+            if code == 0xE1 and body.startswith(_EXIF):
+                # A long one comes in several segments; what does not begin as one is passed over.
+                exif = exif + body[6:] if exif[:2] in (b"II", b"MM") else body[6:]
+            elif code == 0xE1 and body.startswith(_XMP):
+                xmp = xmp or body[len(_XMP) :]
+    return Bare(b"".join(parts), exif, xmp)
+
+
+def _colours(code: int, body: bytes) -> bytes:
+    """The segment, if it is one of the two that tell what colours the components are."""
+    if code == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
+        return b"\xff\xe0\0\x10" + body[:12] + b"\0\0"  # without its thumbnail
+    if code == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
+        return b"\xff\xee\0\x0e" + body[:12]
+    return b""
+
+
+def _behind(data: bytes, start: int, end: int) -> int:
+    """Where to go on behind a segment whose length does not lead to a marker.
+
+    Junk may follow it, or its length is wrong. The next segment that is what it says decides. A
+    thumbnail's are not meant: it is passed over from its first marker to its last.
+    """
+    end = max(end, start)
+    for found in _NEXT.finditer(data, start, start + _REACH):
+        at = found.start()
+        if data[at + 1] == _SOI:
+            behind = data.find(b"\xff\xd9", at) + 2
+            return end if at < behind <= end <= len(data) else max(behind, start)
+        if _is_segment(data, at + 1):
+            return at
+    return end
+
+
+def _is_segment(data: bytes, at: int) -> bool:
+    """Whether the code there begins a segment that holds what its kind has to."""
+    code, length = data[at], int.from_bytes(data[at + 1 : at + 3], "big")
+    body = data[at + 3 : at + 1 + length]
+    if len(body) < 1 or len(body) != length - 2:
+        return False
+    if code == _SOS:
+        return 1 <= body[0] <= 4 and length == 6 + 2 * body[0]
+    if code in _FRAMES:
+        return length > 8 and length == 8 + 3 * body[5]
+    if code == _DRI:
+        return length == 4
+    if code not in (_DQT, _DHT):
+        return code >= 0xE0
+    done = 0
+    while done < len(body):
+        if code == _DQT:
+            done += 129 if body[done] >> 4 else 65
+        else:
+            done += 17 + sum(body[done + 1 : done + 17])
+    return done == len(body)
+
+
+# ---- WebP
+
+_WEBP_NEEDED = (b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF")
+_WEBP_OTHERS = (b"ICCP", b"EXIF", b"XMP ")
+_WEBP_NEXT = re.compile(rb"VP8[ L]|ALPH|ANIM|ANMF")
+
+
+def webp(data: bytes) -> Bare:
+    """The chunks of the image, under a header that promises no others.
+
+    A file whose coded pixels are not all there comes as it is, for the decoder to say so.
+    """
+    parts: list[bytes] = []
+    found: dict[bytes, bytes] = {}
+    at = 12
+    while at + 8 <= len(data):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        end = at + 8 + size + size % 2
+        body = data[at + 8 : at + 8 + size]
+        if kind in _WEBP_NEEDED:
+            if len(body) < size:
+                return Bare(data)
+            if kind == b"VP8X" and body:
+                body = bytes((body[0] & 0b11010011,)) + body[1:]  # no profile, EXIF, XMP
+            parts.append(data[at : at + 8] + body + b"\0" * (size % 2))
+        else:
+            found.setdefault(kind, body)
+            known = (b"", *_WEBP_NEEDED, *_WEBP_OTHERS)
+            if end > len(data) or data[end : end + 4] not in known:
+                ahead = _WEBP_NEXT.search(data, at + 8)
+                if ahead is None:
+                    break
+                end = ahead.start()
+        at = end
+    image = b"WEBP" + b"".join(parts)
+    whole = b"RIFF" + len(image).to_bytes(4, "little") + image
+    return Bare(whole, found.get(b"EXIF", b""), found.get(b"XMP ", b""))
+
+
+# ---- GIF
+
+
+def gif(data: bytes) -> Bare:
+    """The first frame, with the extension that names its transparent colour.
+
+    A file in which it does not end comes as it is, for the decoder to say so.
+    """
+    at = head = _behind_table(data, 10, 13)
+    control = b""
+    while at < len(data):
+        mark, start = data[at], at
+        if mark == 0x21:  # an extension
+            at = _behind_blocks(data, at + 2)
+            if data[start + 1 : start + 3] == b"\xf9\x04":
+                control = data[start : start + 7] + b"\0"
+        elif mark == 0x2C:  # a frame: its header, its colours, the code size, then blocks
+            at = _behind_blocks(data, _behind_table(data, start + 9, start + 10) + 1)
+            if at > len(data):
+                break
+            return Bare(data[:head] + control + data[start:at] + b"\x3b")
+        elif mark == 0x3B:
+            break
+        else:
+            at += 1
+    return Bare(data)
+
+
+def _behind_table(data: bytes, flags: int, at: int) -> int:
+    """The end of the colours at `at`, if the byte at `flags` says that there are any."""
+    if flags < len(data) and data[flags] & 0x80:
+        at += 3 << (data[flags] & 7) + 1
+    return at
+
+
+def _behind_blocks(data: bytes, at: int) -> int:
+    while at < len(data) and data[at]:
+        at += 1 + data[at]
+    return at + 1  # behind the empty block that ends them; it may not be there
