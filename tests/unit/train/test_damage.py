@@ -67,7 +67,8 @@ def test_an_export_that_is_gone_is_made_anew_from_the_checkpoint(runs):
         wanted = old.read_bytes().replace(b"/base", b"/exported")
         assert new.read_bytes() == wanted, name
     said = (runs / "exported.log").read_text().splitlines()
-    assert [line.split(": ")[1] for line in said] == 2 * [f"made anew from step-{STEPS:08d}"]
+    anew = f": made anew from step-{STEPS:08d}"
+    assert len([line for line in said if line.endswith(anew)]) == 2
 
 
 def test_with_tracking_false_nothing_is_written_for_it(runs):
