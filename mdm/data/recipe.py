@@ -10,7 +10,7 @@ from mdm.data.schema import MAX_VOCAB_SIZE
 from mdm.sources.record import Unit
 
 # Raise it whenever the same input would give other bytes.
-CODE_VERSION = 4
+CODE_VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def test_broken_rows_are_reported_one_by_one(tmp_path):
         b'{"id": "none", "data": []}',
         b'{"id": "blank", "data": ["hi", "  "]}',
         b'{"id": "odd", "data": ["a", "b", "c"]}',
+        b'{"id": "one", "data": ["a"]}',
         b'{"id": "number", "data": ["a", 7]}',
         b'{"id": "nodata"}',
         b'{"data": ["a", "b"]}',
@@ -63,6 +64,7 @@ def test_broken_rows_are_reported_one_by_one(tmp_path):
     good = {r.id: r.turns for r in records if isinstance(r, RawRecord)}
     assert good == {
         "ultrachat/train/train/good": ("hi", "hello"),
+        "ultrachat/train/train/odd": ("a", "b"),
         "ultrachat/train/train/5": ("last", "one"),
     }
     bad = [(r.id.rsplit("/", 1)[1], r.reason) for r in records if isinstance(r, BadRecord)]
@@ -73,7 +75,7 @@ def test_broken_rows_are_reported_one_by_one(tmp_path):
     assert bad[2:] == [
         ("none", "empty dialogue"),
         ("blank", "field data[1] is empty"),
-        ("odd", "dialogue of 3 turns: the last question has no reply"),
+        ("one", "dialogue of 1 turns: no question has a reply"),
         ("number", "field data[1] is a number, not text"),
         ("nodata", "field data is absent"),
         (bad[7][0], "field id is absent"),
@@ -126,7 +128,7 @@ def test_broken_parquet_rows_are_reported_one_by_one(tmp_path):
     bad = [(r.id.rsplit("/", 1)[1], r.reason) for r in found if isinstance(r, BadRecord)]
     assert bad == [
         ("system", "field messages[0].role is 'system', not 'user'"),
-        ("odd", "dialogue of 1 turns: the last question has no reply"),
+        ("odd", "dialogue of 1 turns: no question has a reply"),
         ("none", "empty dialogue"),
         ("null", "field messages is absent"),
         ("blank", "field messages[1].content is empty"),
@@ -158,10 +160,12 @@ def test_damaged_parquet_loses_its_row_group_alone(tmp_path, monkeypatch):
     (bad,) = read_all(tmp_path, "train_sft")
     assert bad.reason == "unreadable parquet: no column messages"
     path.write_bytes(data)
-    monkeypatch.setattr(ultrachat, "_MAX_GROUP_BYTES", 9)
-    bombs = read_all(tmp_path, "train_sft")
-    assert len(bombs) == 4
-    assert all("decompression bomb: a row group of" in r.reason for r in bombs)
+    monkeypatch.setattr(ultrachat, "MAX_LINE_BYTES", 150)
+    found = read_all(tmp_path, "train_sft")
+    assert [r.turns for r in found if isinstance(r, RawRecord)] == [
+        tuple(t) for t in TALKS if len(t) == 2
+    ]
+    assert {r.reason.split()[-1] for r in found if isinstance(r, BadRecord)} == {"large"}
 
 
 def test_file_that_vanishes_is_a_bad_record(demo, tmp_path):
