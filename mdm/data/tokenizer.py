@@ -29,7 +29,7 @@ _LAYOUT = {
     "<8 spaces>": "        ",
     "<lower block>": "\u2581",
 }
-_LEAST_WITH_LAYOUT = 32  # pieces; a smaller vocabulary has no room for these
+_LEAST_WITH_LAYOUT = 48  # pieces; a smaller vocabulary has no room for these
 _LINE_END = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 # Not a single space between two words: that is SentencePiece's.
 _IS_LAYOUT = re.compile(r"([\n\t\u2581]+|\A +| +\Z| {2,}| +(?=[\n\t\u2581])|(?<=[\n\t\u2581]) +)")
@@ -39,7 +39,7 @@ _PIECES = re.compile("|".join(sorted(_LAYOUT.values(), key=len, reverse=True)))
 def train_model(lines: Iterable[str], vocab_size: int, *, layout: bool = True) -> bytes:
     """A unigram model of `vocab_size` pieces trained on `lines`: the bytes of a `.model` file.
 
-    Without `layout`, or of under 32 pieces, it has none for line breaks, tabs and runs of spaces,
+    Without `layout`, or of under 48 pieces, it has none for line breaks, tabs and runs of spaces,
     and reads each as one space: a set of short captions has no use for them. The settings are
     Appendix D's; the seed and the special pieces are ours. The same lines in the same order give
     the same bytes. ValueError where the corpus cannot support the vocabulary.
