@@ -523,7 +523,7 @@ def test_code_in_a_reply_keeps_its_lines_and_indentation(tmp_path: Path) -> None
     code = "def f():\n    return 1\n\n\tx"
     path = tmp_path / "tokenizer.model"
     words = [f"{a}{b}{c}" for a in NAMES for b in NAMES for c in NAMES]
-    path.write_bytes(train_model([*words, *[" ".join(code.split())] * 9], 60))
+    path.write_bytes(train_model([*words, *[" ".join(code.split())] * 9], 50))
     tokenizer = Tokenizer(path)
     root = write_ultrachat(tmp_path / "raw", [["one\r\n  two", code], ["three", " four \n"]])
     made = recipe("ultrachat", tokenizer, text_length=64)
