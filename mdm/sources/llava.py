@@ -82,9 +82,12 @@ def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
 def _without_mark(turns: list[Any]) -> list[Any]:
     """The turns without the one mark of the picture."""
     for i, turn in enumerate(turns):
-        asks = isinstance(turn, dict) and turn.get("from") == "human"
-        text = turn.get("value") if asks else None
-        for mark in _MARKS if isinstance(text, str) else ():
+        if not isinstance(turn, dict) or turn.get("from") != "human":
+            continue
+        text = turn.get("value")
+        if not isinstance(text, str):
+            continue
+        for mark in _MARKS:
             if at := mark.search(text):
                 plain = text[: at.start()] + text[at.end() :]
                 return [*turns[:i], {**turn, "value": plain}, *turns[i + 1 :]]
