@@ -158,6 +158,8 @@ def run(flags: Flags) -> dict[str, Any]:
         else:
             print(f"{flags.out} is already encoded with this recipe", file=sys.stderr)
         publish.clean(store, manifest)
+    if warning := publish.unknown_warning(publish.unknown_share(manifest.counts)):
+        print(f"encode: {flags.dataset}/{flags.split}: {warning}", file=sys.stderr)
     return _summary(flags, manifest, resumed, seconds, time.perf_counter() - began)
 
 
@@ -287,6 +289,7 @@ def _summary(
         "records": counts.get("records", 0),
         "dropped": sum(v for k, v in counts.items() if k.startswith("dropped: ")),
         "quarantined": counts["quarantined"],
+        "unknown_tokens": round(publish.unknown_share(counts), 6),
         "shards": len(manifest.shards),
         "bytes": sum(s.bytes for s in manifest.shards),
         "resumed_groups": resumed,

@@ -72,7 +72,7 @@ def write(folder: Path) -> tuple[Digits, Digits, PixelPatches]:
     train, heldout = split()
     pixels = fitted(train.grey, PATCH)
     path = folder / "tokenizer.model"
-    path.write_bytes(train_model(_corpus(), VOCAB_SIZE))
+    path.write_bytes(train_model(_corpus(), VOCAB_SIZE, layout=False))
     tokenizer = Tokenizer(path)
     store = open_store(str(folder / "encoded" / "digits"))
     data, shard = write_shard(

@@ -30,7 +30,7 @@ class TrainTokenizerConfig:
         "name=folder, separated by commas; their training splits make the corpus",
     )
     out: str = doc("runs/demo/tokenizer", "folder for tokenizer.model and tokenizer.json")
-    vocab_size: int = doc(32_000, "pieces, the five special ones among them")
+    vocab_size: int = doc(32_000, "pieces, the special ones among them")
 
     def __post_init__(self) -> None:
         if self.vocab_size < 8:

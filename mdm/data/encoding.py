@@ -194,7 +194,7 @@ class _Decoder:
                 raise ValueError("neither caption nor dialogue")
             if self._drop(record.text, self.recipe.min_chars, counts):
                 return
-            ids = [*self.tokenizer.encode(record.text), EOS]
+            ids = [*self.tokenizer.encode_caption(record.text), EOS]
             if len(ids) == 1:
                 raise ValueError("the text has no tokens")
             yield "", *self._fitted(ids, 0, counts)

@@ -5,16 +5,17 @@ import hashlib
 import importlib.metadata
 import platform
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mdm.data.lease import LEASE
 from mdm.data.manifest import CARD, MANIFEST, Manifest, ManifestError, canonical, commit, publish
 from mdm.data.parts import quarantine_parts, shard_parts
-from mdm.data.receipt import Receipt, Sample, lowest
+from mdm.data.receipt import TEXT_TOKENS, UNKNOWN_TOKENS, Receipt, Sample, lowest
 from mdm.data.recipe import Recipe
 from mdm.data.storage import MissingObjectError, Store
 
+MAX_UNKNOWN = 0.01  # of the tokens; above this share, the tokenizer is another language's
 PAGE = "card.html"  # the card for people; nothing reads it
 # What the bytes of pictures, texts and shards come from.
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
@@ -112,6 +113,7 @@ def _card(
             k.removeprefix("dropped: "): v for k, v in counts.items() if k.startswith("dropped: ")
         },
         "quarantined": dict(sorted(reasons.items())),
+        "unknown_tokens": unknown_share(counts),
         "token_lengths": {str(k): v for k, v in sorted(lengths.items())},
         "classes": named,
         "lineage": {
@@ -123,6 +125,21 @@ def _card(
             },
         },
     }
+
+
+def unknown_share(counts: Mapping[str, int]) -> float:
+    """The share of the texts' tokens that the tokenizer has no piece for, by a set's counts."""
+    return counts.get(UNKNOWN_TOKENS, 0) / max(1, counts.get(TEXT_TOKENS, 0))
+
+
+def unknown_warning(share: float) -> str:
+    """What to say of this share of unknown tokens; "" where it is small."""
+    if share <= MAX_UNKNOWN:
+        return ""
+    return (
+        f"{share:.2%} of the tokens are unknown to the tokenizer, more than {MAX_UNKNOWN:.0%}: "
+        "those characters are lost; train a tokenizer on this data set, too"
+    )
 
 
 def missing(store: Store, manifest: Manifest) -> list[str]:

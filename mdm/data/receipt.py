@@ -22,8 +22,11 @@ from mdm.data.recipe import Recipe
 from mdm.data.schema import Examples, ShardInfo, example_schema, write_shard
 from mdm.data.storage import MissingObjectError, Store
 from mdm.data.survey import Group
+from mdm.data.tokenizer import ASSISTANT, UNK
 from mdm.files import tell
 
+# Among the counts: the pieces of all texts, without marks, and those of them that are unknown.
+TEXT_TOKENS, UNKNOWN_TOKENS = "text tokens", "unknown tokens"
 SAMPLES = 12  # examples that a dataset card shows
 _SMALL = 64  # pixels: larger pictures are shown as JPEG
 
@@ -144,6 +147,11 @@ def write_group(
         data, info = write_shard(examples.take(rows[start:stop]), schema, recipe.batch_rows)
         store.put(info.key, data, if_absent=True)
         shards.append(info)
+    tokens = np.concatenate(examples.tokens) if len(examples) else np.zeros(0, np.uint16)
+    counts = counts + Counter(
+        {TEXT_TOKENS: int((tokens > ASSISTANT).sum() + (tokens == UNK).sum())}
+        | {UNKNOWN_TOKENS: int((tokens == UNK).sum())}
+    )
     receipt = Receipt(
         tuple(shards),
         tuple(quarantine),

@@ -1,9 +1,15 @@
-"""SentencePiece unigram tokenizer (Appendix D) and the control pieces of a dialogue."""
+"""SentencePiece unigram tokenizer (Appendix D) and the control pieces of a dialogue.
+
+SentencePiece sees words and single spaces alone; to it, all other white space is one space. Here
+line breaks, tabs and further spaces are control pieces of their own, put between what it encodes:
+a text comes back with all of its layout, whatever characters it holds.
+"""
 
 import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import sentencepiece as spm
@@ -12,15 +18,34 @@ UNK, PAD, EOS, USER, ASSISTANT = range(5)
 
 # Control pieces: no text encodes to them, so that nobody can write a turn's mark into a turn.
 _CONTROLS = ("<user>", "<assistant>")
+# What stands for layout; U+2581 is in the list because SentencePiece writes a space so.
+_LAYOUT = {
+    "<line>": "\n",
+    "<paragraph>": "\n\n",
+    "<tab>": "\t",
+    "<space>": " ",
+    "<2 spaces>": "  ",
+    "<4 spaces>": "    ",
+    "<8 spaces>": "        ",
+    "<lower block>": "\u2581",
+}
+_LEAST_WITH_LAYOUT = 48  # pieces; a smaller vocabulary has no room for these
+_LINE_END = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+# Not a single space between two words: that is SentencePiece's.
+_IS_LAYOUT = re.compile(r"([\n\t\u2581]+|\A +| +\Z| {2,}| +(?=[\n\t\u2581])|(?<=[\n\t\u2581]) +)")
+_PIECES = re.compile("|".join(sorted(_LAYOUT.values(), key=len, reverse=True)))
 
 
-def train_model(lines: Iterable[str], vocab_size: int) -> bytes:
+def train_model(lines: Iterable[str], vocab_size: int, *, layout: bool = True) -> bytes:
     """A unigram model of `vocab_size` pieces trained on `lines`: the bytes of a `.model` file.
 
-    The settings are Appendix D's; the seed and the special pieces are ours. The same lines in the
-    same order give the same bytes. ValueError where the corpus cannot support the vocabulary.
+    Without `layout`, or of under 48 pieces, it has none for line breaks, tabs and runs of spaces,
+    and reads each as one space: a set of short captions has no use for them. The settings are
+    Appendix D's; the seed and the special pieces are ours. The same lines in the same order give
+    the same bytes. ValueError where the corpus cannot support the vocabulary.
     """
     model = io.BytesIO()
+    controls = [*_CONTROLS, *(_LAYOUT if layout and vocab_size >= _LEAST_WITH_LAYOUT else ())]
     spm.set_random_generator_seed(0)
     try:
         spm.SentencePieceTrainer.train(
@@ -36,7 +61,7 @@ def train_model(lines: Iterable[str], vocab_size: int) -> bytes:
             pad_id=PAD,
             eos_id=EOS,
             bos_id=-1,
-            control_symbols=list(_CONTROLS),
+            control_symbols=controls,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
@@ -82,15 +107,36 @@ class Tokenizer:
                 f"not {[UNK, PAD, EOS, USER, ASSISTANT]}; make it with pipelines/train_tokenizer.py"
             )
         self.vocab_size = int(self._model.vocab_size())
+        # Models of earlier versions, and of captions, have none of these.
+        ids = {self._model.piece_to_id(piece): text for piece, text in _LAYOUT.items()}
+        self._layout = {} if UNK in ids else ids
+        self._layout_ids = {text: token for token, text in self._layout.items()}
 
     def model(self) -> bytes:
         """The `.model` file."""
         return self._data
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without EOS; never PAD, EOS, USER or ASSISTANT, whatever the text."""
-        ids: list[int] = self._model.encode(text)
+        """Ids of a text, without EOS; never PAD, EOS, USER or ASSISTANT, whatever the text.
+
+        `decode` gives the text back, but for Unicode's compatible forms (NFKC) and for line ends,
+        which are all LF. A model without pieces for layout gives one space for all of it.
+        """
+        ids: list[int] = []
+        if not self._layout:
+            ids = self._model.encode(text)
+            return ids
+        # Words and layout take turns.
+        for number, part in enumerate(_IS_LAYOUT.split(_LINE_END.sub("\n", text))):
+            if number % 2:
+                ids += (self._layout_ids[found] for found in _PIECES.findall(part))
+            else:
+                ids += self._model.encode(part)
         return ids
+
+    def encode_caption(self, text: str) -> list[int]:
+        """As `encode`, of a text whose white space means nothing."""
+        return self.encode(" ".join(text.split()))
 
     def encode_dialogue(self, turns: Sequence[str]) -> tuple[list[int], int]:
         """`USER u ASSISTANT a ... EOS`, and the length of what precedes the last reply.
@@ -121,8 +167,13 @@ class Tokenizer:
                 break
             if token not in (PAD, USER, ASSISTANT):
                 kept.append(int(token))
-        text: str = self._model.decode(kept)
-        return text
+        parts: list[str] = []
+        for is_layout, run in groupby(kept, self._layout.__contains__):
+            if is_layout:
+                parts += (self._layout[token] for token in run)
+            else:
+                parts.append(self._model.decode(list(run)))
+        return "".join(parts)
 
     def piece(self, token: int) -> str:
         """The piece with this id, as the vocabulary has it."""

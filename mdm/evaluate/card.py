@@ -5,6 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from mdm.data.publish import unknown_warning
 from mdm.data.receipt import Sample
 from mdm.evaluate.charts import bar_chart
 from mdm.evaluate.page import render
@@ -32,6 +33,8 @@ def card_page(card: Mapping[str, Any], samples: Sequence[Sample]) -> str:
                 }
                 for s in samples
             ],
+            "unknown": f"{card['unknown_tokens']:.2%}",
+            "warning": unknown_warning(card["unknown_tokens"]),
             "chart": Markup(chart),
             "lineage": [
                 (key, value)

@@ -249,7 +249,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         Captions are cut to the length of those in training, with a warning.
         """
         length = self.config.data.caption_length
-        ids = [self.tokenizer.encode(text) for text in texts]
+        ids = [self.tokenizer.encode_caption(text) for text in texts]
         if cut := [text for text, i in zip(texts, ids, strict=True) if len(i) >= length]:
             log.warning("%d captions cut to %d tokens, as in training: %r", len(cut), length, cut)
         tokens = _padded([[*i[: length - 1], EOS] for i in ids], length)
@@ -333,6 +333,9 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         said: list[str] = []
         places = []
         for turn in turns:
+            if PICTURE not in turn:
+                said.append(turn)
+                continue
             text, *rest = (part.strip() for part in turn.split(PICTURE))
             for part in rest:
                 # Every turn begins with the mark of who speaks.

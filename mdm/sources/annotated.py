@@ -19,7 +19,14 @@ from mdm.sources.fields import id_field, list_field, object_field
 from mdm.sources.joined import Join, Joined
 from mdm.sources.jsoncursor import BrokenFileError
 from mdm.sources.jsonfile import Element
-from mdm.sources.packed import PictureError, Pictures, listing, open_file, unpacked_size
+from mdm.sources.packed import (
+    PictureError,
+    Pictures,
+    listing,
+    open_file,
+    unpacked_size,
+    without_extension,
+)
 from mdm.sources.record import (
     UNIT_BYTES,
     BadRecord,
@@ -30,6 +37,7 @@ from mdm.sources.record import (
     one_record,
 )
 from mdm.sources.streams import ARCHIVE_ERRORS, describe, tgz_members
+from mdm.sources.textfile import NotUtf8Error
 
 _TARS = (".tgz", ".tar.gz")
 # Entries that are looked through for others about the same picture: some tens of megabytes.
@@ -133,6 +141,7 @@ class Annotated:
         inputs, total = [(layout.annotations, size)], size
         if layout.join:
             inputs.append((layout.join.file, unpacked_size(root, layout.join.file)))
+            self._check_encoding(root, layout.join.file)
         if layout.folders or layout.archives:
             digest, pictures = listing(self.SOURCE, root, layout.folders, layout.archives)
             inputs.append((digest, pictures))
@@ -190,6 +199,16 @@ class Annotated:
     def _layout(self, root: Path, split: str) -> Layout:
         check_split(self.SOURCE, split, self.SPLITS)
         return self.find(root, split)
+
+    def _check_encoding(self, root: Path, name: str) -> None:
+        """ValueError for UTF-16, which would cost every record; other damage is reported."""
+        try:
+            with open_file(root, name):
+                pass
+        except NotUtf8Error as error:
+            raise ValueError(f"{self.SOURCE}: {root / name}: {describe(error)}") from None
+        except OSError:
+            return
 
     def _cuts(self, root: Path, layout: Layout, size: int, parts: int) -> list[int]:
         """Where units begin: 0, then the first entry in each further one of equal parts."""
@@ -276,23 +295,28 @@ class Annotated:
         self, root: Path, layout: Layout, tar: str, rows: Iterator[_Row]
     ) -> Iterator[RawRecord | BadRecord]:
         """Pictures as they come out of the archive; the texts of all wait for them in memory."""
-        waiting: dict[str, list[_Row]] = {}
+        waiting: dict[str, list[_Row]] = {}  # by the first name, without its extension
+        first: dict[str, str] = {}  # of the others
         for row in rows:
             if row.problem:
                 yield self._record(layout, row, "", None, row.problem)
-            else:
-                waiting.setdefault(row.content.pictures[0], []).append(row)
+                continue
+            name, *others = map(without_extension, row.content.pictures)
+            waiting.setdefault(name, []).append(row)
+            first.update(dict.fromkeys(others, name))
         damage = "not in the archive"
         try:
             for member in tgz_members(root / tar):
-                for row in waiting.pop(member.name, ()):
+                name = without_extension(member.name)
+                for row in waiting.pop(name, []) or waiting.pop(first.get(name, ""), []):
                     place = f"{tar}::{member.name}"
                     yield self._record(layout, row, place, member.data, member.problem)
         except ARCHIVE_ERRORS as error:
             damage = f"unreadable archive: {describe(error)}"
-        for name, late in waiting.items():
+        for late in waiting.values():
             for row in late:
-                yield self._record(layout, row, "", None, f"missing file: {name}: {damage}")
+                missing = f"missing file: {row.content.pictures[0]}: {damage}"
+                yield self._record(layout, row, "", None, missing)
 
     def _record(
         self, layout: Layout, row: _Row, place: str, data: bytes | None, problem: str

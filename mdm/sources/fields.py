@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from typing import Any
 
+Turns = tuple[str, ...]  # question, reply, question, ...
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # all but white space
 
 
@@ -92,6 +93,37 @@ def exchange(entry: dict[str, Any]) -> tuple[str, str]:
     """An entry's fields `question` and `answer` as a dialogue of two turns."""
     question = text_field(entry.get("question"), "question")
     return question, text_field(entry.get("answer"), "answer")
+
+
+def dialogue(turns: list[Any], name: str, keys: tuple[str, str], roles: tuple[str, str]) -> Turns:
+    """The texts of turns that are objects, with fields for role and text of the names `keys`.
+
+    `roles` are those of questions and replies. Replies before the first question are cut, and so is
+    a last question without a reply; all between have to alternate.
+    """
+    said: list[tuple[str, Any]] = []
+    for i, turn in enumerate(turns):
+        where = f"{name}[{i}]"
+        turn = object_field(turn, where)
+        role = text_field(turn.get(keys[0]), f"{where}.{keys[0]}")
+        if role == roles[1] and not said:
+            continue
+        if role != (due := roles[len(said) % 2]):
+            raise ValueError(f"field {where}.{keys[0]} is {role[:80]!r}, not {due!r}")
+        said.append((f"{where}.{keys[1]}", turn.get(keys[1])))
+    return answered(said, len(turns))
+
+
+def answered(said: list[tuple[str, Any]], turns: int) -> Turns:
+    """Questions and replies as (name of the field, text), without a last question of no reply.
+
+    `turns` is how many were published.
+    """
+    if not turns:
+        raise ValueError("empty dialogue")
+    if len(said) < 2:
+        raise ValueError(f"dialogue of {turns} turns: no question has a reply")
+    return tuple(text_field(text, name) for name, text in said[: len(said) // 2 * 2])
 
 
 def _present(value: Any, name: str) -> None:

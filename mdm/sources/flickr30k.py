@@ -44,10 +44,11 @@ def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
     if element.problem:
         raise ValueError(element.problem)
     name, tab, caption = element.value.partition("\t")
+    name = name.strip()
     file, mark, number = name.rpartition("#")
     if not (tab and mark and file and number.isdecimal()):
         raise ValueError(f"line begins {name[:80]!r}, not <file>#<number> and a tab")
-    yield name, {"filename": file, "raw": caption}
+    yield name, {"filename": file, "raw": caption.strip()}
 
 
 def _content(entry: Any, layout: Layout, joined: Joined) -> Content:

@@ -31,10 +31,12 @@ from mdm.sources.streams import (
     describe,
     open_tar,
     read_file,
+    read_lines,
     surviving_headers,
     tar_members,
     tgz_members,
 )
+from mdm.sources.textfile import is_clutter
 
 SOURCE = "imagenet"
 SPLITS: tuple[str, ...] = ("train", "val")
@@ -150,6 +152,8 @@ def _is_unicode(text: str) -> bool:
 def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
     listing: list[tuple[str, int]] = []
     for outer in os.scandir(root / split):
+        if is_clutter(outer.name):
+            continue
         named = outer.name.lower().endswith(_PICTURES)  # a folder with a picture's name is none
         folder = f"{split}/{outer.name}" if _is(outer.is_dir) and not named else split
         try:
@@ -157,7 +161,7 @@ def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
         except OSError:  # a folder that may not be entered: its reader says why
             inside, folder = [outer], split
         for entry in inside:
-            if not entry.name.startswith("."):
+            if not (entry.name.startswith(".") or is_clutter(entry.name)):
                 size = entry.stat().st_size if _is(entry.is_file) else 0
                 listing.append((f"{folder}/{entry.name}", size))
     if not listing:
@@ -330,13 +334,14 @@ def _classes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
         pairs = sorted(_devkit_classes(root).values())
     else:
         pairs = []
-        text = (root / MAPPING).read_text(encoding="utf-8", errors="strict")
-        for number, line in enumerate(text.splitlines(), start=1):
-            wnid, _, names = line.strip().partition(" ")
+        lines = read_lines((root / MAPPING).read_bytes(), str(root / MAPPING))
+        for number, line in enumerate(lines, start=1):
+            wnid, *rest = line.split(maxsplit=1) or [""]
+            names = rest[0] if rest else ""
             if wnid and not split_names(names):
                 raise ValueError(f"{root / MAPPING}:{number}: {line!r} is not 'wnid name, name'")
             if wnid:
-                pairs.append((wnid, names.strip()))
+                pairs.append((wnid, names))
         pairs.sort()
     wnids = tuple(wnid for wnid, _ in pairs)
     if not wnids or len(set(wnids)) != len(wnids):
@@ -378,8 +383,17 @@ def _devkit_classes(root: Path) -> dict[int, tuple[str, str]]:
 def _ground_truth(root: Path) -> tuple[tuple[str, str], ...]:
     """Of validation picture 1, 2, ...: the wnid, or "" for no class's id, and the line itself."""
     wnids = {str(number): wnid for number, (wnid, _) in _devkit_classes(root).items()}
-    lines = _devkit_file(root, f"data/{_TRUTH}").decode("utf-8", "replace").rstrip().splitlines()
-    truth = tuple((wnids.get(line.strip(), ""), line) for line in lines)
+    lines = _without_blanks(read_lines(_devkit_file(root, f"data/{_TRUTH}"), f"data/{_TRUTH}"))
+    truth = tuple((wnids.get(line, ""), line) for line in lines)
     if not any(wnid for wnid, _ in truth):
         raise ValueError(f"{root}: data/{_TRUTH} holds not one class's id")
     return truth
+
+
+def _without_blanks(lines: list[str]) -> list[str]:
+    """The lines but blank ones around them, and between each two; another one is a lost label."""
+    filled = [number for number, line in enumerate(lines) if line]
+    if not filled:
+        return []
+    lines = lines[filled[0] : filled[-1] + 1]
+    return lines[::2] if len(lines) > 1 and not any(lines[1::2]) else lines

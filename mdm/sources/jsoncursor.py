@@ -50,8 +50,9 @@ class Cursor:
         self._text = ""
         self._base = offset  # of the window's first character
         self._at = 0
-        if offset == 0 and self._fill() and self._text.startswith(_BYTE_ORDER_MARK):
-            self._at = len(_BYTE_ORDER_MARK)
+        if offset == 0 and self._fill():  # two programs may have put one in front each
+            while self._text.startswith(_BYTE_ORDER_MARK, self._at):
+                self._at += len(_BYTE_ORDER_MARK)
 
     @property
     def offset(self) -> int:

@@ -13,6 +13,7 @@ from typing import IO, Any
 from mdm.sources import streams
 from mdm.sources.fields import kind
 from mdm.sources.jsoncursor import BrokenFileError, Cursor, alike
+from mdm.sources.textfile import decode_line, is_blank
 
 
 @dataclass(frozen=True)
@@ -138,17 +139,16 @@ def _ends(cursor: Cursor, named: bool, within: bool, like: tuple[str, ...]) -> b
 
 
 def _begins(opening: str) -> str:
-    if opening in ("\xff", "\xfe"):
-        return "the file is UTF-16, not UTF-8"
     return f"the file begins with {opening!r}" if opening else "the file is empty"
 
 
 def line_elements(file: IO[bytes], start: int = 0, stop: int = sys.maxsize) -> Iterator[Element]:
     """Lines that begin in bytes [start, stop), as text; `start` is where a line begins."""
     file.seek(start)
-    lines = streams.bounded_lines(file)
-    while (offset := file.tell()) < stop and (line := next(lines, b"")):
-        if line.strip():
+    for offset, line in streams.lines_at(file):
+        if offset >= stop:
+            return
+        if not is_blank(line):
             yield _line(offset, line)
 
 
@@ -156,9 +156,9 @@ def _line(offset: int, line: bytes) -> Element:
     if len(line) > streams.MAX_LINE_BYTES:
         return Element(offset, "", None, f"line is longer than {streams.MAX_LINE_BYTES} bytes")
     try:
-        return Element(offset, "", line.decode("utf-8").rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        return Element(offset, "", None, f"invalid UTF-8 at byte {error.start} of the line")
+        return Element(offset, "", decode_line(line))
+    except ValueError as error:
+        return Element(offset, "", None, str(error))
 
 
 def entry(element: Element) -> dict[str, Any]:

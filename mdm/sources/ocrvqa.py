@@ -2,18 +2,19 @@
 
 The published file is one object, id -> `{imageURL, questions [], answers [], split, title, …}`;
 split 1 is for training, 2 for validation, 3 for testing. A picture is saved under the entry's id
-and the extension of its address, or as `.jpg`. A record is one question with its answer as a
-dialogue; title, author and genre are left. What is wrong with an entry of no known split is told
-with the training split.
+and the extension of its address, or that of another kind of image. A record is one question with
+its answer as a dialogue; title, author and genre are left. What is wrong with an entry of no known
+split is told with the training split.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mdm.sources import jsonfile
 from mdm.sources.annotated import Annotated, Content, Layout
-from mdm.sources.fields import exchange, id_field, list_field, number_field, text_field
+from mdm.sources.fields import exchange, id_field, list_field, number_field
 from mdm.sources.joined import Joined
 from mdm.sources.jsonfile import Element
 from mdm.sources.packed import locate
@@ -51,10 +52,11 @@ def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
 
 
 def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
-    address = text_field(entry.get("imageURL"), "imageURL")
-    extension = PurePosixPath(address.partition("?")[0]).suffix
-    names = dict.fromkeys((f"images/{entry['id']}{extension}", f"images/{entry['id']}.jpg"))
-    return Content(tuple(names), turns=exchange(entry))
+    stem, address = f"images/{entry['id']}", entry.get("imageURL")
+    extension = ""
+    if isinstance(address, str):
+        extension = PurePosixPath(re.split(r"[?#]", address)[0]).suffix
+    return Content(tuple(dict.fromkeys((stem + extension, stem))), turns=exchange(entry))
 
 
 _reader = Annotated(SOURCE, SPLITS, _find, _entries, _content)

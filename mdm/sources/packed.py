@@ -12,12 +12,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from mdm.sources.record import fingerprint
 from mdm.sources.streams import (
-    MAX_MEMBER_BYTES,
-    check_ratio,
+    check_member,
     describe,
     headers,
     is_inside,
@@ -25,6 +24,7 @@ from mdm.sources.streams import (
     open_tar,
     read_file,
 )
+from mdm.sources.textfile import check_utf8, is_clutter
 
 ZIP_ERRORS = (
     zipfile.BadZipFile,
@@ -36,6 +36,8 @@ ZIP_ERRORS = (
     zlib.error,
 )
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".jpe", ".jfif")
+EXTENSIONS = (*_EXTENSIONS, *(extension.upper() for extension in _EXTENSIONS), "")
 
 
 def locate(source: str, root: Path, *names: str) -> str:
@@ -49,16 +51,16 @@ def locate(source: str, root: Path, *names: str) -> str:
 
 @contextmanager
 def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
-    """A loose or packed file as a stream; to seek back in a packed one costs reading it again.
+    """A text file, loose or packed, as a stream; to seek back in a packed one reads it again.
 
-    Raises OSError where it cannot be read, with the reason.
+    Raises OSError where it cannot be read, with the reason, also for UTF-16.
     """
     archive, _, member = name.partition("::")
     path = root / archive
     with ExitStack() as stack:
         try:
             if not member:
-                file: IO[bytes] = stack.enter_context(path.open("rb"))
+                file: Any = stack.enter_context(path.open("rb"))
             elif archive.endswith(".zip"):
                 packed = stack.enter_context(zipfile.ZipFile(path))
                 info = packed.getinfo(member)
@@ -67,8 +69,10 @@ def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
             else:
                 packed_tar = open_tar(stack.enter_context(open_gzip(path)), streaming=False)
                 file = _tar_member(stack.enter_context(packed_tar), member)
+            head = file.peek(4)
         except (*ZIP_ERRORS, tarfile.TarError, KeyError) as error:
             raise OSError(f"{name}: {describe(error)}") from None
+        check_utf8(head)
         try:
             yield file
         except zipfile.BadZipFile as error:  # a wrong checksum, found while reading
@@ -90,12 +94,15 @@ def unpacked_size(root: Path, name: str) -> int:
 def listing(
     source: str, root: Path, folders: Sequence[str], archives: Sequence[str]
 ) -> tuple[str, int]:
-    """(sha256 of names and sizes, bytes) of all pictures there; ValueError without any."""
+    """(sha256 of names and sizes, bytes) of all pictures there; ValueError without any.
+
+    What file managers leave about (`is_clutter`) is not among them.
+    """
     entries: list[tuple[str, int]] = []
     for folder in folders:
         for here, below, names in os.walk(root / folder):
-            below.sort()
-            for name in sorted(names):
+            below[:] = sorted(name for name in below if not is_clutter(name))
+            for name in sorted(name for name in names if not is_clutter(name)):
                 path = os.path.join(here, name)
                 size = os.stat(path).st_size if os.path.isfile(path) else 0
                 entries.append((os.path.relpath(path, root), size))
@@ -151,22 +158,41 @@ class Pictures:
                 raise ValueError(f"picture's name holds a zero byte: {name[:80]!r}")
             if not is_inside(name):
                 raise ValueError(f"picture's name points outside the data set: {name[:80]!r}")
-            try:
-                if _is_there(self._root / name):
-                    return name, read_file(self._root / name)
-            except ValueError as error:
-                raise PictureError(name, str(error)) from None
-            for archive, packed in self._zips:
-                folder = PurePosixPath(archive).parent
-                if PurePosixPath(name).is_relative_to(folder):
-                    member = str(PurePosixPath(name).relative_to(folder))
-                    if member in packed.NameToInfo:
-                        place = f"{archive}::{member}"
-                        try:
-                            return place, _unzip(packed, member)
-                        except ValueError as error:
-                            raise PictureError(place, str(error)) from None
+            if found := self._at(name):
+                return found
+        # Downloads have the extension of their address or of their content, or are converted.
+        for stem in dict.fromkeys(without_extension(name) for name in names):
+            for extension in EXTENSIONS:
+                name = stem + extension
+                tried = name in names or (self._root / name).is_dir()
+                if not tried and (found := self._at(name)):
+                    return found
         raise ValueError(f"missing file: {names[0][:200]}{self._damage}")
+
+    def _at(self, name: str) -> tuple[str, bytes] | None:
+        """What lies under this very name; PictureError where it cannot be read."""
+        try:
+            if _is_there(self._root / name):
+                return name, read_file(self._root / name)
+        except ValueError as error:
+            raise PictureError(name, str(error)) from None
+        for archive, packed in self._zips:
+            folder = PurePosixPath(archive).parent
+            if PurePosixPath(name).is_relative_to(folder):
+                member = str(PurePosixPath(name).relative_to(folder))
+                if member in packed.NameToInfo:
+                    place = f"{archive}::{member}"
+                    try:
+                        return place, _unzip(packed, member)
+                    except ValueError as error:
+                        raise PictureError(place, str(error)) from None
+        return None
+
+
+def without_extension(name: str) -> str:
+    """A picture's name without the extension of a picture, if it has one."""
+    stem, extension = os.path.splitext(name)
+    return stem if extension.casefold() in _EXTENSIONS else name
 
 
 def _is_there(path: Path) -> bool:
@@ -187,8 +213,7 @@ def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
         _check(info)
     except OSError as error:
         raise ValueError(str(error)) from None
-    if info.file_size > MAX_MEMBER_BYTES:
-        raise ValueError(f"archive member of {info.file_size} bytes is too large")
+    check_member(info.file_size, info.compress_size, "archive member")
     try:
         with packed.open(info) as file:
             # In pieces: a whole read unpacks all there is, whatever the size that is claimed.
@@ -203,7 +228,6 @@ def _check(info: zipfile.ZipInfo) -> None:
         raise OSError("archive member is encrypted")
     if info.compress_type not in _METHODS:
         raise OSError(f"archive member is packed by method {info.compress_type}, not by deflate")
-    check_ratio(info.file_size, info.compress_size)
 
 
 def _holds(path: Path, member: str) -> bool:

@@ -1,8 +1,7 @@
-"""Streaming pieces that several layouts share: tar members and JSON lines, with strict errors.
+"""Streaming pieces that several layouts share: tar members and lines, with strict errors.
 
-Nothing is ever extracted to disk, and what an archive claims decides neither how much memory nor
-how much time it gets: members, lines and headers have limits, and a stream that unpacks to more
-than MAX_RATIO times its bytes is a decompression bomb.
+Nothing is ever extracted to disk. What is held in memory has limits, whatever an archive claims:
+members, lines and headers. What is read as a stream may unpack to any size.
 """
 
 import gzip
@@ -20,14 +19,16 @@ from typing import IO, Any, cast
 
 from mdm.sources.fields import kind
 from mdm.sources.record import one_record
+from mdm.sources.textfile import check_utf8, decode_line, is_blank, is_clutter
 
-# A single picture or line beyond these is refused, so that one bad file cannot exhaust the memory.
-MAX_MEMBER_BYTES = 256 << 20
+# A single image or line beyond these is refused, so that one bad file cannot exhaust the memory.
+# An uncompressed image of 64 Mi pixels, the most that are decoded, in four channels of 16 bits.
+MAX_MEMBER_BYTES = 576 << 20
 MAX_LINE_BYTES = 16 << 20
-# Pictures hardly pack at all and annotations about 20:1; deflate's limit is 1032:1. Short streams
-# may be anything.
+# An image of one colour packs as well as zeros do, so up to the size of 64 Mi pixels in four
+# channels of 8 bits the ratio says nothing. Larger files that packed better are bombs.
+FREE_BYTES = 288 << 20
 MAX_RATIO = 200
-FREE_BYTES = 16 << 20
 # tarfile reads a header's extension (a long name, PAX fields) into memory whatever its size.
 _MAX_HEADER_BYTES = 1 << 20
 _EXTENSIONS = (
@@ -41,10 +42,12 @@ _EXTENSIONS = (
 ARCHIVE_ERRORS = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
-def check_ratio(unpacked: int, packed: int) -> None:
-    """OSError where so many bytes cannot come from honest data."""
-    if unpacked > FREE_BYTES + MAX_RATIO * packed:
-        raise OSError(f"decompression bomb: {packed} bytes unpack to {unpacked} or more")
+def check_member(unpacked: int, packed: int, what: str) -> None:
+    """ValueError for a file that must not be unpacked into memory, `what` it is by name."""
+    if unpacked > FREE_BYTES and unpacked > MAX_RATIO * packed:
+        raise ValueError(f"decompression bomb: {packed} bytes unpack to {unpacked}")
+    if unpacked > MAX_MEMBER_BYTES:
+        raise ValueError(f"{what} of {unpacked} bytes is too large")
 
 
 class DamagedHeaderError(tarfile.ReadError):
@@ -137,20 +140,11 @@ def describe(error: BaseException) -> str:
 
 
 class _Unpacked(gzip.GzipFile):
-    """A gzip stream that stops at a decompression bomb."""
-
-    def __init__(self, packed: IO[bytes]) -> None:
-        super().__init__(fileobj=packed, mode="rb")
-        self._packed = packed
+    """A gzip stream: what was unpacked before it breaks off is given first, then the error."""
 
     def read(self, size: int | None = -1) -> bytes:
-        """As gzip; OSError where the stream unpacks to far too much.
-
-        What was unpacked before the stream breaks off is given first, the error afterwards.
-        """
-        data = super().read(size) if size is None or size < 0 else b"".join(self._parts(size))
-        check_ratio(self.tell(), self._packed.tell())
-        return data
+        """As gzip."""
+        return super().read(size) if size is None or size < 0 else b"".join(self._parts(size))
 
     def _parts(self, size: int) -> Iterator[bytes]:
         given = 0
@@ -166,18 +160,11 @@ class _Unpacked(gzip.GzipFile):
             yield part
             given += len(part)
 
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As gzip; the way forward is read piece by piece, and so is limited, too."""
-        ahead = offset - self.tell() if whence == io.SEEK_SET else 0
-        while ahead > 0 and (data := self.read(min(ahead, 1 << 20))):
-            ahead -= len(data)
-        return super().seek(offset, whence)
-
 
 @contextmanager
 def open_gzip(path: Path) -> Iterator[IO[bytes]]:
-    """The unpacked stream of a gzip file. Read it in pieces: the limit is checked after each."""
-    with path.open("rb") as packed, _Unpacked(packed) as file:
+    """The unpacked stream of a gzip file. Read it in pieces: it may be of any size."""
+    with path.open("rb") as packed, _Unpacked(fileobj=packed, mode="rb") as file:
         yield cast(IO[bytes], file)
 
 
@@ -199,7 +186,8 @@ def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 def surviving_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | DamagedHeaderError]:
     """As `headers`, but behind a damaged one, which comes as its error, with the next whole one.
 
-    Headers stand at multiples of 512 bytes, and no other bytes have their checksum.
+    Headers stand at multiples of 512 bytes, and no other bytes have their checksum. What file
+    managers leave about (`is_clutter`) is passed over.
     """
     plain = cast(Any, tar)
     searching = damaged = False
@@ -213,7 +201,8 @@ def surviving_headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo | Damage
         else:
             if info is not None:
                 searching = False
-                yield info
+                if not is_clutter(info.name):
+                    yield info
                 plain.members.clear()
                 continue
             # Behind damage a block of zeros may be a lost member's: only the file's end counts.
@@ -232,8 +221,7 @@ def read_file(path: Path) -> bytes:
             raise ValueError("a folder in a picture's place")
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("not a regular file")  # to open a pipe would wait for ever
-        if found.st_size > MAX_MEMBER_BYTES:
-            raise ValueError(f"file of {found.st_size} bytes is too large")
+        check_member(found.st_size, found.st_size, "file")
         return path.read_bytes()
     except FileNotFoundError:
         raise ValueError("missing file" + " behind a link" * path.is_symlink()) from None
@@ -267,8 +255,8 @@ def tar_members(file: IO[bytes] | io.IOBase, *, streaming: bool) -> Iterator[Mem
                 yield Member(name, None, "tar member is a sparse file, not a whole one")
             elif not is_inside(name):
                 yield Member(name, None, "tar member's name points outside the archive")
-            elif info.size > MAX_MEMBER_BYTES:
-                yield Member(name, None, f"tar member of {info.size} bytes is too large")
+            elif problem := _too_large(info):
+                yield Member(name, None, problem)
             else:
                 content = tar.extractfile(info)
                 assert content is not None
@@ -278,6 +266,15 @@ def tar_members(file: IO[bytes] | io.IOBase, *, streaming: bool) -> Iterator[Mem
                         f"unexpected end of data in {name}: {len(data)} of {info.size} bytes"
                     )
                 yield Member(name, data)
+
+
+def _too_large(info: tarfile.TarInfo) -> str:
+    """Why a tar's member must not be held in memory; "" if it may."""
+    try:
+        check_member(info.size, info.size, "tar member")  # what it was packed to is not known
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def tgz_members(path: Path) -> Iterator[Member]:
@@ -294,15 +291,15 @@ def tgz_members(path: Path) -> Iterator[Member]:
 def tgz_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
     """(member, line number from 1, line) of every .jsonl file in a gzipped tar.
 
-    Raises one of ARCHIVE_ERRORS.
+    Raises one of ARCHIVE_ERRORS, also for UTF-16.
     """
     with open_gzip(path) as file, open_tar(file, streaming=True) as tar:
         for info in headers(tar):
-            if not (info.isfile() and info.name.endswith(".jsonl")):
-                continue
-            content = tar.extractfile(info)
-            assert content is not None
             name = info.name.removeprefix("./")
+            if not info.isfile() or not name.endswith(".jsonl") or is_clutter(name):
+                continue
+            content = cast(io.BufferedReader, tar.extractfile(info))
+            check_utf8(content.peek(4))
             for number, line in enumerate(bounded_lines(content), start=1):
                 yield name, number, line
             if content.tell() < info.size:
@@ -311,21 +308,43 @@ def tgz_lines(path: Path) -> Iterator[tuple[str, int, bytes]]:
 
 def bounded_lines(file: IO[bytes]) -> Iterator[bytes]:
     """Lines of a file; one longer than MAX_LINE_BYTES comes cut just beyond that length."""
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        rest = line
-        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = file.readline(MAX_LINE_BYTES + 1)
-        yield line
+    return (line for _, line in lines_at(file))
+
+
+def lines_at(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) from where the file stands, as `bounded_lines`; LF, CRLF or CR ends a line."""
+    offset, rest = file.tell(), b""
+    while data := rest + file.readline(MAX_LINE_BYTES + 1):
+        lines = data.splitlines(keepends=True)
+        # What has no end yet goes on in what comes next, or is the last line.
+        rest = lines.pop() if len(lines) > 1 and not lines[-1].endswith((b"\n", b"\r")) else b""
+        for line in lines:
+            yield offset, line
+            offset += len(line)
+        while len(data) > MAX_LINE_BYTES and not (rest or data.endswith((b"\n", b"\r"))):
+            data = file.readline(MAX_LINE_BYTES + 1)  # more of the line that was cut
+            line, *others = data.splitlines(keepends=True) or [b""]
+            offset += len(line)
+            rest = b"".join(others)
+
+
+def read_lines(data: bytes, name: str) -> list[str]:
+    """The lines of a small file, without blanks around them; ValueError names it if it is bad."""
+    lines: list[str] = []
+    try:
+        check_utf8(data[:4])
+        for line in bounded_lines(io.BytesIO(data)):
+            lines.append("" if is_blank(line) else decode_line(line).strip())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}:{len(lines) + 1}: {error}") from None
+    return lines
 
 
 def parse_row(line: bytes) -> dict[str, Any]:
     """A JSON object from one line; ValueError says what is wrong with it."""
     if len(line.rstrip(b"\r\n")) > MAX_LINE_BYTES:
         raise ValueError(f"line is longer than {MAX_LINE_BYTES} bytes")
-    try:
-        text = line.decode("utf-8").removeprefix("\ufeff")  # Windows' tools begin a file with it
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start} of the line") from None
+    text = decode_line(line)
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:

@@ -3,15 +3,16 @@
 JSON lines of a split are `<split>.jsonl` and `<split>_*.jsonl` (published: `train_0.jsonl` ...); a
 unit is a range of one file's bytes and owns the lines that begin inside it. The 200k set is
 `data/{train,test}_{sft,gen}-*.parquet`, columns `prompt, prompt_id, messages [{content, role}]`; a
-unit is a run of row groups. There `train` and `test` are short for `train_sft` and `test_sft`;
-`prompt` repeats the first message and is left.
+unit is a run of row groups, read in small batches of rows. There `train` and `test` are short for
+`train_sft` and `test_sft`; `prompt` repeats the first message and is left. Replies before the first
+question and a last question without a reply are left, too.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mdm.sources.fields import id_field, list_field, object_field, text_field
+from mdm.sources.fields import Turns, answered, dialogue, id_field, list_field
 from mdm.sources.record import (
     UNIT_BYTES,
     BadRecord,
@@ -21,17 +22,18 @@ from mdm.sources.record import (
     fingerprint,
     one_record,
 )
-from mdm.sources.streams import MAX_MEMBER_BYTES, bounded_lines, describe, parse_row
+from mdm.sources.streams import MAX_LINE_BYTES, describe, lines_at, parse_row
+from mdm.sources.textfile import NotUtf8Error, check_utf8, is_blank
 
 SOURCE = "ultrachat"
 SPLITS: tuple[str, ...] = ("train", "test", "train_sft", "test_sft", "train_gen", "test_gen")
 TRAINING: tuple[tuple[str, ...], ...] = (("train",), ("train_gen",))
 HELD_OUT = "test"
-_ROLES = ("user", "assistant")
 _COLUMNS = ("prompt_id", "messages")
+# A batch of a row group: so many rows, or fewer where they are large. Published are rows of 7 kB.
 _BATCH_ROWS = 64
-# The published row groups hold 1,000 dialogues of about 7 kB.
-_MAX_GROUP_BYTES = 4 * MAX_MEMBER_BYTES
+_BATCH_BYTES = 8 << 20
+_BUFFER_BYTES = 1 << 20  # of a column's packed bytes: without it, they are read at once
 
 
 def units(root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
@@ -100,19 +102,18 @@ def texts(root: Path, split: str) -> Iterator[str]:
                 yield from record.turns
 
 
-def _whole(turns: tuple[str, ...]) -> tuple[str, ...]:
-    if not turns:
-        raise ValueError("empty dialogue")
-    if len(turns) % 2:
-        raise ValueError(f"dialogue of {len(turns)} turns: the last question has no reply")
-    return turns
-
-
 # ---- JSON lines
 
 
 def _line_cuts(path: Path, unit_bytes: int) -> list[tuple[int, int]]:
     size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            check_utf8(file.read(4))
+    except NotUtf8Error as error:
+        raise ValueError(f"{SOURCE}: {path}: {describe(error)}") from None
+    except OSError:
+        pass  # the reader says so
     return [(start, min(size, start + unit_bytes)) for start in range(0, size, unit_bytes)]
 
 
@@ -120,14 +121,15 @@ def _lines(unit: Unit) -> Iterator[tuple[int, Any]]:
     """(byte, row or its ValueError) of the lines that begin in the unit."""
     try:
         with (Path(unit.root) / unit.files[0]).open("rb") as file:
+            # The byte before tells whether a line begins here; if not, it is the last unit's.
+            file.seek(max(0, unit.start - 1))
+            lines = lines_at(file)
             if unit.start:
-                # The byte before tells whether a line begins here; if not, it is the last unit's.
-                file.seek(unit.start - 1)
-                for _ in bounded_lines(file):
-                    break
-            lines = bounded_lines(file)
-            while (offset := file.tell()) < unit.stop and (line := next(lines, b"")):
-                if not line.strip():
+                next(lines, None)
+            for offset, line in lines:
+                if offset >= unit.stop:
+                    return
+                if is_blank(line):
                     continue
                 row: Any
                 try:
@@ -140,12 +142,12 @@ def _lines(unit: Unit) -> Iterator[tuple[int, Any]]:
         yield unit.start, ValueError(f"unreadable: {describe(error)}")
 
 
-def _turns(row: dict[str, Any]) -> tuple[str, ...]:
+def _turns(row: dict[str, Any]) -> Turns:
     data = row.get("data")
     if data is not None and not isinstance(data, list):
         raise ValueError("field data is not a list of turns")
     turns = list_field(data, "data")
-    return _whole(tuple(text_field(turn, f"data[{i}]") for i, turn in enumerate(turns)))
+    return answered([(f"data[{i}]", turn) for i, turn in enumerate(turns)], len(turns))
 
 
 # ---- parquet
@@ -170,12 +172,16 @@ def _group_cuts(path: Path, unit_bytes: int) -> list[tuple[int, int]]:
 
 
 def _rows(unit: Unit) -> Iterator[tuple[str, Any]]:
-    """(row group:row, row or its ValueError) of the unit's row groups, a small batch at a time."""
+    """(row group:row, row or its ValueError) of the unit's row groups, a small batch at a time.
+
+    Whatever a group's size: pages are read and unpacked as their rows are due.
+    """
     import pyarrow.parquet as pq
 
     place = f"{unit.start}:0"
     try:
-        with pq.ParquetFile(Path(unit.root) / unit.files[0]) as file:
+        path = Path(unit.root) / unit.files[0]
+        with pq.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
             absent = [c for c in _COLUMNS if c not in file.schema_arrow.names]
             if absent:
                 raise ValueError(f"no column {' and '.join(absent)}")
@@ -188,18 +194,18 @@ def _rows(unit: Unit) -> Iterator[tuple[str, Any]]:
 def _group_rows(file: Any, group: int) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
-        size = file.metadata.row_group(group).total_byte_size
-        if size > _MAX_GROUP_BYTES:
-            raise ValueError(f"decompression bomb: a row group of {size} bytes")
-        batches = file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(_COLUMNS))
-        for batch in batches:
+        whole = file.metadata.row_group(group)
+        a_row = whole.total_byte_size // max(1, whole.num_rows)
+        rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, a_row)))
+        columns = list(_COLUMNS)
+        for batch in file.iter_batches(
+            rows, row_groups=[group], columns=columns, use_threads=False
+        ):
             for i in range(batch.num_rows):
                 row: Any
                 try:
-                    with one_record(passing=(UnicodeDecodeError,)):
-                        row = batch.slice(i, 1).to_pylist()[0]
-                except UnicodeDecodeError as error:
-                    row = ValueError(f"invalid UTF-8: {error.reason}")
+                    with one_record():
+                        row = _plain(batch.slice(i, 1))
                 except ValueError as error:
                     row = error
                 yield f"{group}:{number}", row
@@ -209,13 +215,16 @@ def _group_rows(file: Any, group: int) -> Iterator[tuple[str, Any]]:
         yield f"{group}:{number}", ValueError(problem)
 
 
-def _messages(row: dict[str, Any]) -> tuple[str, ...]:
-    turns = []
-    for i, message in enumerate(list_field(row.get("messages"), "messages")):
-        where = f"messages[{i}]"
-        message = object_field(message, where)
-        role = text_field(message.get("role"), f"{where}.role")
-        if role != _ROLES[i % 2]:
-            raise ValueError(f"field {where}.role is {role[:80]!r}, not {_ROLES[i % 2]!r}")
-        turns.append(text_field(message.get("content"), f"{where}.content"))
-    return _whole(tuple(turns))
+def _plain(row: Any) -> Any:
+    """A record batch of one row as a dict, or the ValueError that says why it is none."""
+    if row.nbytes > MAX_LINE_BYTES:
+        return ValueError(f"row of {row.nbytes} bytes is too large")
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return ValueError(f"invalid UTF-8: {error.reason}")
+
+
+def _messages(row: dict[str, Any]) -> Turns:
+    messages = list_field(row.get("messages"), "messages")
+    return dialogue(messages, "messages", ("role", "content"), ("user", "assistant"))

@@ -22,12 +22,14 @@ from mdm.data.recipe import Recipe
 from mdm.data.schema import from_bfloat16_bits
 from mdm.data.storage import open_store
 from mdm.data.survey import Group, Survey, plan, survey
-from mdm.data.tokenizer import ASSISTANT, EOS, USER, Tokenizer
+from mdm.data.tokenizer import ASSISTANT, EOS, UNK, USER, Tokenizer, train_model
 from mdm.data.trace import find, locate, uses
 from mdm.data.verify import verify
 from mdm.evaluate.card import card_page
 from mdm.sources.record import RawRecord, Unit
+from pipelines import encode as encode_job
 from tests.data_sets import (
+    NAMES,
     jpeg,
     write_autoencoder,
     write_imagenet,
@@ -422,7 +424,9 @@ def test_a_card_shows_samples_lengths_drops_and_lineage(
     assert card["lineage"]["recipe"]["tokenizer_sha256"] == tokenizer.sha256
     assert "pillow" in card["lineage"]["versions"]
     assert len(card["samples"]) == 12
+    assert card["unknown_tokens"] == 0
     page = (tmp_path / "out" / "card.html").read_text()
+    assert "0.00% of the tokens are unknown to the tokenizer" in page
     assert page.count("data:image/png;base64,") == 12
     assert all(s["id"] in page for s in card["samples"])
     assert "<rect" in page
@@ -472,3 +476,64 @@ def test_a_forecast_is_near_what_is_written(
     assert said.shards == pytest.approx(len(manifest.shards), rel=0.2)
     assert said.requests > said.shards
     assert said.hours > 0
+
+
+@pytest.mark.parametrize(("strange", "warned"), [(1, False), (3, True)])
+def test_a_card_and_the_job_tell_the_share_of_unknown_tokens(
+    tmp_path: Path,
+    tokenizer_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    strange: int,
+    warned: bool,
+) -> None:
+    talks = [[f"one {a} two", f"three {b} four"] for a in NAMES for b in NAMES]
+    talks += [["one", f"two {character}"] for character in "δεζ"[:strange]]
+    root = write_ultrachat(tmp_path / "raw", talks)
+    out = tmp_path / "out"
+    flags = encode_job.Flags(
+        "ultrachat", str(root), "train", str(tokenizer_path), str(out), near_duplicates=False
+    )
+    found = sources.get("ultrachat").units(root, "train", unit_bytes=flags.unit_bytes)
+    tokenizer = Tokenizer(tokenizer_path)
+    made = encode_job.make_recipe(flags, found)
+    manifest = encode(root, made, tokenizer, None, str(out))
+    rows = [
+        row.tolist()
+        for chunk in decode_group(planned(found, made)[0], made, tokenizer)
+        for row in chunk.examples.tokens
+    ]
+    pieces = [token for row in rows for token in row if token not in (EOS, USER, ASSISTANT)]
+    share = pieces.count(UNK) / len(pieces)
+    assert (share > 0.01) == warned
+    assert 0 < share < 0.1
+    card = json.loads((out / "card.json").read_text())
+    assert card["unknown_tokens"] == pytest.approx(share)
+    said = f"{share:.2%} of the tokens are unknown to the tokenizer, more than 1%"
+    assert (said in (out / "card.html").read_text()) == warned
+    capsys.readouterr()
+    summary = encode_job.run(flags)  # is there already: no Ray is started
+    assert summary["manifest_sha256"] == manifest.sha256
+    assert summary["unknown_tokens"] == pytest.approx(share, abs=1e-6)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "unknown" in line]
+    assert lines == ([lines[0]] if warned else [])
+    assert not warned or lines[0].startswith(f"encode: ultrachat/train: {said}")
+
+
+def test_code_in_a_reply_keeps_its_lines_and_indentation(tmp_path: Path) -> None:
+    code = "def f():\n    return 1\n\n\tx"
+    path = tmp_path / "tokenizer.model"
+    words = [f"{a}{b}{c}" for a in NAMES for b in NAMES for c in NAMES]
+    path.write_bytes(train_model([*words, *[" ".join(code.split())] * 9], 50))
+    tokenizer = Tokenizer(path)
+    root = write_ultrachat(tmp_path / "raw", [["one\r\n  two", code], ["three", " four \n"]])
+    made = recipe("ultrachat", tokenizer, text_length=64)
+    (group,) = planned(sources.get("ultrachat").units(root, "train"), made)
+    (chunk,) = decode_group(group, made, tokenizer)
+    replies = [
+        tokenizer.decode(tokens[prompt:].tolist())
+        for tokens, prompt in zip(chunk.examples.tokens, chunk.examples.prompt_lengths, strict=True)
+    ]
+    assert replies == [code, " four \n"]
+    prompt = chunk.examples.tokens[0][: chunk.examples.prompt_lengths[0]]
+    assert tokenizer.decode(prompt.tolist()) == "one\n  two"
+    assert chunk.samples[0].text.endswith(code)

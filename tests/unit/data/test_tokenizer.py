@@ -4,6 +4,8 @@ import random
 
 import pytest
 import sentencepiece as spm
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mdm.data.tokenizer import ASSISTANT, EOS, PAD, UNK, USER, Tokenizer, train_model
 
@@ -61,6 +63,74 @@ def test_dialogue_layout(tokenizer):
     for turns in ([], ["cat"], ["a", "b", "c"]):
         with pytest.raises(ValueError, match="does not end with a reply"):
             tokenizer.encode_dialogue(turns)
+
+
+CODE = "def f(x):\n    return {x: '<image>'}\n\n\tif x:\n            pass  # \u2581 odd\n"
+
+
+@pytest.fixture(scope="module")
+def of_code(tmp_path_factory):
+    path = tmp_path_factory.mktemp("code") / "tokenizer.model"
+    words = "".join(sorted({*CODE, *"<newline> <tab> <8 spaces> <space> </s> café1"} - {"\u2581"}))
+    path.write_bytes(train_model([*lines(0, 50), *[" ".join(words)] * 50], 70))
+    return Tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CODE,
+        "def f():\n    return 1\n\n\tx",
+        " a",
+        "a ",
+        "\n",
+        " \t \n ",
+        "",
+        "a  b   c",
+        "\u2581 a\u2581b \u2581\u2581\n\u2581",
+        "<tab> <8 spaces> </s>",
+        "café",
+        " " * 31 + "a",
+        "\n" * 7,
+    ],
+)
+def test_layout_survives(of_code, text):
+    ids = of_code.encode(text)
+    assert UNK not in ids
+    assert of_code.decode(ids) == text
+    turns, prompt = of_code.encode_dialogue(["a", text])
+    assert of_code.decode(turns[prompt:]) == text
+
+
+@given(st.text(alphabet=st.sampled_from(sorted({*CODE, *"\n\t  \u2581"})), max_size=60))
+def test_any_text_of_known_characters_comes_back(of_code, text):
+    assert of_code.decode(of_code.encode(text)) == text
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\x0c", "\u2028"])
+def test_every_line_end_is_a_line_feed(of_code, end):
+    assert of_code.decode(of_code.encode(f"a{end}  b{end}{end}c{end}")) == "a\n  b\n\nc\n"
+
+
+def test_prose_takes_the_pieces_that_it_took_without_layout(of_code, tmp_path):
+    """A line of prose costs nothing, a paragraph one piece; captions have no layout at all."""
+    plain = of_code._model.encode
+    for line in lines(3, 50):
+        assert of_code.encode(line) == plain(line)
+    assert len(of_code.encode("red cat\n\nred dog")) == len(plain("red cat red dog")) + 1
+    assert of_code.encode_caption(" red\n\n  cat\t") == plain("red cat")
+
+
+def test_models_without_pieces_for_layout_read_it_as_a_space(tmp_path):
+    """So do those of earlier versions, whose data sets and checkpoints hold such tokens."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train_model(lines(), 60, layout=False))
+    tokenizer = Tokenizer(path)
+    assert tokenizer.encode(" red\n\n\tcat  dog\r\n") == tokenizer.encode("red cat dog")
+    assert tokenizer.decode(tokenizer.encode("red\ncat")) == "red cat"
+    small = tmp_path / "small.model"
+    small.write_bytes(train_model(["one two three"] * 50 + ["net wore"], 16))
+    assert Tokenizer(small).decode(Tokenizer(small).encode("one\ntwo")) == "one two"
 
 
 def test_vocabulary_that_the_corpus_cannot_support_names_the_largest():

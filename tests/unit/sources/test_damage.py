@@ -80,8 +80,8 @@ def test_imagenet_folders_with_what_lies_about_in_them(tmp_path: Path) -> None:
     expected["n00000001/4.JPEG"] = "a folder in a picture's place"
     (folder / "folder.JPEG").mkdir()
     expected["n00000000/folder.JPEG"] = "a folder in a picture's place"
-    (folder / "Thumbs.db").write_bytes(b"junk")
-    expected["n00000000/Thumbs.db"] = "not a picture: begins with 'junk'"
+    (folder / "Thumbs.txt").write_bytes(b"junk")
+    expected["n00000000/Thumbs.txt"] = "not a picture: begins with 'junk'"
     (train / "README").write_bytes(b"hello")
     expected["/README"] = "picture outside a class's tar or folder"
     (train / "n99999999").mkdir()

@@ -78,20 +78,38 @@ def test_gzip_checksum_is_verified(tmp_path):
         list(tgz_members(tmp_path / "a.tgz"))
 
 
-def test_decompression_bombs_are_errors_with_their_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "FREE_BYTES", 1 << 20)
+def test_a_bomb_in_an_archive_costs_that_member_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "MAX_MEMBER_BYTES", 1 << 20)
     path = tmp_path / "a.tgz"
-    for content in (
-        tar_bytes([("ok", b"1"), ("bomb.jsonl", bytes(8 << 20))]),
-        tar_bytes([("ok", b"1")]) + bytes(8 << 20),  # padding without end
-        bytes(8 << 20),  # nothing but padding
-    ):
-        path.write_bytes(gzip.compress(content))
-        with pytest.raises(streams.ARCHIVE_ERRORS, match=r"decompression bomb: .* unpack to"):
-            list(tgz_members(path))
-    path.write_bytes(gzip.compress(tar_bytes([("bomb.jsonl", bytes(8 << 20))])))
-    with pytest.raises(streams.ARCHIVE_ERRORS, match="decompression bomb"):
-        list(tgz_lines(path))
+    content = [("ok", b"1"), ("bomb.jpg", bytes(32 << 20)), ("white.bmp", bytes(1 << 20))]
+    path.write_bytes(gzip.compress(tar_bytes(content) + bytes(32 << 20)))  # padding without end
+    found = {m.name: (m.data, m.problem) for m in tgz_members(path)}
+    assert found == {
+        "ok": (b"1", ""),
+        "bomb.jpg": (None, f"tar member of {32 << 20} bytes is too large"),
+        "white.bmp": (bytes(1 << 20), ""),
+    }
+
+
+def test_annotations_that_repeat_themselves_are_read_whatever_they_pack_to(tmp_path):
+    line = b'{"img_path": "./000/a.jpg", "prompt": "a white square"}\n'
+    lines = (40 << 20) // len(line)
+    path = tmp_path / "a.tgz"
+    path.write_bytes(gzip.compress(tar_bytes([("a.jsonl", line * lines)])))
+    assert path.stat().st_size * 200 < 24 << 20  # the former limit, less what it left free
+    assert sum(1 for _ in tgz_lines(path)) == lines
+
+
+@pytest.mark.parametrize("limit", [10, 1 << 24])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("last", [True, False])
+def test_lines_of_any_end_and_their_offsets(monkeypatch, limit, end, last):
+    monkeypatch.setattr(streams, "MAX_LINE_BYTES", limit)
+    words = [b"one", b"", b"three\t ", b"x" * 33, b"five", b"12345678"]
+    data = end.join(words) + end * last
+    found = [(at, line) for at, line in streams.lines_at(io.BytesIO(data)) if line.strip()]
+    assert [line.rstrip(b"\r\n")[:limit] for _, line in found] == [w[:limit] for w in words if w]
+    assert all(data[at:].startswith(line) for at, line in found)
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
