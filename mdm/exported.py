@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mdm.config import Config, to_dict
-from mdm.data.storage import LocalStore, StoreError
+from mdm.data.storage import LocalStore
+from mdm.data.tensor_file import save_tensors
 
 TOKENIZER = "tokenizer.model"
 KINDS = {
@@ -68,10 +67,7 @@ def write_files(
     store, parameters = LocalStore(folder), 0
     for i, (kind, tensors) in enumerate(weights.items()):
         name = f"model.{kind}.safetensors" if i else "model.safetensors"
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name)
-        except SafetensorError as error:
-            raise StoreError(f"cannot write {folder / name}: {error}") from None
+        save_tensors(folder / name, tensors)
         parameters = sum(t.numel() for t in tensors.values())
     store.put("config.json", dumps(to_dict(config), indent=1).encode())
     if tokenizer:

@@ -50,8 +50,8 @@ def stages(flags: Flags) -> list[Stage]:
     preset = PRESETS["demo"]
     data, tokenizer, autoencoder = f"{out}/data", f"{out}/tokenizer", f"{out}/autoencoder"
     encoded = f"s3://{BUCKET}/encoded" if flags.store == "s3" else f"{out}/encoded"
-    pictures = f"imagenet={data}/digits,journeydb={data}/emoji"
-    texts = f"{pictures},ultrachat={data}/dialogues"
+    pictures = [f"--datasets=imagenet={data}/digits", f"--datasets=journeydb={data}/emoji"]
+    texts = [*pictures, f"--datasets=ultrachat={data}/dialogues"]
     s3 = flags.store == "s3"
 
     def job(name: str, *flags: str) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def stages(flags: Flags) -> list[Stage]:
             "Train the tokenizer",
             job(
                 "train_tokenizer",
-                *("--datasets", texts, "--out", tokenizer),
+                *(*texts, "--out", tokenizer),
                 *("--vocab_size", str(preset.model.vocab_size)),
             ),
             outputs=(tokenizer,),
@@ -91,7 +91,7 @@ def stages(flags: Flags) -> list[Stage]:
             "Train the autoencoder",
             job(
                 "train_autoencoder",
-                *("--datasets", pictures, "--out", autoencoder, "--steps", "800"),
+                *(*pictures, "--out", autoencoder, "--steps", "800"),
             ),
             outputs=(autoencoder,),
             report=Path(autoencoder, "autoencoder.json"),

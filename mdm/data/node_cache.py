@@ -129,6 +129,9 @@ class NodeCache:
         found, total = [], 0
         for entry in os.scandir(self._files):
             with contextlib.suppress(FileNotFoundError):
+                hidden = entry.name.startswith(".") and not entry.name.startswith(_TEMPORARY)
+                if hidden or not entry.is_file(follow_symlinks=False):
+                    continue  # other people's: neither counted nor dropped
                 stat = entry.stat()
                 total += stat.st_size
                 if not entry.name.startswith(_TEMPORARY):  # others are being written

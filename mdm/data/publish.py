@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import platform
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mdm.data.lease import LEASE
@@ -15,6 +16,10 @@ from mdm.data.receipt import Receipt, Sample, lowest
 from mdm.data.recipe import Recipe
 from mdm.data.storage import MissingObjectError, Store
 
+# Keys that encoding gives to objects; others below a data set's prefix are other people's.
+_OURS = re.compile(
+    r"shards/[^/]+\.arrow|parts/[^/]+\.json|work/[^/]+/(group|survey)/\d+\.(json|npz)"
+)
 PAGE = "card.html"  # the card for people; nothing reads it
 # What the bytes of pictures, texts and shards come from.
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
@@ -143,13 +148,26 @@ def receipts_of(manifest: Manifest) -> str:
     return f"work/{manifest.recipe_hash[:16]}/group/"
 
 
+def unnamed(manifest: Manifest, keys: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What the data set neither names nor keeps to itself: leftovers, and other people's objects.
+
+    StoreError where a part of the manifest is lost.
+    """
+    named, own = set(manifest.objects()), (receipts_of(manifest), CARD.removesuffix(".json"), LEASE)
+    leftovers: list[str] = []
+    others: list[str] = []
+    for key in keys:
+        if key not in named and not key.startswith(own):
+            (leftovers if _OURS.fullmatch(key) else others).append(key)
+    return leftovers, others
+
+
 def clean(store: Store, manifest: Manifest) -> None:
     """Remove what the published manifest does not name: surveys, and all of dead recipes.
 
     The receipts of its groups stay: they tell which one gave a shard, should that be lost.
     """
-    named, receipts = set(manifest.objects()), receipts_of(manifest)
-    for key in (*store.listing("work/"), *store.listing("parts/"), *store.listing("shards/")):
-        if key not in named and key != LEASE and not key.startswith(receipts):
+    for folder in ("work/", "parts/", "shards/"):
+        for key in unnamed(manifest, store.listing(folder))[0]:
             store.delete(key)
     store.sweep()

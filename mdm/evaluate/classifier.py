@@ -17,9 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from mdm.data.tensor_file import save_tensors
 
 FEATURES = 64
 
@@ -133,10 +135,10 @@ def train(
 def save(net: Classifier, folder: Path, report: dict[str, float]) -> None:
     """Write weights and `report` (accuracies) to `folder`; the report is written last."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.contiguous() for k, v in net.state_dict().items()},
+    save_tensors(
         folder / "classifier.safetensors",
-        metadata={"n_classes": str(net.n_classes), "width": str(net.width)},
+        net.state_dict(),
+        {"n_classes": str(net.n_classes), "width": str(net.width)},
     )
     temporary = folder / "classifier.json.tmp"
     temporary.write_text(

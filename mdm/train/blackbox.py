@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mdm.config import Config, from_dict, to_dict
 from mdm.data.batch import Batch
+from mdm.data.tensor_file import save_tensors
 from mdm.data.tokenizer import PAD
 from mdm.train.checkpoint import write_synced
 from mdm.train.state import RunError
@@ -72,7 +73,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     if weights is not None:
         write_synced(folder / "config.json", json.dumps(to_dict(config), indent=1).encode())
-        save_file(weights, folder / WEIGHTS)
+        save_tensors(folder / WEIGHTS, weights)
         _forget_weights(run_dir, config.guard.black_boxes)
     facts = report | {
         "step": step,

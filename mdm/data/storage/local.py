@@ -10,7 +10,13 @@ from pathlib import Path
 import xxhash
 
 from mdm.data.buffers import BUFFERS
-from mdm.data.storage.base import MissingObjectError, Store, StoreError, checked
+from mdm.data.storage.base import (
+    MissingObjectError,
+    Store,
+    StoreError,
+    checked,
+    is_folder_marker,
+)
 
 _TEMPORARY = ".tmp-"
 
@@ -109,9 +115,11 @@ class LocalStore(Store):
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.startswith(_TEMPORARY):
                     try:
-                        found[key] = path.stat().st_size
+                        size = path.stat().st_size
                     except FileNotFoundError:
                         continue  # deleted while we looked
+                    if not is_folder_marker(key, size):
+                        found[key] = size
         return dict(sorted(found.items()))
 
     def delete(self, key: str) -> None:  # noqa: D102
