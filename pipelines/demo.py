@@ -4,6 +4,8 @@ Interrupted anywhere and run again, it goes on: finished stages are skipped, a b
 `--review true` serves the MLflow pages of what it tracked instead.
 """
 
+from pipelines.start import job
+
 import contextlib
 import os
 import signal
@@ -239,6 +241,7 @@ def review(flags: Flags) -> int:
         return 0
 
 
+@job("demo")
 def main() -> int:
     """Run the demo, or the review."""
     flags = parse_cli(Flags, description=__doc__ or "")

@@ -130,7 +130,7 @@ def run(flags: Flags) -> dict[str, Any]:
     return learn_report.write(out, report, setting.ruler.task, drawn, vars(flags))
 
 
-@job("learn", StoreError, ValueError)
+@job("learn", ValueError)
 def main() -> int:
     """Run the job."""
     flags = parse_cli(Flags, description=__doc__ or "")

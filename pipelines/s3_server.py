@@ -3,6 +3,8 @@
 `python pipelines/s3_server.py --dir DIR` serves until interrupted and prints the lines to export.
 """
 
+from pipelines.start import job
+
 import json
 import os
 import secrets
@@ -18,7 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mdm.cli import fail, parse_cli
+from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.data.storage import S3Store, StoreError, StoreOptions
 
@@ -219,6 +221,7 @@ def _free_ports(count: int, first: int = 0) -> list[int]:
         return ports
 
 
+@job("s3_server", StoreError)
 def main() -> int:
     """Serve until SIGINT or SIGTERM."""
     flags = parse_cli(Flags, description=__doc__)
@@ -228,11 +231,8 @@ def main() -> int:
             for name, value in server.env.items():
                 print(f"export {name}={value}", flush=True)
             signal.pause()
-    except StoreError as error:
-        fail(str(error))
     except KeyboardInterrupt:
-        pass
-    return 0
+        return 0
 
 
 if __name__ == "__main__":

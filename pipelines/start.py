@@ -30,6 +30,7 @@ def job(
         mistakes: errors that are the user's to mend, beside OSError: one line, exit code 2.
         advice: what follows "interrupted".
     """
+    ours: tuple[type[Exception], ...] = (OSError, *mistakes)
 
     def decorate(main: Callable[P, int]) -> Callable[P, int]:
         @functools.wraps(main)
@@ -46,7 +47,7 @@ def job(
                 if os.environ.get("RANK", "0") == "0":
                     print(f"\n{name}: interrupted{advice}", file=sys.stderr)
                 return INTERRUPTED
-            except (OSError, *mistakes) as error:
+            except ours as error:
                 if isinstance(error, BrokenPipeError) and _is_unread():
                     return 1
                 fail(f"{name}: {told(error)}")

@@ -1,4 +1,4 @@
-"""Files of tensors, readable by whom any other new file is: safetensors alone makes them private."""
+"""Files of tensors with the permissions of any other new file: safetensors makes private ones."""
 
 import secrets
 from collections.abc import Mapping

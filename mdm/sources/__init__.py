@@ -1,5 +1,6 @@
 """Published dataset layouts -> RawRecord."""
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,7 +92,7 @@ def parse_datasets(items: Sequence[str]) -> list[tuple[str, Path]]:
         raise ValueError("no data set is given, as name=folder")
     found = []
     split = re.compile(f",(?=(?:{'|'.join(READERS)})=)").split
-    for item in (part for item in items for part in split(item)):
+    for item in itertools.chain.from_iterable(map(split, items)):
         name, equals, uri = item.partition("=")
         if not (name and equals and uri):
             raise ValueError(f"{item!r} is not name=folder")

@@ -29,5 +29,5 @@ def test_datasets_flag(tmp_path):
             sources.parse_datasets([wrong])
     with pytest.raises(ValueError, match="no data set is given"):
         sources.parse_datasets([])
-    with pytest.raises(ValueError, match="no folder .*; give several data sets by repeating"):
+    with pytest.raises(ValueError, match=r"no folder .*; give several data sets by repeating"):
         sources.parse_datasets([f"imagenet={tmp_path},{tmp_path}"])
