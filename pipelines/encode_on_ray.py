@@ -28,6 +28,7 @@ from mdm.data.storage import StoreOptions, open_store
 from mdm.data.survey import Group, survey
 from mdm.data.tokenizer import Tokenizer
 from mdm.sources.record import Unit
+from pipelines.sockets import socket_folder
 
 # Chunks under way to each encoder: what it works on, what waits for it, and some more where the
 # next chunks come unevenly.
@@ -159,6 +160,7 @@ def _connect() -> None:
                 object_store_memory=300 << 20,
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
+                _temp_dir=socket_folder(),
                 **quiet,
             )
     except Exception as error:  # noqa: BLE001 what Ray raises here has no type of its own

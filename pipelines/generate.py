@@ -11,8 +11,9 @@
 Repeat --input for several inputs; classes may be separated by commas too, texts and dialogues by
 '|'. Images go to --out, one PNG each and a grid; texts are printed. A dialogue's turns are
 separated by '=>', user first; `<image>` in them marks where each of `--pictures` stands. A step is
-one evaluation of the network, whatever the solver. `--selection_map` saves which tokens had settled at which evaluation: a row a
-result, a column an evaluation, orange for settled tokens of the picture and, below it, of the text.
+one evaluation of the network, whatever the solver. `--selection_map` saves which tokens
+had settled at which evaluation: a row a result, a column an evaluation, orange for settled tokens
+of the image and, below it, of the text.
 """
 
 from pipelines.start import job

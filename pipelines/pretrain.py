@@ -9,8 +9,8 @@ step, or a second one, ends it at once.
 sample did it.
 
 Exit codes: 0 done, 1 failed (a preflight check too), 2 a mistake that one line explains, 3 ended by
-the file STOP, 70 a hang, 75 told to stop, and saved, 130 ended at once by Ctrl-C. (Launchers have codes of their own: a
-supervisor reads what the ranks themselves say.)
+the file STOP, 70 a hang, 75 told to stop, and saved, 130 ended at once by Ctrl-C. (Launchers have
+codes of their own: a supervisor reads what the ranks themselves say.)
 """
 
 from pipelines.start import job, told

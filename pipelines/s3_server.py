@@ -16,7 +16,7 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -226,13 +226,12 @@ def main() -> int:
     """Serve until SIGINT or SIGTERM."""
     flags = parse_cli(Flags, description=__doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
+    with suppress(KeyboardInterrupt):
         with S3Server(flags.dir, flags.port, flags.bucket) as server:
             for name, value in server.env.items():
                 print(f"export {name}={value}", flush=True)
             signal.pause()
-    except KeyboardInterrupt:
-        return 0
+    return 0
 
 
 if __name__ == "__main__":

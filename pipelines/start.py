@@ -14,10 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import ParamSpec
 
-from mdm.cli import fail
-
 P = ParamSpec("P")
-INTERRUPTED = 130
+MISTAKE, INTERRUPTED = 2, 130  # exit codes
 
 
 def job(
@@ -50,7 +48,8 @@ def job(
             except ours as error:
                 if isinstance(error, BrokenPipeError) and _is_unread():
                     return 1
-                fail(f"{name}: {told(error)}")
+                print(f"{name}: {told(error)}", file=sys.stderr)
+                sys.exit(MISTAKE)
             finally:
                 if is_ours:
                     signal.signal(signal.SIGINT, _leave)
