@@ -5,10 +5,14 @@ and a file or folder that cannot be used, end it with one line and exit code 2. 
 terminal's encoding lacks is replaced, and a pipe that nobody reads any more ends it silently.
 """
 
+import atexit
 import functools
+import getpass
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -95,6 +99,13 @@ def _begin() -> None:
     """Set up the process of a job; others that import this are left as they are."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: to be ignored
         signal.signal(signal.SIGINT, _leave)
+    if not os.path.isdir(os.path.expanduser("~")):  # libraries look there when imported
+        os.environ["HOME"] = folder = tempfile.mkdtemp(prefix="mdm-home-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        getpass.getuser()
+    except KeyError:  # no entry in the list of users, as in containers; torch.compile asks
+        os.environ["LOGNAME"] = f"uid-{os.getuid()}"
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
