@@ -24,7 +24,9 @@ class Journal:
         self._lock = threading.Lock()
         self._file = self._path.open("a+b")
         self._end = self._whole()
-        self._taken = min(int(self._note.read_text()) if self._note.exists() else 0, self._end)
+        self._taken = min(
+            int(self._note.read_text(encoding="utf-8")) if self._note.exists() else 0, self._end
+        )
         self.backlog = self._end  # the position before which entries are of former processes
 
     def _whole(self) -> int:
@@ -70,7 +72,7 @@ class Journal:
             # Unwritten, the entry is taken once more by the next process.
             with contextlib.suppress(OSError):
                 temporary = self._note.with_suffix(".part")
-                temporary.write_text(str(self._taken))
+                temporary.write_text(str(self._taken), encoding="utf-8")
                 temporary.replace(self._note)
 
     def __len__(self) -> int:

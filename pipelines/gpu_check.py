@@ -337,7 +337,7 @@ def main() -> int:
     print(table(measured))
     report = {"device": device, "torch": torch.__version__, "parity": compared, "speed": measured}
     Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(flags.out).write_text(json.dumps(report, indent=1) + "\n")
+    Path(flags.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if all(line["passed"] for line in compared) else 1
 
 

@@ -98,7 +98,7 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
         *VARIANTS[name].split(),
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
         env = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
         process = supervised(command, env=env, stdout=log.fileno(), stderr=subprocess.STDOUT)
         code = process.wait()
@@ -115,7 +115,7 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
     )
     shown = drawn.pictures[: len(learn_data.WORDS)]
     sheet = save_sheet(shown, folder / "pictures.png", columns=len(shown))
-    with (folder / "train" / "metrics.jsonl").open() as file:
+    with (folder / "train" / "metrics.jsonl").open(encoding="utf-8") as file:
         losses = [json.loads(line)["loss"] for line in file]
     last = losses[-max(1, len(losses) // 10) :]
     metrics |= {"loss": statistics.fmean(last), "sheet": vars(sheet)}

@@ -36,7 +36,7 @@ class Attempt:
 def read_hostfile(path: Path) -> dict[str, int]:
     """Slots by node, in the file's order; ValueError names a line that cannot be meant."""
     hosts: dict[str, int] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         words = line.split("#")[0].split()
         if not words:
             continue
@@ -210,13 +210,13 @@ def _address(name: str) -> str:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     part = path.with_name(f"{path.name}.{socket.gethostname()}.part")
-    part.write_text(json.dumps(value))
+    part.write_text(json.dumps(value), encoding="utf-8")
     part.replace(path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found

@@ -99,7 +99,7 @@ def main() -> int:
         print_built(built)
     out = Path(flags.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report(ledger, verdict, runs, built), indent=1))
+    out.write_text(json.dumps(report(ledger, verdict, runs, built), indent=1), encoding="utf-8")
     print(f"\n{out}")
     return 0
 

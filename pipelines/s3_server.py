@@ -84,9 +84,9 @@ class S3Server:
             self.folder.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".new")
             aside.touch(mode=0o600)
-            aside.write_text(json.dumps({"identities": [identity]}))
+            aside.write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
             aside.replace(path)
-        keys = json.loads(path.read_text())["identities"][0]["credentials"][0]
+        keys = json.loads(path.read_text(encoding="utf-8"))["identities"][0]["credentials"][0]
         return keys["accessKey"], keys["secretKey"]
 
     def start(self) -> "S3Server":
@@ -157,7 +157,7 @@ class S3Server:
         if self._process.poll() is None:
             self._make_bucket(deadline)
             return
-        tail = log.read_text(errors="replace").strip().splitlines()[-3:]
+        tail = log.read_text(errors="replace", encoding="utf-8").strip().splitlines()[-3:]
         self.stop()
         raise StoreError(f"the S3 server did not start (see {log}): {' | '.join(tail)}")
 
@@ -226,11 +226,10 @@ def main() -> int:
     """Serve until SIGINT or SIGTERM."""
     flags = parse_cli(Flags, description=__doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with suppress(KeyboardInterrupt):
-        with S3Server(flags.dir, flags.port, flags.bucket) as server:
-            for name, value in server.env.items():
-                print(f"export {name}={value}", flush=True)
-            signal.pause()
+    with suppress(KeyboardInterrupt), S3Server(flags.dir, flags.port, flags.bucket) as server:
+        for name, value in server.env.items():
+            print(f"export {name}={value}", flush=True)
+        signal.pause()
     return 0
 
 

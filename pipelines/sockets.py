@@ -8,7 +8,7 @@ import tempfile
 from functools import lru_cache
 
 _LONGEST = 32  # bytes of a folder, so that what Ray makes of it stays within the limit
-_SHORT = ("/tmp", "/dev/shm", "/var/tmp")  # noqa: S108 private folders are made below
+_SHORT = ("/tmp", "/dev/shm", "/var/tmp")
 
 
 @lru_cache(maxsize=1)

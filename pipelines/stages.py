@@ -59,7 +59,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` so that `path` holds either the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
@@ -68,7 +68,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; empty if it does not exist."""
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 
@@ -149,7 +149,7 @@ def end_leftovers(folder: Path) -> int:
 def only_one(folder: Path, patience: float = 15.0) -> Iterator[None]:
     """Hold the lock of `folder`; raises BlockingIOError if another run keeps it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
         deadline = time.monotonic() + patience
         while True:
             try:

@@ -1,4 +1,4 @@
-"""How every job begins and ends: imported before anything else, which may take seconds to import.
+"""How every job begins and ends; imported before anything else, which may take seconds to import.
 
 Ctrl-C ends a job with exit code 130 and at most one line; a second one ends it at once. A mistake,
 and a file or folder that cannot be used, end it with one line and exit code 2. Output that the
@@ -6,8 +6,10 @@ terminal's encoding lacks is replaced, and a pipe that nobody reads any more end
 """
 
 import atexit
+import codecs
 import functools
 import getpass
+import locale
 import os
 import shutil
 import signal
@@ -97,6 +99,10 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def _begin() -> None:
     """Set up the process of a job; others that import this are left as they are."""
+    if codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
+        # Libraries read their own files in the locale's encoding, and fail over it.
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: to be ignored
         signal.signal(signal.SIGINT, _leave)
     if not os.path.isdir(os.path.expanduser("~")):  # libraries look there when imported

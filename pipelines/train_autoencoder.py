@@ -188,7 +188,9 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
             "latents_std": std,
             "losses": list(islice(history, 0, None, max(1, config.steps // 100))) + history[-1:],
         }
-        (partial / "autoencoder.json").write_text(json.dumps(report, indent=2) + "\n")
+        (partial / "autoencoder.json").write_text(
+            json.dumps(report, indent=2) + "\n", encoding="utf-8"
+        )
         if out.exists():
             shutil.rmtree(out)
         os.replace(partial, out)

@@ -89,7 +89,7 @@ def train(config: TrainTokenizerConfig) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - started, 2),
         }
         shutil.move(partial, out / "tokenizer.model")
-    (out / "tokenizer.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "tokenizer.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 

@@ -116,7 +116,7 @@ class NodeCache:
         """Count `size` more bytes, after making room if they pass the limit."""
         note = self.folder / _TOTAL
         try:
-            total = int(note.read_text())
+            total = int(note.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             total = self.limit + 1  # not known: count
         if total + size > self.limit:

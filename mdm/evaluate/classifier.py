@@ -142,7 +142,8 @@ def save(net: Classifier, folder: Path, report: dict[str, float]) -> None:
     )
     temporary = folder / "classifier.json.tmp"
     temporary.write_text(
-        json.dumps({"n_classes": net.n_classes, "width": net.width} | report, indent=2)
+        json.dumps({"n_classes": net.n_classes, "width": net.width} | report, indent=2),
+        encoding="utf-8",
     )
     os.replace(temporary, folder / "classifier.json")
 
@@ -152,7 +153,7 @@ def load(folder: Path) -> tuple[Classifier, dict[str, float]]:
     described = folder / "classifier.json"
     if not described.is_file():
         raise FileNotFoundError(f"no classifier in {folder}: run pipelines/train_classifier.py")
-    report: dict[str, float] = json.loads(described.read_text())
+    report: dict[str, float] = json.loads(described.read_text(encoding="utf-8"))
     net = Classifier(int(report["n_classes"]), int(report["width"]))
     net.load_state_dict(load_file(folder / "classifier.safetensors"))
     return net.eval(), report

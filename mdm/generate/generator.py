@@ -131,7 +131,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         cls, *, model_id: str, tokenizer: str, autoencoder: str, compiled: bool, **_: Any
     ) -> Self:
         folder = Path(model_id)
-        config = from_dict(Config, json.loads((folder / "config.json").read_text()))
+        config = from_dict(Config, json.loads((folder / "config.json").read_text(encoding="utf-8")))
         pieces = Tokenizer(tokenizer or config.tokenizer)
         if pieces.vocab_size != config.model.vocab_size:
             raise ValueError(

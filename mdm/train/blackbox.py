@@ -120,7 +120,7 @@ def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
         raise RunError(
             f"step {step} has no black box with weights in {boxes_of(run_dir)}; there are: {known}"
         )
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return folder, report
 
 
@@ -131,7 +131,7 @@ def replay(
 
     In one process, whatever number of ranks took the step; `dtype` is that of the run's autocast.
     """
-    config = from_dict(Config, json.loads((folder / "config.json").read_text()))
+    config = from_dict(Config, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     saved = torch.load(folder / "batch.pt", weights_only=True)
     batch = Batch(**(saved | {"ids": tuple(saved["ids"])}))
     step = int(folder.name.removeprefix("step-"))

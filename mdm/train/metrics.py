@@ -156,7 +156,7 @@ class Reporter:
         if self.attempts.exists():
             attempt["former_ended"] = self.attempts.stat().st_mtime  # the watch touches it
         self._drop_lines(state.step)
-        with self.attempts.open("a") as file:
+        with self.attempts.open("a", encoding="utf-8") as file:
             file.write(json.dumps(attempt) + "\n")
         self._before, self._samples_before = None, state.samples_seen
         self._bar = tqdm(
@@ -166,7 +166,7 @@ class Reporter:
     def _drop_lines(self, step: int) -> None:
         """Drop the lines of metrics after `step`, and one that a kill cut short."""
         if self._path.exists():
-            lines = self._path.read_text().splitlines()
+            lines = self._path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
             write_synced(self._path, "".join(line + "\n" for line in kept).encode())
 
@@ -278,7 +278,9 @@ class Reporter:
 
     def _goodput(self, seconds: Mapping[str, float]) -> tuple[float, float, float, int]:
         """Useful share of the time lived; that time; the time since the first start; attempts."""
-        attempts = [json.loads(line) for line in self.attempts.read_text().splitlines()]
+        attempts = [
+            json.loads(line) for line in self.attempts.read_text(encoding="utf-8").splitlines()
+        ]
         ends = [a["former_ended"] for a in attempts[1:] if "former_ended" in a] + [time.time()]
         starts = [a["started"] for a in attempts][-len(ends) :]
         wall = sum(max(end - start, 0.0) for start, end in zip(starts, ends, strict=True))

@@ -93,7 +93,7 @@ def _tracker(config: Config, state: TrainState) -> MlflowTracker:
     key, note = fingerprint(config), run_dir / TRACKING
     run_id = state.tracking_id
     if run_id is None and note.exists():
-        former = json.loads(note.read_text())
+        former = json.loads(note.read_text(encoding="utf-8"))
         run_id = former["run_id"] if former["config"] == key else None
 
     def remember(started: str) -> None:

@@ -74,7 +74,7 @@ def _versions() -> Check:
 def _configuration(config: Config) -> Check:
     """The configuration and the text of its DeepSpeed JSON, as one digest."""
     path = Path(config.train.deepspeed)
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     return _same("configuration", hashlib.sha256((fingerprint(config) + text).encode()).hexdigest())
 
 

@@ -87,7 +87,9 @@ def report_end(code: int, reason: str = "", blamed: Sequence[int] = ()) -> None:
     path = folder / f"rank-{rank:05d}.json"
     if not path.exists():
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(Ended(rank, code, reason, tuple(blamed)))))
+        part.write_text(
+            json.dumps(asdict(Ended(rank, code, reason, tuple(blamed)))), encoding="utf-8"
+        )
         part.replace(path)
 
 
@@ -102,7 +104,7 @@ def read_beats(folder: Path) -> dict[int, Beat]:
 
 def read_ends(folder: Path) -> list[Ended]:
     """The ranks that have said how they ended."""
-    values = [json.loads(p.read_text()) for p in sorted(folder.glob("rank-*.json"))]
+    values = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("rank-*.json"))]
     return [Ended(**(v | {"blamed": tuple(v["blamed"])})) for v in values]
 
 
@@ -222,7 +224,7 @@ class Watch:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{self.rank:05d}"
-            with (folder / f"{name}.stacks").open("w") as file:
+            with (folder / f"{name}.stacks").open("w", encoding="utf-8") as file:
                 file.write(f"rank {self.rank} {reason}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
