@@ -21,7 +21,6 @@ line explains; 3 ended by the file STOP: do not requeue; 75 told to stop, and sa
 
 from pipelines.start import job
 
-
 import contextlib
 import os
 import shutil

@@ -43,7 +43,7 @@ class Flags:
 
 def several(uri: str) -> str:
     """What to add where no data set is found at `uri`."""
-    return "; give several data sets by repeating --data" if "," in uri else ""
+    return " (give several data sets by repeating --data)" if "," in uri else ""
 
 
 def check(uri: str, discard_damaged: bool = False) -> int:

@@ -5,6 +5,7 @@ An object appears whole or not at all. Credentials and endpoint come from the st
 how long to try, and how S3 is asked to encrypt and to check what it is sent.
 """
 
+import os
 from pathlib import Path
 from urllib.parse import quote
 
@@ -48,4 +49,6 @@ def open_store(uri: str, options: StoreOptions | None = None) -> Store:
 
 def join(uri: str, name: str) -> str:
     """The URI of `name` below `uri`."""
-    return f"{uri.rstrip('/')}/{quote(name) if uri.startswith(FILE_URI) else name}"
+    if uri.startswith(FILE_URI):
+        return f"{FILE_URI}{uri.removeprefix(FILE_URI).rstrip('/')}/{quote(os.fsencode(name))}"
+    return f"{uri.rstrip('/')}/{name}"

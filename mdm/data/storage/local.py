@@ -4,7 +4,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -51,7 +51,8 @@ class LocalStore(Store):
         except OSError as error:
             raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):  # the error that is being told of matters more
+                aside.unlink()
         return True
 
     def replace(self, key: str, data: bytes, etag: str) -> str | None:  # noqa: D102
