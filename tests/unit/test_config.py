@@ -1,11 +1,12 @@
 """Configuration: a round trip, and one line for every mistake."""
 
 import dataclasses
+from dataclasses import dataclass
 
 import pytest
 
 from mdm.cli import parse_cli
-from mdm.config import Config, ModelConfig, fingerprint, from_dict, to_dict
+from mdm.config import Config, ModelConfig, doc, fingerprint, from_dict, to_dict
 from mdm.presets import PRESETS
 
 

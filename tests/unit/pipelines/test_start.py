@@ -105,14 +105,13 @@ sys.exit(main())
 
 
 def test_a_pipe_that_nobody_reads_ends_a_job_silently(tmp_path: Path) -> None:
-    publish_quarantine(str(tmp_path), records("some", 5000))
-    job = start("verify", "--data", str(tmp_path), "--quarantine=true")
-    assert job.stdout is not None
-    job.stdout.readline()
-    job.stdout.close()
-    assert job.stderr is not None
-    assert job.stderr.read() == b""
-    assert job.wait() == 1
+    publish_quarantine(str(tmp_path), records("some", 30))
+    with start("verify", "--data", str(tmp_path), "--quarantine=true") as job:
+        assert job.stdout is not None
+        assert job.stderr is not None
+        job.stdout.close()
+        assert job.stderr.read() == b""
+        assert job.wait() == 1
 
 
 @pytest.mark.parametrize(
@@ -124,8 +123,10 @@ def test_a_pipe_that_nobody_reads_ends_a_job_silently(tmp_path: Path) -> None:
         (explain, ["--data={bad}", "--sources=a:1", "--step=0"]),
         (
             encode,
-            ["--dataset=ultrachat", "--root={raw}", "--split=train", "--out={bad}"]
-            + ["--tokenizer={model}"],
+            [
+                *("--dataset=ultrachat", "--root={raw}", "--split=train"),
+                *("--out={bad}", "--tokenizer={model}"),
+            ],
         ),
         (checkpoints, ["prune", "--at={bad}"]),
     ],
