@@ -152,7 +152,9 @@ def run(flags: Flags) -> dict[str, Any]:
 
 def snapshots(flags: Flags) -> list[Path]:
     """Exports over training, oldest first."""
-    return sorted(Path(flags.snapshots).glob("step-*")) if flags.snapshots else []
+    if not flags.snapshots:
+        return []
+    return sorted(file.parent for file in Path(flags.snapshots).glob("step-*/model.safetensors"))
 
 
 def _spread_texts(data: DemoData) -> list[str]:

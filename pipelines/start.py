@@ -11,6 +11,7 @@ import functools
 import getpass
 import locale
 import os
+import select
 import shutil
 import signal
 import sys
@@ -75,12 +76,12 @@ def told(error: Exception) -> str:
 
 def _is_unread() -> bool:
     """Whether nobody reads standard output any more; then nothing more is written to it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return True
-    return False
+    readers = select.poll()
+    readers.register(sys.stdout.fileno(), 0)
+    if not readers.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    return True
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
