@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mdm.data.lease import LEASE
@@ -16,10 +16,11 @@ from mdm.data.receipt import Receipt, Sample, lowest
 from mdm.data.recipe import Recipe
 from mdm.data.storage import MissingObjectError, Store
 
-# Keys that encoding gives to objects; others below a data set's prefix are other people's.
+# Keys that encoding gives to objects, and names that programs and people leave in any folder.
 _OURS = re.compile(
     r"shards/[^/]+\.arrow|parts/[^/]+\.json|work/[^/]+/(group|survey)/\d+\.(json|npz)"
 )
+_HARMLESS = re.compile(r"(.*/)?([._][^/]*|README[^/]*|Thumbs\.db)", re.DOTALL)
 PAGE = "card.html"  # the card for people; nothing reads it
 # What the bytes of pictures, texts and shards come from.
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
@@ -148,17 +149,19 @@ def receipts_of(manifest: Manifest) -> str:
     return f"work/{manifest.recipe_hash[:16]}/group/"
 
 
-def unnamed(manifest: Manifest, keys: Iterable[str]) -> tuple[list[str], list[str]]:
-    """What the data set neither names nor keeps to itself: leftovers, and other people's objects.
+def unnamed(manifest: Manifest, sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """What the data set neither names nor keeps to itself: leftovers, and what does no harm.
 
+    Other people's empty objects do none, nor those named as in any folder (README, .DS_Store).
     StoreError where a part of the manifest is lost.
     """
     named, own = set(manifest.objects()), (receipts_of(manifest), CARD.removesuffix(".json"), LEASE)
     leftovers: list[str] = []
     others: list[str] = []
-    for key in keys:
+    for key, size in sizes.items():
         if key not in named and not key.startswith(own):
-            (leftovers if _OURS.fullmatch(key) else others).append(key)
+            harmless = not _OURS.fullmatch(key) and (not size or _HARMLESS.fullmatch(key))
+            (others if harmless else leftovers).append(key)
     return leftovers, others
 
 

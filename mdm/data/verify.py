@@ -111,10 +111,10 @@ def _counts(manifest: Manifest) -> Iterator[str]:
 
 
 def unnamed_in(store: Store, manifest: Manifest) -> tuple[list[str], list[str]]:
-    """Leftovers and other people's objects (see `unnamed`); none while a part is lost."""
-    keys = store.listing()
+    """Leftovers and what does no harm (see `unnamed`); none while a part is lost."""
+    sizes = store.listing()
     try:
-        return unnamed(manifest, keys)
+        return unnamed(manifest, sizes)
     except StoreError:
         return [], []
 
