@@ -7,22 +7,22 @@ never with a stack trace.
 
 import argparse
 import dataclasses
-import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 from mdm.config import SourceConfig, StageConfig, suggest
+from mdm.uri import folder_of
 
 T = TypeVar("T")
 
 
 def _parse(kind: Any, text: str) -> Any:
     if kind == tuple[StageConfig, ...]:
-        stages = [item.partition("=") for item in text.split(";") if item]
+        stages = [item.partition("=") for item in re.split(r";(?=\s*\d+=|\s*$)", text) if item]
         if not all(step.strip().isdigit() and equals for step, equals, _ in stages):
             raise ValueError(f"{text!r} is not step=name:weight,name:weight;step=...")
         return tuple(
@@ -30,8 +30,9 @@ def _parse(kind: Any, text: str) -> Any:
             for step, _, sources in stages
         )
     if kind == tuple[SourceConfig, ...]:
-        pairs = [item.rsplit(":", 1) for item in text.split(",") if item]
-        if not all(len(p) == 2 for p in pairs):
+        # A name may hold commas and colons: it ends where a weight and a comma follow.
+        pairs = re.findall(r"(.+?):([^:,]*)(?:,|$)", text, re.DOTALL)
+        if sum(len(name) + len(weight) + 2 for name, weight in pairs) < len(text):
             raise ValueError(f"{text!r} is not name:weight,name:weight")
         return tuple(SourceConfig(name, float(weight)) for name, weight in pairs)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
@@ -40,10 +41,12 @@ def _parse(kind: Any, text: str) -> Any:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{text!r} is neither true nor false")
         return text.lower() == "true"
-    return kind(text)
+    return folder_of(text) if kind is str else kind(text)
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, tuple) and value and isinstance(value[0], str):
+        return " ".join(value)
     if isinstance(value, tuple) and value and isinstance(value[0], SourceConfig):
         return ",".join(f"{s.name}:{s.weight:g}" for s in value)
     if isinstance(value, tuple) and value and isinstance(value[0], StageConfig):
@@ -93,18 +96,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-@contextmanager
-def printing() -> Iterator[None]:
-    """Prints lines; where `head` or a pager stops reading them, the job ends without a word."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        sys.exit(1)
+def _is_list(kind: Any) -> bool:
+    """Whether each occurrence of a flag gives one more item."""
+    return bool(kind == tuple[str, ...])
 
 
 def _metavar(kind: Any) -> str:
+    if _is_list(kind):
+        return "ITEM"
     if isinstance(kind, types.UnionType):  # such as float | None
         kind = typing.get_args(kind)[0]
     return kind.__name__.upper() if isinstance(kind, type) else "LIST"
@@ -147,6 +146,7 @@ def parse_cli(
         parser.add_argument(
             f"--{path}",
             metavar=_metavar(kind),
+            action="append" if _is_list(kind) else "store",
             required=path in required,
             help=text.replace("%", "%%"),
         )
@@ -171,7 +171,9 @@ def parse_cli(
         fail(f"{parser.prog}: {error}")
 
 
-def _parse_flag(path: str, kind: Any, text: str) -> Any:
+def _parse_flag(path: str, kind: Any, text: str | list[str]) -> Any:
+    if isinstance(text, list):
+        return tuple(_parse_flag(path, str, item) for item in text if item)
     try:
         return _parse(kind, text)
     except ValueError as error:

@@ -14,12 +14,12 @@ from json import dumps, loads
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mdm.config import Config, to_dict
 from mdm.data.fit import Provenance
-from mdm.data.storage import LocalStore, StoreError
+from mdm.data.storage import LocalStore
+from mdm.data.tensor_file import save_tensors
 from mdm.files import DamagedFileError, load_json
 
 TOKENIZER = "tokenizer.model"
@@ -99,10 +99,7 @@ def write_files(
     metadata = {_PROVENANCE: dumps(asdict(provenance))} if provenance.tokenizer else None
     for i, (kind, tensors) in enumerate(weights.items()):
         name = f"model.{kind}.safetensors" if i else "model.safetensors"
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name, metadata)
-        except SafetensorError as error:
-            raise StoreError(f"cannot write {folder / name}: {error}") from None
+        save_tensors(folder / name, tensors, metadata)
         parameters = sum(t.numel() for t in tensors.values())
     store.put("config.json", dumps(to_dict(config), indent=1).encode())
     if tokenizer:

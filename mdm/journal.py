@@ -114,7 +114,7 @@ class Journal:
     def _write_note(self, taken: int) -> None:
         files.make_way(self._note)
         temporary = self._note.with_suffix(".part")
-        temporary.write_text(str(taken))
+        temporary.write_text(str(taken), encoding="utf-8")
         temporary.replace(self._note)
 
     def rewind(self) -> None:

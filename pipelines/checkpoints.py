@@ -11,6 +11,8 @@ what is newer than a step, so that the run goes on from there. No run may be goi
 with `prune --asides true`.
 """
 
+from pipelines.start import job
+
 import math
 import sys
 from dataclasses import dataclass
@@ -90,6 +92,7 @@ def rollback(checkpoints: Checkpoints, step: int) -> int:
     return 0
 
 
+@job("checkpoints", StoreError, ValueError)
 def main() -> int:
     """Run the job; returns its exit code."""
     command, rest = (sys.argv[1:2] or [""])[0], sys.argv[2:]
@@ -98,17 +101,14 @@ def main() -> int:
     if command not in COMMANDS:
         fail(f"checkpoints: the first argument is {command!r}; choose one of {', '.join(COMMANDS)}")
     flags = parse_cli(Flags, rest, description=__doc__ or "")
-    try:
-        checkpoints = Checkpoints.at(flags.at)
-        if command == "list":
-            return show(checkpoints)
-        if command == "verify":
-            return verify(checkpoints)
-        if command == "prune":
-            return prune(checkpoints, flags)
-        return rollback(checkpoints, flags.to)
-    except (StoreError, RunError, ValueError) as error:
-        fail(f"checkpoints: {error}")
+    checkpoints = Checkpoints.at(flags.at)
+    if command == "list":
+        return show(checkpoints)
+    if command == "verify":
+        return verify(checkpoints)
+    if command == "prune":
+        return prune(checkpoints, flags)
+    return rollback(checkpoints, flags.to)
 
 
 if __name__ == "__main__":

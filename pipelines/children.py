@@ -111,6 +111,7 @@ def supervised(
         stdout=stdout,
         stderr=stderr,
         text=True,
+        encoding="utf-8",
     )
 
 

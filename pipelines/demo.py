@@ -4,6 +4,8 @@ Interrupted anywhere and run again, it goes on: finished stages are skipped, a b
 `--review true` serves the MLflow pages of what it tracked instead.
 """
 
+from pipelines.start import job
+
 import os
 import signal
 import sys
@@ -57,8 +59,8 @@ def stages(flags: Flags) -> list[Stage]:
     preset = PRESETS["demo"]
     data, tokenizer, autoencoder = f"{out}/data", f"{out}/tokenizer", f"{out}/autoencoder"
     encoded = f"s3://{BUCKET}/encoded" if flags.store == "s3" else f"{out}/encoded"
-    pictures = f"imagenet={data}/digits,journeydb={data}/emoji"
-    texts = f"{pictures},ultrachat={data}/dialogues"
+    pictures = [f"--datasets=imagenet={data}/digits", f"--datasets=journeydb={data}/emoji"]
+    texts = [*pictures, f"--datasets=ultrachat={data}/dialogues"]
     store = ("s3",) if flags.store == "s3" else ()
 
     def job(name: str, *flags: str) -> tuple[str, ...]:
@@ -90,7 +92,7 @@ def stages(flags: Flags) -> list[Stage]:
             "Train the tokenizer",
             job(
                 "train_tokenizer",
-                *("--datasets", texts, "--out", tokenizer),
+                *(*texts, "--out", tokenizer),
                 *("--vocab_size", str(preset.model.vocab_size)),
             ),
             outputs=(tokenizer,),
@@ -100,7 +102,7 @@ def stages(flags: Flags) -> list[Stage]:
             "Train the autoencoder",
             job(
                 "train_autoencoder",
-                *("--datasets", pictures, "--out", autoencoder, "--steps", "800"),
+                *(*pictures, "--out", autoencoder, "--steps", "800"),
             ),
             outputs=(autoencoder,),
             report=Path(autoencoder, "autoencoder.json"),
@@ -230,6 +232,7 @@ def review(flags: Flags) -> int:
         return 0
 
 
+@job("demo")
 def main() -> int:
     """Run the demo, or the review."""
     flags = parse_cli(Flags, description=__doc__ or "")

@@ -4,6 +4,8 @@ digits: MNIST as ImageNet folders. emoji: OpenMoji as JourneyDB. dialogues: chat
 UltraChat. The same packages give the same bytes; a finished folder is left alone.
 """
 
+from pipelines.start import job
+
 import gzip
 import hashlib
 import io
@@ -297,6 +299,7 @@ def write(out: Path, limit: int) -> dict[str, Any]:
     return report
 
 
+@job("demo_data")
 def main(argv: list[str] | None = None) -> int:
     """Write the data sets and print their sizes."""
     config = parse_cli(DemoDataConfig, argv, description=__doc__ or "")

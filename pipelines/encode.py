@@ -5,6 +5,8 @@ On a cluster set RAY_ADDRESS; without, Ray runs on this machine for the length o
 `--plan true` predicts what a run would write and how long it would take, and writes nothing.
 """
 
+from pipelines.start import job
+
 import dataclasses
 import json
 import os
@@ -299,6 +301,7 @@ def _summary(
     }
 
 
+@job("encode", ManifestError, StoreError, ValueError, advice=": run it again to go on from here")
 def main() -> int:
     """Encode, print the summary as one line of JSON."""
     flags = parse_cli(Flags, description=__doc__)
@@ -307,20 +310,15 @@ def main() -> int:
     except OtherJobError as error:
         print(f"encode: {error}", file=sys.stderr)
         return 1
-    except (ManifestError, StoreError, ValueError) as error:
-        fail(f"encode: {error}")
     except (OSError, MemoryError) as error:
         fail(f"encode: {', '.join([describe_fully(error), *getattr(error, '__notes__', [])])}")
     except RayFailedError as error:
         fail(f"encode: {error}; run it again to go on from here")
-    except KeyboardInterrupt:
-        print("interrupted: run it again to go on from here", file=sys.stderr)
-        return 130
     line = json.dumps(summary)
     print(line)
     if flags.report:
         Path(flags.report).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.report).write_text(line + "\n")
+        Path(flags.report).write_text(line + "\n", encoding="utf-8")
     return 0
 
 

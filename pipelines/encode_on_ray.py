@@ -5,6 +5,7 @@ process. A task is retried where its worker died; an error of ours ends the job 
 """
 
 import os
+import secrets
 import sys
 import time
 from collections import deque
@@ -28,6 +29,7 @@ from mdm.data.storage import StoreOptions, open_store
 from mdm.data.survey import Group, survey
 from mdm.data.tokenizer import Tokenizer
 from mdm.sources.record import Unit, describe_fully
+from pipelines.sockets import socket_folder
 
 # Chunks under way to each encoder: what it works on, what waits for it, and some more where the
 # next chunks come unevenly.
@@ -170,11 +172,14 @@ def _connect() -> None:
         if os.environ.get("RAY_ADDRESS"):
             ray.init(**quiet)
         else:
+            if not os.access(os.path.expanduser("~"), os.W_OK):  # Ray would keep its token there
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             ray.init(
                 num_cpus=os.cpu_count() or 1,
                 object_store_memory=300 << 20,
                 include_dashboard=False,
                 _node_ip_address="127.0.0.1",
+                _temp_dir=socket_folder(),
                 **quiet,
             )
     except Exception as error:  # noqa: BLE001 what Ray raises here has no type of its own

@@ -6,6 +6,8 @@
 `metrics.json`, `evaluation.json` and the sheets into `--out`.
 """
 
+from pipelines.start import job
+
 import dataclasses
 import json
 import re
@@ -19,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from mdm import tracking
-from mdm.cli import fail, parse_cli
+from mdm.cli import parse_cli
 from mdm.config import Config, doc, from_dict
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.storage import StoreError, join
@@ -151,7 +153,9 @@ def run(flags: Flags) -> dict[str, Any]:
 
 def snapshots(flags: Flags) -> list[Path]:
     """Exports over training, oldest first."""
-    return sorted(Path(flags.snapshots).glob("step-*")) if flags.snapshots else []
+    if not flags.snapshots:
+        return []
+    return sorted(file.parent for file in Path(flags.snapshots).glob("step-*/model.safetensors"))
 
 
 def _spread_texts(data: DemoData) -> list[str]:
@@ -177,13 +181,11 @@ def log(flags: Flags, config: Config, report: dict[str, Any], shots: list[dict[s
         child.finish(status)
 
 
+@job("evaluate", StoreError, ValueError)
 def main() -> int:
     """Evaluate and print the numbers as one line of JSON."""
     flags = parse_cli(Flags, description=__doc__ or "")
-    try:
-        report = run(flags)
-    except (ValueError, FileNotFoundError, StoreError) as error:
-        fail(f"evaluate: {error}")
+    report = run(flags)
     print(json.dumps({k: round(v, 4) for k, v in report.items()}))
     return 0
 

@@ -5,11 +5,13 @@ they share. `--sample ID` takes a sample id (source:row), a record's own id or i
 the steps below `--steps` that use it. The other flags are the run's own.
 """
 
+from pipelines.start import job
+
 import json
 import sys
 from dataclasses import asdict, dataclass, field
 
-from mdm.cli import fail, parse_cli, printing
+from mdm.cli import parse_cli
 from mdm.config import DataConfig, SourceConfig, StageConfig, doc
 from mdm.data.manifest import ManifestError
 from mdm.data.mixture import Mixture, open_mixture
@@ -62,24 +64,21 @@ def explain_sample(mixture: Mixture, flags: Flags) -> None:
             print(json.dumps({"id": trace.id, "step": step, "epoch": epoch}))
 
 
+@job("explain", ManifestError, StoreError, ValueError)
 def main() -> int:
     """Explain a step or a sample."""
     flags = parse_cli(Flags, description=__doc__)
-    try:
-        mixture = open_mixture(
-            DataConfig(
-                root=flags.data,
-                sources=flags.sources,
-                global_batch=flags.global_batch,
-                window=flags.window,
-                stages=flags.stages,
-                texts_per_row=flags.texts_per_row,
-            )
+    mixture = open_mixture(
+        DataConfig(
+            root=flags.data,
+            sources=flags.sources,
+            global_batch=flags.global_batch,
+            window=flags.window,
+            stages=flags.stages,
+            texts_per_row=flags.texts_per_row,
         )
-        with printing():
-            (explain_step if flags.step >= 0 else explain_sample)(mixture, flags)
-    except (ManifestError, StoreError, ValueError) as error:
-        fail(f"explain: {error}")
+    )
+    (explain_step if flags.step >= 0 else explain_sample)(mixture, flags)
     return 0
 
 

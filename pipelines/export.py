@@ -6,16 +6,17 @@ The checkpoint may lie in S3. `--out` gets config.json, model.safetensors, the t
 card, and loads with `MDM.from_pretrained(DIR)`, without DeepSpeed.
 """
 
+from pipelines.start import job
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdm.cli import fail, parse_cli
+from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.data.storage import StoreError
 from mdm.exported import KINDS
 from mdm.train.export import export_checkpoint
-from mdm.train.state import RunError
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,11 @@ class Flags:
         return self.weights.split(",")
 
 
+@job("export", StoreError, ValueError)
 def main() -> int:
     """Run the job; returns its exit code."""
     flags = parse_cli(Flags, description=__doc__ or "")
-    try:
-        export_checkpoint(flags.checkpoint, Path(flags.out), flags.kinds, flags.tokenizer)
-    except (RunError, StoreError) as error:
-        fail(f"export: {error}")
+    export_checkpoint(flags.checkpoint, Path(flags.out), flags.kinds, flags.tokenizer)
     return 0
 
 

@@ -2,18 +2,21 @@
 
   generate.py --checkpoint runs/demo/train/export --task class-to-image --input 0,1,2,3
   generate.py --checkpoint runs/demo/train/export --task text-to-image --input "handwritten seven"
-  generate.py --checkpoint runs/demo/train/export --task image-to-text --input a.png,b.jpg
+  generate.py --checkpoint runs/demo/train/export --task image-to-text --input a.png --input b.jpg
   generate.py --checkpoint runs/demo/train/export --task reply --input "How are you?"
   generate.py --task reply --input "<image> Which digit is this?" --pictures a.png
   generate.py --checkpoint runs/demo/train/export --task joint --n 16
   generate.py --checkpoint runs/demo/train/export --selection 0.5 --selection_map map.png
 
-Several inputs are separated by commas; for text and dialogue by '|'. Pictures go to --out, one
-PNG each and a grid; texts are printed. A dialogue's turns are separated by '=>', user first;
-`<image>` in them marks where each of `--pictures` stands. A step is one evaluation of the network,
-whatever the solver. `--selection_map` saves which tokens had settled at which evaluation: a row a
-result, a column an evaluation, orange for settled tokens of the picture and, below it, of the text.
+Repeat --input for several inputs; classes may be separated by commas too, texts and dialogues by
+'|'. Images go to --out, one PNG each and a grid; texts are printed. A dialogue's turns are
+separated by '=>', user first; `<image>` in them marks where each of `--pictures` stands. A step is
+one evaluation of the network, whatever the solver. `--selection_map` saves which tokens
+had settled at which evaluation: a row a result, a column an evaluation, orange for settled tokens
+of the image and, below it, of the text.
 """
+
+from pipelines.start import job
 
 import math
 import sys
@@ -25,10 +28,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mdm.cli import fail, parse_cli
+from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.data.autoencoder import Autoencoder
 from mdm.data.image import decode_image
+from mdm.data.storage import StoreError
 from mdm.diffusion.sampler import SOLVERS
 from mdm.generate import MDM
 from mdm.generate.generator import Options
@@ -43,8 +47,12 @@ class Flags:
 
     checkpoint: str = doc("runs/demo/train/export", "folder of an export")
     task: str = doc("joint", ", ".join(TASKS))
-    input: str = doc("", "classes, captions, picture files or dialogue turns, as the task needs")
-    pictures: str = doc("", "picture files that every dialogue is about, for reply")
+    input: tuple[str, ...] = doc(
+        (), "class, caption, image file or dialogue turns, as the task needs; repeat it for several"
+    )
+    pictures: tuple[str, ...] = doc(
+        (), "image file that every dialogue is about, for reply; repeat it for several"
+    )
     n: int = doc(1, "results an input (or in all, for joint)")
     guidance: float = doc(3.0, "how strongly pictures follow their condition; 0 for none")
     text_guidance: float | None = doc(
@@ -80,20 +88,18 @@ class Flags:
             )
 
 
+@job("generate", StoreError, ValueError)
 def main() -> int:
     """Run the job; returns its exit code."""
     flags = parse_cli(Flags, description=__doc__ or "")
-    try:
-        generator = MDM.from_pretrained(
-            flags.checkpoint,
-            tokenizer=flags.tokenizer,
-            autoencoder=flags.autoencoder,
-            precision=flags.precision,
-            local_files_only=True,
-        )
-        generate(generator, flags)
-    except (ValueError, OSError) as error:
-        fail(f"generate: {error}")
+    generator = MDM.from_pretrained(
+        flags.checkpoint,
+        tokenizer=flags.tokenizer,
+        autoencoder=flags.autoencoder,
+        precision=flags.precision,
+        local_files_only=True,
+    )
+    generate(generator, flags)
     return 0
 
 
@@ -130,8 +136,7 @@ def draw(generator: MDM, flags: Flags) -> None:
         )
         save(pixels, captions, Path(flags.out))
         return
-    separator = "|" if flags.task in ("text-to-image", "reply") else ","
-    inputs = [item.strip() for item in flags.input.split(separator) for _ in range(flags.n)]
+    inputs = [item for item in parts(flags) for _ in range(flags.n)]
     if flags.task == "class-to-image":
         classes = [int(item) for item in inputs]
         pixels = generator.class_to_image(
@@ -156,7 +161,7 @@ def draw(generator: MDM, flags: Flags) -> None:
         dialogues = [[turn.strip() for turn in item.split("=>")] for item in inputs]
         shown = None
         if flags.pictures:
-            latents = encode(generator, [name.strip() for name in flags.pictures.split(",")])
+            latents = encode(generator, flags.pictures)
             shown = latents.expand(len(inputs), *latents.shape)
         texts = generator.reply(
             dialogues,
@@ -169,14 +174,31 @@ def draw(generator: MDM, flags: Flags) -> None:
         tell(inputs, texts)
 
 
+def parts(flags: Flags) -> list[str]:
+    """The inputs one by one."""
+    if flags.task == "image-to-text":
+        return list(flags.input)
+    separator = "," if flags.task == "class-to-image" else "|"
+    return [part.strip() for item in flags.input for part in item.split(separator)]
+
+
 def encode(generator: MDM, files: Sequence[str]) -> Tensor:
     """First-stage latents [b, n, c] of picture files."""
     autoencoder = generator.autoencoder
     if not isinstance(autoencoder, Autoencoder):
         raise ValueError("the model was trained on text alone: it takes no images")
     size = autoencoder.image_size
-    pictures = [torch.from_numpy(decode_image(Path(i).read_bytes(), size)) for i in files]
+    pictures = [torch.from_numpy(decode_image(read(i), size)) for i in files]
     return autoencoder.encode(torch.stack(pictures))
+
+
+def read(file: str) -> bytes:
+    """An image file's bytes; ValueError if there is none."""
+    try:
+        return Path(file).read_bytes()
+    except FileNotFoundError:
+        several = "; give several files by repeating the flag" if "," in file else ""
+        raise ValueError(f"there is no file {file}{several}") from None
 
 
 def tell(inputs: Sequence[str], texts: Sequence[str]) -> None:

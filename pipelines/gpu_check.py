@@ -7,6 +7,8 @@ of stock `mamba_ssm.Mamba2`. Without a CUDA device it says so and exits with 0.
 **Not run** so far beyond that sentence: no machine with a GPU was at hand.
 """
 
+from pipelines.start import job
+
 import dataclasses
 import importlib
 import json
@@ -316,6 +318,7 @@ def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, 
     return rows
 
 
+@job("gpu_check")
 def main() -> int:
     """Check, measure, report; 1 if a kernel differs."""
     flags = parse_cli(Flags, description=__doc__ or "", default=Flags())
@@ -335,7 +338,7 @@ def main() -> int:
     print(table(measured))
     report = {"device": device, "torch": torch.__version__, "parity": compared, "speed": measured}
     Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(flags.out).write_text(json.dumps(report, indent=1) + "\n")
+    Path(flags.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0 if all(line["passed"] for line in compared) else 1
 
 

@@ -4,6 +4,8 @@
 averaged weights, lets an independent classifier judge, and writes `report.json` and `report.html`.
 """
 
+from pipelines.start import job
+
 import shutil
 import sys
 import time
@@ -128,6 +130,7 @@ def run(flags: Flags) -> dict[str, Any]:
     return learn_report.write(out, report, setting.ruler.task, drawn, vars(flags))
 
 
+@job("learn", ValueError)
 def main() -> int:
     """Run the job."""
     flags = parse_cli(Flags, description=__doc__ or "")

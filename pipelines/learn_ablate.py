@@ -5,6 +5,8 @@ solvers, their evaluations and the selection of settled tokens are compared on t
 weights, if `pipelines/learn.py` has made them. Run again, it goes on from the finished variants.
 """
 
+from pipelines.start import job
+
 import statistics
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mdm.cli import fail, parse_cli
+from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import learn_report
@@ -95,7 +97,7 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
         *VARIANTS[name].split(),
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
         env = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
         process = supervised(command, env=env, stdout=log.fileno(), stderr=subprocess.STDOUT)
         code = process.wait()
@@ -164,15 +166,13 @@ def run(flags: Flags, setting: Setting) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+@job("learn_ablate", RuntimeError)
 def main() -> int:
     """Run the job and print the table."""
     flags = parse_cli(Flags, description=__doc__ or "")
     torch.set_num_threads(1)
     setting = prepare(Path(flags.out) / "data")
-    try:
-        found = run(flags, setting)
-    except RuntimeError as error:
-        fail(f"learn_ablate: {error}")
+    found = run(flags, setting)
     print(runs_table(found))
     out = Path(flags.out)
     sheets = {

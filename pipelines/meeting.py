@@ -40,7 +40,7 @@ class Attempt:
 def read_hostfile(path: Path) -> dict[str, int]:
     """Slots by node, in the file's order; ValueError names a line that cannot be meant."""
     hosts: dict[str, int] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         words = line.split("#")[0].split()
         if not words:
             continue
@@ -225,6 +225,6 @@ def _address(name: str) -> str:
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     # Not flushed to the disk: a note is of no use after the machine has been down.
     part = path.with_name(f"{path.name}.{socket.gethostname()}.part")
-    part.write_text(json.dumps(value))
+    part.write_text(json.dumps(value), encoding="utf-8")
     files.make_way(path)
     part.replace(path)

@@ -2,21 +2,25 @@
 
 One rank works too: `python pipelines/pretrain.py --preset demo`. Run again, it goes on from the
 newest valid checkpoint of `run_dir`; `pipelines/supervise.py` does that by itself. SIGTERM,
-SIGUSR1, SIGUSR2 and a file STOP in `run_dir` make it save and end.
+SIGUSR1, SIGUSR2, Ctrl-C and a file STOP in `run_dir` make it save and end; Ctrl-C before the first
+step, or a second one, ends it at once.
 
 `--replay_step N` replays a step that the guard skipped, alone and in one process, and says which
 sample did it.
 
 Exit codes: 0 done, 1 failed (a preflight check too), 2 a mistake that one line explains, 3 ended by
-the file STOP, 70 a hang, 75 told to stop, and saved. (Launchers have codes of their own: a
-supervisor reads what the ranks themselves say.)
+the file STOP, 70 a hang, 75 told to stop, and saved, 130 ended at once by Ctrl-C. (Launchers have
+codes of their own: a supervisor reads what the ranks themselves say.)
 """
+
+from pipelines.start import job, told
 
 import contextlib
 import dataclasses
 import functools
 import io
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +109,21 @@ def drawing(pictures: int) -> Draw | None:
     return functools.partial(draw_samples, n=pictures)
 
 
+def check_run_dir(folder: Path) -> None:
+    """RunError unless files can be written into a run's folder, which is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise RunError(f"--run_dir {folder}: {reason}; give a folder that can be written") from None
+
+
 def run(flags: Flags, config: Config, world: World) -> int:
     """Train, or only check; returns the exit code."""
     if flags.preflight:
         return check_first(config, world)
+    check_run_dir(Path(config.run_dir))
     if flags.memory_history:
         record_memory()
     gathered = {"block": (Block, AttentionBlock), "trunk": (Trunk,)}[config.train.gather]
@@ -125,6 +140,7 @@ def run(flags: Flags, config: Config, world: World) -> int:
     )
 
 
+@job("pretrain")
 def main() -> int:
     """Run the job; returns its exit code."""
     world = World.from_env()
@@ -145,9 +161,9 @@ def main() -> int:
         watch.report_end(watch.MISTAKE, said)
         print(f"pretrain: rank {world.rank}: {said}", file=sys.stderr)
         return watch.MISTAKE
-    except StoreError as error:  # in the middle of the run, and of this rank alone
-        watch.report_end(watch.GAVE_UP, str(error))
-        print(f"pretrain: rank {world.rank}: {error}", file=sys.stderr)
+    except (StoreError, OSError) as error:  # in the middle of the run, and of this rank alone
+        watch.report_end(watch.GAVE_UP, told(error))
+        print(f"pretrain: rank {world.rank}: {told(error)}", file=sys.stderr)
         return watch.GAVE_UP
     except (RunError, ResumeError, SystemExit) as error:  # the same on every rank
         if isinstance(error, SystemExit) and not error.code:  # --help

@@ -4,6 +4,8 @@ Prints where one GPU's memory goes, whether it fits and what to change if not, b
 as one rank of the run with the real ZeRO engine and takes a step, and says what the run would cost.
 """
 
+from pipelines.start import job
+
 import dataclasses
 import json
 import re
@@ -71,6 +73,7 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+@job("rehearse", RunError)
 def main() -> int:
     """Run the job; returns its exit code."""
     presets = {name: Flags(**fields_of(preset)) for name, preset in PRESETS.items()}  # type: ignore[arg-type]
@@ -81,25 +84,22 @@ def main() -> int:
     config = Config(**fields_of(flags))  # type: ignore[arg-type]
     torch.set_num_threads(flags.threads)
     memory = parse_size(flags.gpu_memory)
-    try:
-        peak = peak_flops(flags.gpu, 0.0)
-        if peak is None:
-            fail(f"rehearse: --gpu {flags.gpu} is not known")
-        ledger = plan(config, flags.world_size)
-        verdict = judge(ledger, memory)
-        print_ledger(ledger, flags, verdict)
-        runs = costs(config, flags, peak)
-        print_costs(runs, flags)
-        built = None
-        if flags.step_tokens:
-            classes = (Block, AttentionBlock)
-            built = rehearse(config, flags.world_size, flags.step_tokens, classes)
-            print_built(built)
-    except RunError as error:
-        fail(f"rehearse: {error}")
+    peak = peak_flops(flags.gpu, 0.0)
+    if peak is None:
+        fail(f"rehearse: --gpu {flags.gpu} is not known")
+    ledger = plan(config, flags.world_size)
+    verdict = judge(ledger, memory)
+    print_ledger(ledger, flags, verdict)
+    runs = costs(config, flags, peak)
+    print_costs(runs, flags)
+    built = None
+    if flags.step_tokens:
+        classes = (Block, AttentionBlock)
+        built = rehearse(config, flags.world_size, flags.step_tokens, classes)
+        print_built(built)
     out = Path(flags.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report(ledger, verdict, runs, built), indent=1))
+    out.write_text(json.dumps(report(ledger, verdict, runs, built), indent=1), encoding="utf-8")
     print(f"\n{out}")
     return 0
 

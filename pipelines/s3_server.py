@@ -3,6 +3,8 @@
 `python pipelines/s3_server.py --dir DIR` serves until interrupted and prints the lines to export.
 """
 
+from pipelines.start import job
+
 import json
 import os
 import secrets
@@ -14,12 +16,12 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mdm.cli import fail, parse_cli
+from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.data.storage import S3Store, StoreError, StoreOptions
 from mdm.files import make_way, read_json
@@ -93,7 +95,7 @@ class S3Server:
             self.folder.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".new")
             aside.touch(mode=0o600)
-            aside.write_text(json.dumps({"identities": [identity]}))
+            aside.write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
             make_way(path)
             aside.replace(path)
         return keys
@@ -166,7 +168,7 @@ class S3Server:
         if self._process.poll() is None:
             self._make_bucket(deadline)
             return
-        tail = log.read_text(errors="replace").strip().splitlines()[-3:]
+        tail = log.read_text(errors="replace", encoding="utf-8").strip().splitlines()[-3:]
         self.stop()
         raise StoreError(f"the S3 server did not start (see {log}): {' | '.join(tail)}")
 
@@ -230,19 +232,15 @@ def _free_ports(count: int, first: int = 0) -> list[int]:
         return ports
 
 
+@job("s3_server", StoreError)
 def main() -> int:
     """Serve until SIGINT or SIGTERM."""
     flags = parse_cli(Flags, description=__doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        with S3Server(flags.dir, flags.port, flags.bucket) as server:
-            for name, value in server.env.items():
-                print(f"export {name}={value}", flush=True)
-            signal.pause()
-    except StoreError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        pass
+    with suppress(KeyboardInterrupt), S3Server(flags.dir, flags.port, flags.bucket) as server:
+        for name, value in server.env.items():
+            print(f"export {name}={value}", flush=True)
+        signal.pause()
     return 0
 
 

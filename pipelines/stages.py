@@ -188,7 +188,7 @@ def end_leftovers(folder: Path) -> int:
 def only_one(folder: Path, patience: float = 15.0) -> Iterator[None]:
     """Hold the lock of `folder`; raises BlockingIOError if another run keeps it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("w", encoding="utf-8") as lock:
         deadline = time.monotonic() + patience
         while True:
             try:

@@ -19,6 +19,8 @@ Exit codes: 0 done, and the run's done.json says so; 1 the budget is used up; 2 
 line explains; 3 ended by the file STOP: do not requeue; 75 told to stop, and saved: requeue.
 """
 
+from pipelines.start import job
+
 import contextlib
 import os
 import shutil
@@ -102,7 +104,7 @@ def command_of(command: Sequence[str], attempt: Attempt, folder: Path) -> list[s
         if attempt.hosts:
             hosts = folder / "hostfile"
             lines = [f"{name} slots={attempt.hosts[name]}" for name in attempt.nodes]
-            hosts.write_text("\n".join(lines) + "\n")
+            hosts.write_text("\n".join(lines) + "\n", encoding="utf-8")
             flags += ["--hostfile", str(hosts), "--no_ssh", "--master_addr", attempt.address]
             flags += ["--node_rank", str(attempt.rank)]
         return [command[0], *flags, *rest]
@@ -341,6 +343,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return words[:at], words[at + 1 :]
 
 
+@job("supervise")
 def main(argv: Iterable[str] | None = None) -> int:
     """Run the job; returns its exit code."""
     own, command = split(list(sys.argv[1:] if argv is None else argv))

@@ -4,6 +4,8 @@ Writes a folder in diffusers' format, `autoencoder.json` (figures) and `reconstr
 (held-out pictures above their reconstructions).
 """
 
+from pipelines.start import job
+
 import json
 import os
 import shutil
@@ -24,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdm import sources
-from mdm.cli import fail, parse_cli
+from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.data import fit_autoencoder
 from mdm.data.autoencoder import Autoencoder, build, save
@@ -40,9 +42,9 @@ HELD_OUT = 20  # one picture in so many, of sets that publish none held out
 class TrainAutoencoderConfig:
     """Flags."""
 
-    datasets: str = doc(
-        "imagenet=runs/demo/data/digits,journeydb=runs/demo/data/emoji",
-        "name=folder, separated by commas; sets without pictures do not belong here",
+    datasets: tuple[str, ...] = doc(
+        ("imagenet=runs/demo/data/digits", "journeydb=runs/demo/data/emoji"),
+        "name=folder; repeat it for each data set; sets without images do not belong here",
     )
     out: str = doc("runs/demo/autoencoder", "folder to write; replaced as a whole")
     image_size: int = doc(32, "pixels of a side; the model makes image_size / 4 latent cells of it")
@@ -201,13 +203,11 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
     return report
 
 
+@job("train_autoencoder", ValueError)
 def main(argv: list[str] | None = None) -> int:
     """Train, and print the figures."""
     config = parse_cli(TrainAutoencoderConfig, argv, description=__doc__ or "")
-    try:
-        report = train(config)
-    except ValueError as error:
-        fail(f"train_autoencoder: {error}")
+    report = train(config)
     print(json.dumps({k: v for k, v in report.items() if k != "losses"}))
     return 0
 

@@ -4,18 +4,22 @@ Writes `classifier.safetensors` and `classifier.json`: its accuracy on held-out 
 are and through the autoencoder, and how many other pictures it takes for a class.
 """
 
+from pipelines.start import job
+
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mdm import sources
-from mdm.cli import fail, parse_cli
+from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.data.autoencoder import Autoencoder
+from mdm.data.storage import StoreError
 from mdm.evaluate import classifier
 from mdm.evaluate.heldout import Pictures, load_pictures
 from mdm.evaluate.image import agreement
@@ -26,21 +30,24 @@ class Flags:
     """Flags of this job."""
 
     classes: str = doc("imagenet=runs/demo/data/digits", "labelled data set, as name=folder")
-    others: str = doc("journeydb=runs/demo/data/emoji", "pictures of no class; may be empty")
+    others: tuple[str, ...] = doc(
+        ("journeydb=runs/demo/data/emoji",),
+        "images of no class, as name=folder; repeat it for each data set; '' for none",
+    )
     autoencoder: str = doc("runs/demo/autoencoder", "folder of the frozen autoencoder")
     out: str = doc("runs/demo/classifier", "folder to write")
     epochs: int = doc(8, "passes over the training pictures")
     seed: int = doc(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
-        if len(sources.parse_datasets(self.classes)) != 1:
-            raise ValueError(f"--classes {self.classes!r} must name one data set")
-        sources.parse_datasets(self.others)
+        sources.parse_datasets([self.classes])
+        if self.others:
+            sources.parse_datasets(self.others)
         if self.epochs < 1:
             raise ValueError(f"--epochs is {self.epochs}; it must be positive")
 
 
-def _load(datasets: str, split: int, size: int) -> list[Pictures]:
+def _load(datasets: Sequence[str], split: int, size: int) -> list[Pictures]:
     """Each data set's training (0) or held-out (1) pictures."""
     return [
         load_pictures(name, root, sources.get(name).SPLITS[split], size)
@@ -53,7 +60,7 @@ def run(flags: Flags) -> dict[str, float]:
     began = time.perf_counter()
     autoencoder = Autoencoder.load(flags.autoencoder)
     size = autoencoder.image_size
-    train, heldout = _load(flags.classes, 0, size)[0], _load(flags.classes, 1, size)[0]
+    train, heldout = (_load([flags.classes], i, size)[0] for i in (0, 1))
     others = _load(flags.others, 0, size) if flags.others else []
     n_classes = int(train.labels.max()) + 1
     loaded = time.perf_counter()
@@ -81,13 +88,11 @@ def run(flags: Flags) -> dict[str, float]:
     return report
 
 
+@job("train_classifier", StoreError, ValueError)
 def main() -> int:
     """Train and print the report."""
     flags = parse_cli(Flags, description=__doc__ or "")
-    try:
-        report = run(flags)
-    except ValueError as error:
-        fail(f"train_classifier: {error}")
+    report = run(flags)
     print(json.dumps({k: round(v, 4) for k, v in report.items()}))
     return 0
 

@@ -1,11 +1,13 @@
 """Train the SentencePiece unigram tokenizer (Appendix D) on dialogues, captions and class names."""
 
+from pipelines.start import job
+
 import json
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mdm import sources
-from mdm.cli import fail, parse_cli
+from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.data import corpus
 from mdm.data.tokenizer import UNK, Tokenizer, train_model
@@ -24,10 +26,13 @@ from mdm.files import write_json
 class TrainTokenizerConfig:
     """Flags."""
 
-    datasets: str = doc(
-        "imagenet=runs/demo/data/digits,journeydb=runs/demo/data/emoji,"
-        "ultrachat=runs/demo/data/dialogues",
-        "name=folder, separated by commas; their training splits make the corpus",
+    datasets: tuple[str, ...] = doc(
+        (
+            "imagenet=runs/demo/data/digits",
+            "journeydb=runs/demo/data/emoji",
+            "ultrachat=runs/demo/data/dialogues",
+        ),
+        "name=folder; repeat it for each data set; their training splits make the corpus",
     )
     out: str = doc("runs/demo/tokenizer", "folder for tokenizer.model and tokenizer.json")
     vocab_size: int = doc(32_000, "pieces, the special ones among them")
@@ -38,7 +43,7 @@ class TrainTokenizerConfig:
         sources.parse_datasets(self.datasets)
 
 
-def texts(datasets: str) -> Iterator[str]:
+def texts(datasets: Sequence[str]) -> Iterator[str]:
     """Every text of the training splits."""
     for name, root in sources.parse_datasets(datasets):
         for split in sources.training_splits(name, root):
@@ -69,7 +74,7 @@ def train(config: TrainTokenizerConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=out, prefix=".corpus-") as folder:
         lines = corpus.build(texts(config.datasets), Path(folder))
         if not lines.train_lines:
-            raise ValueError(f"{config.datasets}: no usable text for a tokenizer")
+            raise ValueError(f"{' '.join(config.datasets)}: no usable text for a tokenizer")
         model = train_model(lines.train(), config.vocab_size)
         partial = Path(folder) / "tokenizer.model"
         partial.write_bytes(model)
@@ -89,13 +94,11 @@ def train(config: TrainTokenizerConfig) -> dict[str, Any]:
     return report
 
 
+@job("train_tokenizer", ValueError)
 def main(argv: list[str] | None = None) -> int:
     """Train, and print the report."""
     config = parse_cli(TrainTokenizerConfig, argv, description=__doc__ or "")
-    try:
-        report = train(config)
-    except ValueError as error:
-        fail(f"train_tokenizer: {error}")
+    report = train(config)
     print(json.dumps(report))
     return 0
 

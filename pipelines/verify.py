@@ -4,24 +4,31 @@
 reason, and the file in which it lies.
 """
 
+from pipelines.start import job
+
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from tqdm import tqdm
 
-from mdm.cli import fail, parse_cli, printing
+from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.data.manifest import MANIFEST, MANIFEST_SHA256, Manifest, ManifestError
 from mdm.data.storage import StoreError, open_store
 from mdm.data.verify import discard, verify
+
+NOTES = 10  # objects of other people's that are named
 
 
 @dataclass(frozen=True)
 class Flags:
     """Flags of this job."""
 
-    data: str = field(metadata={"help": "URIs of encoded data sets, separated by commas"})
+    data: tuple[str, ...] = field(
+        metadata={"help": "URI of an encoded data set; repeat it for each one"}
+    )
     discard: bool = doc(
         False, "delete what is damaged or belongs to no data set: encode.py then writes it again"
     )
@@ -30,6 +37,13 @@ class Flags:
     def __post_init__(self) -> None:
         if self.discard and self.quarantine:
             raise ValueError("give either --discard true or --quarantine true")
+        if not self.data:
+            raise ValueError("--data is empty; give the URI of an encoded data set")
+
+
+def several(uri: str) -> str:
+    """What to add where no data set is found at `uri`."""
+    return " (give several data sets by repeating --data)" if "," in uri else ""
 
 
 def check(uri: str, discard_damaged: bool = False) -> int:
@@ -37,7 +51,7 @@ def check(uri: str, discard_damaged: bool = False) -> int:
     try:
         manifest = Manifest.load(uri)
     except ManifestError as error:
-        print(f"  BAD {error}")
+        print(f"  BAD {error}{several(uri)}")
         if discard_damaged:  # its receipts give the same one again
             for key in (MANIFEST, MANIFEST_SHA256):
                 open_store(uri).delete(key)
@@ -55,14 +69,16 @@ def check(uri: str, discard_damaged: bool = False) -> int:
         damaged += [verdict] if verdict.problems else []
         size = f"{verdict.rows:>9} rows {verdict.bytes / 2**20:>9.2f} MiB"
         print(f"  {'BAD' if verdict.problems else 'ok ':<3} {size}  {verdict.key}")
-        for problem in verdict.problems:
-            print(f"      {problem}")
+        for line in (*verdict.problems, *verdict.notes[:NOTES]):
+            print(f"      {line}")
+        if len(verdict.notes) > NOTES:
+            print(f"      {len(verdict.notes) - NOTES} more such objects")
     for key in discard(manifest, damaged) if discard_damaged else ():
         print(f"  deleted {key}")
     return problems
 
 
-def checked(uris: list[str], discard_damaged: bool) -> int:
+def checked(uris: Sequence[str], discard_damaged: bool) -> int:
     """Print the verdicts on these data sets, and what to do; the exit code."""
     problems = sum(check(uri, discard_damaged) for uri in uris)
     if not problems:
@@ -77,23 +93,23 @@ def checked(uris: list[str], discard_damaged: bool) -> int:
     return 1 if problems else 0
 
 
-def listed(uris: list[str]) -> int:
+def listed(uris: Sequence[str]) -> int:
     """Print the records in quarantine, a line of JSON each; the exit code."""
     for uri in uris:
-        for record in Manifest.load(uri).quarantine:
+        try:
+            manifest = Manifest.load(uri)
+        except ManifestError as error:
+            raise ManifestError(f"{error}{several(uri)}") from None
+        for record in manifest.quarantine:
             print(json.dumps(asdict(record), ensure_ascii=False))
     return 0
 
 
+@job("verify", ManifestError, StoreError, ValueError)
 def main() -> int:
     """Check every data set named, or list what is in quarantine."""
     flags = parse_cli(Flags, description=__doc__)
-    uris = [uri for uri in flags.data.split(",") if uri]
-    try:
-        with printing():
-            return listed(uris) if flags.quarantine else checked(uris, flags.discard)
-    except (ManifestError, StoreError, ValueError) as error:
-        fail(f"verify: {error}")
+    return listed(flags.data) if flags.quarantine else checked(flags.data, flags.discard)
 
 
 if __name__ == "__main__":

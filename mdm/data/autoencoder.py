@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mdm.data.first_stage import PATCH, describe
+from mdm.data.tensor_file import open_as_created
 
 _Kl = cast(Any, AutoencoderKL)  # partly typed by diffusers
 
@@ -51,6 +52,8 @@ def save(model: nn.Module, folder: Path, mean: list[float], std: list[float]) ->
     vae: Any = model
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(folder, safe_serialization=True)
+    for path in folder.iterdir():
+        open_as_created(path)
 
 
 class Autoencoder:

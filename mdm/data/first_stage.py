@@ -31,7 +31,7 @@ def describe(folder: str | Path) -> FirstStage:
                 raise ValueError(f"no {name}")
         for name in ("config.json", WEIGHTS):
             digest.update((folder / name).read_bytes())
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (kind := config.get("_class_name")) != "AutoencoderKL":
             raise ValueError(f"config.json describes {kind}, not AutoencoderKL")
         size = int(config["sample_size"])

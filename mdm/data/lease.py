@@ -166,7 +166,7 @@ def _parsed(data: bytes) -> dict[str, Any]:
 def _machine() -> str:
     """Equal for processes that see one another's process ids."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return secrets.token_hex(8)  # no such thing here: none is known to be ours

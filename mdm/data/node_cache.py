@@ -116,7 +116,7 @@ class NodeCache:
         """Count `size` more bytes, after making room if they pass the limit."""
         note = self.folder / _TOTAL
         try:
-            total = int(note.read_text())
+            total = int(note.read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             total = self.limit + 1  # not known: count
         if total + size > self.limit:
@@ -129,6 +129,9 @@ class NodeCache:
         found, total = [], 0
         for entry in os.scandir(self._files):
             with contextlib.suppress(FileNotFoundError):
+                hidden = entry.name.startswith(".") and not entry.name.startswith(_TEMPORARY)
+                if hidden or not entry.is_file(follow_symlinks=False):
+                    continue  # other people's: neither counted nor dropped
                 stat = entry.stat()
                 total += stat.st_size
                 if not entry.name.startswith(_TEMPORARY):  # others are being written

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import platform
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,11 @@ from mdm.data.recipe import Recipe
 from mdm.data.storage import MissingObjectError, Store
 
 MAX_UNKNOWN = 0.01  # of the tokens; above this share, the tokenizer is another language's
+# Keys that encoding gives to objects, and names that programs and people leave in any folder.
+_OURS = re.compile(
+    r"shards/[^/]+\.arrow|parts/[^/]+\.json|work/[^/]+/(group|survey)/\d+\.(json|npz)"
+)
+_HARMLESS = re.compile(r"(.*/)?([._][^/]*|README[^/]*|Thumbs\.db)", re.DOTALL)
 PAGE = "card.html"  # the card for people; nothing reads it
 # What the bytes of pictures, texts and shards come from.
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
@@ -160,13 +166,28 @@ def receipts_of(manifest: Manifest) -> str:
     return f"work/{manifest.recipe_hash[:16]}/group/"
 
 
+def unnamed(manifest: Manifest, sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """What the data set neither names nor keeps to itself: leftovers, and what does no harm.
+
+    Other people's empty objects do none, nor those named as in any folder (README, .DS_Store).
+    StoreError where a part of the manifest is lost.
+    """
+    named, own = set(manifest.objects()), (receipts_of(manifest), CARD.removesuffix(".json"), LEASE)
+    leftovers: list[str] = []
+    others: list[str] = []
+    for key, size in sizes.items():
+        if key not in named and not key.startswith(own):
+            harmless = not _OURS.fullmatch(key) and (not size or _HARMLESS.fullmatch(key))
+            (others if harmless else leftovers).append(key)
+    return leftovers, others
+
+
 def clean(store: Store, manifest: Manifest) -> None:
     """Remove what the published manifest does not name: surveys, and all of dead recipes.
 
     The receipts of its groups stay: they tell which one gave a shard, should that be lost.
     """
-    named, receipts = set(manifest.objects()), receipts_of(manifest)
-    for key in (*store.listing("work/"), *store.listing("parts/"), *store.listing("shards/")):
-        if key not in named and key != LEASE and not key.startswith(receipts):
+    for folder in ("work/", "parts/", "shards/"):
+        for key in unnamed(manifest, store.listing(folder))[0]:
             store.delete(key)
     store.sweep()

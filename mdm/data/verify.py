@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mdm.data.lease import LEASE
 from mdm.data.manifest import CARD, Manifest
 from mdm.data.parts import PartList
-from mdm.data.publish import receipts_of
+from mdm.data.publish import unnamed
 from mdm.data.schema import Rows, ShardInfo, checksum, from_bfloat16_bits
 from mdm.data.storage import Store, StoreError
 from mdm.data.tokenizer import EOS
@@ -24,6 +23,7 @@ class Verdict:
     rows: int
     bytes: int
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()  # worth saying, and no damage
 
 
 def verify(manifest: Manifest) -> Iterator[Verdict]:
@@ -37,7 +37,10 @@ def verify(manifest: Manifest) -> Iterator[Verdict]:
     for number, info in enumerate(manifest.quarantine_parts.infos):
         yield Verdict(info.key, 0, 0, tuple(_part(manifest.quarantine_parts, number)))
     yield Verdict(CARD, 0, 0, tuple(_card(store, manifest)))
-    yield Verdict("the set", manifest.rows, 0, tuple(_whole(store, manifest)))
+    leftovers, others = unnamed_in(store, manifest)
+    problems = (*_counts(manifest), *(f"{key} belongs to no data set" for key in leftovers))
+    notes = tuple(f"{key} belongs to no data set; it is left alone" for key in others)
+    yield Verdict("the set", manifest.rows, 0, problems, notes)
 
 
 def _part(parts: PartList[Any], number: int) -> Iterator[str]:
@@ -88,6 +91,8 @@ def _rows(rows: Rows, manifest: Manifest) -> Iterator[str]:
 
 
 def _card(store: Store, manifest: Manifest) -> Iterator[str]:
+    if not manifest.card_sha256:
+        return  # published without one
     try:
         found = hashlib.sha256(store.get(CARD)).hexdigest()
     except StoreError as error:
@@ -97,31 +102,28 @@ def _card(store: Store, manifest: Manifest) -> Iterator[str]:
         yield f"sha256 is {found}, the manifest says {manifest.card_sha256}"
 
 
-def _whole(store: Store, manifest: Manifest) -> Iterator[str]:
-    counts = manifest.counts
+def _counts(manifest: Manifest) -> Iterator[str]:
+    counts, quarantined = manifest.counts, len(manifest.quarantine)
     if manifest.rows != counts["examples"]:
         yield f"shards hold {manifest.rows} examples, the counts say {counts['examples']}"
-    if len(manifest.quarantine) != counts["quarantined"]:
-        yield f"{len(manifest.quarantine)} in quarantine, the counts say {counts['quarantined']}"
-    for key in strangers(store, manifest):
-        yield f"{key} belongs to no data set"
+    if quarantined != counts.get("quarantined", 0):
+        yield f"{quarantined} in quarantine, the counts say {counts.get('quarantined', 0)}"
 
 
-def strangers(store: Store, manifest: Manifest) -> list[str]:
-    """Keys of what the data set neither names nor keeps to itself; none while a part is lost."""
-    own = (receipts_of(manifest), CARD.removesuffix(".json"), LEASE)
+def unnamed_in(store: Store, manifest: Manifest) -> tuple[list[str], list[str]]:
+    """Leftovers and what does no harm (see `unnamed`); none while a part is lost."""
+    sizes = store.listing()
     try:
-        named = set(manifest.objects())
+        return unnamed(manifest, sizes)
     except StoreError:
-        return []
-    return [k for k in store.listing() if k not in named and not k.startswith(own)]
+        return [], []
 
 
 def discard(manifest: Manifest, damaged: Sequence[Verdict]) -> list[str]:
-    """Delete what is damaged, and strangers; encoding once more then writes back what is lost."""
+    """Delete what is damaged, and leftovers; encoding once more then writes back what is lost."""
     store = manifest.store()
     there = store.listing()
-    keys = [v.key for v in damaged if v.key in there] + strangers(store, manifest)
+    keys = [v.key for v in damaged if v.key in there] + unnamed_in(store, manifest)[0]
     for key in keys:
         store.delete(key)
     return keys

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mdm.data.tensor_file import save_tensors
 from mdm.files import DamagedFileError, load_json, write_json
 
 FEATURES = 64
@@ -134,10 +135,10 @@ def train(
 def save(net: Classifier, folder: Path, report: dict[str, float]) -> None:
     """Write weights and `report` (accuracies) to `folder`; the report is written last."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {k: v.contiguous() for k, v in net.state_dict().items()},
+    save_tensors(
         folder / "classifier.safetensors",
-        metadata={"n_classes": str(net.n_classes), "width": str(net.width)},
+        net.state_dict(),
+        {"n_classes": str(net.n_classes), "width": str(net.width)},
     )
     facts = {"n_classes": net.n_classes, "width": net.width} | report
     write_json(folder / "classifier.json", facts)

@@ -1,6 +1,8 @@
 """Published dataset layouts -> RawRecord."""
 
-from collections.abc import Iterator
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mdm.sources import (
@@ -19,6 +21,7 @@ from mdm.sources import (
     vqav2,
 )
 from mdm.sources.record import BadRecord, RawRecord, Reader, Unit, one_record
+from mdm.uri import folder_of
 
 READERS: dict[str, Reader] = {
     "imagenet": imagenet,
@@ -104,13 +107,24 @@ def records(name: str, root: Path, split: str) -> Iterator[RawRecord | BadRecord
         yield from read(unit)
 
 
-def parse_datasets(text: str) -> list[tuple[str, Path]]:
-    """`name=folder,name=folder` as pairs; ValueError for anything else or an unknown name."""
-    pairs = [item.partition("=") for item in text.split(",") if item]
-    if not pairs or not all(name and equals and root for name, equals, root in pairs):
-        raise ValueError(f"{text!r} is not name=folder,name=folder")
-    for name, _, root in pairs:
+def parse_datasets(items: Sequence[str]) -> list[tuple[str, Path]]:
+    """Each `name=folder` as a pair; ValueError for none, anything else or an unknown name.
+
+    Several in one item, joined by commas, are told apart by the names: a folder's name may hold
+    commas.
+    """
+    if not items:
+        raise ValueError("no data set is given, as name=folder")
+    found = []
+    split = re.compile(f",(?=(?:{'|'.join(READERS)})=)").split
+    for item in itertools.chain.from_iterable(map(split, items)):
+        name, equals, uri = item.partition("=")
+        if not (name and equals and uri):
+            raise ValueError(f"{item!r} is not name=folder")
         get(name)
-        if not Path(root).is_dir():
-            raise ValueError(f"dataset {name}: no folder {root}")
-    return [(name, Path(root)) for name, _, root in pairs]
+        root = Path(folder_of(uri))
+        if not root.is_dir():
+            several = "; give several data sets by repeating the flag" if "," in uri else ""
+            raise ValueError(f"dataset {name}: no folder {root}{several}")
+        found.append((name, root))
+    return found

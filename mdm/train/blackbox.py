@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mdm import files
 from mdm.config import Config, from_dict, to_dict
 from mdm.data.batch import Batch
+from mdm.data.tensor_file import save_tensors
 from mdm.data.tokenizer import PAD
 from mdm.precision import autocast, resolve
 from mdm.train.state import RunError
@@ -71,7 +72,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     if weights is not None:
         files.write_json(folder / "config.json", to_dict(config))
-        save_file(weights, folder / WEIGHTS)
+        save_tensors(folder / WEIGHTS, weights)
         _forget_weights(run_dir, config.guard.black_boxes)
     facts = report | {
         "step": step,

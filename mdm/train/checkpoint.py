@@ -29,6 +29,7 @@ from mdm.train.state import RunError, TrainState
 FORMAT = 2  # 1 was DeepSpeed's own layout
 MARKER, MANIFEST, CLAIM, ASIDE = "COMMITTED", "manifest.json", "CLAIM", "ASIDE"
 _NAME = re.compile(r"step-(\d{8})(?:\.(\d+))?")
+_KEY = re.compile(rf"{CLAIM}|{MANIFEST}|{MARKER}|{ASIDE}|rank-\d{{5}}(\.json|/[a-z0-9_]+(\.\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,11 @@ class Checkpoints:
         return cls(open_store(uri))
 
     def contents(self) -> dict[str, set[str]]:
-        """Keys by checkpoint, newest first, valid or not."""
+        """Keys by checkpoint, newest first, valid or not; other people's objects are no part."""
         found: dict[str, set[str]] = {}
         for key in self.store.listing("step-"):
             name, _, rest = key.partition("/")
-            if rest and _NAME.fullmatch(name):
+            if _NAME.fullmatch(name) and _KEY.fullmatch(rest):
                 found.setdefault(name, set()).add(rest)
         return dict(sorted(found.items(), key=lambda item: _order(item[0]), reverse=True))
 
@@ -173,9 +174,7 @@ class Checkpoints:
         base, n, when = f"step-{step:08d}", 0, str(int(time.time())).encode()
         while True:
             name = f"{base}.{n}" if n else base
-            if not self.store.listing(f"{name}/") and self.store.put(
-                f"{name}/{CLAIM}", when, if_absent=True
-            ):
+            if not self._keys_of(name) and self.store.put(f"{name}/{CLAIM}", when, if_absent=True):
                 return name
             n += 1
 
@@ -198,8 +197,13 @@ class Checkpoints:
     def remove(self, name: str) -> None:
         """Delete it, the marker first: a half-removed one must not look whole."""
         self.store.delete(f"{name}/{MARKER}")
-        for key in self.store.listing(f"{name}/"):
-            self.store.delete(key)
+        for key in self._keys_of(name):
+            self.store.delete(f"{name}/{key}")
+
+    def _keys_of(self, name: str) -> list[str]:
+        """The keys of one checkpoint, below its name."""
+        keys = (key.removeprefix(f"{name}/") for key in self.store.listing(f"{name}/"))
+        return [key for key in keys if _KEY.fullmatch(key)]
 
     def prune(self, keep: Keep, *, asides: bool = False) -> list[str]:
         """Remove what `keep` does not ask for, and what was never committed; returns the names.

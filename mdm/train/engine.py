@@ -56,7 +56,7 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """
     path = Path(config.train.deepspeed)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"--train.deepspeed {path}: {error.strerror}") from error
     except ValueError as error:

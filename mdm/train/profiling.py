@@ -66,7 +66,7 @@ class Profile:
         running.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = running.key_averages().table(sort_by=by, row_limit=30)
-        (self.folder / f"{name}.txt").write_text(table + "\n")
+        (self.folder / f"{name}.txt").write_text(table + "\n", encoding="utf-8")
 
 
 def record_memory() -> None:

@@ -37,6 +37,7 @@ HALTED = 3  # the stop file of the run asks for it: nobody should start it again
 HUNG = 70  # the watchdog ended it
 ORPHANED = 71  # its supervisor is gone
 REQUEUE = 75  # told to stop, and saved: the same command goes on (EX_TEMPFAIL)
+INTERRUPTED = 130  # Ctrl-C, and nothing was saved
 
 FOLDER, SUPERVISOR = "MDM_WATCH", "MDM_SUPERVISOR"
 STOP_FILE = "STOP"  # in run_dir
@@ -44,6 +45,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE = 1800.0  # seconds that start-up, a save or an export may take
 POLL = 0.5
 ANSWER_SECONDS = 3.0
+ONE_PRESS = 0.5  # seconds within which a terminal and a launcher both pass one Ctrl-C on
 
 _BEAT = struct.Struct("<qdd16s")
 _ENDED: files.Shape = {"rank": int, "code": int, "reason": str, "blamed": list}
@@ -125,11 +127,14 @@ class Watch:
         self.run_dir, self.rank, self.size, self.hang_seconds = run_dir, rank, size, hang_seconds
         self.pulse: Path | None = None  # a file whose time of change says when the run last lived
         self._asked = 0
+        self._interrupted = 0.0  # when the first Ctrl-C came
         self._step, self._steps_taken, self._step_began, self._mean = 0, 0, 0.0, 0.0
         self._beat = Beat(0, time.monotonic(), PATIENCE, "start")
         self._shared = self._share()
         self._closed = threading.Event()
         self._former = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._former[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
         self._supervisor = _supervisor()
         self._write()
         self._thread = threading.Thread(target=self._mind, name="mdm-watch", daemon=True)
@@ -183,6 +188,20 @@ class Watch:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = self._asked or REQUEUE
 
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The first Ctrl-C asks to save and end; before the first step nothing needs saving."""
+        if not self._steps_taken:
+            raise KeyboardInterrupt
+        now, first = time.monotonic(), self._interrupted
+        self._interrupted = first or now
+        self._asked = self._asked or REQUEUE
+        if not first and self.rank == 0:
+            os.write(2, b"\nCtrl-C: saving, then ending; once more ends at once\n")
+        elif first and now - first > ONE_PRESS:
+            if self.rank == 0:
+                os.write(2, b"\nCtrl-C again: ended at once; the last committed save counts\n")
+            os._exit(INTERRUPTED)
+
     def _mind(self) -> None:
         folder = watch_folder()
         while not self._closed.wait(POLL):
@@ -212,7 +231,7 @@ class Watch:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             name = f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{self.rank:05d}"
-            with (folder / f"{name}.stacks").open("w") as file:
+            with (folder / f"{name}.stacks").open("w", encoding="utf-8") as file:
                 file.write(f"rank {self.rank} {reason}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -1,11 +1,12 @@
 """Configuration: a round trip, and one line for every mistake."""
 
 import dataclasses
+from dataclasses import dataclass
 
 import pytest
 
 from mdm.cli import parse_cli
-from mdm.config import Config, ModelConfig, fingerprint, from_dict, to_dict
+from mdm.config import Config, ModelConfig, doc, fingerprint, from_dict, to_dict
 from mdm.presets import PRESETS
 
 
@@ -67,6 +68,42 @@ def test_mistakes_end_with_one_line(argv, says, capsys):
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
+
+
+@dataclass(frozen=True)
+class Job:
+    data: tuple[str, ...] = doc(("default, of one",), "repeat it")
+    root: str = doc("", "a folder")
+
+
+def test_a_flag_of_several_is_repeated_and_its_items_keep_their_commas():
+    assert parse_cli(Job, []).data == ("default, of one",)
+    assert parse_cli(Job, ["--data", "a,b", "--data=c d"]).data == ("a,b", "c d")
+    assert parse_cli(Job, ["--data", ""]).data == ()
+
+
+def test_file_uris_are_folders_in_every_flag(tmp_path, capsys):
+    odd = tmp_path / "a b#c?d,é%41"
+    flags = ["--data", odd.as_uri(), "--root", odd.as_uri()]
+    assert parse_cli(Job, flags) == Job((str(odd),), str(odd))
+    config = parse_cli(Config, ["--preset", "demo", "--run_dir", odd.as_uri()], presets=PRESETS)
+    assert config.run_dir == str(odd)
+    with pytest.raises(SystemExit) as ended:
+        parse_cli(Job, ["--data", "file://nas/x"])
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert "names the host 'nas'" in err
+    assert err.count("\n") == 1
+
+
+def test_names_of_sources_may_hold_commas_colons_and_semicolons():
+    argv = ["--preset", "demo", "--data.sources", "a,b:0.5,c;d=e:f:1.5"]
+    config = parse_cli(Config, [*argv, "--data.stages", "5=x;y:1,a,b:2;9=c:1"], presets=PRESETS)
+    assert [(s.name, s.weight) for s in config.data.sources] == [("a,b", 0.5), ("c;d=e:f", 1.5)]
+    assert [(s.step, [d.name for d in s.sources]) for s in config.data.stages] == [
+        (5, ["x;y", "a,b"]),
+        (9, ["c"]),
+    ]
 
 
 def test_help_names_every_field(capsys):

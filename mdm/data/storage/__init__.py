@@ -5,8 +5,9 @@ An object appears whole or not at all. Credentials and endpoint come from the st
 how long to try, and how S3 is asked to encrypt and to check what it is sent.
 """
 
+import os
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 from mdm.data.storage.base import (
     ChangedObjectError,
@@ -17,6 +18,7 @@ from mdm.data.storage.base import (
 )
 from mdm.data.storage.local import LocalStore
 from mdm.data.storage.s3 import S3Store
+from mdm.uri import FILE_URI, folder_of
 
 __all__ = [
     "ChangedObjectError",
@@ -35,20 +37,18 @@ def open_store(uri: str, options: StoreOptions | None = None) -> Store:
     """The store at `s3://bucket/prefix`, `file:///folder` or a plain folder.
 
     Without `options` those of the environment count. Nothing is contacted or created yet.
-    ValueError for another scheme, a missing bucket name or an option that makes no sense.
+    ValueError for another scheme, a missing bucket name, a `file://` URI of another host, or an
+    option that makes no sense.
     """
     if uri.startswith("s3://"):
         return S3Store(uri, options or StoreOptions.from_environment())
-    if uri.startswith("file://"):
-        parts = urlsplit(uri)
-        if parts.netloc not in ("", "localhost"):
-            raise ValueError(f"{uri!r} names a host; write file:///absolute/folder")
-        return LocalStore(Path(parts.path))
-    if "://" in uri:
+    if not uri.startswith(FILE_URI) and "://" in uri:
         raise ValueError(f"{uri!r} is no store; use s3://bucket/prefix, file:///folder or a folder")
-    return LocalStore(Path(uri))
+    return LocalStore(Path(folder_of(uri)))
 
 
 def join(uri: str, name: str) -> str:
     """The URI of `name` below `uri`."""
+    if uri.startswith(FILE_URI):
+        return f"{FILE_URI}{uri.removeprefix(FILE_URI).rstrip('/')}/{quote(os.fsencode(name))}"
     return f"{uri.rstrip('/')}/{name}"

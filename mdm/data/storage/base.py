@@ -104,7 +104,10 @@ class Store(ABC):
 
     @abstractmethod
     def listing(self, prefix: str = "") -> dict[str, int]:
-        """Sizes in bytes of the objects whose key begins with `prefix`, sorted by key."""
+        """Sizes in bytes of the objects whose key begins with `prefix`, sorted by key.
+
+        Folder markers (see `is_folder_marker`) are not among them.
+        """
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -124,6 +127,14 @@ class Store(ABC):
     def exists(self, key: str) -> bool:
         """Whether there is an object with exactly this key."""
         return key in self.listing(key)
+
+
+def is_folder_marker(key: str, size: int) -> bool:
+    """Whether an object only stands for a folder, as consoles, mounts and Hadoop leave them.
+
+    Its key ends in `/` or equals the prefix itself (then it is empty here), or ends in `_$folder$`.
+    """
+    return not key or key.endswith("/") or (not size and key.endswith("_$folder$"))
 
 
 def checked(key: str) -> str:

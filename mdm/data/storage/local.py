@@ -4,13 +4,19 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
 
 from mdm.data.buffers import BUFFERS
-from mdm.data.storage.base import MissingObjectError, Store, StoreError, checked
+from mdm.data.storage.base import (
+    MissingObjectError,
+    Store,
+    StoreError,
+    checked,
+    is_folder_marker,
+)
 
 _TEMPORARY = ".tmp-"
 
@@ -45,7 +51,8 @@ class LocalStore(Store):
         except OSError as error:
             raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):  # the error that is being told of matters more
+                aside.unlink()
         return True
 
     def replace(self, key: str, data: bytes, etag: str) -> str | None:  # noqa: D102
@@ -109,9 +116,11 @@ class LocalStore(Store):
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.startswith(_TEMPORARY):
                     try:
-                        found[key] = path.stat().st_size
+                        size = path.stat().st_size
                     except FileNotFoundError:
                         continue  # deleted while we looked
+                    if not is_folder_marker(key, size):
+                        found[key] = size
         return dict(sorted(found.items()))
 
     def delete(self, key: str) -> None:  # noqa: D102

@@ -11,6 +11,7 @@ from mdm.data.storage.base import (
     Store,
     StoreError,
     StoreOptions,
+    is_folder_marker,
 )
 from mdm.data.storage.s3_requests import (
     BrokenBodyError,
@@ -148,7 +149,8 @@ class S3Store(Store):
             Bucket=self.requests.bucket, Prefix=self.requests.prefix + prefix, **token
         )
         items = page.get("Contents", ())
-        found = {item["Key"].removeprefix(self.requests.prefix): item["Size"] for item in items}
+        sizes = {item["Key"].removeprefix(self.requests.prefix): item["Size"] for item in items}
+        found = {k: size for k, size in sizes.items() if not is_folder_marker(k, size)}
         if page.get("IsTruncated"):
             return found, {"ContinuationToken": page["NextContinuationToken"]}
         return found, {}

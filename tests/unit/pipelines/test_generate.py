@@ -20,4 +20,4 @@ def test_a_task_needs_its_input():
 
 def test_pictures_belong_to_a_dialogue():
     with pytest.raises(ValueError, match="--pictures belong to --task reply, not to joint"):
-        Flags(task="joint", pictures="a.png")
+        Flags(task="joint", pictures=("a.png",))

@@ -44,7 +44,7 @@ def test_the_quarantine_is_listed_as_a_line_of_json_a_record(uri, run):
     sets = {f"{uri}/one": records("one", 10), f"{uri}/two": [], f"{uri}/three": records("three", 1)}
     for at, found in sets.items():
         publish_quarantine(at, found)
-    code, out, err = run("--data", ",".join(sets), "--quarantine", "true")
+    code, out, err = run(*(f"--data={at}" for at in sets), "--quarantine", "true")
     assert (code, err) == (0, "")
     rows = [json.loads(line) for line in out.splitlines()]
     assert rows == [dataclasses.asdict(record) for found in sets.values() for record in found]
