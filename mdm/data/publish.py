@@ -16,6 +16,8 @@ from mdm.data.recipe import Recipe
 from mdm.data.storage import MissingObjectError, Store
 
 PAGE = "card.html"  # the card for people; nothing reads it
+# How the keys begin that an encode job writes; below its output there may be others' data sets.
+OWN = ("work/", "parts/", "shards/", MANIFEST, CARD, PAGE)
 # What the bytes of pictures, texts and shards come from.
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
 
@@ -152,4 +154,4 @@ def clean(store: Store, manifest: Manifest) -> None:
     for key in (*store.listing("work/"), *store.listing("parts/"), *store.listing("shards/")):
         if key not in named and key != LEASE and not key.startswith(receipts):
             store.delete(key)
-    store.sweep()
+    store.sweep(*OWN)

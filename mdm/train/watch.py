@@ -37,6 +37,7 @@ ORPHANED = 71  # its supervisor is gone
 REQUEUE = 75  # told to stop, and saved: the same command goes on (EX_TEMPFAIL)
 
 FOLDER, SUPERVISOR = "MDM_WATCH", "MDM_SUPERVISOR"
+JOB = "MDM_JOB"  # equal for all attempts of a supervised job, on whichever node
 STOP_FILE = "STOP"  # in run_dir
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE = 1800.0  # seconds that start-up, a save or an export may take

@@ -1,10 +1,11 @@
 """A folder as a store."""
 
+import errno
 import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -13,6 +14,8 @@ from mdm.data.buffers import BUFFERS
 from mdm.data.storage.base import MissingObjectError, Store, StoreError, checked
 
 _TEMPORARY = ".tmp-"
+_ATTEMPTS = 3
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class LocalStore(Store):
@@ -28,6 +31,20 @@ class LocalStore(Store):
         path = self.root / checked(key)
         if if_absent and path.exists():
             return False
+        try:
+            for _ in range(_ATTEMPTS - 1):
+                with suppress(FileNotFoundError):
+                    self._put(path, data, if_absent)
+                    return True
+            self._put(path, data, if_absent)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        return True
+
+    def _put(self, path: Path, data: bytes | memoryview, if_absent: bool) -> None:
+        """FileNotFoundError if another process swept or emptied the folder meanwhile."""
         aside = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         try:
             made = [parent for parent in path.parents if not parent.exists()]
@@ -40,13 +57,9 @@ class LocalStore(Store):
             os.link(aside, path) if if_absent else os.replace(aside, path)
             for folder in (path.parent, *(parent.parent for parent in made)):
                 _sync_folder(folder)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
         finally:
-            aside.unlink(missing_ok=True)
-        return True
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
     def replace(self, key: str, data: bytes, etag: str) -> str | None:  # noqa: D102
         with self._locked(self.root / checked(key)):
@@ -67,7 +80,12 @@ class LocalStore(Store):
             yield  # no folder, no object to replace
             return
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                # Lustre mounted without `flock` and some network file systems have none.
+                if error.errno not in _NO_LOCKS:
+                    raise StoreError(f"cannot lock {path.parent}: {error.strerror}") from error
             yield
         finally:
             os.close(handle)
@@ -126,10 +144,13 @@ class LocalStore(Store):
             except OSError:
                 break  # not empty
 
-    def sweep(self) -> None:  # noqa: D102
-        for parent, _, names in os.walk(self.root):
+    def sweep(self, *prefixes: str) -> None:  # noqa: D102
+        for parent, folders, names in os.walk(self.root):
+            at = "" if Path(parent) == self.root else f"{Path(parent).relative_to(self.root)}/"
+            if not at:  # what lies here is this store's own, whichever key it was for
+                folders[:] = [name for name in folders if f"{name}/".startswith(prefixes)]
             for name in names:
-                if name.startswith(_TEMPORARY):
+                if name.startswith(_TEMPORARY) and (not at or at.startswith(prefixes)):
                     Path(parent, name).unlink(missing_ok=True)
 
 
