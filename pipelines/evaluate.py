@@ -22,6 +22,7 @@ from mdm import tracking
 from mdm.cli import fail, parse_cli
 from mdm.config import Config, doc, from_dict
 from mdm.data.autoencoder import Autoencoder
+from mdm.data.lease import hold_folder
 from mdm.data.storage import StoreError, join
 from mdm.data.tokenizer import Tokenizer
 from mdm.evaluate import classifier, poster
@@ -180,7 +181,8 @@ def main() -> int:
     """Evaluate and print the numbers as one line of JSON."""
     flags = parse_cli(Flags, description=__doc__ or "")
     try:
-        report = run(flags)
+        with hold_folder(Path(flags.out), "evaluate.py"):
+            report = run(flags)
     except (ValueError, FileNotFoundError, StoreError) as error:
         fail(f"evaluate: {error}")
     print(json.dumps({k: round(v, 4) for k, v in report.items()}))

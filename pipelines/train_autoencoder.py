@@ -29,6 +29,8 @@ from mdm.config import doc
 from mdm.data import fit_autoencoder
 from mdm.data.autoencoder import Autoencoder, build, save
 from mdm.data.image import decode_image
+from mdm.data.lease import hold_folder
+from mdm.data.storage import StoreError
 from mdm.sources.record import RawRecord
 
 HELD_OUT = 20  # one picture in so many, of sets that publish none held out
@@ -197,8 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     """Train, and print the figures."""
     config = parse_cli(TrainAutoencoderConfig, argv, description=__doc__ or "")
     try:
-        report = train(config)
-    except ValueError as error:
+        with hold_folder(Path(config.out), "train_autoencoder.py"):
+            report = train(config)
+    except (StoreError, ValueError) as error:
         fail(f"train_autoencoder: {error}")
     print(json.dumps({k: v for k, v in report.items() if k != "losses"}))
     return 0

@@ -16,6 +16,8 @@ from mdm import sources
 from mdm.cli import fail, parse_cli
 from mdm.config import doc
 from mdm.data.autoencoder import Autoencoder
+from mdm.data.lease import hold_folder
+from mdm.data.storage import StoreError
 from mdm.evaluate import classifier
 from mdm.evaluate.heldout import Pictures, load_pictures
 from mdm.evaluate.image import agreement
@@ -85,8 +87,9 @@ def main() -> int:
     """Train and print the report."""
     flags = parse_cli(Flags, description=__doc__ or "")
     try:
-        report = run(flags)
-    except ValueError as error:
+        with hold_folder(Path(flags.out), "train_classifier.py"):
+            report = run(flags)
+    except (StoreError, ValueError) as error:
         fail(f"train_classifier: {error}")
     print(json.dumps({k: round(v, 4) for k, v in report.items()}))
     return 0

@@ -16,6 +16,8 @@ from mdm import sources
 from mdm.cli import fail, parse_cli
 from mdm.config import doc
 from mdm.data import corpus
+from mdm.data.lease import hold_folder
+from mdm.data.storage import StoreError
 from mdm.data.tokenizer import UNK, Tokenizer, train_model
 
 
@@ -92,8 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     """Train, and print the report."""
     config = parse_cli(TrainTokenizerConfig, argv, description=__doc__ or "")
     try:
-        report = train(config)
-    except ValueError as error:
+        with hold_folder(Path(config.out), "train_tokenizer.py"):
+            report = train(config)
+    except (StoreError, ValueError) as error:
         fail(f"train_tokenizer: {error}")
     print(json.dumps(report))
     return 0

@@ -24,11 +24,11 @@ from mdm.data.storage import LocalStore, MissingObjectError, Store, StoreError
 LEASE = "work/lease.json"  # of an encoded data set
 RENEW_SECONDS = 5.0
 WATCH_SECONDS = 20.0
-PATIENCE_SECONDS = 60.0  # for the end of an earlier attempt of the same job, or of a brief command
+PATIENCE_SECONDS = 300.0  # for the end of an earlier attempt of the same job, or of a brief command
 _EXITING = 0x4  # PF_EXITING of a process's flags
 
 
-class OtherJobError(RuntimeError):
+class OtherJobError(ValueError):
     """Another job writes to the same place; the message is one line for the user.
 
     `same_job` says that it is another attempt of this very job.
