@@ -14,7 +14,7 @@ from mdm.data.buffers import BUFFERS
 from mdm.data.storage.base import MissingObjectError, Store, StoreError, checked
 
 _TEMPORARY = ".tmp-"
-_ATTEMPTS = 3
+_ATTEMPTS = 10
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
