@@ -133,7 +133,7 @@ def test_a_job_asks_before_it_commits_and_leaves_what_is_not_its_own(uri: str) -
     other.take()
     other._stop.set()
     store.delete(LEASE)
-    with pytest.raises(OtherJobError, match="it has finished, or work/lease.json was deleted"):
+    with pytest.raises(OtherJobError, match=r"it has finished, or work/lease\.json was deleted"):
         other.confirm()
     other.release()
 

@@ -2,7 +2,6 @@ import contextlib
 import os
 import socket
 import threading
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
