@@ -7,8 +7,8 @@ SIGUSR1, SIGUSR2 and a file STOP in `run_dir` make it save and end.
 `--replay_step N` replays a step that the guard skipped, alone and in one process, and says which
 sample did it.
 
-One job at a time writes to a run: a second one on its folder or its checkpoints ends with 2 and names
-the first.
+One job at a time writes to a run: a second one on its folder or its checkpoints ends with exit code
+2 and names the first.
 
 Exit codes: 0 done, 1 failed (a preflight check too), 2 a mistake that one line explains, 3 ended by
 the file STOP, 70 a hang, 75 told to stop, and saved. (Launchers have codes of their own: a

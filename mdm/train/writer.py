@@ -103,6 +103,7 @@ def _take(config: Config, leases: list[Lease], held: ExitStack) -> None:
     for root in reversed(roots):
         if not root.exists():
             held.callback(_remove_if_empty, root)
+    held.callback(_release, leases)
     for store in stores:
         lease = Lease(
             store,
@@ -112,8 +113,13 @@ def _take(config: Config, leases: list[Lease], held: ExitStack) -> None:
             job=os.environ.get(JOB, ""),
         )
         lease.take()
-        held.callback(lease.release)
         leases.append(lease)
+
+
+def _release(leases: list[Lease]) -> None:
+    """Give back all, the folder last: once its lease is gone, nothing of the run is held."""
+    for lease in leases:
+        lease.release()
 
 
 def _place(store: Store) -> str:
