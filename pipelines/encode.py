@@ -141,7 +141,9 @@ def run(flags: Flags) -> dict[str, Any]:
             units, recipe, Tokenizer(flags.tokenizer), flags.autoencoder, cores
         ).to_json()
     store = open_store(flags.out)
-    publish.finished(store, recipe)  # another recipe's output is refused before anything else
+    publish.finished(
+        store, recipe, write=False
+    )  # another recipe's output is refused before anything else
     resumed, seconds = 0, dict[str, float]()
     with hold(store, f"recipe {recipe.hash[:16]}") as lease:
         manifest = publish.finished(store, recipe)

@@ -222,10 +222,16 @@ def hold(store: Store, about: str, **options: Any) -> Iterator[Lease]:
 
 @contextmanager
 def hold_folder(folder: Path, about: str) -> Iterator[Lease]:
-    """A lease of an output folder that may be replaced as a whole: it lies beside the folder."""
+    """A lease of an output folder that may be replaced as a whole: it lies beside the folder.
+
+    In it, where nothing may be written beside it, as with a volume of a container.
+    """
     folder = folder.resolve()
+    at = folder.parent
+    if at.exists() and not os.access(at, os.W_OK):
+        at = folder
     key = f".{folder.name}.lease.json"
-    with hold(LocalStore(folder.parent), about, key=key, place=str(folder)) as lease:
+    with hold(LocalStore(at), about, key=key, place=str(folder)) as lease:
         yield lease
 
 

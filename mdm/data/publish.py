@@ -22,14 +22,18 @@ OWN = ("work/", "parts/", "shards/", MANIFEST, CARD, PAGE)
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
 
 
-def finished(store: Store, recipe: Recipe) -> Manifest | None:
-    """The manifest if this recipe was encoded here before; ManifestError for another recipe."""
+def finished(store: Store, recipe: Recipe, *, write: bool = True) -> Manifest | None:
+    """The manifest if this recipe was encoded here before; ManifestError for another recipe.
+
+    With `write`, which needs the lease, a job that was killed at its last step is finished.
+    """
     try:
         there = Manifest.from_bytes(store.get(MANIFEST), store.uri)
     except MissingObjectError:
         return None
     if there.recipe_hash == recipe.hash:
-        commit(store, there)  # the last step, in case it was killed there
+        if write:
+            commit(store, there)
     else:
         raise ManifestError(
             f"{store.uri} already holds {there.dataset}/{there.split} of recipe "

@@ -124,6 +124,7 @@ def _train(
     if found:
         loader.load_state_dict(found.manifest["loader"])
 
+    writer.agree()  # loading may have taken long
     tracker = start_tracking(config, state, track and world.is_main)
     reporter = Reporter(run_dir, config.train.steps, world, tracker, writer.has_folder)
     reporter.start(state, fresh=found is None)

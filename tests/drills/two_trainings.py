@@ -23,7 +23,7 @@ from tests.helpers import ROOT
 ROUNDS = 20
 TRAIN = {"steps": 16, "checkpoint_every": 3, "snapshots": 1}
 LAST = "14"  # the first one waits before this step until the second has ended
-KINDS = [*itertools.product(("the folder", "the checkpoints"), ("folder", "S3"), ("auto", "none"))]
+KINDS = [*itertools.product(("run folder", "checkpoints"), ("disk", "S3"), ("auto", "none"))]
 
 
 def start(run_dir: Path, options: dict[str, Any]) -> "subprocess.Popen[str]":
@@ -53,8 +53,8 @@ def two_trainings(setting: Setting) -> Iterator[Row]:
             shared, store, resume = KINDS[number % len(KINDS)]
             folder = setting.folder / f"round-{number}"
             uri = f"s3://drill/round-{number}" if store == "S3" else str(folder / "saved")
-            result = second_job(setting, folder, uri, shared == "the checkpoints", resume, whole)
-            found.setdefault(f"second training: {shared}, {store}", []).append(result)
+            result = second_job(setting, folder, uri, shared == "checkpoints", resume, whole)
+            found.setdefault(f"second training, {shared}, {store}", []).append(result)
         for fault, rounds in found.items():
             refused = sum(r for r, _ in rounds)
             yield Row(fault, len(rounds), refused, 0, all(same for _, same in rounds), 0.0)

@@ -15,6 +15,7 @@ from mdm.data.storage.base import MissingObjectError, Store, StoreError, checked
 
 _TEMPORARY = ".tmp-"
 _ATTEMPTS = 10
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -53,8 +54,7 @@ class LocalStore(Store):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            # A link, unlike a rename, fails if the name was taken in the meantime.
-            os.link(aside, path) if if_absent else os.replace(aside, path)
+            _link(aside, path) if if_absent else os.replace(aside, path)
             for folder in (path.parent, *(parent.parent for parent in made)):
                 _sync_folder(folder)
         finally:
@@ -152,6 +152,18 @@ class LocalStore(Store):
             for name in names:
                 if name.startswith(_TEMPORARY) and (not at or at.startswith(prefixes)):
                     Path(parent, name).unlink(missing_ok=True)
+
+
+def _link(aside: Path, path: Path) -> None:
+    """Give a file its name; FileExistsError if that was taken in the meantime."""
+    try:
+        os.link(aside, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # exFAT and some FUSE and SMB mounts have no links: whoever creates the name has it.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        os.replace(aside, path)
 
 
 def _etag(data: bytes) -> str:

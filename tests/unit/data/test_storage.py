@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import fcntl
 import os
 import socket
 import threading
@@ -82,6 +84,36 @@ def test_what_a_killed_writer_left_is_invisible_and_swept(tmp_path: Path) -> Non
     assert store.listing() == {"a/b": 5}
     store.sweep("a/")
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".tmp-living", "b"]
+
+
+def test_a_disk_without_links_and_locks_has_conditional_writes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exFAT and Lustre, of which there is none here, answer so."""
+
+    def refuse(number: int) -> Any:
+        def call(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOSYS))
+    store = open_store(str(tmp_path))
+    assert store.put("a", b"first", if_absent=True)
+    assert not store.put("a", b"second", if_absent=True)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda n: store.put("b", b"%d" % n, if_absent=True), range(8)))
+    assert won.count(True) == 1
+    assert store.get("b") == b"%d" % won.index(True)
+    data, etag = store.read("a")
+    assert data == b"first"
+    assert store.replace("a", b"third", etag) is not None
+    assert store.replace("a", b"fourth", etag) is None
+    assert store.listing() == {"a": 5, "b": 1}
+    monkeypatch.setattr(os, "link", refuse(errno.ENOSPC))
+    with pytest.raises(StoreError, match="No space left"):
+        store.put("c", b"", if_absent=True)
 
 
 def test_writers_are_not_disturbed_by_a_sweep_nor_by_folders_that_become_empty(
