@@ -6,23 +6,27 @@
   checkpoints.py rollback --at runs/pretrain/checkpoints --to 5000
 
 `verify` reads every byte and exits with 1 if a committed checkpoint is damaged. `prune` also
-removes what was never committed, but for what a run may be saving just now. `rollback` sets aside
-what is newer than a step, so that the run goes on from there. No run may be going meanwhile, nor
-with `prune --asides true`.
+removes what was never committed. `rollback` sets aside what is newer than a step, so that the run
+goes on from there. While a run goes on, both are refused with one line that names it; `list` and
+`verify` may run beside it, and so may `prune --live true`, which leaves alone what is being saved.
 """
 
 from pipelines.start import job
 
+import contextlib
 import math
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from mdm.cli import fail, parse_cli
 from mdm.config import doc
+from mdm.data.lease import hold
 from mdm.data.storage import StoreError
 from mdm.train.checkpoint import ASIDE, MARKER, Checkpoints, Keep
 from mdm.train.snapshot import DamagedError
 from mdm.train.state import RunError
+from mdm.train.writer import RUN_LEASE
 
 COMMANDS = ("list", "verify", "prune", "rollback")
 
@@ -36,7 +40,12 @@ class Flags:
     keep_every: int = doc(0, "prune: also keep those of every so many steps; 0 for none")
     keep_best: bool = doc(False, "prune: also keep the one with the smallest loss")
     asides: bool = doc(False, "prune: also remove those set aside, and a save that was cut off")
+    live: bool = doc(False, "prune: beside a run that goes on, to make room for its next save")
     to: int = doc(-1, "rollback: the step to go back to")
+
+    def __post_init__(self) -> None:
+        if self.live and self.asides:
+            raise ValueError("--live and --asides: what a run is saving now would go; give one")
 
 
 def show(checkpoints: Checkpoints) -> int:
@@ -92,6 +101,16 @@ def rollback(checkpoints: Checkpoints, step: int) -> int:
     return 0
 
 
+def alone(checkpoints: Checkpoints, command: str) -> AbstractContextManager[object]:
+    """The lease of the checkpoints, if there are any; a run that starts meanwhile waits for it."""
+    if not checkpoints.contents():
+        return contextlib.nullcontext()
+    advice = "have it end first (a file STOP in its folder)"
+    advice += ", or give --live true" if command == "prune" else ""
+    about = f"checkpoints.py {command}"
+    return hold(checkpoints.store, about, key=RUN_LEASE, advice=advice, brief=True)
+
+
 @job("checkpoints", StoreError, ValueError)
 def main() -> int:
     """Run the job; returns its exit code."""
@@ -106,9 +125,11 @@ def main() -> int:
         return show(checkpoints)
     if command == "verify":
         return verify(checkpoints)
-    if command == "prune":
-        return prune(checkpoints, flags)
-    return rollback(checkpoints, flags.to)
+    beside = command == "prune" and flags.live
+    with contextlib.nullcontext() if beside else alone(checkpoints, command):
+        if command == "prune":
+            return prune(checkpoints, flags)
+        return rollback(checkpoints, flags.to)
 
 
 if __name__ == "__main__":

@@ -143,9 +143,11 @@ def run(flags: Flags) -> dict[str, Any]:
             units, recipe, Tokenizer(flags.tokenizer), flags.autoencoder, cores
         ).to_json()
     store = open_store(flags.out)
-    publish.finished(store, recipe)  # another recipe's output is refused before anything else
+    publish.finished(
+        store, recipe, write=False
+    )  # another recipe's output is refused before anything else
     resumed, seconds = 0, dict[str, float]()
-    with hold(store, recipe.hash) as lease:
+    with hold(store, f"recipe {recipe.hash[:16]}") as lease:
         manifest = publish.finished(store, recipe)
         lost = [] if manifest is None else publish.missing(store, manifest)
         if lost:
@@ -155,7 +157,7 @@ def run(flags: Flags) -> dict[str, Any]:
         if manifest is None or lost:
             with encode_on_ray.cluster():
                 receipts, resumed, seconds = _encode(flags, units, store, recipe, lease)
-            lease.check()
+            lease.confirm()
             manifest = publish.finish(store, recipe, receipts, class_names, card_page)
         else:
             print(f"{flags.out} is already encoded with this recipe", file=sys.stderr)

@@ -24,6 +24,7 @@ from mdm import tracking
 from mdm.cli import parse_cli
 from mdm.config import Config, doc, from_dict
 from mdm.data.autoencoder import Autoencoder
+from mdm.data.lease import hold_folder
 from mdm.data.storage import StoreError, join
 from mdm.data.tokenizer import Tokenizer
 from mdm.evaluate import classifier, poster
@@ -185,7 +186,8 @@ def log(flags: Flags, config: Config, report: dict[str, Any], shots: list[dict[s
 def main() -> int:
     """Evaluate and print the numbers as one line of JSON."""
     flags = parse_cli(Flags, description=__doc__ or "")
-    report = run(flags)
+    with hold_folder(Path(flags.out), "evaluate.py"):
+        report = run(flags)
     print(json.dumps({k: round(v, 4) for k, v in report.items()}))
     return 0
 

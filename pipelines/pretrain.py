@@ -8,6 +8,9 @@ step, or a second one, ends it at once.
 `--replay_step N` replays a step that the guard skipped, alone and in one process, and says which
 sample did it.
 
+One job at a time writes to a run: a second one on its folder or its checkpoints ends with exit code
+2 and names the first.
+
 Exit codes: 0 done, 1 failed (a preflight check too), 2 a mistake that one line explains, 3 ended by
 the file STOP, 70 a hang, 75 told to stop, and saved, 130 ended at once by Ctrl-C. (Launchers have
 codes of their own: a supervisor reads what the ranks themselves say.)
@@ -20,7 +23,6 @@ import dataclasses
 import functools
 import io
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,21 +111,10 @@ def drawing(pictures: int) -> Draw | None:
     return functools.partial(draw_samples, n=pictures)
 
 
-def check_run_dir(folder: Path) -> None:
-    """RunError unless files can be written into a run's folder, which is made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RunError(f"--run_dir {folder}: {reason}; give a folder that can be written") from None
-
-
 def run(flags: Flags, config: Config, world: World) -> int:
     """Train, or only check; returns the exit code."""
     if flags.preflight:
         return check_first(config, world)
-    check_run_dir(Path(config.run_dir))
     if flags.memory_history:
         record_memory()
     gathered = {"block": (Block, AttentionBlock), "trunk": (Trunk,)}[config.train.gather]

@@ -23,6 +23,7 @@ from pipelines.start import job
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -164,6 +165,11 @@ class Supervisor:
     best: int = -1  # the furthest step that any attempt began
     failures: int = 0  # in a row, without a step forward
     shared: set[Path] = field(default_factory=shared_memory)
+    job: str = field(default_factory=lambda: secrets.token_hex(8))  # of all attempts
+
+    def __post_init__(self) -> None:
+        if self.flags.meet:  # the supervisors of all nodes
+            self.job = str(Path(self.flags.meet).resolve())
 
     def run(self) -> int:
         """The job's exit code."""
@@ -237,6 +243,7 @@ class Supervisor:
             env = os.environ | {
                 watch.FOLDER: str(folder),
                 watch.SUPERVISOR: str(os.getpid()),
+                watch.JOB: self.job,
                 "MASTER_PORT": str(attempt.port),
             }
             try:

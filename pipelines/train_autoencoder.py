@@ -31,6 +31,8 @@ from mdm.config import doc
 from mdm.data import fit_autoencoder
 from mdm.data.autoencoder import Autoencoder, build, save
 from mdm.data.image import decode_image
+from mdm.data.lease import hold_folder
+from mdm.data.storage import StoreError
 from mdm.files import write_json
 from mdm.precision import describe, resolve
 from mdm.sources.record import RawRecord
@@ -203,11 +205,12 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
     return report
 
 
-@job("train_autoencoder", ValueError)
+@job("train_autoencoder", StoreError, ValueError)
 def main(argv: list[str] | None = None) -> int:
     """Train, and print the figures."""
     config = parse_cli(TrainAutoencoderConfig, argv, description=__doc__ or "")
-    report = train(config)
+    with hold_folder(Path(config.out), "train_autoencoder.py"):
+        report = train(config)
     print(json.dumps({k: v for k, v in report.items() if k != "losses"}))
     return 0
 

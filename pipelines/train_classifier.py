@@ -19,6 +19,7 @@ from mdm import sources
 from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.data.autoencoder import Autoencoder
+from mdm.data.lease import hold_folder
 from mdm.data.storage import StoreError
 from mdm.evaluate import classifier
 from mdm.evaluate.heldout import Pictures, load_pictures
@@ -92,7 +93,8 @@ def run(flags: Flags) -> dict[str, float]:
 def main() -> int:
     """Train and print the report."""
     flags = parse_cli(Flags, description=__doc__ or "")
-    report = run(flags)
+    with hold_folder(Path(flags.out), "train_classifier.py"):
+        report = run(flags)
     print(json.dumps({k: round(v, 4) for k, v in report.items()}))
     return 0
 

@@ -18,6 +18,8 @@ from mdm import sources
 from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.data import corpus
+from mdm.data.lease import hold_folder
+from mdm.data.storage import StoreError
 from mdm.data.tokenizer import UNK, Tokenizer, train_model
 from mdm.files import write_json
 
@@ -94,11 +96,12 @@ def train(config: TrainTokenizerConfig) -> dict[str, Any]:
     return report
 
 
-@job("train_tokenizer", ValueError)
+@job("train_tokenizer", StoreError, ValueError)
 def main(argv: list[str] | None = None) -> int:
     """Train, and print the report."""
     config = parse_cli(TrainTokenizerConfig, argv, description=__doc__ or "")
-    report = train(config)
+    with hold_folder(Path(config.out), "train_tokenizer.py"):
+        report = train(config)
     print(json.dumps(report))
     return 0
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mdm.cli import parse_cli
 from mdm.config import doc
+from mdm.data.lease import hold
 from mdm.data.manifest import MANIFEST, MANIFEST_SHA256, Manifest, ManifestError
 from mdm.data.storage import StoreError, open_store
 from mdm.data.verify import discard, verify
@@ -53,8 +54,9 @@ def check(uri: str, discard_damaged: bool = False) -> int:
     except ManifestError as error:
         print(f"  BAD {error}{several(uri)}")
         if discard_damaged:  # its receipts give the same one again
-            for key in (MANIFEST, MANIFEST_SHA256):
-                open_store(uri).delete(key)
+            with hold(open_store(uri), "verify.py --discard", advice="discard later"):
+                for key in (MANIFEST, MANIFEST_SHA256):
+                    open_store(uri).delete(key)
         return 1
     print(
         f"{uri}: {manifest.dataset}/{manifest.split}, {manifest.rows} examples, "
@@ -73,8 +75,10 @@ def check(uri: str, discard_damaged: bool = False) -> int:
             print(f"      {line}")
         if len(verdict.notes) > NOTES:
             print(f"      {len(verdict.notes) - NOTES} more such objects")
-    for key in discard(manifest, damaged) if discard_damaged else ():
-        print(f"  deleted {key}")
+    if discard_damaged:
+        with hold(manifest.store(), "verify.py --discard", advice="discard later"):
+            for key in discard(manifest, damaged):
+                print(f"  deleted {key}")
     return problems
 
 

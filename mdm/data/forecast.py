@@ -197,5 +197,5 @@ def _requests(units: int, groups: int, shards: int, size: int) -> int:
     each = size / max(1, shards)
     uploads = shards * (1 if each <= part else 3 + -(-each // part))
     pages = -(-(units + groups + shards) // _KEYS_A_PAGE)
-    # The lease, the card twice, the manifest with its hash, what is looked for first.
-    return round(uploads + 3 * units + 2 * groups + 4 * pages + 14)
+    # The lease, the card twice, the manifest with its hash, what is looked for first, the sweep.
+    return round(uploads + 3 * units + 2 * groups + 4 * pages + 20)

@@ -23,18 +23,24 @@ _OURS = re.compile(
 )
 _HARMLESS = re.compile(r"(.*/)?([._][^/]*|README[^/]*|Thumbs\.db)", re.DOTALL)
 PAGE = "card.html"  # the card for people; nothing reads it
+# How the keys begin that an encode job writes; below its output there may be others' data sets.
+OWN = ("work/", "parts/", "shards/", MANIFEST, CARD, PAGE)
 # What the bytes of pictures, texts and shards come from.
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
 
 
-def finished(store: Store, recipe: Recipe) -> Manifest | None:
-    """The manifest if this recipe was encoded here before; ManifestError for another recipe."""
+def finished(store: Store, recipe: Recipe, *, write: bool = True) -> Manifest | None:
+    """The manifest if this recipe was encoded here before; ManifestError for another recipe.
+
+    With `write`, which needs the lease, a job that was killed at its last step is finished.
+    """
     try:
         there = Manifest.from_bytes(store.get(MANIFEST), store.uri)
     except MissingObjectError:
         return None
     if there.recipe_hash == recipe.hash:
-        commit(store, there)  # the last step, in case it was killed there
+        if write:
+            commit(store, there)
     else:
         raise ManifestError(
             f"{store.uri} already holds {there.dataset}/{there.split} of recipe "
@@ -190,4 +196,4 @@ def clean(store: Store, manifest: Manifest) -> None:
     for folder in ("work/", "parts/", "shards/"):
         for key in unnamed(manifest, store.listing(folder))[0]:
             store.delete(key)
-    store.sweep()
+    store.sweep(*OWN)

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -93,10 +93,13 @@ def uri_of(config: Config) -> str:
 
 
 class Checkpoints:
-    """The checkpoints below one URI. No rank talks to another here."""
+    """The checkpoints below one URI. No rank talks to another here.
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    `confirm` is called before each change, and raises where another job has the right to them.
+    """
+
+    def __init__(self, store: Store, confirm: Callable[[], None] = lambda: None) -> None:
+        self.store, self.confirm = store, confirm
         self._known: dict[str, Record] = {}
 
     @classmethod
@@ -169,8 +172,14 @@ class Checkpoints:
             passed.append((record.name, reason))
         return None, passed
 
+    def sweep(self) -> None:
+        """Remove what killed jobs left half-written; for the job that holds the lease."""
+        self.confirm()
+        self.store.sweep("step-")
+
     def claim(self, step: int) -> str:
         """A name for a checkpoint of `step` that nobody else writes to, or ever did."""
+        self.confirm()
         base, n, when = f"step-{step:08d}", 0, str(int(time.time())).encode()
         while True:
             name = f"{base}.{n}" if n else base
@@ -180,12 +189,14 @@ class Checkpoints:
 
     def commit(self, name: str, manifest: dict[str, Any]) -> None:
         """Make `name` count: its manifest, then the marker."""
+        self.confirm()
         data = json.dumps({"format": FORMAT} | manifest, indent=1).encode()
         self.store.put(f"{name}/{MANIFEST}", data)
         self.store.put(f"{name}/{MARKER}", hashlib.sha256(data).hexdigest().encode())
 
     def set_aside(self, name: str, reason: str) -> None:
         """Let nobody count it any more; it stays for whoever wants to look."""
+        self.confirm()
         self.store.put(f"{name}/{ASIDE}", reason.encode())
 
     def set_all_aside(self, reason: str) -> None:
@@ -196,6 +207,7 @@ class Checkpoints:
 
     def remove(self, name: str) -> None:
         """Delete it, the marker first: a half-removed one must not look whole."""
+        self.confirm()
         self.store.delete(f"{name}/{MARKER}")
         for key in self._keys_of(name):
             self.store.delete(f"{name}/{key}")

@@ -5,6 +5,7 @@ stop, and with HALTED when the stop file of `run_dir` did: either way it has sav
 command continues it.
 """
 
+import functools
 import json
 import math
 import time
@@ -16,8 +17,10 @@ import torch
 from torch import nn
 
 from mdm.config import Config, to_dict
+from mdm.data.storage import open_store
 from mdm.dist import World, exchange
 from mdm.precision import describe
+from mdm.tracking import NullTracker
 from mdm.train import recovery
 from mdm.train.beginning import on_every_rank, prepare
 from mdm.train.checkpoint import Checkpoints, Keep, uri_of
@@ -41,6 +44,7 @@ from mdm.train.state import RunError, TrainState, check_resumable, settled
 from mdm.train.throughput import Ranks, Throughput
 from mdm.train.watch import DONE as EXIT_DONE
 from mdm.train.watch import GAVE_UP, HALTED, STOP_FILE, Watch, report_end
+from mdm.train.writer import Writer, only_writer
 
 NEVER = -1.0  # a limit that no norm is below
 
@@ -77,9 +81,28 @@ def train(
 
     `resume` is `auto` (continue the newest valid checkpoint of `run_dir`) or `none` (start over).
     `profiled` steps leave a trace in `run_dir/profile`, `draw` makes pictures with each snapshot.
-    Raises RunError for what the user can mend.
+    Raises RunError for what the user can mend, OtherRunError where another job writes to the run.
     """
-    run_dir, checkpoints = Path(config.run_dir), Checkpoints.at(uri_of(config))
+    with only_writer(config, world) as writer:
+        start = functools.partial(_train, config, world, make_objective, make_loader, writer)
+        return start(resume, leaf_classes, track, profiled, draw)
+
+
+def _train(
+    config: Config,
+    world: World,
+    make_objective: Callable[[Config], nn.Module],
+    make_loader: Callable[[Config, World], Loader],
+    writer: Writer,
+    resume: str,
+    leaf_classes: Sequence[type[nn.Module]],
+    track: bool,
+    profiled: range,
+    draw: Draw | None,
+) -> int:
+    """Set up and restore, then take the steps; see `train`."""
+    run_dir = Path(config.run_dir)
+    checkpoints = Checkpoints(open_store(uri_of(config)), writer.confirm)
     candidates, passed = find(checkpoints, resume, world)
     newest = candidates[0].state if candidates else None
     config = settled(config, newest, device_of_rank().type)
@@ -106,8 +129,9 @@ def train(
     if found:
         begun.loader.load_state_dict(found.manifest["loader"])
 
+    writer.agree()  # loading may have taken long
     tracker = start_tracking(config, state, track and world.is_main)
-    reporter = Reporter(run_dir, config.train.steps, world, tracker)
+    reporter = Reporter(run_dir, config.train.steps, world, tracker, writer.has_folder)
     reporter.start(state, fresh=found is None)
     if world.is_main:
         watch.pulse = reporter.attempts
@@ -124,6 +148,7 @@ def train(
         Throughput(config, world),
         Ranks(engine.device),
         Profile(profiled, run_dir / "profile", world),
+        writer,
         draw,
         begun.tokenizer,
     )
@@ -145,13 +170,17 @@ def _run(run: Run) -> int:
         code = take_steps(run)
         run.watch.enter("end")
         if code == EXIT_DONE:
+            run.writer.agree()
             export(run.dir / EXPORT, run)
         run.saver.wait()
         if code == EXIT_DONE:
+            run.writer.agree()
             mark_done(run)
         status = "FINISHED" if code == EXIT_DONE else "KILLED"
         return code
     except Exception as error:  # told at once: what follows may take a while
+        if run.writer.lost:  # the run's MLflow entries are the other job's now
+            run.tracker = run.reporter.tracker = NullTracker()
         report_end(getattr(error, "code", GAVE_UP), _first_line(error))
         raise
     finally:
@@ -189,8 +218,10 @@ def take_steps(run: Run) -> int:
             tell_saved(run)
             run.reporter.log(state, run.clock, run.work, values)
         if last or asked or state.step % train.checkpoint_every == 0:
+            run.writer.agree()
             save(run)
         if state.step in snapshots:
+            run.writer.agree()
             run.watch.enter("export")
             folder = run.dir / "snapshots" / f"step-{state.step:08d}"
             export(folder, run, needed=False)
@@ -216,7 +247,10 @@ def take_step(run: Run) -> tuple[int, float]:
     with clock.part("forward"):
         terms = engine.forward(batch, state.step)
     with clock.part("exchange"):
-        votes = exchange([float(terms.total.detach()), run.watch.asked], engine.device)
+        own = [float(terms.total.detach()), run.watch.asked, float(run.writer.lost)]
+        votes = exchange(own, engine.device)
+    if any(vote[2] for vote in votes):
+        run.writer.agree()
     loss, asks = sum(vote[0] for vote in votes) / len(votes), {int(vote[1]) for vote in votes}
     trouble = guard.judge("loss", batch.task, loss)
     with clock.part("backward"):

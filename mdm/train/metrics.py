@@ -134,10 +134,21 @@ class Window:
 
 
 class Reporter:
-    """Rank 0's voice; on other ranks every method does nothing."""
+    """Rank 0's voice; on other ranks every method does nothing.
 
-    def __init__(self, run_dir: str | Path, steps: int, world: World, tracker: Tracker) -> None:
+    Once `has_folder` says that another job has taken the run over, no file is written any more.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        steps: int,
+        world: World,
+        tracker: Tracker,
+        has_folder: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.run_dir, self.world, self.tracker = Path(run_dir), world, tracker
+        self._has_folder = has_folder
         self._path = self.run_dir / "metrics.jsonl"
         self.attempts = self.run_dir / "attempts.jsonl"
         self._events = self.run_dir / "events.jsonl"
@@ -188,7 +199,7 @@ class Reporter:
 
     def rewind(self, state: TrainState) -> None:
         """The run goes back to `state`: drop the lines of what will be done again."""
-        if not self.world.is_main:
+        if not self.world.is_main or not self._has_folder():
             return
         self._drop_lines(state.step)
         self._before, self._samples_before = None, state.samples_seen
@@ -211,7 +222,7 @@ class Reporter:
         self, state: TrainState, clock: Clock, work: Throughput, values: Mapping[str, float]
     ) -> None:
         """One line of metrics: loss terms, rate, norm, speeds and shares of the step."""
-        if not self.world.is_main:
+        if not self.world.is_main or not self._has_folder():
             return
         before = self._before or dict.fromkeys(PARTS, 0.0) | (state.seconds or {})
         spent = {p: clock.seconds[p] - before[p] for p in PARTS}
@@ -243,7 +254,7 @@ class Reporter:
 
     def note(self, event: str, state: TrainState, **facts: Any) -> None:
         """A line of the run's logbook."""
-        if self.world.is_main:
+        if self.world.is_main and self._has_folder():
             row = {"event": event, "step": state.step, "time": time.time(), **facts}
             with suppress(OSError):  # a full disk costs the line, not the run
                 files.append_line(self._events, row)

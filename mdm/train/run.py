@@ -18,6 +18,7 @@ from mdm.train.saver import Saver
 from mdm.train.state import TrainState
 from mdm.train.throughput import Ranks, Throughput
 from mdm.train.watch import Watch
+from mdm.train.writer import Writer
 
 # Draws pictures with the weights of an export (the first path) into a PNG (the second) and returns
 # what they show, as plain JSON values.
@@ -75,6 +76,7 @@ class Run:
     work: Throughput
     ranks: Ranks
     profile: Profile
+    writer: Writer
     draw: Draw | None = None
     tokenizer: bytes = b""  # the `.model` file for exports, as it was when the run began
     linked_step: int = -1  # of the newest checkpoint that was told of

@@ -40,15 +40,15 @@ def find(
 ) -> tuple[list[Record], list[tuple[str, str]]]:
     """Checkpoints to continue, newest first, and why others do not count; all ranks must call.
 
-    There are none with `resume` none. RunError if the store cannot be read
-    or holds another format.
+    There are none with `resume` none. Only the job that holds their lease may call it. RunError if
+    the store cannot be read or holds another format.
     """
     records: list[Record] = []
     passed: list[tuple[str, str]] = []
     refusal = ""
     if world.is_main:
         try:
-            checkpoints.store.sweep()
+            checkpoints.sweep()
             if resume != "none":
                 records, passed = checkpoints.newest_first()
         except (RunError, StoreError) as error:
@@ -154,7 +154,7 @@ class Saver:
                 else:
                     everything = {k: v for _, part in votes for k, v in sorted(part.items())}
                     self.checkpoints.commit(name, job.manifest | {"files": everything})
-            except (StoreError, OSError) as error:
+            except (StoreError, OSError, RunError) as error:
                 failures.append(str(error))
         failures = from_main(failures, self._group)
         if not failures:
@@ -166,14 +166,14 @@ class Saver:
             return "", ""
         try:
             return self.checkpoints.claim(step), ""
-        except (StoreError, OSError) as error:
+        except (StoreError, OSError, RunError) as error:
             return "", str(error)
 
     def _prune(self) -> None:
         if self.world.is_main:
             try:
                 self.checkpoints.prune(self._keep)
-            except (StoreError, OSError) as error:
+            except (StoreError, OSError, RunError) as error:
                 self._news.append(f"warning: old checkpoints are not removed: {error}")
 
     def restore(self, candidates: Sequence[Record]) -> tuple[Record | None, list[tuple[str, str]]]:

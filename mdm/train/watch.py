@@ -40,6 +40,7 @@ REQUEUE = 75  # told to stop, and saved: the same command goes on (EX_TEMPFAIL)
 INTERRUPTED = 130  # Ctrl-C, and nothing was saved
 
 FOLDER, SUPERVISOR = "MDM_WATCH", "MDM_SUPERVISOR"
+JOB = "MDM_JOB"  # equal for all attempts of a supervised job, on whichever node
 STOP_FILE = "STOP"  # in run_dir
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 PATIENCE = 1800.0  # seconds that start-up, a save or an export may take

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mdm.train.checkpoint import MARKER, Checkpoints, Record
 from mdm.train.export import export_checkpoint
 from mdm.train.snapshot import read_whole
+from mdm.train.writer import RUN_LEASE
 from pipelines.s3_server import S3Server
 from tests.helpers import run_ranks
 
@@ -96,8 +97,11 @@ def test_killed_ranks_continue_bit_for_bit(whole, tmp_path):
     assert code != 0
     assert [step for step, _, _ in losses(run_dir)] == list(range(1, 9))
     assert not (run_dir / "done.json").exists()
+    assert (run_dir / RUN_LEASE).exists()
     code, output = train(run_dir)
     assert code == 0, output
+    assert "watching for" not in output  # the kernel says at once that the former job is dead
+    assert not (run_dir / RUN_LEASE).exists()
     assert_same(whole, run_dir)
     done = json.loads((run_dir / "done.json").read_text())
     assert done["attempts"] == 2

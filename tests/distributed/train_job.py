@@ -185,6 +185,8 @@ def main() -> int:
     for fault in (copy_what_was_restored, die_while_writing, die_before_marker, slow_save):
         if given := options.get(fault.__name__):
             fault(given)
+    while not Path(options.get("begin_when", "/")).exists():
+        time.sleep(0.02)
     try:
         code = train(
             config,

@@ -18,6 +18,7 @@ from mdm.cli import fail, parse_cli
 from mdm.config import doc
 from tests.drills import data, hostile_records, training, training_pages
 from tests.drills.drill import Drill, Row, Setting
+from tests.drills.two_trainings import two_trainings
 
 DRILLS: tuple[Drill, ...] = (
     data.encode_network,
@@ -35,6 +36,7 @@ DRILLS: tuple[Drill, ...] = (
     training.training_damage,
     training.training_store,
     training.tracking_away,
+    two_trainings,
     training_pages.training_runbooks,
 )
 

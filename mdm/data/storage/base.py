@@ -114,10 +114,11 @@ class Store(ABC):
         """Remove an object; removing one that is not there is no error."""
 
     @abstractmethod
-    def sweep(self) -> None:
-        """Remove what killed writers left half-written, which no listing shows.
+    def sweep(self, *prefixes: str) -> None:
+        """Remove what killed writers left half-written of keys that begin with one of `prefixes`.
 
-        It ends uploads that are under way, too: only the one job that writes here may call it.
+        No listing shows it. Uploads that are under way are ended, too: only the job that holds the
+        lease of this store may call it, and for the keys that it writes alone.
         """
 
     def get(self, key: str) -> bytes:

@@ -1,5 +1,6 @@
 """A folder as a store."""
 
+import errno
 import fcntl
 import os
 import secrets
@@ -19,6 +20,9 @@ from mdm.data.storage.base import (
 )
 
 _TEMPORARY = ".tmp-"
+_ATTEMPTS = 10
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class LocalStore(Store):
@@ -34,6 +38,20 @@ class LocalStore(Store):
         path = self.root / checked(key)
         if if_absent and path.exists():
             return False
+        try:
+            for _ in range(_ATTEMPTS - 1):
+                with suppress(FileNotFoundError):
+                    self._put(path, data, if_absent)
+                    return True
+            self._put(path, data, if_absent)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+        return True
+
+    def _put(self, path: Path, data: bytes | memoryview, if_absent: bool) -> None:
+        """FileNotFoundError if another process swept or emptied the folder meanwhile."""
         aside = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         try:
             made = [parent for parent in path.parents if not parent.exists()]
@@ -42,18 +60,12 @@ class LocalStore(Store):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            # A link, unlike a rename, fails if the name was taken in the meantime.
-            os.link(aside, path) if if_absent else os.replace(aside, path)
+            _link(aside, path) if if_absent else os.replace(aside, path)
             for folder in (path.parent, *(parent.parent for parent in made)):
                 _sync_folder(folder)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
         finally:
             with suppress(OSError):  # the error that is being told of matters more
-                aside.unlink()
-        return True
+                aside.unlink(missing_ok=True)
 
     def replace(self, key: str, data: bytes, etag: str) -> str | None:  # noqa: D102
         with self._locked(self.root / checked(key)):
@@ -74,7 +86,12 @@ class LocalStore(Store):
             yield  # no folder, no object to replace
             return
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                # Lustre mounted without `flock` and some network file systems have none.
+                if error.errno not in _NO_LOCKS:
+                    raise StoreError(f"cannot lock {path.parent}: {error.strerror}") from error
             yield
         finally:
             os.close(handle)
@@ -135,11 +152,26 @@ class LocalStore(Store):
             except OSError:
                 break  # not empty
 
-    def sweep(self) -> None:  # noqa: D102
-        for parent, _, names in os.walk(self.root):
+    def sweep(self, *prefixes: str) -> None:  # noqa: D102
+        for parent, folders, names in os.walk(self.root):
+            at = "" if Path(parent) == self.root else f"{Path(parent).relative_to(self.root)}/"
+            if not at:  # what lies here is this store's own, whichever key it was for
+                folders[:] = [name for name in folders if f"{name}/".startswith(prefixes)]
             for name in names:
-                if name.startswith(_TEMPORARY):
+                if name.startswith(_TEMPORARY) and (not at or at.startswith(prefixes)):
                     Path(parent, name).unlink(missing_ok=True)
+
+
+def _link(aside: Path, path: Path) -> None:
+    """Give a file its name; FileExistsError if that was taken in the meantime."""
+    try:
+        os.link(aside, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        # exFAT and some FUSE and SMB mounts have no links: whoever creates the name has it.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        os.replace(aside, path)
 
 
 def _etag(data: bytes) -> str:

@@ -67,8 +67,9 @@ class S3Store(Store):
             lambda _: self.requests.client.put_object(**self.requests.at(key), Body=data, **more),
         )
 
-    def sweep(self) -> None:  # noqa: D102
-        s3_uploads.sweep(self.requests)
+    def sweep(self, *prefixes: str) -> None:  # noqa: D102
+        for prefix in prefixes:
+            s3_uploads.sweep(self.requests, prefix)
 
     def read(self, key: str) -> tuple[bytes, str]:  # noqa: D102
         return self._download(key, None, "")

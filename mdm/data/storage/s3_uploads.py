@@ -109,8 +109,8 @@ def _abort(requests: S3Requests, upload: dict[str, str]) -> None:
         return  # `sweep` finds it later
 
 
-def sweep(requests: S3Requests) -> None:
-    """Give back the parts of all uploads that are under way below the prefix."""
+def sweep(requests: S3Requests, prefix: str) -> None:
+    """Give back the parts of all uploads under way of keys that begin with `prefix`."""
     marker: dict[str, str] = {}
     while True:
         try:
@@ -119,7 +119,7 @@ def sweep(requests: S3Requests) -> None:
                 "",
                 lambda _: requests.client.list_multipart_uploads(
                     Bucket=requests.bucket,
-                    Prefix=requests.prefix,
+                    Prefix=requests.prefix + prefix,
                     **marker,  # noqa: B023
                 ),
             )
@@ -129,7 +129,8 @@ def sweep(requests: S3Requests) -> None:
             raise
         for found in page.get("Uploads", ()):
             at = {"Bucket": requests.bucket, "Key": found["Key"], "UploadId": found["UploadId"]}
-            _abort(requests, at)
+            if found["Key"].startswith(requests.prefix + prefix):  # should a server not filter
+                _abort(requests, at)
         if not page.get("IsTruncated"):
             return
         marker = {

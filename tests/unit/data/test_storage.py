@@ -1,4 +1,6 @@
 import contextlib
+import errno
+import fcntl
 import os
 import socket
 import threading
@@ -75,10 +77,64 @@ def test_what_a_killed_writer_left_is_invisible_and_swept(tmp_path: Path) -> Non
     store = open_store(f"file://{tmp_path}")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / ".tmp-dead").write_bytes(b"half")
+    (tmp_path / "ab" / "a").mkdir(parents=True)
+    (tmp_path / "ab" / "a" / ".tmp-living").write_bytes(b"of another job, whose folder lies here")
+    (tmp_path / ".tmp-dead").write_bytes(b"half")
     store.put("a/b", b"whole")
     assert store.listing() == {"a/b": 5}
-    store.sweep()
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b"]
+    store.sweep("a/")
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == [".tmp-living", "b"]
+
+
+def test_a_disk_without_links_and_locks_has_conditional_writes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exFAT and Lustre, of which there is none here, answer so."""
+
+    def refuse(number: int) -> Any:
+        def call(*_: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.ENOSYS))
+    store = open_store(str(tmp_path))
+    assert store.put("a", b"first", if_absent=True)
+    assert not store.put("a", b"second", if_absent=True)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda n: store.put("b", b"%d" % n, if_absent=True), range(8)))
+    assert won.count(True) == 1
+    assert store.get("b") == b"%d" % won.index(True)
+    data, etag = store.read("a")
+    assert data == b"first"
+    assert store.replace("a", b"third", etag) is not None
+    assert store.replace("a", b"fourth", etag) is None
+    assert store.listing() == {"a": 5, "b": 1}
+    monkeypatch.setattr(os, "link", refuse(errno.ENOSPC))
+    with pytest.raises(StoreError, match="No space left"):
+        store.put("c", b"", if_absent=True)
+
+
+def test_writers_are_not_disturbed_by_a_sweep_nor_by_folders_that_become_empty(
+    tmp_path: Path,
+) -> None:
+    """As where a second job tries to take the lease while the first one begins."""
+    store, done = open_store(str(tmp_path / "store")), threading.Event()
+
+    def sweep() -> None:
+        while not done.wait(0.03):
+            store.sweep("a/")
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    try:
+        for n in range(100):
+            assert store.put(f"a/{n}", b"whole", if_absent=True)
+            store.delete(f"a/{n}")
+    finally:
+        done.set()
+        sweeper.join()
 
 
 @pytest.mark.parametrize("uri", ["gs://bucket/x", "s3://", "file://host/x"])
@@ -224,11 +280,15 @@ def test_parts_of_a_failed_upload_are_given_back_and_a_killed_writers_are_swept(
     store.requests.client.create_multipart_upload(**store.requests.at("killed"))
     other = S3Store(s3 + "-other", StoreOptions())
     other.requests.client.create_multipart_upload(**other.requests.at("living"))
-    assert uploads(store) == ["killed"]
-    store.sweep()
-    assert uploads(store) == []
+    nested = S3Store(f"{s3}/nested", StoreOptions())
+    nested.requests.client.create_multipart_upload(**nested.requests.at("killed-not"))
+    assert sorted(uploads(store)) == ["killed", "nested/killed-not"]
+    store.sweep("kill", "parts/")
+    assert uploads(store) == ["nested/killed-not"]
     assert uploads(other) == ["living"]
-    other.sweep()
+    other.sweep("living")
+    nested.sweep("killed")
+    assert uploads(store) == []
 
 
 def test_ranges_of_an_object_are_of_one_version(s3: str) -> None:

@@ -1,10 +1,13 @@
 """The command around checkpoints: what it prints, removes and refuses."""
 
+import os
 import sys
 
 import pytest
 
+from mdm.data.lease import hold
 from mdm.train.checkpoint import Checkpoints
+from mdm.train.writer import RUN_LEASE
 from pipelines import checkpoints as job
 from tests.unit.train.test_checkpoint import commit
 
@@ -63,3 +66,26 @@ def test_mistakes_end_with_one_line(run):
     assert said.splitlines()[-1] == (
         "checkpoints: the first argument is 'trim'; choose one of list, verify, prune, rollback"
     )
+
+
+def test_a_living_runs_checkpoints_are_listed_and_verified_and_not_changed(tmp_path, run):
+    checkpoints = Checkpoints.at(str(tmp_path))
+    for step in (10, 20, 30):
+        commit(checkpoints, step)
+    with hold(checkpoints.store, "run /runs/a", key=RUN_LEASE):
+        for words in (("prune",), ("prune", "--asides", "true"), ("rollback", "--to", "10")):
+            code, said = run(*words)
+            assert code == 2
+            assert said.startswith(
+                f"checkpoints: {tmp_path} is being written by another job (process {os.getpid()} "
+            )
+            assert "run /runs/a): wait for it, or have it end first" in said
+            assert said.count("\n") == 1
+        assert len(run("list")[1].splitlines()) == 3
+        assert run("verify")[0] == 0
+        assert run("prune", "--keep", "2", "--live", "true") == (0, "removed step-00000010\n")
+        assert run("prune", "--asides", "true", "--live", "true")[0] == 2
+    assert run("rollback", "--to", "20") == (0, "set aside step-00000030\n")
+    assert RUN_LEASE not in checkpoints.store.listing()
+    assert run("prune", "--at", str(tmp_path / "nothing")) == (0, "")
+    assert not (tmp_path / "nothing").exists()

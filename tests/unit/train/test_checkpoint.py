@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from mdm.data.lease import Lease, OtherJobError
 from mdm.data.storage import open_store
 from mdm.train.checkpoint import ASIDE, MARKER, Checkpoints, Keep, kept_of
 from mdm.train.snapshot import DamagedError, entry_of
@@ -117,3 +118,28 @@ def test_what_was_never_committed_cannot_be_read(checkpoints):
     name = checkpoints.claim(1)
     with pytest.raises(DamagedError, match="never committed"):
         checkpoints.read(name)
+
+
+def test_a_job_that_lost_its_lease_changes_nothing(uri):
+    store = open_store(uri)
+    lease = Lease(store, "run", key="lease.json")
+    lease.take()
+    lease._stop.set()  # as if it had been stopped with all its threads
+    checkpoints = Checkpoints(store, lease.confirm)
+    for step in (10, 20, 30):
+        commit(checkpoints, step)
+    name = checkpoints.claim(40)
+    store.put("lease.json", b'{"token": "another"}')
+    before = store.listing()
+    for change in (
+        lambda: checkpoints.claim(50),
+        lambda: checkpoints.commit(name, {}),
+        lambda: checkpoints.set_aside("step-00000030", "damaged"),
+        lambda: checkpoints.set_all_aside("anew"),
+        lambda: checkpoints.remove("step-00000010"),
+        lambda: checkpoints.prune(Keep(1)),
+        checkpoints.sweep,
+    ):
+        with pytest.raises(OtherJobError, match="taken over"):
+            change()
+    assert store.listing() == before

@@ -1,0 +1,133 @@
+"""One job a run: rank 0 holds leases of its folder and of its checkpoints, for all ranks.
+
+A second job is refused before it reads or writes anything. One whose leases were taken over while
+it was stopped, or cut off from the store, commits nothing more and ends.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from mdm.config import Config
+from mdm.data.lease import Lease, OtherJobError
+from mdm.data.storage import LocalStore, Store, StoreError, open_store
+from mdm.dist import World, from_main
+from mdm.train.checkpoint import uri_of
+from mdm.train.state import RunError
+from mdm.train.watch import GAVE_UP, JOB, MISTAKE
+
+RUN_LEASE = "lease.json"  # in the run's folder and beside its checkpoints
+
+
+class OtherRunError(RunError):
+    """Another job writes to the run. One of the same supervised job passes: that may be retried."""
+
+    def __init__(self, message: str, code: int = MISTAKE) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @classmethod
+    def of(cls, error: OtherJobError) -> "OtherRunError":
+        """The same, with the exit code that it deserves."""
+        return cls(str(error), GAVE_UP if error.same_job else MISTAKE)
+
+
+class Writer:
+    """This job's right to write to a run; on other ranks than 0 it always has it."""
+
+    def __init__(self, leases: list[Lease]) -> None:
+        self._leases = leases
+
+    @property
+    def lost(self) -> bool:
+        """Whether rank 0 knows that another job has taken over."""
+        return any(lease.lost for lease in self._leases)
+
+    def confirm(self) -> None:
+        """Ask the stores, before a commit; OtherRunError if another job has taken over."""
+        try:
+            for lease in self._leases:
+                lease.confirm()
+        except OtherJobError as error:
+            raise OtherRunError.of(error) from None
+
+    def has_folder(self) -> bool:
+        """Whether the run's folder is still this job's, before a line is added to its files."""
+        with suppress(OtherJobError, StoreError):
+            for lease in self._leases[-1:]:
+                lease.confirm()
+        return not self.lost
+
+    def agree(self) -> None:
+        """OtherRunError on all ranks if another job has taken over; all must call."""
+        error = None
+        if not self.has_folder():
+            try:
+                for lease in self._leases:
+                    lease.check()
+            except OtherJobError as found:
+                error = OtherRunError.of(found)
+        if refusal := from_main(error and (str(error), error.code)):
+            raise OtherRunError(*refusal)
+
+
+@contextmanager
+def only_writer(config: Config, world: World) -> Iterator[Writer]:
+    """The right to write to the run of `config` for the length of a block; all ranks must call.
+
+    Raises:
+        OtherRunError: another job has it.
+        RunError: the place of checkpoints or the run's folder cannot be written to.
+    """
+    with ExitStack() as held:
+        leases: list[Lease] = []
+        refusal = None
+        if world.is_main:
+            try:
+                _take(config, leases, held)
+            except OtherJobError as error:
+                refusal = (str(error), OtherRunError.of(error).code)
+            except (StoreError, OSError) as error:
+                advice = "--run_dir and --train.checkpoints must be places that can be written"
+                refusal = (f"{error}; {advice}", MISTAKE)
+        if refusal := from_main(refusal):
+            raise OtherRunError(*refusal)
+        yield Writer(leases)
+
+
+def _take(config: Config, leases: list[Lease], held: ExitStack) -> None:
+    """The lease of the checkpoints, then that of the folder, unless they are one place."""
+    folder = LocalStore(Path(config.run_dir))
+    stores = {_place(s): s for s in (open_store(uri_of(config)), folder)}.values()
+    roots = [store.root for store in stores if isinstance(store, LocalStore)]
+    for root in reversed(roots):
+        if not root.exists():
+            held.callback(_remove_if_empty, root)
+    held.callback(_release, leases)
+    for store in stores:
+        lease = Lease(
+            store,
+            f"run {folder.root}",
+            key=RUN_LEASE,
+            advice="give another --run_dir and --train.checkpoints",
+            job=os.environ.get(JOB, ""),
+        )
+        lease.take()
+        leases.append(lease)
+
+
+def _release(leases: list[Lease]) -> None:
+    """Give back all, the folder last: once its lease is gone, nothing of the run is held."""
+    for lease in leases:
+        lease.release()
+
+
+def _place(store: Store) -> str:
+    return str(store.root.resolve()) if isinstance(store, LocalStore) else store.uri
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """A run that came to nothing leaves no empty folder behind."""
+    with suppress(OSError):
+        folder.rmdir()

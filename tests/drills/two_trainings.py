@@ -1,0 +1,103 @@
+"""A second training on a living run, at random times: it is refused, the first is untouched."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from mdm.train import watch
+from mdm.train.checkpoint import Checkpoints
+from mdm.train.writer import RUN_LEASE
+from pipelines.s3_server import S3Server
+from tests.chaos.faults import environment
+from tests.drills.drill import Row, Setting
+from tests.drills.training_job import ENV, JOB, equal
+from tests.helpers import ROOT
+
+ROUNDS = 20
+TRAIN = {"steps": 16, "checkpoint_every": 3, "snapshots": 1}
+LAST = "14"  # the first one waits before this step until the second has ended
+KINDS = [*itertools.product(("run folder", "checkpoints"), ("disk", "S3"), ("auto", "none"))]
+
+
+def start(run_dir: Path, options: dict[str, Any]) -> "subprocess.Popen[str]":
+    """A training of one rank, without a supervisor."""
+    return subprocess.Popen(
+        [sys.executable, JOB, str(run_dir), json.dumps(options)],
+        cwd=ROOT,
+        env=os.environ | ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def two_trainings(setting: Setting) -> Iterator[Row]:
+    """`rounds` second jobs, 20 at most: to go on or to start over, on the same folder or on its
+    checkpoints alone, which lie in a folder or on S3."""
+    whole = setting.folder / "whole"
+    undisturbed = start(whole, {"train": TRAIN})
+    said, _ = undisturbed.communicate(timeout=900)
+    assert undisturbed.returncode == watch.DONE, said
+    with ExitStack() as stack:
+        server = stack.enter_context(S3Server(setting.folder / "s3", bucket="drill"))
+        stack.enter_context(environment(server.env))
+        found: dict[str, list[tuple[bool, bool]]] = {}
+        for number in range(min(setting.rounds, ROUNDS)):
+            shared, store, resume = KINDS[number % len(KINDS)]
+            folder = setting.folder / f"round-{number}"
+            uri = f"s3://drill/round-{number}" if store == "S3" else str(folder / "saved")
+            result = second_job(setting, folder, uri, shared == "checkpoints", resume, whole)
+            found.setdefault(f"second training, {shared}, {store}", []).append(result)
+        for fault, rounds in found.items():
+            refused = sum(r for r, _ in rounds)
+            yield Row(fault, len(rounds), refused, 0, all(same for _, same in rounds), 0.0)
+
+
+def second_job(
+    setting: Setting, folder: Path, uri: str, elsewhere: bool, resume: str, whole: Path
+) -> tuple[bool, bool]:
+    """Whether the second was refused by name, and whether the first is as `whole`, bit for bit."""
+    first_dir, gate, go = folder / "run", folder / "gate", folder / "go"
+    folder.mkdir()
+    train = TRAIN | {"checkpoints": uri}
+    pace = {"pace": 0.2, "wait_for": {LAST: str(gate)}}
+    first = start(first_dir, {"train": train} | pace)
+    second_dir = folder / "other" if elsewhere else first_dir
+    second = start(second_dir, {"train": train, "resume": resume, "begin_when": str(go)})
+    while not (first_dir / RUN_LEASE).exists():
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.02)
+    time.sleep(setting.random(f"two_trainings {folder.name}").uniform(0, 4))
+    go.touch()
+    said, _ = second.communicate(timeout=300)
+    lines = [x for x in said.splitlines() if "is being written by another job" in x]
+    refused = second.returncode == watch.MISTAKE and len(lines) == 1
+    refused = refused and f"(process {first.pid} on " in lines[0] and "Traceback" not in said
+    refused = refused and not (elsewhere and second_dir.exists())
+    gate.touch()
+    output, _ = first.communicate(timeout=300)
+    assert first.returncode == watch.DONE, output
+    assert refused, said
+    attempts = (first_dir / "attempts.jsonl").read_text().splitlines()
+    same = equal(whole, first_dir) and len(attempts) == 1 and events(first_dir) == events(whole)
+    return refused, same and saved(uri) == saved(str(whole / "checkpoints"))
+
+
+def events(run_dir: Path) -> list[tuple[str, int]]:
+    """The run's logbook, but for times, and for saves: of two in a row the second one is noted."""
+    rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [(row["event"], row["step"]) for row in rows if row["event"] != "saved"]
+
+
+def saved(uri: str) -> dict[str, Any]:
+    """All that lies where a run keeps its checkpoints: keys, sizes and hashes."""
+    checkpoints = Checkpoints.at(uri)
+    hashes = {record.name: record.files for record in checkpoints.newest_first()[0]}
+    return {"keys": sorted(checkpoints.store.listing()), "hashes": hashes}
