@@ -77,7 +77,7 @@ class MlflowRun:
         self._refused: set[str] = set()  # names that the store does not take
         self._client: Any = None
 
-    def open(self) -> None:
+    def connect(self) -> None:
         """Find this job's run and set it RUNNING, or create it."""
         if self._client is None:
             import mlflow
@@ -106,7 +106,7 @@ class MlflowRun:
             RunChanged: the run was the trouble, and is not any more.
         """
         if self.run_id is None:
-            self.open()
+            self.connect()
             self._warn(f"run {self.run_id} takes the place of {self._wanted}, which is gone")
             raise RunChanged(anew=True)
         kind, first = entries[0]["kind"], entries[0]

@@ -231,7 +231,7 @@ class MlflowTracker:
         return True
 
     def _deliver(self) -> None:
-        self._insist(self._run.open)
+        self._insist(self._run.connect)
         if self._run.is_new:  # a store that has lost its run gets all that there still is
             self._journal.rewind()
         while not self._closing.is_set():

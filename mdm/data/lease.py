@@ -261,7 +261,7 @@ def _machine() -> str:
 
 def _stat(pid: int) -> list[str]:
     """The fields of a process behind its name, the first its state; OSError if it is not seen."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
 
 
 def _start_ticks(pid: int) -> int:
