@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch.utils.checkpoint import checkpoint
 
 from mdm.config import ModelConfig
@@ -90,6 +89,9 @@ def residual(
 @lru_cache(maxsize=1)
 def _compiled_residual() -> Callable[..., Tensor]:
     """`residual` compiled once for all blocks: they differ in weights, not in shapes."""
+    # Imported here: it takes a second, and only compiled blocks need it.
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
     # The key of torch's cache of compiled graphs leaves out for which vector units they were made.
     # A graph for AVX2 that is used where buffers are laid out for AVX-512 writes out of bounds.
     config = torch.compiler.config
