@@ -225,7 +225,9 @@ def test_clutter_in_tars_is_no_record(tmp_path: Path) -> None:
     assert facts("imagenet", root, "train") == plain
 
 
-@pytest.mark.parametrize("extension", [".jpeg", ".png", ".gif", ".PNG", ".JPG", ".webp", ""])
+@pytest.mark.parametrize(
+    "extension", [".jpeg", ".png", ".gif", ".PNG", ".JPG", ".Jpg", ".webp", ""]
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_picture_is_found_under_the_extension_it_has(
     tmp_path: Path, extension: str, packed: bool
