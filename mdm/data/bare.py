@@ -21,7 +21,7 @@ class Bare:
 # ---- JPEG
 
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
-_SOI, _SOS, _DHT, _DQT, _DRI = 0xD8, 0xDA, 0xC4, 0xDB, 0xDD
+_SOI, _EOI, _SOS, _DHT, _DQT, _DRI = 0xD8, 0xD9, 0xDA, 0xC4, 0xDB, 0xDD
 _ALONE = {*range(0x01, 0xC0), *range(0xD0, 0xDA)}  # no segment follows
 _NEEDED = {*range(0xC0, 0xD0), *range(0xDA, 0xE0)}
 _FRAMES = {*range(0xC0, 0xD0)} - {_DHT, 0xC8, 0xCC}
@@ -66,6 +66,31 @@ def jpeg(data: bytes) -> Bare:
             elif code == 0xE1 and body.startswith(_XMP):
                 xmp = xmp or body[len(_XMP) :]
     return Bare(b"".join(parts), exif, xmp)
+
+
+def without_padding(bare_jpeg: bytes) -> bytes:
+    """The file without zeros that stand between its coded pixels and the marker behind them.
+
+    Coded pixels may end in zeros as well: without these they are too short, and a decoder says so.
+    """
+    parts: list[bytes] = []
+    at = 0
+    while marker := _MARKER.search(bare_jpeg, at):
+        code, start, end = bare_jpeg[marker.end() - 1], marker.start(), marker.end()
+        between = bare_jpeg[at:start]
+        kept = between.rstrip(b"\0")
+        if kept != between and kept.endswith(b"\xff"):
+            kept += b"\0"  # the two stand for a coded 255
+        parts.append(kept)
+        if code == _EOI:
+            break
+        if code not in _ALONE:
+            end += int.from_bytes(bare_jpeg[end : end + 2], "big")
+        parts.append(bare_jpeg[start:end])
+        at = end
+    else:
+        start = at
+    return b"".join((*parts, bare_jpeg[start:]))
 
 
 def _colours(code: int, body: bytes) -> bytes:

@@ -137,8 +137,19 @@ def _check_jpeg(data: bytes) -> None:
     """OSError where the decoder lost its way among the pixels.
 
     libjpeg fills what is damaged or missing in grey and only warns, which PIL does not hear. Its
-    other warnings (an unknown marker, an odd version) are not of the pixels.
+    other warnings (an unknown marker, an odd version) are not of the pixels. Zeros that pad the
+    coded pixels are none of them: what is sound without them is sound.
     """
+    try:
+        _decode_strictly(data)
+    except OSError:
+        unpadded = bare.without_padding(data)
+        if unpadded == data:
+            raise
+        _decode_strictly(unpadded)
+
+
+def _decode_strictly(data: bytes) -> None:
     try:
         # An eighth of each side and grey: all that is coded is read, little is computed.
         simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8, strict=True)

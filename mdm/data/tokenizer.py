@@ -30,6 +30,8 @@ _LAYOUT = {
     "<lower block>": "\u2581",
 }
 _LEAST_WITH_LAYOUT = 48  # pieces; a smaller vocabulary has no room for these
+# Unicode's other spaces: SentencePiece's normalization reads each as a space, so here as well.
+_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 _LINE_END = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 # Not a single space between two words: that is SentencePiece's.
 _IS_LAYOUT = re.compile(r"([\n\t\u2581]+|\A +| +\Z| {2,}| +(?=[\n\t\u2581])|(?<=[\n\t\u2581]) +)")
@@ -120,14 +122,16 @@ class Tokenizer:
         """Ids of a text, without EOS; never PAD, EOS, USER or ASSISTANT, whatever the text.
 
         `decode` gives the text back, but for Unicode's compatible forms (NFKC) and for line ends,
-        which are all LF. A model without pieces for layout gives one space for all of it.
+        which are all LF; other spaces are plain ones. A model without pieces for layout gives one
+        space for all of it.
         """
         ids: list[int] = []
         if not self._layout:
             ids = self._model.encode(text)
             return ids
         # Words and layout take turns.
-        for number, part in enumerate(_IS_LAYOUT.split(_LINE_END.sub("\n", text))):
+        text = _SPACE.sub(" ", _LINE_END.sub("\n", text))
+        for number, part in enumerate(_IS_LAYOUT.split(text)):
             if number % 2:
                 ids += (self._layout_ids[found] for found in _PIECES.findall(part))
             else:

@@ -33,8 +33,9 @@ _FIRST_KEY = re.compile(r'\{[ \t\n\r]*"([^"\\]*)"')
 _MORE = re.compile(r'[ \t\n\r]*,?[ \t\n\r]*[{"]')
 _BEHIND_MEMBER = re.compile(r'[ \t\n\r]*[,}"]')  # a missing comma alone damages no entry
 _NEXT_MEMBER = re.compile(r',[ \t\n\r]*("|$)')
+END_OF_FILE = "\x1a"  # that DOS puts behind the last line
 _LONGEST_MATCH = 1 << 10  # of a section's name, or a bracket, with the white space around it
-_BYTE_ORDER_MARK = "\xef\xbb\xbf"  # in latin-1
+_BEFORE = re.compile("(?:[ \t\n\r]*\xef\xbb\xbf)*")  # byte order marks, in latin-1
 
 
 class BrokenFileError(ValueError):
@@ -51,8 +52,8 @@ class Cursor:
         self._base = offset  # of the window's first character
         self._at = 0
         if offset == 0 and self._fill():  # two programs may have put one in front each
-            while self._text.startswith(_BYTE_ORDER_MARK, self._at):
-                self._at += len(_BYTE_ORDER_MARK)
+            marks = _BEFORE.match(self._text)
+            self._at = marks.end() if marks else 0
 
     @property
     def offset(self) -> int:
@@ -181,7 +182,9 @@ class Cursor:
         """Whether what follows the bracket here may follow a list; else it closes nothing."""
         self._look_ahead(_LONGEST_MATCH)
         rest = self._text[self._at + 1 : self._at + _LONGEST_MATCH].lstrip(" \t\n\r")
-        return not rest or (within and (rest[0] == "}" or _NEXT_MEMBER.match(rest) is not None))
+        return not rest.strip(END_OF_FILE) or (
+            within and (rest[0] == "}" or _NEXT_MEMBER.match(rest) is not None)
+        )
 
     def has_entry(self, named: bool, like: tuple[str, ...]) -> bool:
         """Whether another entry follows that looks like that."""

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from mdm.sources import streams
 from mdm.sources.fields import kind
-from mdm.sources.jsoncursor import BrokenFileError, Cursor, alike
+from mdm.sources.jsoncursor import END_OF_FILE, BrokenFileError, Cursor, alike
 from mdm.sources.textfile import decode_line, is_blank
 
 
@@ -52,7 +52,7 @@ def elements(
             return
         yield element
     rest = cursor.peek()
-    if rest not in (("", ",", "}") if section else ("",)):
+    if rest not in (("", END_OF_FILE, ",", "}") if section else ("", END_OF_FILE)):
         raise BrokenFileError(
             f"invalid JSON at byte {cursor.offset}: {rest!r} behind the last entry"
         )

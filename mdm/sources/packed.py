@@ -37,7 +37,7 @@ ZIP_ERRORS = (
 )
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".jpe", ".jfif")
-EXTENSIONS = (*_EXTENSIONS, *(extension.upper() for extension in _EXTENSIONS), "")
+EXTENSIONS = (*_EXTENSIONS, *map(str.upper, _EXTENSIONS), *map(str.title, _EXTENSIONS), "")
 
 
 def locate(source: str, root: Path, *names: str) -> str:

@@ -344,7 +344,7 @@ def parse_row(line: bytes) -> dict[str, Any]:
     """A JSON object from one line; ValueError says what is wrong with it."""
     if len(line.rstrip(b"\r\n")) > MAX_LINE_BYTES:
         raise ValueError(f"line is longer than {MAX_LINE_BYTES} bytes")
-    text = decode_line(line)
+    text = decode_line(line).rstrip()  # of any white space: JSON knows four kinds
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:

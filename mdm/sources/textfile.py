@@ -5,7 +5,9 @@ last line end change no record. UTF-16 is an error with the command that convert
 """
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
-_BLANK = b" \t\r\n\x0b\x0c\x1a\xef\xbb\xbf"  # also the mark, and DOS's end of a file
+# Also the mark, and DOS's end of a file.
+_BLANK = b" \t\r\n\x0b\x0c\x1a\xef\xbb\xbf"
+_NO_BREAK_SPACE = "\xa0".encode()
 # Folders and files that macOS, Windows, a NAS or an editor makes beside people's own.
 _CLUTTER = frozenset(
     (
@@ -60,7 +62,7 @@ def check_utf8(head: bytes) -> None:
 
 def is_blank(line: bytes) -> bool:
     """Whether a line holds nothing."""
-    return not line.strip(_BLANK)
+    return not line.replace(_NO_BREAK_SPACE, b"").strip(_BLANK)
 
 
 def decode_line(line: bytes) -> str:

@@ -18,7 +18,7 @@ from mdm.data.storage.base import (
 )
 from mdm.data.storage.local import LocalStore
 from mdm.data.storage.s3 import S3Store
-from mdm.uri import FILE_URI, folder_of
+from mdm.uri import FILE_URI, folder_of, in_full
 
 __all__ = [
     "ChangedObjectError",
@@ -49,6 +49,7 @@ def open_store(uri: str, options: StoreOptions | None = None) -> Store:
 
 def join(uri: str, name: str) -> str:
     """The URI of `name` below `uri`."""
+    uri = in_full(uri)
     if uri.startswith(FILE_URI):
         return f"{FILE_URI}{uri.removeprefix(FILE_URI).rstrip('/')}/{quote(os.fsencode(name))}"
     return f"{uri.rstrip('/')}/{name}"

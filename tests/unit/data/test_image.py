@@ -1,4 +1,5 @@
 import io
+import re
 import struct
 import zlib
 
@@ -138,6 +139,32 @@ def test_bytes_changed_among_a_jpegs_pixels_are_told(mode, options):
             told.append(str(error).split(":")[0])
     assert set(told) <= {"damaged picture", "truncated picture"}
     assert len(told) >= 34  # where the decoder finds its way again in time, nothing can be told
+
+
+def behind_scans(jpeg):
+    """Where the coded pixels of each scan end."""
+    found, at = [], jpeg.index(b"\xff\xda")
+    while (end := re.compile(rb"\xff[^\x00\xff\xd0-\xd7]").search(jpeg, at + 2)) is not None:
+        found.append(end.start())
+        at = jpeg.find(b"\xff\xda", end.start())
+        if at < 0:
+            break
+    return found
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+def test_zeros_behind_coded_pixels_are_no_damage(mode, options):
+    good = grainy(mode, **options)
+    wanted = decode_image(good, 32)
+    for at in behind_scans(good):
+        for zeros in (1, 2, 5, 700):
+            padded = good[:at] + bytes(zeros) + good[at:]
+            assert np.array_equal(decode_image(padded, 32), wanted)
+        lost = good[: at - 40] + bytes(740)  # of a progressive one, zeros may be pixels as well
+        for damaged in (good[:at] + b"\1" * 9, *([] if "progressive" in options else [lost])):
+            with pytest.raises(ValueError, match=r"damaged picture|truncated picture"):
+                decode_image(damaged + good[at:], 32)
 
 
 def test_a_jpeg_whose_header_says_more_rows_than_there_are_is_truncated():

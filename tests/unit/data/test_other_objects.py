@@ -140,6 +140,7 @@ def test_a_file_uri_names_the_path_that_it_was_made_of(parts: list[str]) -> None
     ("uri", "path"),
     [
         ("file:///tmp/a%20b", "/tmp/a b"),
+        ("file:/tmp/a%20b", "/tmp/a b"),
         ("file:///tmp/x#1", "/tmp/x#1"),
         ("file:///tmp/x?y=1", "/tmp/x?y=1"),
         ("file:///tmp/x%231%3F", "/tmp/x#1?"),
@@ -152,6 +153,9 @@ def test_file_uris_are_decoded_and_plain_folders_are_not(uri: str, path: str) ->
     store = open_store(uri)
     assert isinstance(store, LocalStore)
     assert str(store.root) == path
+    below = open_store(join(uri, "b %41"))
+    assert isinstance(below, LocalStore)
+    assert str(below.root) == f"{path}/b %41"
 
 
 @pytest.mark.parametrize("uri", ["file://nas/tmp", "file://tmp", "file://", "file:///a%00b"])

@@ -112,6 +112,13 @@ def test_every_line_end_is_a_line_feed(of_code, end):
     assert of_code.decode(of_code.encode(f"a{end}  b{end}{end}c{end}")) == "a\n  b\n\nc\n"
 
 
+@pytest.mark.parametrize("space", ["\xa0", "\u2003", "\u202f", "\u3000"])
+def test_indentation_by_other_spaces_is_indentation(of_code, space):
+    """As web pages and editors write code: SentencePiece's normalization would drop these."""
+    text = f"{space}a:\n{space * 4}b {space}c\n\t{space}c"
+    assert of_code.decode(of_code.encode(text)) == text.replace(space, " ")
+
+
 def test_prose_takes_the_pieces_that_it_took_without_layout(of_code, tmp_path):
     """A line of prose costs nothing, a paragraph one piece; captions have no layout at all."""
     plain = of_code._model.encode

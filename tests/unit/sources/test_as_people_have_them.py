@@ -139,7 +139,10 @@ VARIANTS: dict[str, Callable[[bytes], bytes]] = {
     "blanks at line ends": lambda data: data.rstrip(b"\n").replace(b"\n", b" \t \r\n") + b"\t \r\n",
     "blank lines": lambda data: b"\n\r\n" + data.replace(b"\n", b"\n \n") + b"\n\n \t\n",
     "no last line end": lambda data: MARK + data.rstrip(b"\n"),
-    "end of file mark": lambda data: data + b"\x1a" if data.endswith(b"\n") else data,
+    "end of file mark": lambda data: data + b"\x1a",
+    "other blanks at line ends": lambda data: data.replace(b"\n", b" \xc2\xa0\x0c\n"),
+    "lines of other blanks": lambda data: data.replace(b"\n", b"\n\xc2\xa0 \n"),
+    "a blank line before the mark": lambda data: b"\r\n" + MARK + data,
 }
 
 
@@ -222,7 +225,9 @@ def test_clutter_in_tars_is_no_record(tmp_path: Path) -> None:
     assert facts("imagenet", root, "train") == plain
 
 
-@pytest.mark.parametrize("extension", [".jpeg", ".png", ".gif", ".PNG", ".JPG", ".webp", ""])
+@pytest.mark.parametrize(
+    "extension", [".jpeg", ".png", ".gif", ".PNG", ".JPG", ".Jpg", ".webp", ""]
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_picture_is_found_under_the_extension_it_has(
     tmp_path: Path, extension: str, packed: bool
