@@ -88,7 +88,7 @@ def only_writer(config: Config, world: World) -> Iterator[Writer]:
                 _take(config, leases, held)
             except OtherJobError as error:
                 refusal = (str(error), OtherRunError.of(error).code)
-            except (StoreError, OSError) as error:
+            except (StoreError, OSError, ValueError) as error:  # ValueError: no such kind of place
                 advice = "--run_dir and --train.checkpoints must be places that can be written"
                 refusal = (f"{error}; {advice}", MISTAKE)
         if refusal := from_main(refusal):

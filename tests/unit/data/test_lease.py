@@ -165,7 +165,7 @@ def test_a_lease_that_is_a_link_to_nowhere_is_told_of(
     monkeypatch.setattr(lease, "MISSES", 3)
     (tmp_path / "lease.json").symlink_to("/nope/lease.json")
     with (
-        pytest.raises(StoreError, match="lease.json can be neither read nor made"),
+        pytest.raises(StoreError, match="can be neither read nor made"),
         hold(open_store(str(tmp_path)), "mine", key="lease.json"),
     ):
         pass
