@@ -5,6 +5,7 @@ MLflow, except for an entry that the store will never take: it is dropped alone,
 so.
 """
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ _REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST"
 _FORBIDDEN = ("INVALID_PARAMETER_VALUE", "INVALID_STATE", "PERMISSION_DENIED", "NOT_IMPLEMENTED")
 _NO_SUCH = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 # What no later try mends: an artifact's path, or a value that cannot be sent.
-_UNSOUND = (ValueError, TypeError, KeyError)
+_UNSOUND = (ValueError, TypeError, KeyError, OverflowError)
 _NO_PATH = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError)
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.EISDIR)
 _PATIENCE = 3  # failures of one entry, in a store that takes others, before it is dropped
 _KEY = "mdm.key"  # the tag by which a run is found again
 
@@ -124,7 +126,7 @@ class MlflowRun:
     def _blame(self, error: Exception, failures: int) -> None:
         """Return if the entry is to blame; else raise, to have it brought again."""
         if isinstance(error, OSError):
-            if not isinstance(error, (*_NO_PATH, IsADirectoryError)):
+            if not isinstance(error, _NO_PATH) and error.errno not in _NO_NAME:
                 raise error
             return
         if isinstance(error, _UNSOUND):

@@ -25,6 +25,7 @@ LEASE = "work/lease.json"  # of an encoded data set
 RENEW_SECONDS = 5.0
 WATCH_SECONDS = 20.0
 PATIENCE_SECONDS = 300.0  # for the end of an earlier attempt of the same job, or of a brief command
+MISSES = 50  # of a lease that is there and is not, before it is told of
 _EXITING = 0x4  # PF_EXITING of a process's flags
 
 
@@ -70,7 +71,7 @@ class Lease:
             "machine": _machine(),
             "pid": os.getpid(),
             "ticks": _start_ticks(os.getpid()),
-            "place": store.uri,
+            "place": place_of(store),
             "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),  # for people; nothing compares it
             "about": about,
             "job": job,
@@ -85,12 +86,18 @@ class Lease:
 
     def take(self) -> None:
         """Take the lease; OtherJobError while another job lives that holds it."""
-        end = time.monotonic() + PATIENCE_SECONDS
+        end, missed = time.monotonic() + PATIENCE_SECONDS, 0
         while not self._store.put(self._key, self._bytes(), if_absent=True):
             try:
                 data, etag = self._store.read(self._key)
-            except MissingObjectError:
-                continue  # given back meanwhile
+            except MissingObjectError:  # given back meanwhile, or a link to nowhere
+                missed += 1
+                if missed > MISSES:
+                    raise StoreError(
+                        f"{self._place}/{self._key} can be neither read nor made: remove it"
+                    ) from None
+                time.sleep(0.1)
+                continue
             there = _parsed(data)
             if there.get("token") == self._mine["token"]:
                 break  # the answer to our own request was lost
@@ -155,7 +162,7 @@ class Lease:
     def _lives(self, there: dict[str, Any], etag: str) -> bool:
         here = there.get("machine") == self._mine["machine"]
         # A lease that was copied with its folder is not the one that its process renews.
-        if here and there.get("place") == self._store.uri:
+        if here and there.get("place") == self._mine["place"]:
             running = _runs(there.get("pid"), there.get("ticks"))
             if running is not None:
                 return running
@@ -235,19 +242,27 @@ def hold_folder(folder: Path, about: str) -> Iterator[Lease]:
         yield lease
 
 
+def place_of(store: Store) -> str:
+    """Equal for stores of one place, by whichever links their folder was named."""
+    return str(store.root.resolve()) if isinstance(store, LocalStore) else store.uri
+
+
 def _parsed(data: bytes) -> dict[str, Any]:
     try:
         plain = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return plain if isinstance(plain, dict) else {}
 
 
 def _named(there: dict[str, Any]) -> str:
-    """The owner of a lease, for people."""
+    """The owner of a lease, for people: one line, whatever the lease holds."""
+    if "pid" not in there and "host" not in there:
+        return "its lease is damaged and does not say which"
     since = f" since {there['since']}" if there.get("since") else ""
     about = f", {there['about']}" if there.get("about") else ""
-    return f"process {there.get('pid')} on {there.get('host')}{since}{about}"
+    named = f"process {there.get('pid')} on {there.get('host')}{since}{about}"
+    return "".join(c if c.isprintable() else "?" for c in named)
 
 
 def _machine() -> str:
@@ -287,7 +302,7 @@ def _runs(pid: Any, ticks: Any) -> bool | None:
         # Gone, or hidden because it is another user's.
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # there are no such numbers
             return False
         except PermissionError:
             pass

@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mdm.config import Config
-from mdm.data.lease import Lease, OtherJobError
-from mdm.data.storage import LocalStore, Store, StoreError, open_store
+from mdm.data.lease import Lease, OtherJobError, place_of
+from mdm.data.storage import LocalStore, StoreError, open_store
 from mdm.dist import World, from_main
 from mdm.train.checkpoint import uri_of
 from mdm.train.state import RunError
@@ -88,7 +88,7 @@ def only_writer(config: Config, world: World) -> Iterator[Writer]:
                 _take(config, leases, held)
             except OtherJobError as error:
                 refusal = (str(error), OtherRunError.of(error).code)
-            except (StoreError, OSError) as error:
+            except (StoreError, OSError, ValueError) as error:  # ValueError: no such kind of place
                 advice = "--run_dir and --train.checkpoints must be places that can be written"
                 refusal = (f"{error}; {advice}", MISTAKE)
         if refusal := from_main(refusal):
@@ -99,7 +99,7 @@ def only_writer(config: Config, world: World) -> Iterator[Writer]:
 def _take(config: Config, leases: list[Lease], held: ExitStack) -> None:
     """The lease of the checkpoints, then that of the folder, unless they are one place."""
     folder = LocalStore(Path(config.run_dir))
-    stores = {_place(s): s for s in (open_store(uri_of(config)), folder)}.values()
+    stores = {place_of(s): s for s in (open_store(uri_of(config)), folder)}.values()
     roots = [store.root for store in stores if isinstance(store, LocalStore)]
     for root in reversed(roots):
         if not root.exists():
@@ -121,10 +121,6 @@ def _release(leases: list[Lease]) -> None:
     """Give back all, the folder last: once its lease is gone, nothing of the run is held."""
     for lease in leases:
         lease.release()
-
-
-def _place(store: Store) -> str:
-    return str(store.root.resolve()) if isinstance(store, LocalStore) else store.uri
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -40,13 +40,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(data: Path, run_dir: str | Path, steps: int) -> "subprocess.Popen[str]":
+def start(data: Path, run_dir: str | Path, steps: int, *others: str) -> "subprocess.Popen[str]":
     model = {"kernel": "torch", "n_layer": 2, "d_model": 64, "d_state": 16}
     train = {"steps": steps, "threads": 1, "warmup": 5, "checkpoint_every": 2, "log_every": 1}
     flags = [f"--model.{k}={v}" for k, v in model.items()]
     flags += [f"--train.{k}={v}" for k, v in train.items()]
     flags += [f"--data.root={data / 'encoded'}", f"--tokenizer={data / 'tokenizer.model'}"]
-    flags += ["--preset=learn", "--data.global_batch=8", f"--run_dir={run_dir}"]
+    flags += ["--preset=learn", "--data.global_batch=8", f"--run_dir={run_dir}", *others]
     return subprocess.Popen(
         [sys.executable, str(ROOT / "pipelines" / "pretrain.py"), *flags],
         cwd=ROOT,
@@ -116,3 +116,12 @@ def test_a_run_dir_that_cannot_be_used_is_one_line(data: Path) -> None:
         assert said.count("\n") == 1
         assert said.startswith(f"pretrain: cannot write {folder}")
         assert "--run_dir" in said
+
+
+def test_checkpoints_in_no_kind_of_store_are_one_line(data: Path, tmp_path: Path) -> None:
+    job = start(data, tmp_path / "run", 1, "--train.checkpoints=gs://bucket/run")
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 2
+    assert said.count("\n") == 1
+    assert said.startswith("pretrain: 'gs://bucket/run' is no store; use s3://bucket/prefix")
+    assert not (tmp_path / "run").exists()

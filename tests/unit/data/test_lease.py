@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import pytest
 
 from mdm.data import lease
 from mdm.data.lease import LEASE, Lease, OtherJobError, hold, hold_folder
-from mdm.data.storage import open_store
+from mdm.data.storage import StoreError, open_store
 
 HOLDER = """
 import sys, time
@@ -68,6 +69,21 @@ def test_a_killed_jobs_lease_is_taken_over_at_once_and_a_living_ones_is_not(
         assert json.loads(store.get(LEASE))["about"] == "mine"
 
 
+def test_a_stopped_jobs_lease_is_not_taken_over_through_a_link(tmp_path: Path) -> None:
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    link.symlink_to(folder)
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        other.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(OtherJobError, match=f"process {other.pid}"):
+                Lease(open_store(str(link)), "mine").take()
+        finally:
+            other.kill()
+
+
 def test_another_machines_lease_is_watched_and_not_its_clock(
     uri: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,12 +123,52 @@ def test_a_lease_that_was_copied_with_its_folder_holds_nobody_up(tmp_path: Path)
             mine.confirm()
 
 
-@pytest.mark.parametrize("data", [b"", b"[1]", b'{"machine": 1, "pid": "x"}', b"\xff\0"])
+@pytest.mark.parametrize(
+    "data", [b"", b"[1]", b'{"machine": 1, "pid": "x"}', b"\xff\0", b"[" * 200_000]
+)
 def test_a_damaged_lease_is_watched_and_taken_over(tmp_path: Path, data: bytes) -> None:
     store = open_store(str(tmp_path))
     store.put(LEASE, data)
     with hold(store, "mine") as mine:
         mine.confirm()
+
+
+@pytest.mark.parametrize("pid", [2**31, 2**63, 10**30])
+def test_a_process_id_that_no_kernel_has_is_a_dead_jobs(
+    tmp_path: Path, pid: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(str(tmp_path))
+    with hold(store, "first"):
+        there = json.loads(store.get(LEASE))
+    store.put(LEASE, json.dumps(there | {"pid": pid}).encode())
+    with hold(store, "mine") as mine:
+        mine.confirm()
+    assert capsys.readouterr().err == ""
+
+
+def test_whatever_a_lease_holds_its_owner_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(str(tmp_path))
+    for there in (b"half", json.dumps({"pid": 1, "host": "x", "about": "a\nb\x1b[0m"}).encode()):
+        store.put(LEASE, there)
+        with hold(store, "mine"):
+            pass
+    damaged, odd = capsys.readouterr().err.splitlines()
+    assert "its lease is damaged" in damaged
+    assert "process 1 on x, a?b?[0m" in odd
+
+
+def test_a_lease_that_is_a_link_to_nowhere_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "MISSES", 3)
+    (tmp_path / "lease.json").symlink_to("/nope/lease.json")
+    with (
+        pytest.raises(StoreError, match="can be neither read nor made"),
+        hold(open_store(str(tmp_path)), "mine", key="lease.json"),
+    ):
+        pass
 
 
 def test_a_job_asks_before_it_commits_and_leaves_what_is_not_its_own(uri: str) -> None:
