@@ -70,6 +70,12 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             )
         if key not in ALLOWED:
             raise RunError(f"{path} sets unknown key {key!r}; it may hold {', '.join(ALLOWED)}")
+    for key in ("zero_optimization", "aio", "comms_logger"):
+        if not isinstance(values.get(key, {}), dict):
+            raise RunError(f"{path}: {key} is {values[key]!r}, not an object")
+    kind = values.get("communication_data_type")
+    if kind not in (None, "fp32", "fp16", "bf16"):
+        raise RunError(f"{path}: communication_data_type is {kind!r}; choose fp32, fp16 or bf16")
     stage = values.get("zero_optimization", {}).get("stage")
     if stage not in (2, 3):
         raise RunError(f"{path}: zero_optimization.stage is {stage!r}; the engine supports 2 and 3")
@@ -258,7 +264,7 @@ class Engine:
         settings: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2)}
         groups = decay_groups(module, train.weight_decay)
         optimizer: torch.optim.Optimizer
-        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
             optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
         else:
             optimizer = torch.optim.AdamW(groups, fused=True, **settings)
