@@ -348,3 +348,9 @@ def test_what_begins_or_ends_a_dialogue_alone_is_cut(
     else:
         with pytest.raises(ValueError, match=r"no question has a reply|field messages"):
             _messages({"messages": messages})
+
+
+def test_the_end_mark_of_dos_and_backslashes_in_names_are_known() -> None:
+    assert decode_line(b"\xef\xbb\xbfgoldfish\r\n\x1a") == "goldfish"
+    assert is_clutter("folder\\._a.jpg")
+    assert not is_clutter("folder\\a._jpg")
