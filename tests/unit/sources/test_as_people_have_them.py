@@ -14,7 +14,7 @@ from scipy.io import savemat
 from mdm import sources
 from mdm.sources import imagenet
 from mdm.sources.record import BadRecord, RawRecord
-from mdm.sources.textfile import is_clutter
+from mdm.sources.textfile import decode_line, is_clutter
 from mdm.sources.ultrachat import _messages
 from tests import published_sets as sets
 
