@@ -67,7 +67,7 @@ def describe(precision: str, device_type: str = "cpu") -> str:
     fast = is_bf16_fast(device_type)
     if precision == BF16:
         return f"bf16, which {kind} " + ("computes in" if fast else "only emulates: slow here")
-    return "fp32" + ("" if fast else f": {kind} has no bf16 units")
+    return f"fp32: {kind} " + ("is faster in bf16" if fast else "has no bf16 units")
 
 
 def autocast(precision: str, device_type: str = "cpu") -> torch.autocast:

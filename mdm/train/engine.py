@@ -63,21 +63,8 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         raise RunError(f"--train.deepspeed {path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise RunError(f"--train.deepspeed {path} holds a {type(values).__name__}, not an object")
-    for key in values:
-        if key in OWNED_BY_CONFIG:
-            raise RunError(
-                f"{path} sets {key!r}, which is owned by {OWNED_BY_CONFIG[key]}; remove it"
-            )
-        if key not in ALLOWED:
-            raise RunError(f"{path} sets unknown key {key!r}; it may hold {', '.join(ALLOWED)}")
-    stage = values.get("zero_optimization", {}).get("stage")
-    if stage not in (2, 3):
-        raise RunError(f"{path}: zero_optimization.stage is {stage!r}; the engine supports 2 and 3")
-    try:
-        zero_settings(values)
-    except ValidationError as error:
-        field = ".".join(map(str, error.errors()[0]["loc"]))
-        raise RunError(f"{path}: zero_optimization.{field}: {error.errors()[0]['msg']}") from error
+    _check_keys(values, path)
+    _check_values(values, path)
     if config.data.global_batch % world_size:
         raise RunError(
             f"data.global_batch {config.data.global_batch} is not a multiple of {world_size} ranks"
@@ -94,6 +81,35 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
+
+
+def _check_keys(values: dict[str, Any], path: Path) -> None:
+    """RunError for a key that `Config` owns or nobody knows."""
+    for key in values:
+        if key in OWNED_BY_CONFIG:
+            raise RunError(
+                f"{path} sets {key!r}, which is owned by {OWNED_BY_CONFIG[key]}; remove it"
+            )
+        if key not in ALLOWED:
+            raise RunError(f"{path} sets unknown key {key!r}; it may hold {', '.join(ALLOWED)}")
+
+
+def _check_values(values: dict[str, Any], path: Path) -> None:
+    """RunError for a value of the wrong kind."""
+    for key in ("zero_optimization", "aio", "comms_logger"):
+        if not isinstance(values.get(key, {}), dict):
+            raise RunError(f"{path}: {key} is {values[key]!r}, not an object")
+    kind = values.get("communication_data_type")
+    if kind not in (None, "fp32", "fp16", "bf16"):
+        raise RunError(f"{path}: communication_data_type is {kind!r}; choose fp32, fp16 or bf16")
+    stage = values.get("zero_optimization", {}).get("stage")
+    if stage not in (2, 3):
+        raise RunError(f"{path}: zero_optimization.stage is {stage!r}; the engine supports 2 and 3")
+    try:
+        zero_settings(values)
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise RunError(f"{path}: zero_optimization.{field}: {error.errors()[0]['msg']}") from error
 
 
 def zero_settings(values: dict[str, Any]) -> Any:
@@ -258,7 +274,7 @@ class Engine:
         settings: dict[str, Any] = {"lr": train.lr, "betas": (train.beta1, train.beta2)}
         groups = decay_groups(module, train.weight_decay)
         optimizer: torch.optim.Optimizer
-        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
             optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
         else:
             optimizer = torch.optim.AdamW(groups, fused=True, **settings)

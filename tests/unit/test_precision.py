@@ -45,6 +45,10 @@ def test_cuda_computes_in_bf16():
     assert describe("bf16", "cuda") == "bf16, which CUDA computes in"
 
 
+def test_a_run_kept_in_the_slower_precision_is_told():
+    assert describe("fp32", "cuda") == "fp32: CUDA is faster in bf16"
+
+
 def test_a_given_precision_is_kept_and_an_unknown_one_refused():
     assert [resolve(p) for p in ("bf16", "fp32")] == ["bf16", "fp32"]
     with pytest.raises(ValueError, match="precision is 'fp16'; choose one of auto, bf16, fp32"):

@@ -140,6 +140,8 @@ def test_a_label_means_the_same_class_in_all_data_sets(given: Config) -> None:
     shifted = source(given, "d", class_names=("goldfish",))
     with pytest.raises(ValueError, match=r"'a' and 'd' .* class 0 is 'tench' and 'goldfish'"):
         check_fit(Mixture((first, none, shifted)), given)
+    with pytest.raises(ValueError, match=r"'a' and 'd' .* class 0 is 'tench' and 'goldfish'"):
+        check_fit(Mixture((none, first, shifted)), given)  # neither is the mixture's first
 
 
 def test_a_loaders_state_says_what_its_data_was_encoded_with() -> None:

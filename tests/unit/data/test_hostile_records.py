@@ -131,6 +131,7 @@ def test_no_bytes_of_exif_or_xmp_are_an_error() -> None:
         for _ in range(random.randrange(5)):
             block[random.randrange(len(block))] = random.randrange(256)
         assert 1 <= orientation(bytes(block[: random.randrange(len(block) + 1)])) <= 8
+    assert orientation(b"Exif\0\0" * 2 + tag("<", 3, 1, b"\3\0\0\0")) == 3  # headed twice
     assert orientation(b"", b'<x tiff:Orientation="6"/>') == 6
     assert orientation(b"", b"<tiff:Orientation>8</tiff:Orientation>") == 8
     assert orientation(tag("<", 3, 1, b"\3\0\0\0"), b'<x tiff:Orientation="6"/>') == 3

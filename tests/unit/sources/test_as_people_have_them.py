@@ -14,7 +14,7 @@ from scipy.io import savemat
 from mdm import sources
 from mdm.sources import imagenet
 from mdm.sources.record import BadRecord, RawRecord
-from mdm.sources.textfile import is_clutter
+from mdm.sources.textfile import decode_line, is_clutter
 from mdm.sources.ultrachat import _messages
 from tests import published_sets as sets
 
@@ -353,3 +353,9 @@ def test_what_begins_or_ends_a_dialogue_alone_is_cut(
     else:
         with pytest.raises(ValueError, match=r"no question has a reply|field messages"):
             _messages({"messages": messages})
+
+
+def test_the_end_mark_of_dos_and_backslashes_in_names_are_known() -> None:
+    assert decode_line(b"\xef\xbb\xbfgoldfish\r\n\x1a") == "goldfish"
+    assert is_clutter("folder\\._a.jpg")
+    assert not is_clutter("folder\\a._jpg")

@@ -72,6 +72,11 @@ def test_no_knob_has_two_owners(key, tmp_path):
         ({"zero_optimization": {"stage": 1}}, "stage is 1"),
         ({}, "stage is None"),
         ([], "holds a list"),
+        ({"zero_optimization": None}, "zero_optimization is None, not an object"),
+        ({"zero_optimization": [2]}, "not an object"),
+        ({"zero_optimization": {"stage": 2}, "aio": 1}, "aio is 1, not an object"),
+        ({"zero_optimization": {"stage": 2}, "communication_data_type": "fp8"}, "is 'fp8'; choose"),
+        ({"zero_optimization": {"stage": 2}, "communication_data_type": []}, "choose fp32"),
         ("{", "is not JSON"),
     ],
 )

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from mdm.config import to_dict
-from mdm.train.state import RunError, TrainState, check_resumable, flatten
+from mdm.train.state import RunError, TrainState, check_resumable, flatten, settled
 from tests.helpers import small_config
 
 
@@ -65,3 +65,23 @@ def test_a_window_of_other_ranks_has_the_same_mean():
     other = state.on_ranks(3)
     assert other.world_size == 3
     assert other.window == {"text": {"steps": 3, "total": 18.0}}
+
+
+@pytest.mark.parametrize("began_in", ["bf16", "fp32"])
+def test_auto_is_the_precision_that_a_run_began_in(began_in, tmp_path):
+    """Whatever this machine, or the device it goes on on, is fast in."""
+    began = small_config(tmp_path, precision=began_in)
+    state = TrainState(config=to_dict(began))
+    auto = small_config(tmp_path, precision="auto")
+    for device_type in ("cpu", "cuda"):
+        assert settled(auto, state, device_type) == began
+        check_resumable(state, settled(auto, state, device_type), "x")
+
+
+def test_a_given_precision_is_never_replaced_but_compared(tmp_path):
+    state = TrainState(config=to_dict(small_config(tmp_path, precision="bf16")))
+    given = small_config(tmp_path, precision="fp32")
+    assert settled(given, None, "cpu") is given
+    assert settled(given, state, "cpu") is given
+    with pytest.raises(RunError, match=r"train\.precision was 'bf16' and is 'fp32'"):
+        check_resumable(state, given, "x")
