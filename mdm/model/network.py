@@ -4,7 +4,6 @@ Shapes: b batch, n image tokens of all k pictures, m text tokens, l whole sequen
 d d_model.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mdm.config import ModelConfig
 from mdm.model import scan
+from mdm.model.compiled import Compiled
 from mdm.model.embed import Embed
 from mdm.model.inputs import check_inputs
 from mdm.model.mamba2 import Mamba2, Weights, mix
@@ -86,19 +86,8 @@ def residual(
     return x + total / u.shape[2]
 
 
-@lru_cache(maxsize=1)
-def _compiled_residual() -> Callable[..., Tensor]:
-    """`residual` compiled once for all blocks: they differ in weights, not in shapes."""
-    # Imported here: it takes a second, and only compiled blocks need it.
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-
-    # The key of torch's cache of compiled graphs leaves out for which vector units they were made.
-    # A graph for AVX2 that is used where buffers are laid out for AVX-512 writes out of bounds.
-    config = torch.compiler.config
-    units = str(pick_vec_isa())
-    if units not in config.cache_key_tag:
-        config.cache_key_tag += units
-    return torch.compile(residual, dynamic=False)
+# Compiled once for all blocks: they differ in weights, not in shapes.
+_compiled_residual = Compiled(residual)
 
 
 class Block(nn.Module):
@@ -115,7 +104,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, scan: Order, seq_idx: Tensor | None = None) -> Tensor:
         """[b, l, d] -> [b, l, d]."""
         # Packed rows differ in length at every evaluation: not worth compiling.
-        run = _compiled_residual() if self.compiled and seq_idx is None else residual
+        run = _compiled_residual if self.compiled and seq_idx is None else residual
         return run(x, self.norm, self.mixer.weights, scan, seq_idx, **self.mixer.settings)
 
 

@@ -1,0 +1,50 @@
+"""Compiled functions in processes of their own that share a cache on disk."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CALL = """
+import torch
+from mdm.model.compiled import Compiled
+x = torch.arange(64.0, requires_grad=True)
+y = Compiled(lambda x: (x.sin() * x).sum())(x)
+y.backward()
+assert torch.allclose(x.grad, x.cos() * x + x.sin())
+print(torch.compiler.config.cache_key_tag)
+"""
+
+
+def call(cache: Path, **env: str) -> str:
+    """Call a compiled function with this cache; the tag in the cache's keys."""
+    return subprocess.run(
+        [sys.executable, "-c", CALL],
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **env},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_what_a_kill_left_half_compiled_is_compiled_again(tmp_path):
+    call(tmp_path)
+    libraries = list(tmp_path.rglob("*.main.so"))
+    assert libraries
+    for library in libraries:
+        library.write_bytes(b"")
+    call(tmp_path)
+    assert all(library.stat().st_size for library in libraries)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="it has one kind of vector units"
+)
+def test_graphs_for_other_vector_units_are_kept_apart(tmp_path):
+    own = {"TORCH_COMPILE_CACHE_KEY_TAG": "own"}
+    tags = {call(tmp_path, ATEN_CPU_CAPABILITY=units, **own) for units in ("avx2", "avx512")}
+    assert len(tags) == 2
+    assert all(tag.startswith("own") for tag in tags)
