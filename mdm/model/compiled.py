@@ -1,7 +1,9 @@
 """`torch.compile` over a cache on disk that kills and other vector units may have spoilt."""
 
-import re
+import struct
+import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Generic, ParamSpec, TypeVar
 
@@ -10,49 +12,57 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_TRIES = 4  # several ranks may mend the same file
-_BROKEN_FILE = re.compile(r"(?:^|ImportError: )(/.+?\.so): ")
+_LINKING = 20.0  # seconds that a library may take to be written
 
 
 class Compiled(Generic[P, T]):
-    """`function` compiled, at its first call with each set of shapes.
-
-    A process that was killed while it compiled leaves half a library in the cache, which every
-    later one would try to load: it is removed and compiled again.
-    """
+    """`function` compiled, at its first call with each set of shapes."""
 
     def __init__(self, function: Callable[P, T]) -> None:
-        self._function = function
-        self._run: Callable[P, T] | None = None
+        self._run: Callable[P, T] = torch.compile(function, dynamic=False)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """The function's result."""
-        for left in reversed(range(_TRIES)):
-            if self._run is None:
-                _keep_units_apart()
-                self._run = torch.compile(self._function, dynamic=False)
-            try:
-                return self._run(*args, **kwargs)
-            except (ImportError, RuntimeError) as error:
-                broken = _BROKEN_FILE.search(str(error))
-                if broken is None or not left:
-                    raise
-            Path(broken[1]).unlink(missing_ok=True)
-            torch.compiler.reset()
-            self._run = None
-        raise AssertionError("unreachable")
+        _prepare()
+        return self._run(*args, **kwargs)
 
 
-def _keep_units_apart() -> None:
-    """Have the cache of compiled graphs tell for which vector units they were made.
-
-    torch's key leaves it out. A graph for AVX2 that is used where buffers are laid out for AVX-512
-    writes out of bounds.
-    """
-    # Imported here: it takes a second, and only compiled blocks need it.
+@lru_cache(maxsize=1)
+def _prepare() -> None:
+    """Once a process, before anything is compiled or taken from the cache."""
+    # Imported here: they take a second, and only compiled blocks need them.
     from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    _remove_torn(Path(cache_dir()))
+    # The cache's key leaves out for which vector units a graph was compiled. One for AVX2 that is
+    # used where buffers are laid out for AVX-512 writes out of bounds.
     config = torch.compiler.config
-    units = str(pick_vec_isa())
-    if units not in config.cache_key_tag:
-        config.cache_key_tag += units
+    config.cache_key_tag += str(pick_vec_isa())
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove libraries that a killed process left half written: loading one ends the job.
+
+    One that another process is still writing is waited for.
+    """
+    for library in folder.rglob("*.so"):
+        try:
+            while not _is_whole(library):
+                if time.time() - library.stat().st_mtime > _LINKING:
+                    library.unlink()
+                    break
+                time.sleep(0.2)
+        except FileNotFoundError:
+            continue  # another process has removed it
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a 64-bit ELF file reaches to the end of its table of sections, which comes last."""
+    with library.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64:
+        return False
+    (start,) = struct.unpack_from("<Q", head, 40)
+    size, count = struct.unpack_from("<HH", head, 58)
+    return bool(library.stat().st_size >= start + size * count)
