@@ -18,7 +18,8 @@ def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     json_name, run_dir = sys.argv[1], Path(sys.argv[2])
-    config = small_config(run_dir, 12, deepspeed=str(ROOT / "deepspeed_configs" / json_name))
+    path = str(ROOT / "deepspeed_configs" / json_name)
+    config = small_config(run_dir, 12, deepspeed=path, precision="bf16")
     world = start_ranks(1)
     engine = Engine(lambda: SmallObjective(config), config, world, (Mixer,))
     loader = MemoryLoader(config, world)
