@@ -19,11 +19,14 @@ class Compiled(Generic[P, T]):
     """`function` compiled, at its first call with each set of shapes."""
 
     def __init__(self, function: Callable[P, T]) -> None:
-        self._run: Callable[P, T] = torch.compile(function, dynamic=False)
+        self._function = function
+        self._run: Callable[P, T] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """The function's result."""
-        _prepare()
+        if self._run is None:
+            _prepare()
+            self._run = torch.compile(self._function, dynamic=False)
         return self._run(*args, **kwargs)
 
 
