@@ -77,7 +77,8 @@ def stages(flags: Flags) -> list[Stage]:
             *("--out", where, "--report", report),
         )
         title = f"Encode {name}, {split}"
-        needs = (*store, "ray")  # the store first: Ray's workers have its environment
+        own = () if os.environ.get("RAY_ADDRESS") else ("ray",)
+        needs = (*store, *own)  # the store first: Ray's workers have its environment
         return Stage(f"encode-{target}", title, command, (), (where, report), needs, Path(report))
 
     train = f"{out}/train"
@@ -160,9 +161,10 @@ def services(out: Path) -> dict[str, Service]:
     """The servers of the demo, each for the stages that need it."""
     s3 = ("pipelines/s3_server.py", "--dir", str((out / "s3").absolute()), "--bucket", BUCKET)
     aws = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+    ray = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
     return {
         "s3": Service((PYTHON, *s3), aws),
-        "ray": Service((PYTHON, "pipelines/ray_server.py"), ("RAY_ADDRESS",)),
+        "ray": Service((PYTHON, "pipelines/ray_server.py"), ray),
     }
 
 

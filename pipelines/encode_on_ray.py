@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-if not os.environ.get("RAY_ADDRESS"):
-    # Read when ray is imported; otherwise it takes the machine's own address for 127.0.0.1, and
-    # listens to the whole network.
+if os.environ.get("RAY_ADDRESS", "127.0.0.1").startswith(("127.", "localhost:")):
+    # Read when ray is imported; otherwise it takes the machine's own address for 127.0.0.1: it
+    # listens to the whole network, and does not find a Ray that listens on loopback alone.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray

@@ -1,16 +1,23 @@
 """A small Ray on loopback for several encode jobs, which otherwise start one each.
 
-Prints `export RAY_ADDRESS=...` and serves until SIGINT or SIGTERM.
+Prints `export NAME=VALUE` for what leads a job to it, and serves until SIGINT or SIGTERM.
 """
 
 from pipelines.start import job
 
+import os
+import secrets
 import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 
 from mdm.cli import parse_cli
+
+# Read when ray is imported. Only jobs that are given the token may connect.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
 from pipelines import encode_on_ray
 
 
@@ -23,9 +30,12 @@ class Flags:
 def main() -> int:
     """Serve until SIGINT or SIGTERM."""
     parse_cli(Flags, description=__doc__ or "", default=Flags())
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with suppress(KeyboardInterrupt), encode_on_ray.cluster():
-        print(f"export RAY_ADDRESS={encode_on_ray.address()}", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray has put its own there
+        print(f"export RAY_ADDRESS={encode_on_ray.address()}")
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            print(f"export {name}={os.environ[name]}")
+        sys.stdout.flush()
         signal.pause()
     return 0
 
