@@ -20,7 +20,7 @@ from mdm.cli import fail, parse_cli
 from mdm.config import doc, fingerprint
 from mdm.files import DamagedFileError
 from mdm.presets import PRESETS
-from pipelines.children import die_with_parent, supervised
+from pipelines.children import CPU_ENV, die_with_parent, supervised
 from pipelines.stages import (
     Runner,
     Service,
@@ -201,8 +201,7 @@ def run(flags: Flags) -> int:
     with only_one(out):
         if left := end_leftovers(markers):
             print(f"ended {left} processes that a killed run had left")
-        # Threads that wait by spinning starve each other as soon as a core is busy elsewhere.
-        env = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.getcwd(), "OMP_WAIT_POLICY": "passive"}
+        env = {**CPU_ENV, "PYTHONPATH": os.getcwd()}
         runner = Runner(markers, env, services(out), remove, lambda line: print(line, flush=True))
         todo = stages(flags)
         done = runner.run(todo)

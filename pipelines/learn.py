@@ -27,7 +27,7 @@ from mdm.files import load_json
 from mdm.generate import MDM
 from mdm.generate.generator import load_objective
 from pipelines import learn_data
-from pipelines.children import supervised
+from pipelines.children import CPU_ENV, supervised
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def train(out: Path, data: Path, ranks: int, flags: list[str]) -> dict[str, floa
         *("--preset", "learn", "--data.root", str(data / "encoded"), "--run_dir", str(out)),
         *("--tokenizer", str(data / "tokenizer.model"), *flags),
     ]
-    env = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive"}
-    process = supervised(command, env=env)
+    process = supervised(command, env=CPU_ENV)
     if code := process.wait():
         fail(f"learn: the training job ended with {code}; run it again to go on")
     done: dict[str, float] = load_json(out / "done.json")

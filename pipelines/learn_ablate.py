@@ -28,7 +28,7 @@ from mdm.evaluate.learn import evaluate
 from mdm.evaluate.sheets import save_sheet
 from mdm.files import read_json, read_lines, write_json
 from pipelines import learn_data
-from pipelines.children import supervised
+from pipelines.children import CPU_ENV, supervised
 from pipelines.learn import Setting, load, prepare
 
 VARIANTS = {
@@ -98,7 +98,7 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
     ]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        env = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+        env = {**CPU_ENV, "OMP_NUM_THREADS": "1"}
         process = supervised(command, env=env, stdout=log.fileno(), stderr=subprocess.STDOUT)
         code = process.wait()
     if code:
