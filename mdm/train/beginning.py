@@ -13,6 +13,7 @@ from mdm.data.tokenizer import read_model
 from mdm.dist import World, gather_to_all
 from mdm.train.checkpoint import Record
 from mdm.train.engine import ALLOWED, load_deepspeed_config, zero_settings
+from mdm.train.outcome import EXPORT, SAMPLES, SNAPSHOTS
 from mdm.train.run import Loader
 from mdm.train.state import RunError, TrainState, flatten
 
@@ -54,6 +55,7 @@ def prepare(
     """
 
     def check() -> Begun:
+        check_folders(Path(config.run_dir))
         settings = deepspeed_settings(config, world)
         loader = make_loader(config, world)
         said: list[str] = []
@@ -70,6 +72,16 @@ def prepare(
     begun = on_every_rank(check, world)
     check_same({"deepspeed": begun.deepspeed, "data": begun.loader.state_dict()})
     return begun
+
+
+def check_folders(run_dir: Path) -> None:
+    """ValueError where a file has the place of a folder that the run will write at its end."""
+    for name in (EXPORT, SNAPSHOTS, SAMPLES):
+        if (path := run_dir / name).exists() and not path.is_dir():
+            raise ValueError(
+                f"{path} is a file where the run writes a folder; move it away, or give another "
+                "--run_dir"
+            )
 
 
 def on_every_rank(do: Callable[[], T], world: World) -> T:

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-from deepspeed.utils import set_z3_leaf_modules
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -32,6 +28,19 @@ from mdm.config import Config
 from mdm.dist import World
 from mdm.train.shards import Shards
 from mdm.train.state import RunError
+
+# DeepSpeed 0.19.8: its autotuner, which nothing here uses, imports mlflow on every rank, if it is
+# installed. That is half of DeepSpeed's own import, and would come before `mdm.mlflow_run` has
+# switched telemetry off.
+_hidden = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
+import deepspeed  # noqa: E402
+from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters  # noqa: E402
+from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
+
+if _hidden:
+    del sys.modules["mlflow"]
 
 ALLOWED = ("zero_optimization", "aio", "communication_data_type", "comms_logger")
 OWNED_BY_CONFIG = {

@@ -30,6 +30,7 @@ from mdm.train.guard import Guard
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.outcome import (
     EXPORT,
+    SNAPSHOTS,
     done_before,
     export,
     forget_former,
@@ -223,7 +224,7 @@ def take_steps(run: Run) -> int:
         if state.step in snapshots:
             run.writer.agree()
             run.watch.enter("export")
-            folder = run.dir / "snapshots" / f"step-{state.step:08d}"
+            folder = run.dir / SNAPSHOTS / f"step-{state.step:08d}"
             export(folder, run, needed=False)
             show(folder, run)
         if asked and not last:

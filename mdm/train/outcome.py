@@ -21,7 +21,8 @@ from mdm.train.run import Run
 from mdm.train.state import RunError, TrainState, flatten
 from mdm.train.watch import GAVE_UP
 
-DONE, TRACKING, JOURNAL, EXPORT = "done.json", "tracking.json", "tracking", "export"
+DONE, TRACKING, JOURNAL = "done.json", "tracking.json", "tracking"
+EXPORT, SNAPSHOTS, SAMPLES = "export", "snapshots", "samples"  # folders
 _DONE: files.Shape = {
     **{"step": int, "samples_seen": int},
     **{"wall_seconds": float, "goodput": float, "samples_per_second": float},
@@ -58,7 +59,7 @@ def show(folder: Path, run: Run) -> None:
         return
     if run.world.is_main:
         name = f"step-{run.state.step:08d}"
-        path = run.dir / "samples" / f"{name}.png"
+        path = run.dir / SAMPLES / f"{name}.png"
         try:
             with torch.random.fork_rng(devices=[]):
                 drawn = run.draw(folder, path)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mdm.dist import World
-from mdm.train.beginning import check_settings, deepspeed_settings
+from mdm.train.beginning import check_folders, check_settings, deepspeed_settings
 from mdm.train.state import RunError, TrainState
 from tests.helpers import ROOT, small_config
 
@@ -61,3 +61,16 @@ def test_a_default_that_is_spelled_out_changes_nothing(tmp_path: Path) -> None:
     former = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8}}
     now = {"zero_optimization": {"zero_quantized_gradients": False, "stage": 3}}
     assert check_settings(TrainState(deepspeed=former), now, small_config(tmp_path), "x") == []
+
+
+@pytest.mark.parametrize("name", ["export", "snapshots", "samples"])
+def test_a_file_in_the_place_of_a_folder_is_refused_before_the_first_step(
+    name: str, tmp_path: Path
+) -> None:
+    check_folders(tmp_path)
+    (tmp_path / name).mkdir()
+    check_folders(tmp_path)
+    (tmp_path / name).rmdir()
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{name} is a file where the run writes a folder; move"):
+        check_folders(tmp_path)

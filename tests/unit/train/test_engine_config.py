@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -139,3 +141,9 @@ def test_vectors_and_marked_parameters_do_not_decay():
     decays = {id(p): g["weight_decay"] for g in decay_groups(both, 0.1) for p in g["params"]}
     assert decays == {id(module.weight): 0.1, id(module.bias): 0.0, id(marked.weight): 0.0}
     assert [g["weight_decay"] for g in decay_groups(both, 0.0)] == [0.0]
+
+
+def test_a_rank_does_not_import_mlflow_before_it_tracks():
+    code = "import sys, mdm.train.engine; print('mlflow' in sys.modules); import mlflow.tracking"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.split()) == (0, ["False"]), done.stderr
