@@ -42,7 +42,7 @@ DEMO = Config(
         dialogue_length=28,  # with its two pads as long as a caption and a picture
     ),
     train=TrainConfig(
-        steps=3000,
+        steps=2900,
         lr=2e-3,
         warmup=100,
         decay="cosine",

@@ -103,7 +103,7 @@ def stages(flags: Flags) -> list[Stage]:
             "Train the autoencoder",
             job(
                 "train_autoencoder",
-                *(*pictures, "--out", autoencoder, "--steps", "700"),
+                *(*pictures, "--out", autoencoder, "--steps", "600"),
             ),
             outputs=(autoencoder,),
             report=Path(autoencoder, "autoencoder.json"),

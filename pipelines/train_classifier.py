@@ -37,7 +37,7 @@ class Flags:
     )
     autoencoder: str = doc("runs/demo/autoencoder", "folder of the frozen autoencoder")
     out: str = doc("runs/demo/classifier", "folder to write")
-    epochs: int = doc(8, "passes over the training pictures")
+    epochs: int = doc(7, "passes over the training pictures")
     seed: int = doc(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
