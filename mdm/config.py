@@ -1,6 +1,6 @@
 """Typed configuration: frozen dataclasses with cross-field checks, and their way to JSON and back.
 
-Their command line is `mdm.cli`'s.
+Their command line is `mdm.utils.command_line`'s.
 """
 
 import dataclasses

@@ -19,14 +19,14 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from mdm.cli import fail, parse_cli
+from mdm.checkpoint.checkpoints import ASIDE, MARKER, Checkpoints, Keep
+from mdm.checkpoint.snapshot import DamagedError
+from mdm.checkpoint.state import RunError
 from mdm.config import doc
-from mdm.data.lease import hold
-from mdm.data.storage import StoreError
-from mdm.train.checkpoint import ASIDE, MARKER, Checkpoints, Keep
-from mdm.train.snapshot import DamagedError
-from mdm.train.state import RunError
+from mdm.storage import StoreError
+from mdm.storage.lease import hold
 from mdm.train.writer import RUN_LEASE
+from mdm.utils.command_line import fail, parse_cli
 
 COMMANDS = ("list", "verify", "prune", "rollback")
 

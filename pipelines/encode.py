@@ -23,20 +23,20 @@ from typing import Any
 from tqdm import tqdm
 
 from mdm import sources
-from mdm.cli import fail, parse_cli
 from mdm.config import doc
-from mdm.data import encoding, forecast, publish
-from mdm.data.duplicates import Ledger
-from mdm.data.first_stage import describe
-from mdm.data.lease import Lease, OtherJobError, hold
 from mdm.data.manifest import Manifest, ManifestError
-from mdm.data.receipt import Receipt, Sample, get_sealed, lowest, receipt_key, survey_key
-from mdm.data.recipe import Recipe, inputs_sha256
-from mdm.data.storage import Store, StoreError, StoreOptions, open_store
-from mdm.data.survey import Group, Survey, plan
-from mdm.data.tokenizer import Tokenizer
 from mdm.evaluate.card import card_page
+from mdm.first_stage.folder import describe
+from mdm.first_stage.tokenizer import Tokenizer
+from mdm.preprocess import encoding, forecast, publish
+from mdm.preprocess.duplicates import Ledger
+from mdm.preprocess.receipt import Receipt, Sample, get_sealed, lowest, receipt_key, survey_key
+from mdm.preprocess.recipe import Recipe, inputs_sha256
+from mdm.preprocess.survey import Group, Survey, plan
 from mdm.sources.record import Unit, describe_fully
+from mdm.storage import Store, StoreError, StoreOptions, open_store
+from mdm.storage.lease import Lease, OtherJobError, hold
+from mdm.utils.command_line import fail, parse_cli
 from pipelines import encode_on_ray
 from pipelines.encode_on_ray import GroupEncoder, Place, RayFailedError
 

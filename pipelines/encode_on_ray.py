@@ -21,15 +21,15 @@ if os.environ.get("RAY_ADDRESS", "127.0.0.1").startswith(("127.", "localhost:"))
 
 import ray
 
-from mdm.data import encoding
-from mdm.data.encoding import Chunk
-from mdm.data.receipt import Receipt, put_sealed
-from mdm.data.recipe import Recipe
-from mdm.data.storage import StoreOptions, open_store
-from mdm.data.survey import Group, survey
-from mdm.data.tokenizer import Tokenizer
+from mdm.first_stage.tokenizer import Tokenizer
+from mdm.launch.sockets import socket_folder
+from mdm.preprocess import encoding
+from mdm.preprocess.encoding import Chunk
+from mdm.preprocess.receipt import Receipt, put_sealed
+from mdm.preprocess.recipe import Recipe
+from mdm.preprocess.survey import Group, survey
 from mdm.sources.record import Unit, describe_fully
-from pipelines.sockets import socket_folder
+from mdm.storage import StoreOptions, open_store
 
 # Chunks under way to each encoder: what it works on, what waits for it, and some more where the
 # next chunks come unevenly.
@@ -93,7 +93,7 @@ class _Encoder:
     def __init__(self, recipe: Recipe, folder: str) -> None:
         import torch
 
-        from mdm.data.autoencoder import Autoencoder
+        from mdm.first_stage.autoencoder import Autoencoder
 
         torch.set_num_threads(recipe.encoder_threads)
         self._recipe = recipe

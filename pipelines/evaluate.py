@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mdm import tracking
-from mdm.cli import parse_cli
 from mdm.config import Config, doc, from_dict
-from mdm.data.autoencoder import Autoencoder
-from mdm.data.lease import hold_folder
-from mdm.data.storage import StoreError, join
-from mdm.data.tokenizer import Tokenizer
 from mdm.evaluate import classifier, poster
 from mdm.evaluate.caption import ClassNames
 from mdm.evaluate.heldout import counts, load_encoded, load_pictures, load_prompts
 from mdm.evaluate.runner import DemoData, Settings, run_demo, snapshot
-from mdm.files import load_json, read_json, write_json
+from mdm.first_stage.autoencoder import Autoencoder
+from mdm.first_stage.tokenizer import Tokenizer
 from mdm.generate import MDM
+from mdm.storage import StoreError, join
+from mdm.storage.lease import hold_folder
+from mdm.utils import tracking
+from mdm.utils.command_line import parse_cli
+from mdm.utils.files import load_json, read_json, write_json
 
 SETS = ("digits", "digits-val", "emoji", "emoji-valid")
 

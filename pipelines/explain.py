@@ -11,13 +11,13 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 
-from mdm.cli import parse_cli
 from mdm.config import DataConfig, SourceConfig, StageConfig, doc
 from mdm.data.manifest import ManifestError
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.order import Order
-from mdm.data.storage import StoreError
 from mdm.data.trace import find, locate, packs_of, uses
+from mdm.storage import StoreError
+from mdm.utils.command_line import parse_cli
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdm.cli import parse_cli
+from mdm.checkpoint.export import export_checkpoint
+from mdm.checkpoint.exported import KINDS
 from mdm.config import doc
-from mdm.data.storage import StoreError
-from mdm.exported import KINDS
-from mdm.train.export import export_checkpoint
+from mdm.storage import StoreError
+from mdm.utils.command_line import parse_cli
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mdm.cli import parse_cli
 from mdm.config import doc
-from mdm.data.autoencoder import Autoencoder
-from mdm.data.image import decode_image
-from mdm.data.storage import StoreError
 from mdm.diffusion.sampler import SOLVERS
+from mdm.first_stage.autoencoder import Autoencoder
 from mdm.generate import MDM
 from mdm.generate.generator import Options
 from mdm.generate.selection import draw_map
+from mdm.preprocess.image import decode_image
+from mdm.storage import StoreError
+from mdm.utils.command_line import parse_cli
 
 TASKS = ("class-to-image", "text-to-image", "image-to-text", "reply", "joint")
 

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdm.cli import fail, parse_cli
 from mdm.config import Config, ModelConfig, doc
 from mdm.data.batch import Batch
 from mdm.kernels import conv, fused
 from mdm.kernels import ssd as torch_ssd
+from mdm.loss import Objective
 from mdm.model.count import trunk_macs
-from mdm.model.network import Trunk, block_scans
+from mdm.model.decoder import Trunk, block_scans
 from mdm.model.packing import N_HEAD
-from mdm.objective import Objective
-from mdm.precision import BF16, autocast
 from mdm.presets import PRESETS
+from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.precision import BF16, autocast
 
 DEVICE = "cuda"
 MEASURED = ("mdm_1b", "mdm_7b")

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdm.cli import fail, parse_cli
 from mdm.config import Config, doc, from_dict
-from mdm.data.pixels import PixelPatches
-from mdm.data.tokenizer import Tokenizer
 from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import classifier, learn_report
 from mdm.evaluate.learn import Ruler, Task, evaluate
-from mdm.files import load_json
+from mdm.first_stage.pixel_patches import PixelPatches
+from mdm.first_stage.tokenizer import Tokenizer
 from mdm.generate import MDM
 from mdm.generate.generator import load_objective
+from mdm.launch.processes import CPU_ENV, supervised
+from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.files import load_json
 from pipelines import learn_data
-from pipelines.children import CPU_ENV, supervised
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mdm.cli import parse_cli
 from mdm.config import doc
 from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import learn_report
 from mdm.evaluate.ablation import runs_table, selection_table, solver_table
 from mdm.evaluate.learn import evaluate
 from mdm.evaluate.sheets import save_sheet
-from mdm.files import read_json, read_lines, write_json
+from mdm.launch.processes import CPU_ENV, supervised
+from mdm.utils.command_line import parse_cli
+from mdm.utils.files import read_json, read_lines, write_json
 from pipelines import learn_data
-from pipelines.children import CPU_ENV, supervised
 from pipelines.learn import Setting, load, prepare
 
 VARIANTS = {

@@ -13,13 +13,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from mdm.data.first_stage import PIXELS
 from mdm.data.manifest import Manifest, publish
-from mdm.data.pixels import PixelPatches, fitted
 from mdm.data.schema import Examples, example_schema, to_bfloat16_bits, write_shard
-from mdm.data.storage import open_store
-from mdm.data.tokenizer import EOS, Tokenizer, train_model
 from mdm.evaluate.caption import ClassNames
+from mdm.first_stage.folder import PIXELS
+from mdm.first_stage.pixel_patches import PixelPatches, fitted
+from mdm.first_stage.tokenizer import EOS, Tokenizer, train_model
+from mdm.storage import open_store
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (

@@ -29,23 +29,25 @@ from pathlib import Path
 
 import torch
 
-from mdm.cli import parse_cli
+from mdm.checkpoint.state import RunError
 from mdm.config import Config, doc
-from mdm.data.fit import check_fit
 from mdm.data.loader import Loader, ResumeError, build_loader
-from mdm.data.storage import StoreError
-from mdm.dist import World
-from mdm.model.network import Block, Trunk
-from mdm.model.transformer import AttentionBlock
-from mdm.objective import Objective
+from mdm.data.provenance import check_fit
+from mdm.loss import Objective
+from mdm.model.attention import AttentionBlock
+from mdm.model.decoder import Block, Trunk
+from mdm.planning.preflight import preflight, table
 from mdm.presets import PRESETS
-from mdm.train import blackbox, watch
+from mdm.storage import StoreError
+from mdm.train import heartbeat as watch
+from mdm.train import replay_box as blackbox
 from mdm.train.engine import device_of_rank, start_ranks, stop_ranks
 from mdm.train.loop import train
-from mdm.train.preflight import preflight, table
 from mdm.train.profiling import explain_out_of_memory, parse_steps, record_memory
 from mdm.train.run import Draw
-from mdm.train.state import RunError
+from mdm.utils import exit_codes
+from mdm.utils.command_line import parse_cli
+from mdm.utils.ranks import World
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def replay(config: Config, step: int) -> int:
     folder, report = blackbox.find_box(Path(config.run_dir), step)
     whole, played = blackbox.replay(folder, Objective)
     print(blackbox.describe(report, whole, played))
-    return watch.DONE
+    return exit_codes.DONE
 
 
 def drawing(pictures: int) -> Draw | None:
@@ -149,18 +151,18 @@ def main() -> int:
         return code
     except torch.OutOfMemoryError as error:  # of this rank alone
         said = explain_out_of_memory(error, config, world)
-        watch.report_end(watch.MISTAKE, said)
+        watch.report_end(exit_codes.MISTAKE, said)
         print(f"pretrain: rank {world.rank}: {said}", file=sys.stderr)
-        return watch.MISTAKE
+        return exit_codes.MISTAKE
     except (StoreError, OSError) as error:  # in the middle of the run, and of this rank alone
-        watch.report_end(watch.GAVE_UP, told(error))
+        watch.report_end(exit_codes.GAVE_UP, told(error))
         print(f"pretrain: rank {world.rank}: {told(error)}", file=sys.stderr)
-        return watch.GAVE_UP
+        return exit_codes.GAVE_UP
     except (RunError, ResumeError, SystemExit) as error:  # the same on every rank
         if isinstance(error, SystemExit) and not error.code:  # --help
             raise
         said = "" if isinstance(error, SystemExit) else str(error)
-        code = int(getattr(error, "code", watch.MISTAKE))
+        code = int(getattr(error, "code", exit_codes.MISTAKE))
         watch.report_end(code, said)
         if not world.is_main:
             time.sleep(3)  # once a rank is gone, the launcher ends the others: let rank 0 speak
@@ -168,7 +170,7 @@ def main() -> int:
             print(f"pretrain: {said}", file=sys.stderr)
         return code
     except Exception as error:
-        watch.report_end(watch.GAVE_UP, f"{type(error).__name__}: {error}")
+        watch.report_end(exit_codes.GAVE_UP, f"{type(error).__name__}: {error}")
         raise
     finally:
         stop_ranks()

@@ -12,7 +12,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 
-from mdm.cli import parse_cli
+from mdm.utils.command_line import parse_cli
 
 # Read when ray is imported. Only jobs that are given the token may connect.
 os.environ.pop("RAY_ADDRESS", None)

@@ -16,17 +16,17 @@ from typing import Any
 
 import torch
 
-from mdm.cli import fail, parse_cli
+from mdm.checkpoint.state import RunError
 from mdm.config import Config, doc
-from mdm.model.network import Block
-from mdm.model.transformer import AttentionBlock
+from mdm.model.attention import AttentionBlock
+from mdm.model.decoder import Block
+from mdm.planning.cost import Estimate, estimate
+from mdm.planning.footprint import STATES
+from mdm.planning.memory_plan import GIB, Ledger, plan, remedies, shapes_of
+from mdm.planning.rehearsal import Rehearsal, rehearse
 from mdm.presets import PRESETS
-from mdm.train.cost import Estimate, estimate
 from mdm.train.engine import load_deepspeed_config, zero_settings
-from mdm.train.footprint import STATES
-from mdm.train.ledger import GIB, Ledger, plan, remedies, shapes_of
-from mdm.train.rehearsal import Rehearsal, rehearse
-from mdm.train.state import RunError
+from mdm.utils.command_line import fail, parse_cli
 from pipelines.gpu_check import peak_flops
 from pipelines.pretrain import fields_of
 

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mdm.cli import parse_cli
 from mdm.config import doc
-from mdm.data.storage import S3Store, StoreError, StoreOptions
-from mdm.files import make_way, read_json
+from mdm.storage import S3Store, StoreError, StoreOptions
+from mdm.utils.command_line import parse_cli
+from mdm.utils.files import make_way, read_json
 
 HOST = "127.0.0.1"
 

@@ -37,11 +37,12 @@ from pathlib import Path
 
 import psutil
 
-from mdm.cli import fail, parse_cli
 from mdm.config import doc
-from mdm.train import watch
-from pipelines.children import end_descendants, prctl
-from pipelines.meeting import Attempt, Meeting, read_hostfile
+from mdm.launch.processes import end_descendants, prctl
+from mdm.launch.rendezvous import Attempt, Meeting, read_hostfile
+from mdm.train import heartbeat as watch
+from mdm.utils import exit_codes as codes
+from mdm.utils.command_line import fail, parse_cli
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SETTLE = 5.0  # seconds between the first sign of an end and the last process that may report one
@@ -77,7 +78,7 @@ class Flags:
 class Outcome:
     """How an attempt ended."""
 
-    code: int  # one of mdm.train.watch's, GAVE_UP for any failure
+    code: int  # one of mdm.train.heartbeat's, GAVE_UP for any failure
     reason: str
     step: int = -1  # the last one that a rank of this node began
     blamed: tuple[int, ...] = ()
@@ -184,9 +185,9 @@ class Supervisor:
                 attempt = meeting.next_attempt(lambda: bool(self.asked))
                 if attempt is None:
                     say(f"{self.asked}: nothing was running")
-                    return watch.REQUEUE
+                    return codes.REQUEUE
                 outcome = self.attempt(attempt, meeting)
-                meeting.ended(attempt, outcome.code == watch.GAVE_UP and outcome.hurt)
+                meeting.ended(attempt, outcome.code == codes.GAVE_UP and outcome.hurt)
                 code = self._judge(outcome)
                 if code is not None:
                     return code
@@ -210,18 +211,18 @@ class Supervisor:
 
     def _judge(self, outcome: Outcome) -> int | None:
         """The job's exit code, or None for one more attempt."""
-        if outcome.code in (watch.DONE, watch.MISTAKE, watch.HALTED):
+        if outcome.code in (codes.DONE, codes.MISTAKE, codes.HALTED):
             say(outcome.reason)
             return outcome.code
         if self.asked:
             say(f"{self.asked}: {outcome.reason}")
-            return watch.REQUEUE
+            return codes.REQUEUE
         if outcome.step > self.best:
             self.best, self.failures = outcome.step, 0
-        self.failures += outcome.code != watch.REQUEUE  # a rank was told to stop: it has saved
+        self.failures += outcome.code != codes.REQUEUE  # a rank was told to stop: it has saved
         if self.failures > self.flags.restarts:
             say(f"{outcome.reason}; {self.failures} failures in a row without a step forward")
-            return watch.GAVE_UP
+            return codes.GAVE_UP
         pause = 0.0
         if self.failures:
             pause = min(self.flags.backoff * 2 ** (self.failures - 1), self.flags.longest_backoff)
@@ -251,7 +252,7 @@ class Supervisor:
                     command_of(self.command, attempt, folder), env=env, start_new_session=True
                 )
             except FileNotFoundError as error:
-                return Outcome(watch.MISTAKE, f"cannot run {self.command[0]}: {error.strerror}")
+                return Outcome(codes.MISTAKE, f"cannot run {self.command[0]}: {error.strerror}")
             outcome = self._mind(launcher, folder, attempt, meeting)
             end_descendants()
             launcher.wait()
@@ -284,7 +285,7 @@ class Supervisor:
             hung = [] if ends else [r for r, b in beats.items() if _silent(b, now)]
             lost = meeting.broken(attempt)
             finished = bool(beats) and len(ends) == len(beats)
-            failed = any(e.code not in (watch.DONE, watch.REQUEUE, watch.HALTED) for e in ends)
+            failed = any(e.code not in (codes.DONE, codes.REQUEUE, codes.HALTED) for e in ends)
             if over is None and (exited or failed or hung or finished or lost):
                 over = now
             late = told is not None and now - told > self.flags.grace
@@ -293,7 +294,7 @@ class Supervisor:
                 settled = True  # it never came to training
             if settled or late:
                 outcome = self._conclude(launcher, beats, ends, hung, late)
-                if lost and outcome.code == watch.GAVE_UP:
+                if lost and outcome.code == codes.GAVE_UP:
                     outcome.reason, outcome.hurt = lost, False
                 return outcome
             time.sleep(0.2)
@@ -309,23 +310,23 @@ class Supervisor:
         step = max((b.step for b in beats.values()), default=-1)
         if late:
             return Outcome(
-                watch.GAVE_UP, f"the ranks did not save in {self.flags.grace:.0f} s", step
+                codes.GAVE_UP, f"the ranks did not save in {self.flags.grace:.0f} s", step
             )
         if hung:
             names = ", ".join(f"{r} (in {beats[r].part} of step {beats[r].step})" for r in hung)
-            return Outcome(watch.GAVE_UP, f"no heartbeat of rank {names}", step, tuple(hung), True)
-        codes = {e.code for e in ends}
+            return Outcome(codes.GAVE_UP, f"no heartbeat of rank {names}", step, tuple(hung), True)
+        ended_with = {e.code for e in ends}
         missing = sorted(set(beats) - {e.rank for e in ends})
         for code, reason in (
-            (watch.MISTAKE, "a mistake that a person has to mend"),
-            (watch.HALTED, f"ended by the file {watch.STOP_FILE}: not done, not to be requeued"),
-            (watch.REQUEUE, "told to stop, and saved"),
+            (codes.MISTAKE, "a mistake that a person has to mend"),
+            (codes.HALTED, f"ended by the file {watch.STOP_FILE}: not done, not to be requeued"),
+            (codes.REQUEUE, "told to stop, and saved"),
         ):
-            if code in codes:
+            if code in ended_with:
                 detail = next((e.reason for e in ends if e.code == code and e.reason), reason)
                 return Outcome(code, detail, step)
-        if codes == {watch.DONE} and not missing:
-            return Outcome(watch.DONE, f"done after step {step}", step)
+        if ended_with == {codes.DONE} and not missing:
+            return Outcome(codes.DONE, f"done after step {step}", step)
         reasons = [f"rank {e.rank}: {e.reason}" for e in ends if e.reason]
         killed = [r for r in missing if r in beats]
         blamed = tuple(sorted({b for e in ends for b in e.blamed} | set(killed)))
@@ -334,7 +335,7 @@ class Supervisor:
         if not beats and not ends:
             reasons = [f"{self.command[0]} ended with {launcher.poll()} before training began"]
         hurt = bool(killed) or not beats or any(set(e.blamed) & set(beats) for e in ends)
-        return Outcome(watch.GAVE_UP, "; ".join(reasons) or "it failed", step, blamed, hurt)
+        return Outcome(codes.GAVE_UP, "; ".join(reasons) or "it failed", step, blamed, hurt)
 
 
 def _silent(beat: watch.Beat, now: float) -> bool:

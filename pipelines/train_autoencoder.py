@@ -26,16 +26,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdm import sources
-from mdm.cli import parse_cli
 from mdm.config import doc
-from mdm.data import fit_autoencoder
-from mdm.data.autoencoder import Autoencoder, build, save
-from mdm.data.image import decode_image
-from mdm.data.lease import hold_folder
-from mdm.data.storage import StoreError
-from mdm.files import write_json
-from mdm.precision import describe, resolve
+from mdm.first_stage import fit_autoencoder
+from mdm.first_stage.autoencoder import Autoencoder, build, save
+from mdm.preprocess.image import decode_image
 from mdm.sources.record import RawRecord
+from mdm.storage import StoreError
+from mdm.storage.lease import hold_folder
+from mdm.utils.command_line import parse_cli
+from mdm.utils.files import write_json
+from mdm.utils.precision import describe, resolve
 
 HELD_OUT = 20  # one picture in so many, of sets that publish none held out
 

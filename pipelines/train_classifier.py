@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from mdm import sources
-from mdm.cli import parse_cli
 from mdm.config import doc
-from mdm.data.autoencoder import Autoencoder
-from mdm.data.lease import hold_folder
-from mdm.data.storage import StoreError
 from mdm.evaluate import classifier
 from mdm.evaluate.heldout import Pictures, load_pictures
 from mdm.evaluate.image import agreement
+from mdm.first_stage.autoencoder import Autoencoder
+from mdm.storage import StoreError
+from mdm.storage.lease import hold_folder
+from mdm.utils.command_line import parse_cli
 
 
 @dataclass(frozen=True)

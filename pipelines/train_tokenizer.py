@@ -15,13 +15,13 @@ from typing import Any
 from tqdm import tqdm
 
 from mdm import sources
-from mdm.cli import parse_cli
 from mdm.config import doc
-from mdm.data import corpus
-from mdm.data.lease import hold_folder
-from mdm.data.storage import StoreError
-from mdm.data.tokenizer import UNK, Tokenizer, train_model
-from mdm.files import write_json
+from mdm.first_stage import corpus
+from mdm.first_stage.tokenizer import UNK, Tokenizer, train_model
+from mdm.storage import StoreError
+from mdm.storage.lease import hold_folder
+from mdm.utils.command_line import parse_cli
+from mdm.utils.files import write_json
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 
 from tqdm import tqdm
 
-from mdm.cli import parse_cli
 from mdm.config import doc
-from mdm.data.lease import hold
 from mdm.data.manifest import MANIFEST, MANIFEST_SHA256, Manifest, ManifestError
-from mdm.data.storage import StoreError, open_store
-from mdm.data.verify import discard, verify
+from mdm.preprocess.verify import discard, verify
+from mdm.storage import StoreError, open_store
+from mdm.storage.lease import hold
+from mdm.utils.command_line import parse_cli
 
 NOTES = 10  # objects of other people's that are named
 

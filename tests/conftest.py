@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdm.precision import describe, resolve
+from mdm.utils.precision import describe, resolve
 from pipelines.s3_server import S3Server
 
 

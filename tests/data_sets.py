@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mdm.data import autoencoder
 from mdm.data.manifest import CARD, Manifest, canonical, publish
-from mdm.data.parts import PART_SHARDS, PartList, ShardPart, StoredParts, shard_parts
+from mdm.data.manifest_parts import PART_SHARDS, PartList, ShardPart, StoredParts, shard_parts
 from mdm.data.schema import BatchInfo, Examples, ShardInfo, example_schema, write_shard
-from mdm.data.storage import open_store
-from mdm.data.tokenizer import EOS, train_model
+from mdm.first_stage import autoencoder
+from mdm.first_stage.tokenizer import EOS, train_model
+from mdm.storage import open_store
 
 NAMES = ("one", "two", "three", "four")
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
 from mdm.data.batch import Batch, sample_key
-from mdm.dist import World
-from mdm.objective import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
+from mdm.loss import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
+from mdm.utils.ranks import World
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, VOCAB, LATENTS, CHANNELS = 12, 64, 4, 16
@@ -66,7 +66,7 @@ class Mixer(nn.Module):
 
 
 class SmallObjective(nn.Module):
-    """The interface of `mdm.objective.Objective`: two tasks, a running buffer, no hidden noise."""
+    """The interface of `mdm.loss.Objective`: two tasks, a running buffer, no hidden noise."""
 
     running_mean: Tensor
 

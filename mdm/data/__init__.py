@@ -1,1 +1,1 @@
-"""Encoded data: schema, storage, order, loading."""
+"""What a training step reads: schema, manifest, sample order, loader, batch."""

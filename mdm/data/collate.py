@@ -18,14 +18,14 @@ from torch import Tensor
 
 from mdm.data import packing
 from mdm.data.batch import Batch, sample_keys
-from mdm.data.buffers import BUFFERS
+from mdm.data.manifest_parts import starts
 from mdm.data.mixture import Mixture
 from mdm.data.order import Draw, layout_of
-from mdm.data.parts import starts
 from mdm.data.reader import Pending, RowCache, keys_of
 from mdm.data.text import fit_all
-from mdm.data.tokenizer import PAD
-from mdm.dist import World
+from mdm.first_stage.tokenizer import PAD
+from mdm.storage.buffers import BUFFERS
+from mdm.utils.ranks import World
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdm.data.manifest import Manifest
-from mdm.data.parts import ShardPart, starts
+from mdm.data.manifest_parts import ShardPart, starts
 
 Rows = NDArray[np.int64]
 

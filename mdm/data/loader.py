@@ -15,15 +15,15 @@ from typing import Any
 from mdm.config import Config
 from mdm.data import resume
 from mdm.data.batch import Batch
+from mdm.data.blocklist import substituted
+from mdm.data.cache import NodeCache
 from mdm.data.collate import Collator, Plan
 from mdm.data.mixture import Mixture, open_mixture
-from mdm.data.node_cache import NodeCache
 from mdm.data.order import Draw, Order, check_world
-from mdm.data.quarantine import substituted
 from mdm.data.reader import RowCache, open_cache, open_readers
 from mdm.data.resume import ResumeError as ResumeError
-from mdm.data.storage import StoreError
-from mdm.dist import World
+from mdm.storage import StoreError
+from mdm.utils.ranks import World
 
 
 class Loader:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mdm.data.parts import ManifestError as ManifestError
-from mdm.data.parts import (
+from mdm.data.manifest_parts import ManifestError as ManifestError
+from mdm.data.manifest_parts import (
     PartInfo,
     PartList,
     ShardPart,
@@ -24,10 +24,10 @@ from mdm.data.parts import (
     quarantine_parts,
     shard_parts,
 )
-from mdm.data.parts import Quarantined as Quarantined
-from mdm.data.parts import canonical as canonical
+from mdm.data.manifest_parts import Quarantined as Quarantined
+from mdm.data.manifest_parts import canonical as canonical
 from mdm.data.schema import BatchInfo, ShardInfo, example_schema
-from mdm.data.storage import MissingObjectError, Store, open_store
+from mdm.storage import MissingObjectError, Store, open_store
 
 MANIFEST = "manifest.json"
 MANIFEST_SHA256 = "manifest.json.sha256"

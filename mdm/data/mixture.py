@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mdm.config import DataConfig
 from mdm.data.manifest import Manifest
-from mdm.data.storage import join
+from mdm.storage import join
 
 QUOTA_BLOCK = 10_000  # slots within which every share is exact
 

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 
 from mdm.data.layout import RowLayout, Rows
 from mdm.data.manifest import Manifest
+from mdm.data.manifest_parts import starts
 from mdm.data.mixture import Mixture, Source
-from mdm.data.parts import starts
 from mdm.data.shuffle import Permutation, key_of, shuffled
-from mdm.dist import World
+from mdm.utils.ranks import World
 
 POOL = 16  # parts
 TOGETHER = 16  # steps of a task drawn together at most: one costs hardly less than all

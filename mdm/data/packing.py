@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mdm.data.tokenizer import PAD
+from mdm.first_stage.tokenizer import PAD
 
 ALGORITHM = "longest first into the emptiest row, 1"  # to be changed with what `plan` does
 FRAME = 4  # places that a text takes beside its tokens: time, class, and a pad before and after

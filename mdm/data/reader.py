@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdm.config import DataConfig
+from mdm.data.cache import NodeCache
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Mixture, Source
-from mdm.data.node_cache import NodeCache
 from mdm.data.schema import BatchInfo, Rows, checksum
-from mdm.data.storage import LocalStore, Store, StoreError
+from mdm.storage import LocalStore, Store, StoreError
 
 EXTENT = 8 << 20  # bytes that one request brings into a cache: fewer make S3 slow
 _BITS = 24  # of a shard's number, and of a record batch's in it

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from mdm.data.tokenizer import PAD
+from mdm.first_stage.tokenizer import PAD
 
 
 def fit(

@@ -5,16 +5,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from mdm.data.publish import unknown_warning
-from mdm.data.receipt import Sample
 from mdm.evaluate.charts import bar_chart
 from mdm.evaluate.page import render
+from mdm.preprocess.publish import unknown_warning
+from mdm.preprocess.receipt import Sample
 
 _BARS = 32
 
 
 def card_page(card: Mapping[str, Any], samples: Sequence[Sample]) -> str:
-    """The page of a card that `mdm.data.publish` made; one file, texts escaped."""
+    """The page of a card that `mdm.preprocess.publish` made; one file, texts escaped."""
     lengths = {int(k): v for k, v in card["token_lengths"].items()}
     edges, heights = histogram(lengths)
     chart = bar_chart(edges, heights, "tokens a text") if lengths else ""

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mdm.data.tensor_file import save_tensors
-from mdm.files import DamagedFileError, load_json, write_json
+from mdm.storage.tensor_file import save_tensors
+from mdm.utils.files import DamagedFileError, load_json, write_json
 
 FEATURES = 64
 

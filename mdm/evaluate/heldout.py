@@ -9,12 +9,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mdm import sources
-from mdm.data.image import decode_image
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Source
 from mdm.data.reader import SourceReader
 from mdm.data.schema import from_bfloat16_bits
-from mdm.data.tokenizer import Tokenizer
+from mdm.first_stage.tokenizer import Tokenizer
+from mdm.preprocess.image import decode_image
 from mdm.sources.record import RawRecord
 
 

@@ -9,7 +9,7 @@ from mdm.evaluate.learn import Drawn, Task
 from mdm.evaluate.page import Target, loss_charts, render, tiles, write_report
 from mdm.evaluate.runner import Label
 from mdm.evaluate.sheets import save_sheet
-from mdm.files import load_json, read_json, read_lines, write_json
+from mdm.utils.files import load_json, read_json, read_lines, write_json
 
 SHOWN = 100  # tiles of a sheet
 SHEETS = "sheets.json"

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mdm.evaluate.charts import line_chart
 from mdm.evaluate.sheets import Sheet, cut_sheet
-from mdm.files import write_bytes
+from mdm.utils.files import write_bytes
 
 TERMS = {
     "total": "total",

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mdm.evaluate.page import Target, data_uri, loss_charts, render, tiles, write_report
 from mdm.evaluate.sheets import Sheet, cut_sheet
-from mdm.files import load_json, read_lines
+from mdm.utils.files import load_json, read_lines
 
 TARGETS = (
     Target(

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdm.data.tokenizer import EOS, PAD
 from mdm.diffusion import schedule
 from mdm.diffusion.sampler import Solver, make_solver
+from mdm.first_stage.tokenizer import EOS, PAD
 from mdm.generate.request import Request, Sampling
 from mdm.generate.selection import (
     Selected,
@@ -18,8 +18,8 @@ from mdm.generate.selection import (
     image_score_entropy,
     text_score_entropy,
 )
-from mdm.model.embed import CLEAN, DROPPED
-from mdm.objective import Objective
+from mdm.loss import Objective
+from mdm.model.embedding import CLEAN, DROPPED
 
 
 class Drawn(NamedTuple):

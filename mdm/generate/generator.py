@@ -12,19 +12,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from mdm.checkpoint.exported import TOKENIZER, Training, read_provenance, write_files
 from mdm.config import Config, from_dict
-from mdm.data.autoencoder import Autoencoder
-from mdm.data.first_stage import PIXELS
-from mdm.data.fit import Provenance, check_autoencoder, check_tokenizer
-from mdm.data.tokenizer import EOS, PAD, Tokenizer
+from mdm.data.provenance import Provenance, check_autoencoder, check_tokenizer
 from mdm.diffusion import noise
-from mdm.exported import TOKENIZER, Training, read_provenance, write_files
-from mdm.files import load_json
+from mdm.first_stage.autoencoder import Autoencoder
+from mdm.first_stage.folder import PIXELS
+from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer
 from mdm.generate.denoise import Drawn, denoise
 from mdm.generate.request import Request, Sampling
 from mdm.generate.selection import Selected
-from mdm.objective import Objective
-from mdm.precision import AUTO, autocast, resolve
+from mdm.loss import Objective
+from mdm.utils.files import load_json
+from mdm.utils.precision import AUTO, autocast, resolve
 
 log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
@@ -33,7 +33,7 @@ TEXT_DELAY = 0.5  # of joint drawing: captions follow pictures more surely than 
 
 
 class Decodes(Protocol):
-    """What turns latents into pictures: `mdm.data.autoencoder.Autoencoder`, or pixel patches."""
+    """Turns latents into images: `mdm.first_stage.autoencoder.Autoencoder`, or pixel patches."""
 
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Pixels f32 [b, 3, h, w] in [0, 1] of latents [b, n, c]."""

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from mdm.config import ModelConfig
 from mdm.kernels.ssd import chunk_length
-from mdm.model.network import block_scans
-from mdm.model.transformer import feed_forward_width
+from mdm.model.attention import feed_forward_width
+from mdm.model.decoder import block_scans
 
 
 class Macs(NamedTuple):

@@ -21,7 +21,7 @@ from mdm.sources import (
     vqav2,
 )
 from mdm.sources.record import BadRecord, RawRecord, Reader, Unit, one_record
-from mdm.uri import folder_of
+from mdm.utils.uri import folder_of
 
 READERS: dict[str, Reader] = {
     "imagenet": imagenet,

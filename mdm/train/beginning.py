@@ -7,15 +7,15 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from mdm.checkpoint.checkpoints import Record
+from mdm.checkpoint.state import RunError, TrainState, flatten
 from mdm.config import Config
-from mdm.data.storage import StoreError
-from mdm.data.tokenizer import read_model
-from mdm.dist import World, gather_to_all
-from mdm.train.checkpoint import Record
+from mdm.first_stage.tokenizer import read_model
+from mdm.storage import StoreError
 from mdm.train.engine import ALLOWED, load_deepspeed_config, zero_settings
 from mdm.train.outcome import EXPORT, SAMPLES, SNAPSHOTS
 from mdm.train.run import Loader
-from mdm.train.state import RunError, TrainState, flatten
+from mdm.utils.ranks import World, gather_to_all
 
 T = TypeVar("T")
 

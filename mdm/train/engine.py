@@ -23,15 +23,15 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from mdm import precision
+from mdm.checkpoint.shards import Shards
+from mdm.checkpoint.state import RunError
 from mdm.config import Config
-from mdm.dist import World
-from mdm.train.shards import Shards
-from mdm.train.state import RunError
+from mdm.utils import precision
+from mdm.utils.ranks import World
 
-# DeepSpeed 0.19.8: its autotuner, which nothing here uses, imports mlflow on every rank, if it is
-# installed. That is half of DeepSpeed's own import, and would come before `mdm.mlflow_run` has
-# switched telemetry off.
+# DeepSpeed 0.19.8: its autotuner, which nothing here uses, imports mlflow on every rank where it is
+# installed. That takes as long as the rest of DeepSpeed's import, and would happen before
+# `mdm.utils.mlflow_run` has switched telemetry off.
 _hidden = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
 import deepspeed  # noqa: E402
 from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402

@@ -16,17 +16,16 @@ import psutil
 import torch
 from torch import nn
 
+from mdm.checkpoint.checkpoints import Checkpoints, Keep, uri_of
+from mdm.checkpoint.state import RunError, TrainState, check_resumable, settled
 from mdm.config import Config, to_dict
-from mdm.data.storage import open_store
-from mdm.dist import World, exchange
-from mdm.precision import describe
-from mdm.tracking import NullTracker
+from mdm.storage import open_store
 from mdm.train import recovery
 from mdm.train.beginning import on_every_rank, prepare
-from mdm.train.checkpoint import Checkpoints, Keep, uri_of
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, device_of_rank
 from mdm.train.guard import Guard
+from mdm.train.heartbeat import STOP_FILE, Watch, report_end
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.outcome import (
     EXPORT,
@@ -41,11 +40,13 @@ from mdm.train.outcome import (
 from mdm.train.profiling import Profile
 from mdm.train.run import Draw, Loader, Run
 from mdm.train.saver import Saver, find
-from mdm.train.state import RunError, TrainState, check_resumable, settled
 from mdm.train.throughput import Ranks, Throughput
-from mdm.train.watch import DONE as EXIT_DONE
-from mdm.train.watch import GAVE_UP, HALTED, STOP_FILE, Watch, report_end
 from mdm.train.writer import Writer, only_writer
+from mdm.utils.exit_codes import DONE as EXIT_DONE
+from mdm.utils.exit_codes import GAVE_UP, HALTED
+from mdm.utils.precision import describe
+from mdm.utils.ranks import World, exchange
+from mdm.utils.tracking import NullTracker
 
 NEVER = -1.0  # a limit that no norm is below
 

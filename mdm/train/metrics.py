@@ -21,14 +21,14 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
-from mdm import files
+from mdm.checkpoint.state import TrainState
 from mdm.data.batch import TASKS
-from mdm.data.storage import StoreError
-from mdm.dist import World, gather_to_all
-from mdm.objective import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
-from mdm.tracking import Tracker
-from mdm.train.state import TrainState
+from mdm.loss import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
+from mdm.storage import StoreError
 from mdm.train.throughput import Throughput
+from mdm.utils import files
+from mdm.utils.ranks import World, gather_to_all
+from mdm.utils.tracking import Tracker
 
 MODEL_PARTS = ("forward", "backward")
 PARTS = ("data", "forward", "exchange", "backward", "optimizer", "ema", "save", "other")

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import torch
 
-from mdm import files
+from mdm.checkpoint.checkpoints import Checkpoints, Record
+from mdm.checkpoint.export import export_checkpoint
+from mdm.checkpoint.exported import Training, missing_files, write_export
+from mdm.checkpoint.state import RunError, TrainState, flatten
 from mdm.config import Config, fingerprint, to_dict
-from mdm.data.fit import Provenance
-from mdm.data.storage import StoreError, join
-from mdm.dist import World, from_main
-from mdm.exported import Training, missing_files, write_export
-from mdm.journal import Journal
-from mdm.tracking import MlflowTracker, NullTracker, Tracker, read_key
-from mdm.train.checkpoint import Checkpoints, Record
-from mdm.train.export import export_checkpoint
+from mdm.data.provenance import Provenance
+from mdm.storage import StoreError, join
 from mdm.train.run import Run
-from mdm.train.state import RunError, TrainState, flatten
-from mdm.train.watch import GAVE_UP
+from mdm.utils import files
+from mdm.utils.exit_codes import GAVE_UP
+from mdm.utils.journal import Journal
+from mdm.utils.ranks import World, from_main
+from mdm.utils.tracking import MlflowTracker, NullTracker, Tracker, read_key
 
 DONE, TRACKING, JOURNAL = "done.json", "tracking.json", "tracking"
 EXPORT, SNAPSHOTS, SAMPLES = "export", "snapshots", "samples"  # folders

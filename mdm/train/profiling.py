@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mdm.config import Config
-from mdm.dist import World
+from mdm.utils.ranks import World
 
 OFFLOAD = "deepspeed_configs/zero3_offload.json"
 

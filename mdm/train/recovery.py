@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
+from mdm.checkpoint.checkpoints import Record
+from mdm.checkpoint.state import Diverged
 from mdm.data.batch import Batch
-from mdm.dist import from_main, gather_to_all
-from mdm.train import blackbox
-from mdm.train.checkpoint import Record
+from mdm.train import replay_box as blackbox
 from mdm.train.metrics import Clock, Window
 from mdm.train.run import Run
-from mdm.train.state import Diverged
+from mdm.utils.ranks import from_main, gather_to_all
 
 
 def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:

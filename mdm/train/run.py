@@ -5,20 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mdm.checkpoint.state import TrainState
 from mdm.config import Config
 from mdm.data.batch import Batch
-from mdm.dist import World
-from mdm.tracking import Tracker
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine
 from mdm.train.guard import Guard
+from mdm.train.heartbeat import Watch
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.profiling import Profile
 from mdm.train.saver import Saver
-from mdm.train.state import TrainState
 from mdm.train.throughput import Ranks, Throughput
-from mdm.train.watch import Watch
 from mdm.train.writer import Writer
+from mdm.utils.ranks import World
+from mdm.utils.tracking import Tracker
 
 # Draws pictures with the weights of an export (the first path) into a PNG (the second) and returns
 # what they show, as plain JSON values.

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import torch.distributed
 
-from mdm.data.storage import StoreError
-from mdm.dist import World, from_main, gather_to_all
-from mdm.train.checkpoint import Checkpoints, Keep, Record
+from mdm.checkpoint.checkpoints import Checkpoints, Keep, Record
+from mdm.checkpoint.snapshot import DamagedError, Snapshot, buffers_key, fetch, write_objects
+from mdm.checkpoint.state import RunError, TrainState
+from mdm.storage import StoreError
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine
-from mdm.train.snapshot import DamagedError, Snapshot, buffers_key, fetch, write_objects
-from mdm.train.state import RunError, TrainState
+from mdm.utils.ranks import World, from_main, gather_to_all
 
 # Uploads end by themselves, having tried; this is for ranks that are gone.
 VOTE_TIMEOUT = timedelta(hours=1)

@@ -13,8 +13,8 @@ import torch
 
 from mdm.config import Config, ModelConfig
 from mdm.data.batch import Batch
-from mdm.dist import World, exchange
 from mdm.model.count import trunk_macs
+from mdm.utils.ranks import World, exchange
 
 # Dense bf16 peak of one device in 1e12 FLOP/s, by a part of its name; from the makers' data sheets.
 PEAKS = {

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from mdm.checkpoint.checkpoints import uri_of
+from mdm.checkpoint.state import RunError
 from mdm.config import Config
-from mdm.data.lease import Lease, OtherJobError, place_of
-from mdm.data.storage import LocalStore, StoreError, open_store
-from mdm.dist import World, from_main
-from mdm.train.checkpoint import uri_of
-from mdm.train.state import RunError
-from mdm.train.watch import GAVE_UP, JOB, MISTAKE
+from mdm.storage import LocalStore, StoreError, open_store
+from mdm.storage.lease import Lease, OtherJobError, place_of
+from mdm.train.heartbeat import JOB
+from mdm.utils.exit_codes import GAVE_UP, MISTAKE
+from mdm.utils.ranks import World, from_main
 
 RUN_LEASE = "lease.json"  # in the run's folder and beside its checkpoints
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import tests.benchmarks as package
-from mdm.cli import fail
-from mdm.precision import describe, resolve
+from mdm.utils.command_line import fail
+from mdm.utils.precision import describe, resolve
 from tests.benchmarks import timing
 
 HELPERS = {

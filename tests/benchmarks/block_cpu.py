@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from mdm.model.network import Block, Order
-from mdm.precision import autocast, is_bf16_fast
+from mdm.model.decoder import Block, Order
+from mdm.utils.precision import autocast, is_bf16_fast
 from tests.benchmarks.shapes import SHAPES, Shape, projections, scan_products
 from tests.benchmarks.timing import THREADS, Result, matmul_floor, milliseconds, worst
 

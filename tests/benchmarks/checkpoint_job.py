@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import torch.distributed
 
+from mdm.checkpoint.checkpoints import Checkpoints, Keep
+from mdm.checkpoint.state import TrainState
 from mdm.config import Config, to_dict
-from mdm.dist import gather_to_all
-from mdm.train.checkpoint import Checkpoints, Keep
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, start_ranks, stop_ranks
 from mdm.train.saver import Saver
-from mdm.train.state import TrainState
+from mdm.utils.ranks import gather_to_all
 from tests.helpers import MemoryLoader, Mixer, SmallObjective, small_config
 
 ROUNDS = 7

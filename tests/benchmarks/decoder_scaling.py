@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mdm.config import ModelConfig
-from mdm.model.network import Network
+from mdm.model.decoder import Network
 from tests.benchmarks.timing import THREADS, Result
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # image tokens; the text adds a dozen

@@ -22,12 +22,12 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 
 from mdm import sources
-from mdm.data.autoencoder import PATCH, Autoencoder, to_signed
-from mdm.data.image import decode_image
 from mdm.data.schema import Examples, example_schema, to_bfloat16_bits, write_shard
-from mdm.data.storage import open_store
-from mdm.data.tokenizer import EOS
+from mdm.first_stage.autoencoder import PATCH, Autoencoder, to_signed
+from mdm.first_stage.tokenizer import EOS
+from mdm.preprocess.image import decode_image
 from mdm.sources.record import RawRecord
+from mdm.storage import open_store
 from pipelines import encode
 from tests.benchmarks.encoding import SIZE, Inputs
 from tests.benchmarks.timing import Result

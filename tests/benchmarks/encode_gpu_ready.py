@@ -15,11 +15,11 @@ import ray
 import torch
 
 from mdm import sources
-from mdm.data.encoding import Chunk, decode_group, encode_chunk
-from mdm.data.recipe import Recipe
-from mdm.data.storage import StoreOptions
-from mdm.data.survey import Group, plan
+from mdm.preprocess.encoding import Chunk, decode_group, encode_chunk
+from mdm.preprocess.recipe import Recipe
+from mdm.preprocess.survey import Group, plan
 from mdm.sources.record import Unit
+from mdm.storage import StoreOptions
 from pipelines import encode_on_ray
 from pipelines.encode_on_ray import GroupEncoder, Place
 from tests.benchmarks.encoding import Inputs

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mdm.data import autoencoder
-from mdm.data.first_stage import describe
-from mdm.data.recipe import Recipe, inputs_sha256
-from mdm.data.tokenizer import Tokenizer
+from mdm.first_stage import autoencoder
+from mdm.first_stage.folder import describe
+from mdm.first_stage.tokenizer import Tokenizer
+from mdm.preprocess.recipe import Recipe, inputs_sha256
 from mdm.sources.record import Unit
 from pipelines.encode import Flags, make_recipe
 from tests.data_sets import NAMES, write_tokenizer

@@ -13,25 +13,25 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from mdm.checkpoint.checkpoints import Checkpoints, Keep
+from mdm.checkpoint.state import TrainState
 from mdm.config import Config, GuardConfig
 from mdm.data.batch import Batch, sample_key
-from mdm.dist import World, from_main
-from mdm.model.network import Trunk
-from mdm.objective import Objective
+from mdm.loss import Objective
+from mdm.model.decoder import Trunk
 from mdm.presets import PRESETS
-from mdm.tracking import NullTracker
-from mdm.train.checkpoint import Checkpoints, Keep
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, decay_groups, load_deepspeed_config, start_ranks, stop_ranks
 from mdm.train.guard import Guard
+from mdm.train.heartbeat import Watch
 from mdm.train.loop import take_step
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.profiling import Profile
 from mdm.train.run import Run
 from mdm.train.saver import Saver
-from mdm.train.state import TrainState
 from mdm.train.throughput import Ranks, Throughput
-from mdm.train.watch import Watch
+from mdm.utils.ranks import World, from_main
+from mdm.utils.tracking import NullTracker
 
 ROUNDS, WARM = 40, 6
 

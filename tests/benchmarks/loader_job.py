@@ -65,9 +65,9 @@ def collate(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def write_ours(to: str) -> None:
     from mdm.data.manifest import CARD, Manifest, canonical, publish
-    from mdm.data.parts import shard_parts
+    from mdm.data.manifest_parts import shard_parts
     from mdm.data.schema import Examples, example_schema, write_shard
-    from mdm.data.storage import open_store
+    from mdm.storage import open_store
     from pipelines.encode import Flags
 
     flags = {f: Flags.__dataclass_fields__[f].default for f in ("batch_rows", "shard_rows")}

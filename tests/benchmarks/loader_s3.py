@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from mdm.data.storage import open_store
+from mdm.storage import open_store
 from pipelines.s3_server import S3Server
 from tests.benchmarks.loader_samples import BATCH, SAMPLES
 from tests.benchmarks.loading import in_turn, result, written

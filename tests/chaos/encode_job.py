@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mdm.data.manifest import Manifest
-from mdm.data.publish import receipts_of
 from mdm.data.schema import Rows, ShardInfo
-from mdm.data.storage import Store, open_store
-from mdm.data.verify import verify
+from mdm.preprocess.publish import receipts_of
+from mdm.preprocess.verify import verify
+from mdm.storage import Store, open_store
 from tests.data_sets import write_autoencoder, write_imagenet, write_tokenizer
 
 ROOT = Path(__file__).parents[2]

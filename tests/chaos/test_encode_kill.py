@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from mdm.data.lease import LEASE
 from mdm.data.manifest import MANIFEST
-from mdm.data.storage import open_store
+from mdm.storage import open_store
+from mdm.storage.lease import LEASE
 from pipelines import encode
 from pipelines.s3_server import S3Server
 from tests.chaos.encode_job import Job, check_whole, receipts, wait_for

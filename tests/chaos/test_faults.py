@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mdm.data.manifest import MANIFEST, Manifest
-from mdm.data.storage import StoreOptions, open_store
+from mdm.storage import StoreOptions, open_store
 from pipelines import verify
 from tests.chaos.encode_job import ROOT, Job, check_whole, one_line
 from tests.chaos.faults import environment, wrong_clock
@@ -146,7 +146,7 @@ def test_an_altered_manifest_is_named_with_both_hashes(
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
     script = f"""
-from mdm.data.storage import StoreError, open_store
+from mdm.storage import StoreError, open_store
 store = open_store({str(tmp_path)!r})
 store.put("small", b"x" * 1000)
 try:

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mdm.tracking import MlflowTracker
+from mdm.utils.tracking import MlflowTracker
 from tests.chaos.mlflow_server import MlflowServer
 from tests.chaos.proxy import FaultProxy
 

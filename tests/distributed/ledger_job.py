@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
-from mdm.model.network import Block
-from mdm.objective import Objective
-from mdm.train.activations import largest_batch
+from mdm.loss import Objective
+from mdm.model.decoder import Block
+from mdm.planning.activations import largest_batch
+from mdm.planning.footprint import STATES, held_bytes, saved_activations, watch_gathered
+from mdm.planning.memory_plan import plan
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, start_ranks, stop_ranks
-from mdm.train.footprint import STATES, held_bytes, saved_activations, watch_gathered
-from mdm.train.ledger import plan
 
 GLOBAL_BATCH, STEPS = 8, 3
 

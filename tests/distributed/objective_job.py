@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from mdm.data.batch import Batch
 from mdm.diffusion import noise
-from mdm.objective import Objective
+from mdm.loss import Objective
 from tests.golden.test_losses import CONFIG, batch
 
 GLOBAL_BATCH = 6

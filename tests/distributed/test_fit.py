@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from mdm.checkpoint.checkpoints import ASIDE, MARKER, Checkpoints
+from mdm.checkpoint.export import export_checkpoint
+from mdm.checkpoint.exported import read_provenance
+from mdm.checkpoint.state import RunError
 from mdm.data.manifest import MANIFEST, MANIFEST_SHA256
-from mdm.data.tokenizer import train_model
-from mdm.exported import read_provenance
-from mdm.train.checkpoint import ASIDE, MARKER, Checkpoints
-from mdm.train.export import export_checkpoint
-from mdm.train.state import RunError
+from mdm.first_stage.tokenizer import train_model
 from pipelines import learn_data
 from tests.helpers import ROOT
 

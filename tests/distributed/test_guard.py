@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdm.train import blackbox
-from mdm.train.checkpoint import Checkpoints
+from mdm.checkpoint.checkpoints import Checkpoints
+from mdm.train import replay_box as blackbox
 from tests.distributed.test_resume import losses, train, weights
 from tests.helpers import SmallObjective
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mdm.train.checkpoint import Checkpoints
+from mdm.checkpoint.checkpoints import Checkpoints
 from pipelines.learn_data import write
 from tests.helpers import ROOT
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 WATCHED = """
 import sys, time
 from pathlib import Path
-from mdm.train.watch import Watch
+from mdm.train.heartbeat import Watch
 watch = Watch(Path(sys.argv[1]), 0, 1, 600.0)
 if sys.argv[2] == "training":
     watch.begin_step(0)

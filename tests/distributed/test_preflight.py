@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mdm.train.preflight import judge_rates
+from mdm.planning.preflight import judge_rates
 from tests.helpers import ROOT, run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from mdm.data.manifest import Manifest
-from mdm.data.verify import verify
+from mdm.preprocess.verify import verify
 from tests.data_sets import write_autoencoder, write_imagenet, write_tokenizer
 from tests.helpers import ROOT
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mdm.train.checkpoint import MARKER, Checkpoints, Record
-from mdm.train.export import export_checkpoint
-from mdm.train.snapshot import read_whole
+from mdm.checkpoint.checkpoints import MARKER, Checkpoints, Record
+from mdm.checkpoint.export import export_checkpoint
+from mdm.checkpoint.snapshot import read_whole
 from mdm.train.writer import RUN_LEASE
 from pipelines.s3_server import S3Server
 from tests.helpers import run_ranks

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mdm.train import watch
+from mdm.train import heartbeat as watch
+from mdm.utils import exit_codes
 from tests.distributed.test_resume import losses
 from tests.helpers import ROOT
 
@@ -52,7 +53,7 @@ def whole(tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     process = start(launcher("torchrun"), run_dir, {})
     output = finish(process)
-    assert process.returncode == watch.DONE, output
+    assert process.returncode == exit_codes.DONE, output
     return run_dir
 
 
@@ -69,7 +70,7 @@ def test_a_killed_or_stopped_rank_costs_a_restart(whole, tmp_path, name, number)
     }
     process = start(launcher(name), run_dir, options)
     output = finish(process)
-    assert process.returncode == watch.DONE, output
+    assert process.returncode == exit_codes.DONE, output
     assert losses(run_dir) == losses(whole)
     done = json.loads((run_dir / "done.json").read_text())
     assert done["attempts"] == 2
@@ -93,15 +94,15 @@ def test_preemption_saves_and_the_same_line_goes_on(whole, tmp_path):
         seen += line
     process.send_signal(signal.SIGTERM)
     finish(process)
-    assert process.returncode == watch.REQUEUE
+    assert process.returncode == exit_codes.REQUEUE
     (run_dir / watch.STOP_FILE).touch()
     process = start(launcher("torchrun"), run_dir, {"train": {"checkpoint_every": 100}})
     output = finish(process)
-    assert process.returncode == watch.HALTED, output
+    assert process.returncode == exit_codes.HALTED, output
     (run_dir / watch.STOP_FILE).unlink()
     process = start(launcher("torchrun"), run_dir, {"train": {"checkpoint_every": 100}})
     output = finish(process)
-    assert process.returncode == watch.DONE, output
+    assert process.returncode == exit_codes.DONE, output
     assert losses(run_dir) == losses(whole)
 
 
@@ -127,5 +128,5 @@ def test_two_nodes_one_of_which_is_lost(whole, tmp_path):
     second.communicate()
     second = node("node-b")
     outputs = [finish(first), finish(second)]
-    assert [first.returncode, second.returncode] == [watch.DONE] * 2, "\n".join(outputs)
+    assert [first.returncode, second.returncode] == [exit_codes.DONE] * 2, "\n".join(outputs)
     assert losses(run_dir) == losses(whole)

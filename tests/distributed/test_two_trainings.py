@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from mdm.data.lease import hold
-from mdm.data.storage import LocalStore
-from mdm.train import watch
-from mdm.train.checkpoint import Checkpoints
+from mdm.checkpoint.checkpoints import Checkpoints
+from mdm.storage import LocalStore
+from mdm.storage.lease import hold
 from mdm.train.writer import RUN_LEASE
+from mdm.utils import exit_codes
 from tests.distributed.test_resume import losses, newest
 from tests.distributed.test_supervise import finish, launcher, start
 from tests.helpers import ROOT, start_ranks_of
@@ -83,7 +83,7 @@ def test_a_second_training_is_refused_and_the_first_one_is_untouched(tmp_path, s
             if second is seconds[0]:
                 assert "exitcode  : 2 " in output  # of each rank; the launcher's own is 1
             else:
-                assert second.returncode == watch.MISTAKE
+                assert second.returncode == exit_codes.MISTAKE
         assert not other_dir.exists()
         assert not (first_dir / "checkpoints").exists()
         assert files(first_dir) == before
@@ -91,11 +91,11 @@ def test_a_second_training_is_refused_and_the_first_one_is_untouched(tmp_path, s
     finally:
         gate.touch()
         output, _ = first.communicate(timeout=300)
-    assert first.returncode == watch.DONE, output
+    assert first.returncode == exit_codes.DONE, output
     assert not (first_dir / RUN_LEASE).exists()
     assert RUN_LEASE not in Checkpoints.at(s3).store.listing()
     output, _ = undisturbed.communicate(timeout=300)
-    assert undisturbed.returncode == watch.DONE, output
+    assert undisturbed.returncode == exit_codes.DONE, output
     assert losses(first_dir) == losses(tmp_path / "whole")
     records = [newest(uri)[1] for uri in (s3, tmp_path / "whole" / "checkpoints")]
     assert records[0].files == records[1].files
@@ -114,7 +114,7 @@ def test_a_job_that_was_replaced_while_it_slept_commits_nothing_and_says_so(tmp_
     gate.touch()
     job.send_signal(signal.SIGCONT)
     output, _ = job.communicate(timeout=300)
-    assert job.returncode == watch.MISTAKE, output
+    assert job.returncode == exit_codes.MISTAKE, output
     assert output.splitlines()[-1].startswith(
         f"{(run_dir / place).absolute()} was taken over by another job (process 7 on far, run else"
     )
@@ -136,7 +136,7 @@ def test_a_supervisor_of_a_second_job_ends_at_once_and_restarts_nothing(tmp_path
         before = sorted(run_dir.iterdir())
         process = start(launcher("torchrun"), run_dir, {})
         output = finish(process)
-        assert process.returncode == watch.MISTAKE, output
+        assert process.returncode == exit_codes.MISTAKE, output
         assert "restart in" not in output
         said = [line for line in output.splitlines() if line.startswith("supervise: ")]
         assert len(said) == 1

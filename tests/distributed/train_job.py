@@ -13,17 +13,18 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from mdm.checkpoint.checkpoints import Checkpoints, uri_of
+from mdm.checkpoint.snapshot import Snapshot
+from mdm.checkpoint.state import RunError
 from mdm.config import Config, GuardConfig
-from mdm.dist import World
-from mdm.objective import Objective
-from mdm.train import watch
-from mdm.train.checkpoint import Checkpoints, uri_of
+from mdm.loss import Objective
+from mdm.train import heartbeat as watch
 from mdm.train.engine import start_ranks, stop_ranks
 from mdm.train.loop import train
 from mdm.train.run import Draw
 from mdm.train.saver import Saver
-from mdm.train.snapshot import Snapshot
-from mdm.train.state import RunError
+from mdm.utils import exit_codes
+from mdm.utils.ranks import World
 from tests.helpers import MemoryLoader, Mixer, SmallObjective, small_config
 
 
@@ -206,7 +207,7 @@ def main() -> int:
             print(error, file=sys.stderr)  # noqa: T201
         return error.code
     except Exception as error:
-        watch.report_end(watch.GAVE_UP, f"{type(error).__name__}: {error}")
+        watch.report_end(exit_codes.GAVE_UP, f"{type(error).__name__}: {error}")
         raise
     finally:
         stop_ranks()

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mdm.cli import fail, parse_cli
 from mdm.config import doc
+from mdm.utils.command_line import fail, parse_cli
 from tests.drills import data, hostile_records, training, training_pages
 from tests.drills.drill import Drill, Row, Setting
 from tests.drills.two_trainings import two_trainings

@@ -8,8 +8,8 @@ import numpy as np
 
 from mdm.data.manifest import Manifest
 from mdm.data.schema import Rows
-from mdm.data.storage import open_store
-from mdm.data.verify import verify
+from mdm.preprocess.verify import verify
+from mdm.storage import open_store
 from tests import hostile
 from tests.chaos.encode_job import Job, one_line
 from tests.drills.drill import Row, Setting

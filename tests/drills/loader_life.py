@@ -13,7 +13,7 @@ from typing import Any
 from mdm.config import DataConfig, from_dict, to_dict
 from mdm.data.loader import Loader
 from mdm.data.mixture import open_mixture
-from mdm.dist import World
+from mdm.utils.ranks import World
 from tests.helpers import ROOT
 from tests.unit.data.elastic_job import LENGTHS
 

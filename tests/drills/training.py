@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mdm.train.checkpoint import MANIFEST, MARKER
+from mdm.checkpoint.checkpoints import MANIFEST, MARKER
 from pipelines.s3_server import S3Server
 from tests.chaos.faults import environment
 from tests.chaos.mlflow_server import MlflowServer

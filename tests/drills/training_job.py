@@ -17,8 +17,9 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from mdm.train import watch
-from mdm.train.checkpoint import ASIDE, MARKER, Checkpoints
+from mdm.checkpoint.checkpoints import ASIDE, MARKER, Checkpoints
+from mdm.train import heartbeat as watch
+from mdm.utils import exit_codes
 from tests.helpers import ROOT
 
 JOB = str(ROOT / "tests/distributed/train_job.py")
@@ -77,9 +78,9 @@ class Job:
     def done(self) -> bool:
         """Whether it is done; starts it again where it ended otherwise."""
         code = self.process.poll()
-        if code is None or code == watch.DONE:
-            return code == watch.DONE
-        assert code in (watch.REQUEUE, -signal.SIGKILL), self.said()[-3000:]
+        if code is None or code == exit_codes.DONE:
+            return code == exit_codes.DONE
+        assert code in (exit_codes.REQUEUE, -signal.SIGKILL), self.said()[-3000:]
         self.process = self._start()
         return False
 
@@ -101,7 +102,7 @@ class Job:
         """Have it save and end by the file STOP."""
         stop = self.run_dir / watch.STOP_FILE
         stop.touch()
-        assert self.process.wait(600) == watch.HALTED, self.said()[-3000:]
+        assert self.process.wait(600) == exit_codes.HALTED, self.said()[-3000:]
         stop.unlink()
         self.log.close()
 

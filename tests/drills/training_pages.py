@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mdm.train import watch
-from mdm.train.checkpoint import Checkpoints
+from mdm.checkpoint.checkpoints import Checkpoints
+from mdm.train import heartbeat as watch
+from mdm.utils import exit_codes
 from tests.chaos.encode_job import Job as EncodeJob
 from tests.drills.data import small_disk
 from tests.drills.drill import Row, Setting
@@ -104,7 +105,7 @@ def rolling_back(folder: Path, whole: Path) -> Iterator[Row]:
     job = waiting_run(folder / "rolled" / "run", {"train": TRAIN | {"keep": 10}})
     variables = {"RUN": str(job.run_dir), "STEP": "5", "TRAIN": job.command()}
     said = execute("rolling_back.md", ENV | variables)
-    held = job.process.wait(60) == watch.HALTED and "goes on from step-00000005" in said
+    held = job.process.wait(60) == exit_codes.HALTED and "goes on from step-00000005" in said
     same = equal(whole, job.run_dir)
     yield Row("rolling_back.md", 1, int(held), 0, same, time.monotonic() - began)
 
@@ -173,7 +174,7 @@ def world_size(folder: Path, whole: Path) -> Iterator[Row]:
     job = waiting_run(own / "run", options)
     command = job.command().replace("--nproc-per-node 2", "--nproc-per-node 3")
     said = execute("change_of_world_size.md", ENV | {"RUN": str(job.run_dir), "TRAIN": command})
-    held = job.process.wait(60) == watch.HALTED and "written by 2 ranks and now on 3" in said
+    held = job.process.wait(60) == exit_codes.HALTED and "written by 2 ranks and now on 3" in said
     one, other = done_note(own / "whole"), done_note(job.run_dir)
     same = one["order_digest"] == other["order_digest"] and other["world_size"] == 3
     pairs = zip(losses(own / "whole"), losses(job.run_dir), strict=True)

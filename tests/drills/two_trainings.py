@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mdm.train import watch
-from mdm.train.checkpoint import Checkpoints
+from mdm.checkpoint.checkpoints import Checkpoints
 from mdm.train.writer import RUN_LEASE
+from mdm.utils import exit_codes
 from pipelines.s3_server import S3Server
 from tests.chaos.faults import environment
 from tests.drills.drill import Row, Setting
@@ -44,7 +44,7 @@ def two_trainings(setting: Setting) -> Iterator[Row]:
     whole = setting.folder / "whole"
     undisturbed = start(whole, {"train": TRAIN})
     said, _ = undisturbed.communicate(timeout=900)
-    assert undisturbed.returncode == watch.DONE, said
+    assert undisturbed.returncode == exit_codes.DONE, said
     with ExitStack() as stack:
         server = stack.enter_context(S3Server(setting.folder / "s3", bucket="drill"))
         stack.enter_context(environment(server.env))
@@ -78,12 +78,12 @@ def second_job(
     go.touch()
     said, _ = second.communicate(timeout=300)
     lines = [x for x in said.splitlines() if "is being written by another job" in x]
-    refused = second.returncode == watch.MISTAKE and len(lines) == 1
+    refused = second.returncode == exit_codes.MISTAKE and len(lines) == 1
     refused = refused and f"(process {first.pid} on " in lines[0] and "Traceback" not in said
     refused = refused and not (elsewhere and second_dir.exists())
     gate.touch()
     output, _ = first.communicate(timeout=300)
-    assert first.returncode == watch.DONE, output
+    assert first.returncode == exit_codes.DONE, output
     assert refused, said
     attempts = (first_dir / "attempts.jsonl").read_text().splitlines()
     same = equal(whole, first_dir) and len(attempts) == 1 and events(first_dir) == events(whole)

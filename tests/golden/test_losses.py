@@ -12,7 +12,7 @@ import torch
 
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from mdm.data.batch import Batch
-from mdm.objective import Objective
+from mdm.loss import Objective
 
 RECORD = Path(__file__).with_name("losses.json")
 STEPS = 20

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from mdm.cli import parse_cli
 from mdm.config import Config, ModelConfig, doc, fingerprint, from_dict, to_dict
 from mdm.presets import PRESETS
+from mdm.utils.command_line import parse_cli
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -9,9 +9,9 @@ import torch
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from mdm.data import packing
 from mdm.data.batch import Batch
-from mdm.data.tokenizer import EOS
+from mdm.first_stage.tokenizer import EOS
+from mdm.loss import Objective
 from mdm.model.packing import N_HEAD, Texts, text_rows
-from mdm.objective import Objective
 
 LENGTH, ROWS = 24, 3
 SIZES = [5, 14, 1, 3, 6, 2, 4, 9]

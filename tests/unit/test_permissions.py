@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdm.data.fit import Provenance
-from mdm.data.tokenizer import Tokenizer
+from mdm.checkpoint.exported import Training, write_export
+from mdm.data.provenance import Provenance
 from mdm.evaluate import classifier
-from mdm.exported import Training, write_export
-from mdm.train import blackbox
+from mdm.first_stage.tokenizer import Tokenizer
+from mdm.train import replay_box as blackbox
 from pipelines import train_tokenizer
 from tests.data_sets import encoded, write_autoencoder, write_tokenizer, write_ultrachat
 from tests.helpers import MemoryLoader, small_config

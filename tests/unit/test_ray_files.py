@@ -11,8 +11,8 @@ import pytest
 import ray
 import yaml
 
-from mdm.cli import parse_cli
-from mdm.data.storage import StoreOptions
+from mdm.storage import StoreOptions
+from mdm.utils.command_line import parse_cli
 from pipelines.encode import Flags
 
 ROOT = Path(__file__).parents[2]

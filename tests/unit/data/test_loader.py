@@ -13,10 +13,10 @@ from mdm.data.mixture import Mixture, Source, open_mixture
 from mdm.data.order import Order, layout_of, sample_ids
 from mdm.data.reader import SourceReader
 from mdm.data.schema import from_bfloat16_bits
-from mdm.data.storage import LocalStore, StoreError, join
 from mdm.data.text import fit
-from mdm.data.tokenizer import EOS, PAD
-from mdm.dist import World
+from mdm.first_stage.tokenizer import EOS, PAD
+from mdm.storage import LocalStore, StoreError, join
+from mdm.utils.ranks import World
 from tests.data_sets import encoded, examples
 
 LENGTHS = {"caption_length": 8, "dialogue_length": 10}

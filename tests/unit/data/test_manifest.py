@@ -12,8 +12,8 @@ from mdm.data.manifest import (
     Quarantined,
     publish,
 )
-from mdm.data.parts import quarantine_parts
-from mdm.data.storage import StoreError, open_store
+from mdm.data.manifest_parts import quarantine_parts
+from mdm.storage import StoreError, open_store
 from tests.data_sets import encoded, planned
 
 

@@ -20,7 +20,7 @@ from mdm.data.mixture import (
 )
 from mdm.data.order import Order, SourceOrder, sample_ids
 from mdm.data.shuffle import Permutation, shuffled
-from mdm.dist import World
+from mdm.utils.ranks import World
 from tests.data_sets import planned
 
 SHUFFLED = [2, 7, 3, 6, 0, 1, 4, 5]

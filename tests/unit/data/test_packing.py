@@ -9,9 +9,9 @@ from mdm.data import packing
 from mdm.data.loader import Loader
 from mdm.data.mixture import Mixture, Source
 from mdm.data.order import Order, sample_ids
-from mdm.data.tokenizer import PAD
 from mdm.data.trace import locate, packs_of
-from mdm.dist import World
+from mdm.first_stage.tokenizer import PAD
+from mdm.utils.ranks import World
 from tests.data_sets import encoded
 
 LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=60)

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from mdm.config import DataConfig
 from mdm.data import reader
+from mdm.data.cache import NodeCache
 from mdm.data.loader import Loader
 from mdm.data.mixture import Mixture, Source
-from mdm.data.node_cache import NodeCache
 from mdm.data.reader import RowCache, SourceReader, keys_of, open_cache, open_readers
-from mdm.data.storage import S3Store, StoreError, StoreOptions
 from mdm.data.text import fit, fit_all
-from mdm.data.tokenizer import PAD
+from mdm.first_stage.tokenizer import PAD
+from mdm.storage import S3Store, StoreError, StoreOptions
 from tests.data_sets import encoded
 from tests.unit.data.test_loader import LENGTHS, same, take
 

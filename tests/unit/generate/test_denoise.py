@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
-from mdm.data.tokenizer import EOS, PAD
 from mdm.diffusion import noise
+from mdm.first_stage.tokenizer import EOS, PAD
 from mdm.generate.denoise import denoise
 from mdm.generate.request import Request, Sampling
-from mdm.objective import Objective
+from mdm.loss import Objective
 
 M, N, VOCAB = 12, 16, 29
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mdm.checkpoint.exported import Training, read_provenance, write_export
 from mdm.config import Config, DataConfig, ModelConfig
-from mdm.data.first_stage import PIXELS, describe
-from mdm.data.fit import Provenance
-from mdm.data.tokenizer import Tokenizer, train_model
+from mdm.data.provenance import Provenance
 from mdm.evaluate.heldout import load_encoded
-from mdm.exported import Training, read_provenance, write_export
+from mdm.first_stage.folder import PIXELS, describe
+from mdm.first_stage.tokenizer import Tokenizer, train_model
 from mdm.generate import MDM
-from mdm.objective import Objective
+from mdm.loss import Objective
 from pipelines import evaluate, generate, learn_data
 from tests.data_sets import write_autoencoder, write_tokenizer
 

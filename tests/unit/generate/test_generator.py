@@ -9,12 +9,12 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from mdm.config import Config, DataConfig, ModelConfig, to_dict
-from mdm.data import autoencoder
-from mdm.data.tokenizer import train_model
+from mdm.first_stage import autoencoder
+from mdm.first_stage.tokenizer import train_model
 from mdm.generate import MDM
 from mdm.generate import generator as module
 from mdm.generate.request import Request
-from mdm.objective import Objective
+from mdm.loss import Objective
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from mdm.model.network import Network
-from mdm.precision import autocast
-from tests.unit.model.test_network import SMALL, call
+from mdm.model.decoder import Network
+from mdm.utils.precision import autocast
+from tests.unit.model.test_decoder import SMALL, call
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mdm.config import ModelConfig
 from mdm.model.count import trunk_macs
-from mdm.model.network import Trunk
+from mdm.model.decoder import Trunk
 
 SMALL = ModelConfig(d_model=256, n_layer=3, d_state=16, headdim=32, chunk_size=32, long_skip=True)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mdm.config import ModelConfig
-from mdm.model.network import Network, Order, Trunk, _order
+from mdm.model.decoder import Network, Order, Trunk, _order
 from mdm.model.packing import sequence_mask
 
 M, GRID = 6, (3, 4)

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
-from mdm.data.lease import hold
-from mdm.train.checkpoint import Checkpoints
+from mdm.checkpoint.checkpoints import Checkpoints
+from mdm.storage.lease import hold
 from mdm.train.writer import RUN_LEASE
 from pipelines import checkpoints as job
-from tests.unit.train.test_checkpoint import commit
+from tests.unit.checkpoint.test_checkpoints import commit
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mdm.data.autoencoder import Autoencoder
-from mdm.data.tokenizer import Tokenizer
+from mdm.first_stage.autoencoder import Autoencoder
+from mdm.first_stage.tokenizer import Tokenizer
 from pipelines import demo_data, train_autoencoder, train_tokenizer
 
 

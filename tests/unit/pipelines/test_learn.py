@@ -2,11 +2,11 @@ import dataclasses
 
 import pytest
 
-from mdm.cli import parse_cli
 from mdm.data.loader import build_loader
-from mdm.data.tokenizer import Tokenizer
-from mdm.dist import World
+from mdm.first_stage.tokenizer import Tokenizer
 from mdm.presets import LEARN, PRESETS
+from mdm.utils.command_line import parse_cli
+from mdm.utils.ranks import World
 from pipelines import learn_data
 from pipelines.learn_ablate import ONE_SEED, VARIANTS, Flags, folder_name
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mdm.data.storage import open_store
+from mdm.storage import open_store
 from pipelines import checkpoints, encode, explain, export, train_tokenizer, verify
 from tests.data_sets import write_tokenizer, write_ultrachat
 from tests.helpers import ROOT

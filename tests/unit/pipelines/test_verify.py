@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from mdm.data.manifest import Quarantined, publish
-from mdm.data.parts import quarantine_parts
-from mdm.data.storage import open_store
+from mdm.data.manifest_parts import quarantine_parts
+from mdm.storage import open_store
 from pipelines import verify as job
 from tests.data_sets import planned
 

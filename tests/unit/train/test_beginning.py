@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from mdm.dist import World
+from mdm.checkpoint.state import RunError, TrainState
 from mdm.train.beginning import check_folders, check_settings, deepspeed_settings
-from mdm.train.state import RunError, TrainState
+from mdm.utils.ranks import World
 from tests.helpers import ROOT, small_config
 
 FILES = sorted((ROOT / "deepspeed_configs").glob("*.json"))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mdm.objective import Objective
+from mdm.checkpoint.state import RunError
+from mdm.loss import Objective
 from mdm.train.engine import (
     ALLOWED,
     OWNED_BY_CONFIG,
@@ -15,7 +16,6 @@ from mdm.train.engine import (
     load_deepspeed_config,
     zero_settings,
 )
-from mdm.train.state import RunError
 from tests.helpers import ROOT, small_config
 
 CONFIGS = sorted((ROOT / "deepspeed_configs").glob("*.json"))

@@ -4,13 +4,13 @@ import json
 import pytest
 import torch
 
-from mdm.dist import World
-from mdm.objective import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
-from mdm.tracking import NullTracker
+from mdm.checkpoint.state import TrainState
+from mdm.loss import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
 from mdm.train.loop import learning_rate, snapshot_steps
 from mdm.train.metrics import PARTS, Clock, Reporter, Window
-from mdm.train.state import TrainState
 from mdm.train.throughput import Throughput
+from mdm.utils.ranks import World
+from mdm.utils.tracking import NullTracker
 from tests.helpers import small_config
 
 

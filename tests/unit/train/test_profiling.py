@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from mdm.dist import World
 from mdm.train.profiling import Profile, parse_steps
+from mdm.utils.ranks import World
 from pipelines import pretrain
 
 

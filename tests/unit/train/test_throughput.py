@@ -3,16 +3,16 @@ import dataclasses
 import pytest
 import torch
 
-from mdm.dist import World
 from mdm.model.count import trunk_macs
 from mdm.presets import DEMO
 from mdm.train.throughput import Throughput, sequence_length, step_flops
+from mdm.utils.ranks import World
 from tests.helpers import MemoryLoader, small_config
 
 
 def test_sequence_is_that_of_the_network():
     """[time][class] [pad text pad] [pad image pad]: what the embedding makes of the demo."""
-    from mdm.model.network import Network
+    from mdm.model.decoder import Network
 
     model = DEMO.model
     network = Network(dataclasses.replace(model, n_layer=1, kernel="torch"))

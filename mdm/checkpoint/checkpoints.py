@@ -1,0 +1,262 @@
+"""Committed checkpoints in a folder or an S3 bucket: what there is, what is valid, what to keep.
+
+    step-00000500/
+      CLAIM                  when writing began; a name is never written to twice
+      rank-00000.json        what this rank's share consists of
+      rank-00000/KIND.0000   its numbers, raw fp32, 64 MiB an object
+      rank-00000/buffers     its module's buffers (safetensors)
+      manifest.json          format, TrainState, loader state, shapes, size and hash of all of these
+      COMMITTED              sha256 of manifest.json, written last, after all ranks agreed
+      ASIDE                  why nobody shall read it again, if so
+
+KIND is weights, exp_avg, exp_avg_sq, ema and, if there is a second average, ema2.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from mdm.checkpoint.snapshot import DamagedError, fetch, side_by_side
+from mdm.checkpoint.state import RunError, TrainState
+from mdm.config import Config
+from mdm.storage import MissingObjectError, Store, join, open_store
+
+FORMAT = 2  # 1 was DeepSpeed's own layout
+MARKER, MANIFEST, CLAIM, ASIDE = "COMMITTED", "manifest.json", "CLAIM", "ASIDE"
+_NAME = re.compile(r"step-(\d{8})(?:\.(\d+))?")
+_KEY = re.compile(rf"{CLAIM}|{MANIFEST}|{MARKER}|{ASIDE}|rank-\d{{5}}(\.json|/[a-z0-9_]+(\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay."""
+
+    newest: int = 2
+    every: int = 0  # steps; 0 for none
+    best: bool = False  # the one with the smallest loss
+
+    @classmethod
+    def of(cls, config: Config) -> "Keep":
+        """What a run's configuration asks for."""
+        train = config.train
+        return cls(train.keep, train.keep_every, train.keep_best)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The manifest of a committed checkpoint; its bulk has not been read yet."""
+
+    name: str
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return int(self.manifest["state"]["step"])
+
+    @property
+    def state(self) -> TrainState:
+        """Where the run stood; a fresh copy."""
+        return TrainState.from_json(json.loads(json.dumps(self.manifest["state"])))
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the last line of metrics before it; infinite where none is known."""
+        loss = self.manifest["state"].get("loss")
+        return float("inf") if loss is None else float(loss)
+
+    @property
+    def averages(self) -> list[str]:
+        """The averages it holds."""
+        return list(self.manifest["averages"])
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Size and hash by key."""
+        files: dict[str, dict[str, Any]] = self.manifest["files"]
+        return files
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the store."""
+        return sum(entry["bytes"] for entry in self.files.values())
+
+
+def uri_of(config: Config) -> str:
+    """Where a run's checkpoints lie."""
+    return config.train.checkpoints or join(config.run_dir, "checkpoints")
+
+
+class Checkpoints:
+    """The checkpoints below one URI. No rank talks to another here.
+
+    `confirm` is called before each change, and raises where another job has the right to them.
+    """
+
+    def __init__(self, store: Store, confirm: Callable[[], None] = lambda: None) -> None:
+        self.store, self.confirm = store, confirm
+        self._known: dict[str, Record] = {}
+
+    @classmethod
+    def at(cls, uri: str) -> "Checkpoints":
+        """Those in a folder or below `s3://bucket/prefix`."""
+        return cls(open_store(uri))
+
+    def contents(self) -> dict[str, set[str]]:
+        """Keys by checkpoint, newest first, valid or not; other people's objects are no part."""
+        found: dict[str, set[str]] = {}
+        for key in self.store.listing("step-"):
+            name, _, rest = key.partition("/")
+            if _NAME.fullmatch(name) and _KEY.fullmatch(rest):
+                found.setdefault(name, set()).add(rest)
+        return dict(sorted(found.items(), key=lambda item: _order(item[0]), reverse=True))
+
+    def read(self, name: str) -> Record:
+        """The manifest of a checkpoint.
+
+        Raises:
+            DamagedError: it was never committed, or its manifest is not the committed one.
+            RunError: it is of another format; the message names both.
+        """
+        try:
+            marker = self.store.get(f"{name}/{MARKER}")
+            data = self.store.get(f"{name}/{MANIFEST}")
+        except MissingObjectError:
+            raise DamagedError("it was never committed") from None
+        if hashlib.sha256(data).hexdigest() != marker.decode(errors="replace"):
+            raise DamagedError("manifest.json is not the one that was committed")
+        manifest = json.loads(data)
+        if (written := manifest.get("format", 1)) != FORMAT:
+            raise RunError(
+                f"{join(self.store.uri, name)} has checkpoint format {written}, this version reads "
+                f"format {FORMAT}; finish the run with the version that began it, or give another "
+                "--run_dir, or --resume none to start over"
+            )
+        return Record(name, manifest)
+
+    def newest_first(self) -> tuple[list[Record], list[tuple[str, str]]]:
+        """Committed checkpoints, and why others are not among them. Their bulk is not read."""
+        records, passed = [], []
+        for name, keys in self.contents().items():
+            if ASIDE in keys:
+                continue
+            try:
+                records.append(self.read(name))
+            except DamagedError as error:
+                passed.append((name, str(error)))
+                if MARKER in keys:
+                    self.set_aside(name, str(error))
+        return records, passed
+
+    def why_invalid(self, name: str) -> str:
+        """The first reason not to trust a checkpoint, every byte read; empty for a valid one."""
+        try:
+            record = self.read(name)
+            side_by_side(lambda f: len(fetch(self.store, *f)), record.files.items())
+        except DamagedError as error:
+            return str(error)
+        return ""
+
+    def latest_valid(self) -> tuple[Record | None, list[tuple[str, str]]]:
+        """The newest checkpoint whose every byte verifies, and why newer ones were passed over."""
+        records, passed = self.newest_first()
+        for record in records:
+            reason = self.why_invalid(record.name)
+            if not reason:
+                return record, [p for p in passed if _order(p[0]) > _order(record.name)]
+            passed.append((record.name, reason))
+        return None, passed
+
+    def sweep(self) -> None:
+        """Remove what killed jobs left half-written; for the job that holds the lease."""
+        self.confirm()
+        self.store.sweep("step-")
+
+    def claim(self, step: int) -> str:
+        """A name for a checkpoint of `step` that nobody else writes to, or ever did."""
+        self.confirm()
+        base, n, when = f"step-{step:08d}", 0, str(int(time.time())).encode()
+        while True:
+            name = f"{base}.{n}" if n else base
+            if not self._keys_of(name) and self.store.put(f"{name}/{CLAIM}", when, if_absent=True):
+                return name
+            n += 1
+
+    def commit(self, name: str, manifest: dict[str, Any]) -> None:
+        """Make `name` count: its manifest, then the marker."""
+        self.confirm()
+        data = json.dumps({"format": FORMAT} | manifest, indent=1).encode()
+        self.store.put(f"{name}/{MANIFEST}", data)
+        self.store.put(f"{name}/{MARKER}", hashlib.sha256(data).hexdigest().encode())
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Let nobody count it any more; it stays for whoever wants to look."""
+        self.confirm()
+        self.store.put(f"{name}/{ASIDE}", reason.encode())
+
+    def set_all_aside(self, reason: str) -> None:
+        """Have a run begin anew beside what there is."""
+        for name, keys in self.contents().items():
+            if ASIDE not in keys:
+                self.set_aside(name, reason)
+
+    def remove(self, name: str) -> None:
+        """Delete it, the marker first: a half-removed one must not look whole."""
+        self.confirm()
+        self.store.delete(f"{name}/{MARKER}")
+        for key in self._keys_of(name):
+            self.store.delete(f"{name}/{key}")
+
+    def _keys_of(self, name: str) -> list[str]:
+        """The keys of one checkpoint, below its name."""
+        keys = (key.removeprefix(f"{name}/") for key in self.store.listing(f"{name}/"))
+        return [key for key in keys if _KEY.fullmatch(key)]
+
+    def prune(self, keep: Keep, *, asides: bool = False) -> list[str]:
+        """Remove what `keep` does not ask for, and what was never committed; returns the names.
+
+        One that is newer than all committed ones may be being written: it goes with `asides` alone,
+        as those set aside do. Those whose manifest cannot be read stay.
+        """
+        counted: list[Record] = []
+        gone: list[str] = []
+        for name, keys in self.contents().items():
+            if ASIDE in keys:
+                gone += [name] if asides else []
+            elif MARKER not in keys:
+                gone += [name] if counted or asides else []
+            else:
+                with suppress(DamagedError, RunError):
+                    counted.append(self._cached(name))
+        kept = kept_of(counted, keep)
+        gone += [record.name for record in counted if record.name not in kept]
+        for name in gone:
+            self.remove(name)
+        return gone
+
+    def _cached(self, name: str) -> Record:
+        if name not in self._known:
+            self._known[name] = self.read(name)
+        return self._known[name]
+
+
+def kept_of(newest_first: Iterable[Record], keep: Keep) -> list[str]:
+    """The names that a policy keeps; always the newest."""
+    records = list(newest_first)
+    kept = {record.name for record in records[: max(keep.newest, 1)]}
+    if keep.every:
+        kept |= {record.name for record in records if record.step % keep.every == 0}
+    if keep.best and records:
+        kept.add(min(records, key=lambda record: record.loss).name)
+    return [record.name for record in records if record.name in kept]
+
+
+def _order(name: str) -> tuple[int, int]:
+    match = _NAME.fullmatch(name)
+    assert match is not None
+    return int(match[1]), int(match[2] or 0)

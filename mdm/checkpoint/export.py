@@ -1,0 +1,83 @@
+"""A committed checkpoint's weights for generation, with no rank running and no DeepSpeed."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from mdm.checkpoint.checkpoints import Checkpoints, Record
+from mdm.checkpoint.exported import Training, write_export
+from mdm.checkpoint.snapshot import DamagedError, buffers_key, fetch, read_whole
+from mdm.checkpoint.state import RunError
+from mdm.config import Config, from_dict
+from mdm.data.provenance import Provenance, check_tokenizer
+from mdm.first_stage.tokenizer import read_model
+
+log = logging.getLogger(__name__)
+
+
+def export_checkpoint(
+    checkpoint: str,
+    folder: Path,
+    kinds: Sequence[str] = ("ema",),
+    tokenizer: str = "",
+    config: Config | None = None,
+) -> None:
+    """Export some kinds of weights, the first as `model.safetensors`, whatever world wrote them.
+
+    Args:
+        checkpoint: folder or s3:// prefix of one checkpoint.
+        folder: where the export goes.
+        kinds: of `ema`, `ema2` and `raw`.
+        tokenizer: SentencePiece model, if the run's is not where it was.
+        config: the run's configuration as it is now; None for that of the checkpoint.
+
+    Raises:
+        RunError: the checkpoint is damaged, of another format, or lacks a kind; or the tokenizer is
+            not the one that the training data was encoded with.
+    """
+    uri, _, name = checkpoint.rstrip("/").rpartition("/")
+    checkpoints = Checkpoints.at(uri or ".")
+    try:
+        record = checkpoints.read(name)
+        config = config or from_dict(Config, record.state.config)
+        provenance = Provenance.of(record.manifest["loader"])
+        model = _tokenizer(tokenizer or config.tokenizer, provenance, checkpoint)
+        if lacking := [kind for kind in kinds if kind not in (*record.averages, "raw")]:
+            raise RunError(
+                f"{checkpoint} holds no {', '.join(lacking)}; it has raw and "
+                f"{', '.join(record.averages)}"
+            )
+        weights = {kind: _weights(checkpoints, record, kind) for kind in kinds}
+    except DamagedError as error:
+        raise RunError(f"{checkpoint} is not a valid checkpoint: {error}") from None
+    state = record.state
+    training = Training(state.step, state.samples_seen, state.loss)
+    write_export(folder, config, training, weights, model, provenance)
+
+
+def _tokenizer(path: str, provenance: Provenance, checkpoint: str) -> bytes:
+    """The tokenizer's file for an export; RunError unless it is the one of the training data."""
+    if provenance.tokenizer:
+        whose = f"the data of {checkpoint} was encoded with"
+        try:
+            return check_tokenizer(path, provenance.tokenizer, whose).model()
+        except ValueError as error:
+            raise RunError(str(error)) from None
+    found = Path(path).is_file()
+    kept = f"{path} is taken for it" if found else "the export holds none"
+    log.warning("%s does not record its tokenizer: %s", checkpoint, kept)
+    return read_model(path) if found else b""
+
+
+def _weights(checkpoints: Checkpoints, record: Record, kind: str) -> dict[str, Tensor]:
+    store, files = checkpoints.store, record.files
+    stored = "weights" if kind == "raw" else kind
+    size, shapes = int(record.manifest["world_size"]), record.manifest["shapes"]
+    weights = read_whole(store, record.name, size, files, stored, shapes)
+    for name, other in record.manifest["tied"].items():
+        weights[name] = weights[other].clone()
+    key = buffers_key(record.name, 0)
+    return weights | safetensors.torch.load(fetch(store, key, files[key]))

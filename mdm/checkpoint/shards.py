@@ -1,0 +1,176 @@
+"""Where ZeRO keeps a rank's part of the weights and of Adam's state, in DeepSpeed 0.19.8.
+
+Stages 2 and 3 lay parameters out differently; `pieces` says how, and nobody else has to know. The
+attributes read here are DeepSpeed's own: its version is pinned, and tests compare every number.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from mdm.checkpoint.snapshot import Piece
+from mdm.utils.ranks import World, gather_to_all
+
+CHUNK = 1 << 20  # numbers of a rank that travel together to rank 0
+
+
+class Shards:
+    """The flat fp32 tensors of one rank, and what they hold.
+
+    Args:
+        module: the model; under ZeRO-3 its parameters are partitioned.
+        optimizer: DeepSpeed's ZeRO optimizer around an Adam.
+        stage: of ZeRO, 2 or 3.
+        world: this rank's place.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Any, stage: int, world: World) -> None:
+        self._module, self._optimizer = module, optimizer
+        self._stage, self._world = stage, world
+
+    def _flats(self) -> list[Tensor]:
+        flats: list[Tensor] = (
+            self._optimizer.fp32_partitioned_groups_flat
+            if self._stage == 3
+            else self._optimizer.single_partition_of_fp32_groups
+        )
+        return flats
+
+    def partitions(self) -> list[Tensor]:
+        """Master weights, live, one tensor an optimizer sub-group."""
+        return [flat.data for flat in self._flats()]
+
+    def pieces(self) -> list[Piece]:
+        """What this rank's flat partitions, end to end, hold of which parameter. Padding is none's.
+
+        ZeRO-3 gives every rank an equal part of each parameter; ZeRO-2 lays the parameters of a
+        group end to end and gives every rank an equal part of that.
+        """
+        found, at, optimizer, rank = [], 0, self._optimizer, self._world.rank
+        names = {id(p): name for name, p in self._module.named_parameters()}
+        if self._stage == 3:
+            for p in (p for group in optimizer.fp16_groups for p in group):
+                n = p.partition_numel()
+                start = min(rank * n, p.ds_numel)
+                found.append(Piece(names[id(p)], start, min(n, p.ds_numel - start), at))
+                at += n
+            return [piece for piece in found if piece.length]
+        groups = zip(
+            optimizer.round_robin_bit16_groups,
+            optimizer.round_robin_bit16_offsets,
+            optimizer.partition_size,
+            strict=True,
+        )
+        for params, offsets, size in groups:
+            for p, offset in zip(params, offsets, strict=True):
+                first = max(offset, rank * size)
+                last = min(offset + p.numel(), (rank + 1) * size)
+                if first < last:
+                    place = (first - offset, last - first, at + first - rank * size)
+                    found.append(Piece(names[id(p)], *place))
+            at += size
+        return found
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes of the whole parameters by name, tied ones once."""
+        return {
+            n: list(getattr(p, "ds_shape", p.shape)) for n, p in self._module.named_parameters()
+        }
+
+    def tied(self) -> dict[str, str]:
+        """Further names of parameters, each with the name that `shapes` has."""
+        first = {id(p): name for name, p in self._module.named_parameters()}
+        every = self._module.named_parameters(remove_duplicate=False)
+        return {name: first[id(p)] for name, p in every if name != first[id(p)]}
+
+    def live(self) -> dict[str, list[Tensor]]:
+        """This rank's flat fp32 weights and Adam's two moments, live, a list of sub-groups each."""
+        states = [self._adam(flat) for flat in self._flats()]
+        return {
+            "weights": self.partitions(),
+            "exp_avg": [state["exp_avg"] for state in states],
+            "exp_avg_sq": [state["exp_avg_sq"] for state in states],
+        }
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that Adam took; those that were skipped are not among them."""
+        return int(self._adam(self._flats()[0])["step"])
+
+    def adopt(self, optimizer_steps: int) -> None:
+        """Make the parameters those of `live()`, which was written to; all ranks must call."""
+        optimizer = self._optimizer
+        for flat in self._flats():
+            state = self._adam(flat)
+            if isinstance(state["step"], Tensor):
+                state["step"].fill_(optimizer_steps)
+            else:
+                state["step"] = optimizer_steps
+        if self._stage == 3:
+            for i in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(i)
+            return
+        for parts, flat in zip(
+            optimizer.parallel_partitioned_bit16_groups, self.partitions(), strict=True
+        ):
+            own = flat.to(parts[0])
+            torch.distributed.all_gather(list(parts), own)
+
+    def _adam(self, flat: Tensor) -> dict[str, Any]:
+        """Adam's state of one flat partition; made as its first step would make it, if need be."""
+        adam = self._optimizer.optimizer
+        state: dict[str, Any] = adam.state[flat]
+        if not state:
+            fused = isinstance(adam, torch.optim.AdamW)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device) if fused else 0
+            state["exp_avg"] = torch.zeros_like(flat.data)
+            state["exp_avg_sq"] = torch.zeros_like(flat.data)
+        return state
+
+    def buffers(self) -> dict[str, Tensor]:
+        """This rank's persistent buffers by name, copied to host memory."""
+        parameters = dict(self._module.named_parameters(remove_duplicate=False))
+        persistent = set(self._module.state_dict()) - set(parameters)
+        return {
+            name: buffer.detach().cpu().clone()
+            for name, buffer in self._module.named_buffers()
+            if name in persistent
+        }
+
+    def load_buffers(self, values: dict[str, Tensor]) -> None:
+        """Continue with the buffers that `buffers` gave; those it lacks keep their values."""
+        for name, buffer in self._module.named_buffers():
+            if name in values:
+                buffer.copy_(values[name])
+
+    def gather(self, partitions: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Full tensors by `state_dict` name from all ranks' `partitions`, in rank 0's host memory.
+
+        All ranks must call; ranks other than 0 get an empty dict. Nothing of the running training
+        is touched. Buffers are rank 0's.
+        """
+        tables = gather_to_all(self.pieces())
+        length = sum(flat.numel() for flat in partitions)
+        shares = [torch.empty(length) for _ in tables] if self._world.is_main else []
+        at = 0
+        for chunk in (chunk for flat in partitions for chunk in flat.split(CHUNK)):
+            for share, part in zip(shares, self._to_main(chunk), strict=True):
+                share[at : at + len(part)] = part
+            at += len(chunk)
+        if not self._world.is_main:
+            return {}
+        full = {name: torch.empty(shape) for name, shape in self.shapes().items()}
+        for pieces, share in zip(tables, shares, strict=True):
+            for name, start, n, offset in pieces:
+                full[name].view(-1)[start : start + n] = share[offset : offset + n]
+        full |= {name: full[other].clone() for name, other in self.tied().items()}
+        return full | dict(sorted(self.buffers().items()))
+
+    def _to_main(self, part: Tensor) -> list[Tensor]:
+        main = self._world.is_main
+        parts = [torch.empty_like(part) for _ in range(self._world.size if main else 0)]
+        torch.distributed.gather(part.contiguous(), parts if main else None, dst=0)
+        return parts

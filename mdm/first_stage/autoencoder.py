@@ -1,0 +1,164 @@
+"""The frozen first-stage autoencoder (diffusers' AutoencoderKL): pictures <-> latent tokens.
+
+Shapes: B pictures, H x W pixels, f pixels a latent cell (4 or 8), C latent channels (4),
+N = (H / 2f) (W / 2f) tokens of 4C numbers, row after row.
+"""
+
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from diffusers import AutoencoderKL
+from einops import rearrange
+from torch import Tensor, nn
+
+from mdm.first_stage.folder import PATCH, describe
+from mdm.storage.tensor_file import open_as_created
+
+_Kl = cast(Any, AutoencoderKL)  # partly typed by diffusers
+
+# Pixels that a CPU takes at once, so that what lies between two convolutions stays in its caches:
+# 64 pictures of 128 px go through one by one, twice as fast as at once.
+_CPU_PIXELS = 1 << 14
+
+
+def build(
+    image_size: int,
+    channels: tuple[int, ...] = (16, 32, 64),
+    layers: int = 1,
+) -> nn.Module:
+    """An untrained AutoencoderKL that halves the picture between its `channels` levels.
+
+    ValueError where `image_size` does not come out in whole tokens.
+    """
+    factor = 2 ** (len(channels) - 1)
+    if image_size % (factor * PATCH):
+        raise ValueError(f"image_size {image_size} is no multiple of {factor * PATCH}")
+    model: nn.Module = _Kl(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        layers_per_block=layers,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=image_size,
+        mid_block_add_attention=False,
+    )
+    return model
+
+
+def save(model: nn.Module, folder: Path, mean: list[float], std: list[float]) -> None:
+    """Write diffusers' folder, with each latent channel's mean and deviation in the config."""
+    vae: Any = model
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.save_pretrained(folder, safe_serialization=True)
+    for path in folder.iterdir():
+        open_as_created(path)
+
+
+class Autoencoder:
+    """Encode and decode with a local folder in diffusers' format, without gradients."""
+
+    def __init__(self, model: nn.Module, sha256: str = "") -> None:
+        """Wrap a model; `load` is the usual way."""
+        self._model = cast(Any, model.eval().requires_grad_(False))
+        config = self._model.config
+        self.sha256 = sha256
+        self.image_size = int(config.sample_size)
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        channels = int(config.latent_channels)
+        self.latent_dim = channels * PATCH * PATCH
+        self.grid = (self.image_size // self.factor // PATCH,) * 2
+        # Channels of mean 0 and deviation 1. Where a folder lacks the per-channel figures,
+        # its scaling and shift say the same for all channels at once.
+        mean = config.latents_mean or [config.shift_factor or 0.0] * channels
+        std = config.latents_std or [1.0 / config.scaling_factor] * channels
+        self._mean = torch.tensor(mean).view(1, channels, 1, 1)
+        self._std = torch.tensor(std).view(1, channels, 1, 1)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> Self:
+        """The autoencoder of a local folder; ValueError names what is missing in it."""
+        known = describe(folder)
+        try:
+            model: nn.Module = _Kl.from_pretrained(
+                folder,
+                local_files_only=True,
+                low_cpu_mem_usage=False,  # the other way needs `accelerate` and saves nothing here
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            lines = str(error).splitlines() or [type(error).__name__]
+            raise ValueError(f"autoencoder {folder}: {lines[0]}") from None
+        return cls(model, known.sha256).to(device)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move to a device, and return self."""
+        self._model.to(device)
+        if torch.device(device).type == "cpu":
+            self._model.to(memory_format=torch.channels_last)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        return self
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latent tokens f32 [B, N, 4C] of pixels [B, 3, H, W], uint8 or floats in [0, 1].
+
+        The posterior's mean, each channel normalised. ValueError for sizes not in whole tokens.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"pixels have shape {tuple(pixels.shape)}, not [B, 3, H, W]")
+        step = self.factor * PATCH
+        if pixels.shape[2] % step or pixels.shape[3] % step:
+            raise ValueError(f"{pixels.shape[2]} x {pixels.shape[3]} is no multiple of {step}")
+        mean = torch.cat(
+            [
+                self._model.encode(to_signed(part.to(self._mean.device))).latent_dist.mode().float()
+                for part in self._slices(pixels, pixels.shape[2] * pixels.shape[3])
+            ]
+        )
+        cells = (mean - self._mean) / self._std
+        tokens: Tensor = rearrange(cells, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
+        return tokens.contiguous()
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Pixels f32 [B, 3, H, W] in [0, 1] of latent tokens [B, N, 4C].
+
+        `grid` gives the rows and columns of tokens (the picture size the model was made for).
+        ValueError where N is not rows x columns.
+        """
+        rows, columns = grid or self.grid
+        if latents.ndim != 3 or latents.shape[1:] != (rows * columns, self.latent_dim):
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, "
+                f"not [B, {rows} x {columns}, {self.latent_dim}]"
+            )
+        cells = rearrange(
+            latents.to(self._mean.device).float(),
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=rows,
+            w=columns,
+            p=PATCH,
+            q=PATCH,
+        )
+        size = rows * columns * (PATCH * self.factor) ** 2
+        pixels = torch.cat(
+            [
+                self._model.decode(part * self._std + self._mean).sample.float()
+                for part in self._slices(cells, size)
+            ]
+        )
+        return ((pixels + 1) / 2).clamp(0, 1)
+
+    def _slices(self, pictures: Tensor, pixels: int) -> tuple[Tensor, ...]:
+        """The batch as the network takes it, pictures of so many pixels."""
+        if self._mean.device.type != "cpu":
+            return (pictures,)
+        slices: tuple[Tensor, ...] = pictures.split(max(1, _CPU_PIXELS // pixels))
+        return slices
+
+
+def to_signed(pixels: Tensor) -> Tensor:
+    """Pixels, uint8 or floats in [0, 1], as floats in [-1, 1]."""
+    scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+    return scaled * 2 - 1

@@ -1,0 +1,121 @@
+"""Run one command so that none of its processes outlives it, or the process that asked for it.
+
+    python mdm/launch/processes.py PARENT_PID COMMAND [ARGUMENT ...]
+
+Launchers and daemons put their children into sessions of their own, where neither a closed
+terminal nor a killed parent reaches them. This process adopts them (Linux's child subreaper), so
+that it can end them all: after the command has ended, on SIGTERM or SIGINT, and when the parent
+dies, however it dies.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import psutil
+
+# Of jobs on CPUs; the Makefile says why threads spin that long.
+CPU_ENV = {"DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": "5000"}
+GRACE_SECONDS = 5.0
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def prctl(option: int, value: int) -> None:
+    """Set a process attribute, as Linux' prctl does; raises OSError if the kernel refuses."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
+
+
+def die_with_parent(signum: int) -> None:
+    """Let the kernel send `signum` to this process when its parent dies (Linux only)."""
+    if sys.platform == "linux":
+        prctl(_PR_SET_PDEATHSIG, signum)
+
+
+def _end(processes: list[psutil.Process], signum: int, grace: float) -> None:
+    for process in processes:
+        try:
+            process.send_signal(signum)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=grace)
+
+
+def end_descendants(grace: float = GRACE_SECONDS) -> None:
+    """SIGTERM to every descendant, SIGKILL to those still there after `grace` seconds."""
+    here = psutil.Process()
+    _end(here.children(recursive=True), signal.SIGTERM, grace)
+    # A process killed here may leave children that are adopted only now.
+    for _ in range(20):
+        left = here.children(recursive=True)
+        if not left:
+            return
+        _end(left, signal.SIGKILL, 1.0)
+
+
+def _ignore_signals() -> None:
+    for signum in _STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+class _Stopped(Exception):
+    """A signal asked this process to end."""
+
+
+def keep(parent: int, command: list[str]) -> int:
+    """Run `command` to its end and return its exit code (128 + signal if one ended it)."""
+
+    def stop(signum: int, frame: object) -> None:
+        _ignore_signals()  # a dying parent with threads is told of more than once
+        raise _Stopped(signum)
+
+    for signum in _STOPPING:
+        signal.signal(signum, stop)
+    code = 1
+    try:
+        if sys.platform == "linux":
+            prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        die_with_parent(signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the kernel was told to tell
+            return 128 + signal.SIGTERM
+        code = subprocess.Popen(
+            command, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGKILL)
+        ).wait()
+    except _Stopped as stopped:
+        code = -int(stopped.args[0])
+    except FileNotFoundError as error:
+        sys.stderr.write(f"cannot run {command[0]}: {error.strerror}\n")
+        code = 127
+    _ignore_signals()  # what follows must not be cut short
+    end_descendants()
+    return code if code >= 0 else 128 - code
+
+
+def supervised(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    stdout: int | None = None,
+    stderr: int | None = None,
+) -> "subprocess.Popen[str]":
+    """Start `command` under a supervisor; SIGTERM to it ends all of the command's processes.
+
+    `env` adds to this process's environment. Must be called from a thread that lives on.
+    """
+    return subprocess.Popen(
+        [sys.executable, __file__, str(os.getpid()), *command],
+        env={**os.environ, **(env or {})},
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(keep(int(sys.argv[1]), sys.argv[2:]))

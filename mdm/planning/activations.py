@@ -1,0 +1,228 @@
+"""What a training step keeps and needs beside the weights, found without computing it.
+
+The trunk runs on torch's fake tensors, which have shapes, types and lifetimes but no memory: any
+size takes seconds. VAE, embedding and heads, which ask for values on their way, run on real ones,
+but for matrix products, which a CPU would compute for minutes. Both
+run on one and on two samples: what is kept grows evenly with them.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from mdm.data.batch import Batch
+from mdm.kernels import fused
+from mdm.loss import Objective
+from mdm.model.decoder import Trunk
+from mdm.model.packing import N_HEAD
+from mdm.planning.footprint import Live, saved_activations
+from mdm.utils.precision import autocast
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes a rank for its share of a step."""
+
+    trunk: int  # kept from forward to backward by all blocks, without checkpointing
+    trunk_checkpointed: int  # the same with it: the blocks' inputs
+    block: int  # the most that one block has in work, forward and backward, its gradients included
+    block_kept: int  # what one block keeps from forward to backward
+    heads: int  # kept by VAE, embedding, heads and losses
+    heads_peak: int  # the most that these have in work
+
+    def kept(self, checkpointed: bool) -> int:
+        """What a forward pass leaves to its backward pass."""
+        return self.heads + (self.trunk_checkpointed if checkpointed else self.trunk)
+
+    def work(self, checkpointed: bool) -> int:
+        """The most on top of it: in the heads, or while the last block's gradient is computed."""
+        in_block = self.block - (0 if checkpointed else self.block_kept)
+        return max(in_block, self.heads_peak - self.heads)
+
+
+def largest_batch(config: Config, samples: int, with_picture: bool = True) -> Batch:
+    """A batch of as many samples, texts as long as the configuration allows."""
+    model, data = config.model, config.data
+    m = data.caption_length if with_picture else data.dialogue_length
+    keys = torch.arange(samples)
+    n = model.image_height * model.image_width
+    latents = torch.randn(samples, n, model.latent_dim) if with_picture else None
+    return Batch(
+        ids=tuple(f"sample-{i}" for i in range(samples)),
+        keys=keys,
+        epochs=torch.zeros_like(keys),
+        class_ids=torch.full_like(keys, -1),
+        tokens=torch.randint(4, model.vocab_size, (samples, m)),
+        prompt=torch.zeros(samples, m, dtype=torch.bool),
+        latents=latents,
+    )
+
+
+def sequence_length(config: Config, with_picture: bool) -> int:
+    """Tokens of the trunk's sequence for the longest sample of either task."""
+    if not with_picture:
+        return N_HEAD + config.data.dialogue_length + 2
+    grid = config.model.image_height * config.model.image_width
+    return N_HEAD + config.data.caption_length + 2 + grid + 2
+
+
+@lru_cache(maxsize=8)
+def _for_one_and_two(
+    model: ModelConfig, objective: ObjectiveConfig, data: DataConfig, picture: bool, precision: str
+) -> list[Activations]:
+    config = Config(model=model, objective=objective, data=data)
+    return [
+        Activations(*_trunk(config, n, picture, precision), *_heads(config, n, picture, precision))
+        for n in (1, 2)
+    ]
+
+
+def activations(config: Config, samples: int, with_picture: bool, precision: str) -> Activations:
+    """What a step on `samples` samples of one task needs beside states and parameters."""
+    key = (config.model, config.objective, config.data)
+    one, two = map(dataclasses.astuple, _for_one_and_two(*key, with_picture, precision))
+    return Activations(*(a + (b - a) * (samples - 1) for a, b in zip(one, two, strict=True)))
+
+
+def _trunk(
+    config: Config, samples: int, with_picture: bool, precision: str
+) -> tuple[int, int, int, int]:
+    model = config.model
+    if model.kernel == "compiled":  # keeps less; counted as what it is compiled from
+        model = dataclasses.replace(model, kernel="torch")
+    m = config.data.caption_length if with_picture else config.data.dialogue_length
+    grid = (model.image_height, model.image_width) if with_picture else None
+    small = dataclasses.replace(
+        model,
+        n_layer=min(4, model.n_layer),  # every kind of block is among the first four
+        long_skip=False,
+        d_model=model.headdim,
+        expand=1,
+        n_heads=1,
+        n_kv_heads=1,
+        kernel="torch",
+    )
+    one = dataclasses.replace(model, n_layer=1, long_skip=False)
+    shape = (samples, sequence_length(config, with_picture), model.d_model)
+    # Scan orders are cached: let them be made here, as real tensors.
+    with torch.no_grad():
+        Trunk(small)(torch.zeros(1, shape[1], small.d_model), m, grid)
+
+    def run(trunk: nn.Module) -> tuple[Tensor, int]:
+        x = torch.randn(shape, requires_grad=True)
+        with autocast(precision), saved_activations(trunk) as saved:
+            return trunk(x, m, grid), saved.bytes
+
+    with FakeTensorMode(allow_non_fake_inputs=True), _shapes_of_fused_kernels():
+        whole = Trunk(model)
+        trunk = run(whole)[1]
+        whole.checkpointing = True
+        checkpointed = run(whole)[1]
+        block = Trunk(one)
+        with Live() as live:
+            y, kept = run(block)
+            y.sum().backward()
+    return trunk, checkpointed, live.peak, kept
+
+
+class _NoTrunk(nn.Module):
+    """Stands where the trunk is, without a block."""
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """The sequence as it is."""
+        return x
+
+
+def _heads(config: Config, samples: int, with_picture: bool, precision: str) -> tuple[int, int]:
+    tiny = dataclasses.replace(
+        config.model, n_layer=1, long_skip=False, scan_mode="alternate", expand=1, d_state=1
+    )
+    objective = Objective(dataclasses.replace(config, model=tiny))
+    objective.network.trunk = _NoTrunk()  # type: ignore[assignment]
+    batch = largest_batch(config, samples, with_picture)
+    with _NoProducts(), Live() as live:  # type: ignore[no-untyped-call]
+        with autocast(precision), saved_activations(objective) as saved:
+            total = objective(batch, 0).total
+        total.backward()
+    # Gradients of these parameters are among what is alive, and counted elsewhere.
+    gradients = sum(p.numel() * p.element_size() for p in objective.parameters())
+    return saved.bytes, max(live.peak - gradients, saved.bytes)
+
+
+class _NoProducts(TorchDispatchMode):
+    """Matrix products give zeros: of their shape, type and memory, in no time."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run all other operations as they are."""
+        if func.overloadpacket not in _PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        left, right = args[-2:]
+        return left.new_zeros((*left.shape[:-1], right.shape[-1]))
+
+
+_PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm}
+
+
+class _ScanShapes(torch.autograd.Function):
+    """What mamba_ssm's chunked scan keeps and needs, without its values."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int
+    ) -> Tensor:
+        b, length, h, _ = x.shape
+        q = min(chunk_size, length)
+        dA_cumsum = x.new_empty((b, h, -(-length // q), q), dtype=torch.float32)
+        y = torch.empty_like(x)
+        ctx.save_for_backward(y, x, dt, dA_cumsum, A, B, C)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _, x, dt, dA_cumsum, A, B, C = ctx.saved_tensors
+        b, chunks = x.shape[0], dA_cumsum.shape[2]
+        states = x.new_empty((b, chunks, *x.shape[2:], B.shape[3]), dtype=torch.float32)
+        grads = [torch.empty_like(t) for t in (x, dt, A, B, C)]
+        del states
+        return (*grads, None)
+
+
+class _ConvShapes(torch.autograd.Function):
+    """What causal-conv1d keeps and needs, without its values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, weight, bias = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _scan(x: Tensor, *inputs: Tensor, chunk_size: int, seq_idx: None = None) -> Tensor:
+    y: Tensor = _ScanShapes.apply(x, *inputs, chunk_size)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: None = None) -> Tensor:
+    y: Tensor = _ConvShapes.apply(x.contiguous(), weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+@contextlib.contextmanager
+def _shapes_of_fused_kernels() -> Iterator[None]:
+    """The CUDA kernels cannot run here; what they keep is known from their sources."""
+    with mock.patch.object(fused, "ssd", _scan), mock.patch.object(fused, "causal_conv", _conv):
+        yield

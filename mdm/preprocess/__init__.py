@@ -1,0 +1,1 @@
+"""From raw records to published shards: survey, filters, duplicates, encoding, publishing."""

@@ -1,0 +1,191 @@
+"""A prefix in an S3 bucket as a store."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from mdm.storage import s3_uploads
+from mdm.storage.base import (
+    ChangedObjectError,
+    MissingObjectError,
+    Store,
+    StoreError,
+    StoreOptions,
+    is_folder_marker,
+)
+from mdm.storage.s3_requests import (
+    BrokenBodyError,
+    DamagedBodyError,
+    OtherVersionError,
+    RefusedError,
+    S3Requests,
+)
+
+_PIECE = 4 << 20  # bytes of a body read at a time: a broken one goes on behind the last piece
+_PINS = 1 << 16  # objects whose version is remembered
+
+
+class S3Store(Store):
+    """A prefix in a bucket."""
+
+    def __init__(self, uri: str, options: StoreOptions) -> None:
+        self.requests = S3Requests(uri, options)
+        self.uri = uri.rstrip("/")
+        self.options = options
+        self._pins: dict[str, str] = {}  # key -> ETag of the version that is being read
+
+    def put(  # noqa: D102
+        self, key: str, data: bytes | memoryview, *, if_absent: bool = False
+    ) -> bool:
+        self._pins.pop(key, None)
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
+        try:
+            view = memoryview(data).cast("B")
+            if len(view) > self.options.part_bytes:
+                if if_absent and self.exists(key):
+                    return False  # the server would only say so behind the last part
+                s3_uploads.put_in_parts(self.requests, key, view, condition)
+            else:
+                self._put_whole(key, bytes(view), condition)  # botocore takes no views
+        except OtherVersionError:
+            return False
+        return True
+
+    def replace(self, key: str, data: bytes, etag: str) -> str | None:  # noqa: D102
+        self._pins.pop(key, None)
+        try:
+            answer = self._put_whole(key, data, {"IfMatch": etag})
+        except (OtherVersionError, MissingObjectError):
+            return None
+        return str(answer["ETag"])
+
+    def _put_whole(self, key: str, data: bytes, condition: dict[str, str]) -> dict[str, Any]:
+        more = condition | s3_uploads.asked_for(self.options)
+        return self.requests.call(
+            "write",
+            key,
+            lambda _: self.requests.client.put_object(**self.requests.at(key), Body=data, **more),
+        )
+
+    def sweep(self, *prefixes: str) -> None:  # noqa: D102
+        for prefix in prefixes:
+            s3_uploads.sweep(self.requests, prefix)
+
+    def read(self, key: str) -> tuple[bytes, str]:  # noqa: D102
+        return self._download(key, None, "")
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:  # noqa: D102
+        if len(self._pins) >= _PINS:
+            self._pins.clear()
+        try:
+            data, etag = self._download(key, (offset, length), self._pins.get(key, ""))
+        except OtherVersionError:
+            self._pins.pop(key, None)
+            raise ChangedObjectError(
+                f"{self.uri}/{key} was replaced while it was being read: start again with the "
+                "manifest that is there now"
+            ) from None
+        self._pins[key] = etag
+        if len(data) != length:
+            raise StoreError(
+                f"{self.uri}/{key} ends at byte {offset + len(data)}, before {offset + length}"
+            )
+        return data
+
+    def _download(self, key: str, span: tuple[int, int] | None, pinned: str) -> tuple[bytes, str]:
+        """Bytes and ETag. What came before a break is kept, if the object is still the same."""
+        start, size = span or (0, None)
+        pieces: list[bytes] = []
+        etag = pinned
+
+        def request(end: float) -> None:
+            nonlocal etag, size
+            done = sum(map(len, pieces))
+            if size is not None and done >= size:
+                return  # the connection broke behind the last byte
+            wanted = self.requests.at(key)
+            if span or done:
+                last = "" if size is None else start + size - 1
+                wanted["Range"] = f"bytes={start + done}-{last}"
+            if pinned or done:
+                wanted["IfMatch"] = etag
+            try:
+                answer = self.requests.client.get_object(**wanted)
+                if span is None and size is None:
+                    size = answer["ContentLength"]
+                etag = answer["ETag"]
+                for piece in _pieces(answer, end):
+                    pieces.append(piece)
+            except DamagedBodyError:
+                pieces.clear()
+                raise
+            except RefusedError as error:
+                if (
+                    done
+                    and not pinned
+                    and error.response["ResponseMetadata"].get("HTTPStatusCode") in (404, 412)
+                ):
+                    # Replaced between two attempts: the new version, from its beginning.
+                    pieces.clear()
+                    etag = ""
+                    size = None if span is None else size
+                    raise BrokenBodyError("the object was replaced meanwhile") from None
+                raise
+
+        self.requests.call("read", key, request)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces), etag
+
+    def listing(self, prefix: str = "") -> dict[str, int]:  # noqa: D102
+        found: dict[str, int] = {}
+        token: dict[str, str] = {}
+        while True:
+            page, token = self.requests.call("list", prefix, lambda _: self._page(prefix, token))  # noqa: B023
+            found |= page
+            if not token:
+                return dict(sorted(found.items()))
+
+    def _page(self, prefix: str, token: dict[str, str]) -> tuple[dict[str, int], dict[str, str]]:
+        """Sizes by key, and how to ask for the next page."""
+        page = self.requests.client.list_objects_v2(
+            Bucket=self.requests.bucket, Prefix=self.requests.prefix + prefix, **token
+        )
+        items = page.get("Contents", ())
+        sizes = {item["Key"].removeprefix(self.requests.prefix): item["Size"] for item in items}
+        found = {k: size for k, size in sizes.items() if not is_folder_marker(k, size)}
+        if page.get("IsTruncated"):
+            return found, {"ContinuationToken": page["NextContinuationToken"]}
+        return found, {}
+
+    def delete(self, key: str) -> None:  # noqa: D102
+        self._pins.pop(key, None)
+        try:
+            self.requests.call(
+                "delete", key, lambda _: self.requests.client.delete_object(**self.requests.at(key))
+            )
+        except MissingObjectError:
+            return
+
+    def create_bucket(self) -> None:
+        """Make the bucket unless it is there: for servers of one's own."""
+        try:
+            self.requests.call(
+                "make",
+                "",
+                lambda _: self.requests.client.create_bucket(Bucket=self.requests.bucket),
+            )
+        except StoreError as error:
+            if "BucketAlready" not in str(error):
+                raise
+
+
+def _pieces(answer: dict[str, Any], end: float) -> Iterator[bytes]:
+    """The body, piece by piece; BrokenBodyError where it ends early or the time is up."""
+    body, left = answer["Body"], answer["ContentLength"]
+    while piece := body.read(_PIECE):
+        left -= len(piece)
+        yield piece
+        if time.monotonic() > end:
+            body.close()
+            raise BrokenBodyError("the deadline passed while the body was still coming")
+    if left:
+        raise BrokenBodyError("the body ended before its announced length")

@@ -1,0 +1,32 @@
+"""Files of tensors with the permissions of any other new file: safetensors makes private ones."""
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mdm.storage import StoreError
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file; StoreError if that fails."""
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        raise StoreError(f"cannot write {path}: {error}") from None
+    open_as_created(path)
+
+
+def open_as_created(path: Path) -> None:
+    """Give a file that a library made private the permissions that the umask leaves a new one."""
+    probe = path.with_name(f".tmp-{secrets.token_hex(8)}")  # asking for the umask changes it
+    probe.touch()
+    try:
+        path.chmod(probe.stat().st_mode & 0o777)
+    finally:
+        probe.unlink()

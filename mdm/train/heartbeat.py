@@ -1,0 +1,296 @@
+"""Signs of life: heartbeats, hangs, requests to stop, and how an attempt ended.
+
+A supervisor and the ranks of its node share the folder MDM_WATCH:
+
+    rank-00003         heartbeat: step, seconds, for how long it may stay so, part of the step
+    rank-00003.json    how the rank ended: code, reason, ranks to blame
+    stop               when it appears, all ranks save and end
+
+Without a supervisor the signals, the stop file of `run_dir` and the watchdog work all the same.
+Nothing here imports torch until a rank hangs, so that a supervisor stays small.
+"""
+
+import contextlib
+import faulthandler
+import json
+import mmap
+import os
+import signal
+import struct
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from mdm.utils import files
+from mdm.utils.exit_codes import HALTED, HUNG, INTERRUPTED, ORPHANED, REQUEUE
+
+FOLDER, SUPERVISOR = "MDM_WATCH", "MDM_SUPERVISOR"
+JOB = "MDM_JOB"  # equal for all attempts of a supervised job, on whichever node
+STOP_FILE = "STOP"  # in run_dir
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PATIENCE = 1800.0  # seconds that start-up, a save or an export may take
+POLL = 0.5
+ANSWER_SECONDS = 3.0
+ONE_PRESS = 0.5  # seconds within which a terminal and a launcher both pass one Ctrl-C on
+
+_BEAT = struct.Struct("<qdd16s")
+_ENDED: files.Shape = {"rank": int, "code": int, "reason": str, "blamed": list}
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a rank was when it last moved."""
+
+    step: int
+    at: float  # seconds of the machine's monotonic clock
+    limit: float  # seconds for which it may stay there
+    part: str
+
+    def overdue(self, now: float) -> float:
+        """Seconds beyond the limit; negative while all is well."""
+        return now - self.at - self.limit
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a rank ended, in its own words."""
+
+    rank: int
+    code: int
+    reason: str = ""
+    blamed: tuple[int, ...] = ()
+
+
+def watch_folder() -> Path | None:
+    """The folder shared with a supervisor, if there is one."""
+    found = os.environ.get(FOLDER)
+    return Path(found) if found else None
+
+
+def report_end(code: int, reason: str = "", blamed: Sequence[int] = ()) -> None:
+    """Tell the supervisor how this rank ended; the first report counts."""
+    folder = watch_folder()
+    if folder is None or not folder.is_dir():
+        return
+    rank = int(os.environ.get("RANK", "0"))
+    path = folder / f"rank-{rank:05d}.json"
+    if not path.exists():
+        with contextlib.suppress(OSError):  # a full disk must not hide what it tells
+            files.write_json(path, asdict(Ended(rank, code, reason, tuple(blamed))))
+
+
+def read_beats(folder: Path) -> dict[int, Beat]:
+    """The last heartbeat of every rank that has begun."""
+    found = {}
+    for path in folder.glob("rank-" + "[0-9]" * 5):
+        data = path.read_bytes()[: _BEAT.size]
+        if len(data) == _BEAT.size:  # else it is being made
+            step, at, limit, part = _BEAT.unpack(data)
+            name = part.rstrip(b"\0").decode(errors="replace")
+            found[int(path.name[5:])] = Beat(step, at, limit, name)
+    return found
+
+
+def read_ends(folder: Path) -> list[Ended]:
+    """The ranks that have said how they ended."""
+    values = [files.read_json(p, _ENDED) for p in sorted(folder.glob("rank-*.json"))]
+    return [
+        Ended(v["rank"], v["code"], v["reason"], tuple(b for b in v["blamed"] if type(b) is int))
+        for v in values
+        if v
+    ]
+
+
+class Watch:
+    """A rank's heartbeat, the flag that asks it to stop, and a thread that minds both.
+
+    `hang_seconds` is how long one step may take at least before it counts as a hang; ten times the
+    mean step, if that is longer. A hang ends the process with HUNG, after the stacks of its threads
+    and the last collectives were written to `run_dir/hangs`.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, size: int, hang_seconds: float) -> None:
+        self.run_dir, self.rank, self.size, self.hang_seconds = run_dir, rank, size, hang_seconds
+        self.pulse: Path | None = None  # a file whose time of change says when the run last lived
+        self._asked = 0
+        self._interrupted = 0.0  # when the first Ctrl-C came
+        self._step, self._steps_taken, self._step_began, self._mean = 0, 0, 0.0, 0.0
+        self._beat = Beat(0, time.monotonic(), PATIENCE, "start")
+        self._shared = self._share()
+        self._closed = threading.Event()
+        self._former = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._former[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
+        self._supervisor = _supervisor()
+        self._write()
+        self._thread = threading.Thread(target=self._mind, name="mdm-watch", daemon=True)
+        self._thread.start()
+
+    def _share(self) -> mmap.mmap | None:
+        folder = watch_folder()
+        if folder is None or not folder.is_dir():
+            return None
+        path = folder / f"rank-{self.rank:05d}"
+        path.write_bytes(bytes(_BEAT.size))
+        with path.open("r+b") as file:
+            return mmap.mmap(file.fileno(), _BEAT.size)
+
+    @property
+    def asked(self) -> int:
+        """0, or REQUEUE or HALTED once somebody asked this rank to stop."""
+        return self._asked
+
+    def begin_step(self, step: int) -> None:
+        """Step `step` begins."""
+        now = time.monotonic()
+        if self._steps_taken:
+            took = now - self._step_began
+            self._mean += (took - self._mean) / min(self._steps_taken, 100)
+        self._step, self._step_began = step, now
+        self._steps_taken += 1
+        self.enter("step")
+
+    def enter(self, part: str) -> None:
+        """This rank is alive and begins `part` of its step."""
+        first = self._steps_taken < 2 or part in ("save", "export", "load", "end")
+        limit = max(self.hang_seconds, 10 * self._mean)
+        self._beat = Beat(
+            self._step, time.monotonic(), max(PATIENCE, limit) if first else limit, part
+        )
+        self._write()
+
+    def _write(self) -> None:
+        if self._shared is not None:
+            beat = self._beat
+            self._shared[:] = _BEAT.pack(beat.step, beat.at, beat.limit, beat.part.encode()[:16])
+
+    def close(self) -> None:
+        """Stop minding; the signals go back to whoever had them."""
+        self._closed.set()
+        self._thread.join()
+        for number, former in self._former.items():
+            signal.signal(number, former)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._asked = self._asked or REQUEUE
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        """The first Ctrl-C asks to save and end; before the first step nothing needs saving."""
+        if not self._steps_taken:
+            raise KeyboardInterrupt
+        now, first = time.monotonic(), self._interrupted
+        self._interrupted = first or now
+        self._asked = self._asked or REQUEUE
+        if not first and self.rank == 0:
+            os.write(2, b"\nCtrl-C: saving, then ending; once more ends at once\n")
+        elif first and now - first > ONE_PRESS:
+            if self.rank == 0:
+                os.write(2, b"\nCtrl-C again: ended at once; the last committed save counts\n")
+            os._exit(INTERRUPTED)
+
+    def _mind(self) -> None:
+        folder = watch_folder()
+        while not self._closed.wait(POLL):
+            if self._supervisor is not None and not _lives(self._supervisor):
+                self._end(ORPHANED, "its supervisor is gone")
+            if folder is not None and (folder / "stop").exists():
+                self._asked = self._asked or REQUEUE
+            if (self.run_dir / STOP_FILE).exists():
+                self._asked = HALTED
+            if self.pulse is not None:
+                with contextlib.suppress(OSError):
+                    os.utime(self.pulse)
+            if self._beat.overdue(time.monotonic()) > 0:
+                self._hang()
+
+    def _hang(self) -> None:
+        beat = self._beat
+        where = f"{beat.part} of step {beat.step}"
+        blamed, others = self._who_is_missing(where)
+        names = ", ".join(map(str, blamed))
+        reason = f"hangs in {where} for {time.monotonic() - beat.at:.0f} s"
+        if blamed:
+            reason += f"; no sign of life from rank {names}"
+        elif others:
+            reason += f"; the ranks are in: {others}"
+        folder = self.run_dir / "hangs"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{self.rank:05d}"
+            with (folder / f"{name}.stacks").open("w", encoding="utf-8") as file:
+                file.write(f"rank {self.rank} {reason}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            (folder / f"{name}.collectives.json").write_bytes(_last_collectives())
+            reason += f"; stacks are in {folder}"
+        self._end(HUNG, reason, blamed)
+
+    def _end(self, code: int, reason: str, blamed: Sequence[int] = ()) -> None:
+        report_end(code, reason, blamed)
+        print(f"rank {self.rank} {reason}", file=sys.stderr, flush=True)  # noqa: T201
+        os._exit(code)
+
+    def _who_is_missing(self, where: str) -> tuple[list[int], str]:
+        """The ranks whose watchdogs do not answer, and where the others are.
+
+        A stopped process cannot answer. The store is asked in a thread of its own: it may be the
+        stopped process that holds it, and then rank 0 is to blame.
+        """
+        if self.size == 1:
+            return [], where
+        answers: dict[int, str] = {}
+        asked = threading.Thread(target=self._ask_store, args=(where, answers), daemon=True)
+        asked.start()
+        asked.join(2 * ANSWER_SECONDS + 0.1 * self._beat.limit)
+        if not answers:
+            return [0], ""
+        missing = [rank for rank in range(self.size) if rank not in answers]
+        return missing, ", ".join(f"{rank}: {answers[rank]}" for rank in sorted(answers))
+
+    def _ask_store(self, where: str, answers: dict[int, str]) -> None:
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        store = _get_default_store()
+        store.set(f"mdm/hang/{self.rank}", where)
+        end = time.monotonic() + ANSWER_SECONDS + 0.1 * self._beat.limit
+        while len(answers) < self.size and time.monotonic() < end:
+            for rank in range(self.size):
+                if rank not in answers and store.check([f"mdm/hang/{rank}"]):
+                    answers[rank] = store.get(f"mdm/hang/{rank}").decode()
+            time.sleep(0.2)
+
+
+def _last_collectives() -> bytes:
+    """The flight recorder's view of this rank's last collectives, as JSON."""
+    from torch._C import _distributed_c10d
+
+    try:
+        found: bytes = getattr(_distributed_c10d, "_dump_fr_trace_json")()  # noqa: B009 - untyped
+    except (RuntimeError, AttributeError) as error:
+        return json.dumps({"error": str(error)}).encode()
+    return found
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _supervisor() -> psutil.Process | None:
+    """The process that restarts this one, if there is one: `MDM_SUPERVISOR` is its id."""
+    pid = os.environ.get(SUPERVISOR)
+    if not pid:
+        return None
+    try:
+        return psutil.Process(int(pid))
+    except psutil.NoSuchProcess:
+        report_end(ORPHANED, "its supervisor is gone")
+        os._exit(ORPHANED)

@@ -1,0 +1,211 @@
+"""What is kept of a skipped step, and replaying it alone, sample by sample.
+
+run_dir/blackbox/step-00000123/
+  report.json          why, losses of every rank, norm, statistics, sample ids and noise keys
+  batch.pt             the global batch
+  model.safetensors    the weights and buffers that the step began with (the newest boxes only)
+  config.json
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mdm.checkpoint.state import RunError
+from mdm.config import Config, from_dict, to_dict
+from mdm.data.batch import Batch
+from mdm.first_stage.tokenizer import PAD
+from mdm.storage.tensor_file import save_tensors
+from mdm.utils import files
+from mdm.utils.precision import autocast, resolve
+
+WEIGHTS = "model.safetensors"
+_TENSORS = (
+    *("keys", "epochs", "class_ids", "tokens", "prompt", "latents", "picture_at", "text_of"),
+)
+
+
+def boxes_of(run_dir: str | Path) -> Path:
+    """The folder of a run's black boxes."""
+    return Path(run_dir) / "blackbox"
+
+
+def box_of(run_dir: str | Path, step: int) -> Path:
+    """The black box of step `step`."""
+    return boxes_of(run_dir) / f"step-{step:08d}"
+
+
+def join(batches: list[Batch]) -> Batch:
+    """The global batch of all ranks' shares, on the host."""
+    parts = [batch.to("cpu") for batch in batches]
+    fields: dict[str, Any] = {
+        "ids": tuple(i for part in parts for i in part.ids),
+        "average_over": sum(part.average_over for part in parts),
+    }
+    for name in _TENSORS:
+        values = [getattr(part, name) for part in parts]
+        if name == "text_of" and values[0] is not None:  # counted through over all ranks
+            before = itertools.accumulate((len(part) for part in parts), initial=0)
+            values = [torch.where(v < 0, v, v + n) for v, n in zip(values, before, strict=False)]
+        fields[name] = None if values[0] is None else torch.cat(values)
+    return Batch(**fields)
+
+
+def write(
+    run_dir: Path,
+    config: Config,
+    step: int,
+    report: dict[str, Any],
+    batch: Batch,
+    weights: dict[str, Tensor] | None,
+) -> Path:
+    """Write the box of a skipped step; `weights` only where they are worth their space."""
+    folder = box_of(run_dir, step)
+    folder.mkdir(parents=True, exist_ok=True)
+    if weights is not None:
+        files.write_json(folder / "config.json", to_dict(config))
+        save_tensors(folder / WEIGHTS, weights)
+        _forget_weights(run_dir, config.guard.black_boxes)
+    facts = report | {
+        "step": step,
+        "samples": [
+            {"id": name, "noise_key": key, "epoch": epoch}
+            for name, key, epoch in zip(
+                batch.ids, batch.keys.tolist(), batch.epochs.tolist(), strict=True
+            )
+        ],
+    }
+    tensors = {name: getattr(batch, name) for name in _TENSORS}
+    plain = {"ids": list(batch.ids), "average_over": batch.average_over}
+    torch.save(tensors | plain, folder / "batch.pt")
+    files.write_json(folder / "report.json", facts)
+    return folder
+
+
+def _forget_weights(run_dir: Path, keep: int) -> None:
+    boxes = sorted(boxes_of(run_dir).glob(f"step-*/{WEIGHTS}"))
+    for old in boxes[: max(len(boxes) - keep, 0)]:
+        old.unlink()
+
+
+@dataclass(frozen=True)
+class Played:
+    """One sample of a replayed step, alone."""
+
+    id: str
+    loss: float
+    norm: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether it could have been trained on."""
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
+    """The box of a step and its report; RunError names the steps that can be replayed."""
+    folder = box_of(run_dir, step)
+    if not (folder / WEIGHTS).is_file():
+        have = [p.parent.name.removeprefix("step-") for p in boxes_of(run_dir).glob("*/" + WEIGHTS)]
+        known = ", ".join(str(int(h)) for h in sorted(have)) or "none"
+        raise RunError(
+            f"step {step} has no black box with weights in {boxes_of(run_dir)}; there are: {known}"
+        )
+    try:
+        return folder, files.load_json(folder / "report.json")
+    except (FileNotFoundError, files.DamagedFileError) as error:
+        raise RunError(f"step {step} cannot be replayed: {error}") from None
+
+
+def replay(
+    folder: Path, make_objective: Callable[[Config], nn.Module]
+) -> tuple[float, list[Played]]:
+    """The step's loss with the weights it began with, then loss and gradient of each sample alone.
+
+    In one process, whatever number of ranks took the step, and in the run's precision.
+    """
+    config = from_dict(Config, files.load_json(folder / "config.json"))
+    saved = torch.load(folder / "batch.pt", weights_only=True)
+    batch = Batch(**(saved | {"ids": tuple(saved["ids"])}))
+    step = int(folder.name.removeprefix("step-"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind = resolve(config.train.precision, device.type)
+    module = make_objective(config).to(device)
+    module.load_state_dict(load_file(folder / WEIGHTS))
+    buffers = [b.clone() for b in module.buffers()]
+
+    def play(part: Batch, gradient: bool) -> tuple[float, float]:
+        for buffer, value in zip(module.buffers(), buffers, strict=True):
+            buffer.data.copy_(value)
+        module.zero_grad()
+        with torch.set_grad_enabled(gradient), autocast(kind, device.type):
+            loss = module(part.to(device), step).total
+        if not gradient:
+            return float(loss.detach()), 0.0
+        loss.backward()
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        return float(loss.detach()), float(torch.nn.utils.get_total_norm(grads))
+
+    whole, _ = play(batch, gradient=False)
+    return whole, [
+        Played(batch.ids[i], *play(_one(batch, i), gradient=True)) for i in range(len(batch))
+    ]
+
+
+def _one(batch: Batch, i: int) -> Batch:
+    """Sample i alone; a packed text in a row of its own."""
+    fields: dict[str, Any] = {name: getattr(batch, name) for name in _TENSORS}
+    if batch.text_of is not None:
+        own = batch.text_of == i
+        row = own.any(1)
+        length = int(own.sum())
+        tokens = torch.full_like(batch.tokens[row], PAD)
+        prompt = torch.zeros_like(batch.prompt[row])
+        tokens[0, :length], prompt[0, :length] = batch.tokens[own], batch.prompt[own]
+        fields |= {"tokens": tokens, "prompt": prompt, "text_of": None}
+        of_sample: tuple[str, ...] = ("keys", "epochs", "class_ids")
+    else:
+        of_sample = _TENSORS
+    for name in of_sample:
+        fields[name] = None if fields[name] is None else fields[name][i : i + 1]
+    return Batch(ids=(batch.ids[i],), **fields)
+
+
+def blame(played: list[Played]) -> list[tuple[Played, float]]:
+    """Samples by how far they stand out: those that are not finite, then by their gradient.
+
+    Beside each stands its gradient norm as a multiple of the median one.
+    """
+    finite = [p.norm for p in played if p.finite]
+    median = statistics.median(finite) if finite else math.nan
+    ranked = [(p, p.norm / median if p.finite and median else math.inf) for p in played]
+    return sorted(ranked, key=lambda row: (row[0].finite, -row[1]))
+
+
+def describe(report: dict[str, Any], whole: float, played: list[Played], shown: int = 5) -> str:
+    """What a replay found, as lines for people."""
+    ranked = blame(played)
+    lines = [
+        f"step {report['step']} was skipped: {report['reason']}",
+        f"loss of the global batch: {report['loss']:.6g} then, {whole:.6g} now",
+        f"{'sample, alone':40}{'loss':>12}{'gradient norm':>15}{'of the median':>15}",
+    ]
+    for p, share in ranked[:shown]:
+        lines.append(f"{p.id:40}{p.loss:12.5g}{p.norm:15.5g}{share:14.1f}x")
+    first, share = ranked[0]
+    if not first.finite:
+        names = ", ".join(p.id for p, _ in ranked if not p.finite)
+        lines.append(f"not finite alone: {names}")
+    elif share > 5:
+        lines.append(f"sample {first.id} did it: its gradient is {share:.0f} times the median one")
+    else:
+        lines.append("no single sample stands out: suspect the weights or the rate, not the data")
+    return "\n".join(lines)

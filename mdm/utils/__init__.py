@@ -1,0 +1,1 @@
+"""What every layer uses: files, ranks, command lines, precision, MLflow, exit codes."""

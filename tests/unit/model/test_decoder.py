@@ -1,0 +1,247 @@
+"""The decoder: information crosses between text and picture, presets have the paper's sizes."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mdm.config import ModelConfig
+from mdm.diffusion import schedule
+from mdm.diffusion.score_entropy import log_ratio_vocabulary, log_score_ratio
+from mdm.model.count import trunk_macs
+from mdm.model.decoder import Network, _order
+from mdm.presets import DEV_1GPU, MDM_1B, MDM_7B
+from tests.helpers import ROOT
+
+SMALL = ModelConfig(
+    d_model=32,
+    n_layer=4,
+    d_state=8,
+    headdim=16,
+    chunk_size=16,
+    vocab_size=50,
+    n_classes=3,
+    image_height=2,
+    image_width=3,
+    text_length=5,
+)
+
+
+def call(network: Network, z_txt, z_img, **changes):
+    arguments = {
+        "level_txt": torch.zeros(2),
+        "prompt": torch.zeros(2, z_txt.shape[1], dtype=torch.bool),
+        "class_ids": torch.tensor([0, -1]),
+        "z_img": z_img,
+        "level_img": None if z_img is None else torch.zeros(2),
+    }
+    return network(z_txt, **(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scan_mode": "alternate"},
+        {"scan_mode": "separate"},
+        {"scan_mode": "alternate", "scans": "12/1"},
+        {"scan_mode": "separate", "scans": "12/1"},
+        {"scan_mode": "alternate", "long_skip": True},
+        {"decoder": "transformer", "n_heads": 4, "n_kv_heads": 2},
+    ],
+)
+def test_every_token_hears_every_other(changes):
+    torch.manual_seed(0)
+    network = Network(dataclasses.replace(SMALL, **changes))
+    torch.nn.init.normal_(network.image_out.weight)
+    z_txt = torch.randn(2, 5, 16, requires_grad=True)
+    z_img = torch.randn(2, 6, 16, requires_grad=True)
+    said = call(network, z_txt, z_img)
+    assert said.image.shape == z_img.shape
+    assert said.text.shape == z_txt.shape
+    for output, source in ((said.image, z_txt), (said.text, z_img)):
+        (grad,) = torch.autograd.grad(output[:, 2].sum(), source, retain_graph=True)
+        assert (grad.abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "scans", "turns"),
+    [
+        ("alternate", "1234/12", [[(1, 1)], [(2, 2)], [(3, 1)], [(4, 2)]]),
+        ("alternate", "12/1", [[(1, 1)], [(2, 1)]] * 2),
+        ("separate", "1234/12", [[(1, 1), (2, 2), (3, 1), (4, 2), (1, 1), (2, 2)]] * 4),
+        ("separate", "12/1", [[(1, 1), (2, 1), (1, 1)]] * 4),
+    ],
+)
+def test_scans_of_every_mode(mode, scans, turns):
+    trunk = Network(dataclasses.replace(SMALL, scan_mode=mode, scans=scans)).trunk
+    assert [list(block) for block in trunk.scans] == turns
+    for block, own in zip(trunk.blocks, turns, strict=True):
+        assert {p.shape[0] for p in block.mixer.parameters()} == {len(own)}
+    trunk(torch.randn(1, 17, 32), 5, (2, 3)).square().sum().backward()
+    grads = [p.grad.flatten(1) for block in trunk.blocks for p in block.mixer.parameters()]
+    assert all((g.abs().amax(1) > 0).all() for g in grads)
+
+
+def test_text_alone_runs_the_same_parameters():
+    network = Network(SMALL)
+    said = call(network, torch.randn(2, 5, 16), None)
+    assert said.image is None
+    said.text.sum().backward()
+    assert all(p.grad is not None for p in network.trunk.blocks.parameters())
+
+
+def test_condition_prompt_and_level_change_the_answer():
+    torch.manual_seed(0)
+    network = Network(SMALL)
+    z_txt, z_img = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    base = call(network, z_txt, z_img).text
+    changes = {
+        "class_ids": torch.tensor([1, 2]),
+        "prompt": torch.eye(2, 5, dtype=torch.bool),
+        "level_txt": torch.full((2,), 3.0),
+        "level_img": torch.full((2,), 3.0),
+        "estimate_txt": torch.ones(2, 5, 16),
+    }
+    for name, value in changes.items():
+        assert not torch.allclose(base, call(network, z_txt, z_img, **{name: value}).text), name
+
+
+def on_meta(config: ModelConfig) -> tuple[int, int, Network]:
+    """Parameters of the trunk and of the whole network."""
+    with torch.device("meta"):
+        network = Network(config)
+    trunk, whole = (sum(p.numel() for p in m.parameters()) for m in (network.trunk, network))
+    return trunk, whole, network
+
+
+def test_the_papers_parameters():
+    trunk, whole, network = on_meta(MDM_7B.model)
+    mixers = [sum(p.numel() for p in block.mixer.parameters()) for block in network.trunk.blocks]
+    assert mixers == [6 * 25_847_232] * 49
+    assert trunk == sum(mixers) + 49 * 2048
+    assert f"{trunk / 1e9:.2f}" == "7.60"
+    assert whole == 7_611_515_552
+
+
+def test_the_readmes_line_prints_what_it_says():
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r'^python -c "(import torch; from mdm.presets .*)"$', readme, re.M)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True)
+    assert printed.stdout == "7.60 B, 49, 2048\n", printed.stderr
+    assert f"prints `{printed.stdout.strip()}`" in readme
+
+
+def test_the_papers_gflops():
+    trunk, _, network = on_meta(MDM_1B.model)
+    assert [b.mixer.in_proj.weight.shape[0] for b in network.trunk.blocks] == [1] * 49
+    assert f"{trunk / 1e9:.2f}" == "1.47"
+    assert len(network.trunk.skips) == 24
+    # "424 GFLOPs": 256 image tokens have 376, a grid of 17 x 17 the printed figure.
+    assert round(trunk_macs(MDM_1B.model, 256).products / 1e9) == 376
+    assert f"{trunk_macs(MDM_1B.model, 289).products / 1e9:.1f}" == "424.1"
+    assert round(trunk_macs(MDM_7B.model, 256).products / 1e9) == 1945
+    assert round(trunk_macs(MDM_7B.model, 256).mixing / 1e9) == 81
+
+
+def test_the_single_gpu_preset_is_small():
+    assert 0.15e9 < on_meta(DEV_1GPU.model)[1] < 0.25e9
+
+
+def test_long_skips_join_mirrored_blocks():
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, n_layer=5)
+    plain = Network(config).trunk
+    skipping = Network(dataclasses.replace(config, long_skip=True)).trunk
+    skipping.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 17, 32)
+    assert torch.equal(plain(x, 5, (2, 3)), skipping(x, 5, (2, 3)))
+    blocks, skips = skipping.blocks, skipping.skips
+    assert len(skips) == 2
+    for skip in skips:
+        torch.nn.init.normal_(skip.weight, std=0.1)
+
+    def run(i, x):
+        return blocks[i](x, _order(skipping.scans[i], 5, (2, 3), 1, x.device))
+
+    first = run(0, x)
+    second = run(1, first)
+    y = run(2, second)
+    y = run(3, y + skips[0](torch.cat([y, second], -1)))
+    y = run(4, y + skips[1](torch.cat([y, first], -1)))
+    torch.testing.assert_close(skipping(x, 5, (2, 3)), y)
+
+
+def test_several_pictures_hear_each_other_and_their_place():
+    torch.manual_seed(0)
+    network = Network(SMALL)
+    torch.nn.init.normal_(network.image_out.weight)
+    z_txt = torch.randn(2, 5, 16)
+    z_img = torch.randn(2, 12, 16, requires_grad=True)
+    levels = torch.tensor([[20.0, 0.0], [20.0, 1.0]])
+    said = call(network, z_txt, z_img, level_img=levels).image
+    assert said.shape == z_img.shape
+    (grad,) = torch.autograd.grad(said[:, 8].sum(), z_img, retain_graph=True)
+    assert (grad.abs().amax(-1) > 0).all()
+    places = torch.tensor([[0, 3], [1, 3]])
+    placed = call(network, z_txt, z_img, level_img=levels, picture_at=places)
+    moved = call(network, z_txt, z_img, level_img=levels, picture_at=places.flip(1))
+    beside = call(network, z_txt, z_img, level_img=levels, picture_at=torch.full((2, 2), -1))
+    assert not torch.allclose(placed.text, moved.text)
+    assert not torch.allclose(placed.text, beside.text)
+    torch.testing.assert_close(beside.image, said)
+    same = call(network, z_txt, z_img, level_img=torch.ones(2))
+    torch.testing.assert_close(
+        same.image, call(network, z_txt, z_img, level_img=torch.ones(2, 2)).image
+    )
+
+
+def test_eq_17_in_the_logits_is_its_energy():
+    torch.manual_seed(0)
+    network = Network(dataclasses.replace(SMALL, eq17_logits=True))
+    means = torch.nn.functional.rms_norm(torch.randn(50, 16), (16,))
+    t = torch.tensor([300, 700])
+    abar = schedule.TEXT.alpha_bar(t)
+    z_txt = schedule.noised(means[:10].view(2, 5, 16), torch.randn(2, 5, 16), abar[:, None, None])
+    level = schedule.TEXT.log_snr(t)
+    silent = call(network, z_txt, None, level_txt=level).text
+    with torch.no_grad():
+        network.eq17_gain.bias.fill_(1.0)
+    added = call(network, z_txt, None, level_txt=level).text - silent
+    energies = log_ratio_vocabulary(z_txt, means, abar[:, None].expand(2, 5))
+    torch.testing.assert_close(
+        (added @ means.T).log_softmax(-1), log_score_ratio(energies), rtol=1e-4, atol=1e-3
+    )
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    network = Network(SMALL)
+    text, image = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    with pytest.raises(ValueError, match=r"z_txt has shape \(2, 6, 16\).*1 \.\.\. 5 tokens"):
+        call(network, torch.randn(2, 6, 16), image)
+    with pytest.raises(ValueError, match=r"z_img has shape \(2, 7, 16\).*pictures x 6"):
+        call(network, text, torch.randn(2, 7, 16))
+    with pytest.raises(ValueError, match=r"z_img has shape \(2, 6, 16\) and level_img None"):
+        call(network, text, image, level_img=None)
+    with pytest.raises(ValueError, match=r"prompt has shape \(2, 4\).*need \(2, 5\)"):
+        call(network, text, image, prompt=torch.zeros(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"picture_at has shape \(2, 2\).*need \(2, 1\)"):
+        call(network, text, image, picture_at=torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"estimate_txt has shape \(1, 5, 16\).*need \(2, 5, 16\)"):
+        call(network, text, image, estimate_txt=text[:1])
+    with pytest.raises(ValueError, match=r"only keep_txt is given"):
+        call(network, text, image, keep_txt=torch.ones(2, 5, dtype=torch.bool))
+
+
+def test_kinds_and_ranges_that_do_not_fit_are_refused():
+    network = Network(SMALL)
+    text, image = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    with pytest.raises(ValueError, match=r"prompt is torch\.float32; it must be bool"):
+        call(network, text, image, prompt=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"z_txt is torch\.int64; it must be floating"):
+        call(network, text.long(), image)
+    over = SMALL.n_classes
+    with pytest.raises(ValueError, match=rf"class_ids spans 0 to {over}; .* -1 \.\.\. {over - 1}"):
+        call(network, text, image, class_ids=torch.tensor([0, over]))

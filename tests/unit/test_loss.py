@@ -1,0 +1,323 @@
+"""The objective: what carries gradients, how noise levels are drawn, nothing hidden."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mdm.config import ObjectiveConfig
+from mdm.data.batch import Batch
+from mdm.diffusion import schedule
+from mdm.diffusion.schedule import STEPS
+from mdm.loss import CONDITIONINGS, Objective
+from tests.golden.test_losses import CONFIG, batch
+
+
+@pytest.fixture
+def objective() -> Objective:
+    torch.manual_seed(0)
+    made = Objective(CONFIG)
+    torch.nn.init.normal_(made.network.image_out.weight, std=0.1)
+    return made
+
+
+def test_is_a_pure_function_of_weights_and_batch(objective):
+    objective.eval()  # running statistics stand still
+    first = objective(batch(0), 0)
+    torch.manual_seed(123)
+    assert all(torch.equal(a, b) for a, b in zip(first, objective(batch(0), 0), strict=True))
+
+
+def test_diffusion_losses_do_not_reach_the_image_encoder(objective):
+    terms = objective(batch(0), 0)
+    (terms.eps_img + terms.se_img).backward()
+    vae = objective.vae
+    for name in ("image_mean", "image_log_sigma", "image_decoder"):
+        assert all(p.grad is None for p in getattr(vae, name).parameters()), name
+    assert objective.network.image_out.weight.grad.abs().sum() > 0
+
+
+def test_text_latents_are_detached_on_their_way_in(objective):
+    """Only the logits, <h, mu_v> + b_v, move the vocabulary's means, not the noisy input."""
+    with torch.no_grad():
+        objective.network.text_out.weight.zero_()
+        objective.network.text_out.bias.zero_()  # h = 0: the logits' gradient by mu_v vanishes
+    objective(batch(0), 0).se_txt.backward()
+    assert objective.vae.vocabulary.weight.grad.abs().max() < 1e-7
+
+
+def test_text_alone_has_no_image_terms(objective):
+    terms = objective(batch(3), 3)
+    assert terms.rec_img == terms.eps_img == terms.se_img == 0
+    assert terms.se_txt > 0
+    terms.total.backward()
+    assert torch.isfinite(terms.total)
+
+
+def test_prompt_tokens_are_not_predicted(objective):
+    text = batch(3)
+    everything = dataclasses.replace(text, prompt=torch.ones_like(text.prompt))
+    assert objective(everything, 3).se_txt == 0
+
+
+def test_losses_by_conditioning_add_up_to_the_losses(objective):
+    """Each sample counts for one conditioning, and the sums are those of the means."""
+    terms = objective(batch(0), 0)
+    samples, eps_img, se_img, se_txt = terms.by_conditioning.sum(0)
+    n = len(batch(0))
+    assert samples == n
+    means = torch.stack([eps_img, se_img, se_txt]).float() / n
+    expected = torch.stack([terms.eps_img, terms.se_img, terms.se_txt])
+    torch.testing.assert_close(means, expected.detach())
+    text = objective(batch(3), 3).by_conditioning
+    assert text[CONDITIONINGS.index("text_alone"), 0] == text[:, 0].sum() == len(batch(3))
+
+
+def test_conditionings_are_named_by_what_is_given():
+    objective = Objective(CONFIG)
+    n = 4000
+    many = dataclasses.replace(
+        batch(0),
+        class_ids=torch.zeros(n, dtype=torch.long),
+        latents=torch.zeros(n, 4, 16),
+        prompt=(torch.arange(n) % 2 == 0).unsqueeze(1).expand(n, batch(0).tokens.shape[1]),
+    )
+    uniforms = torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
+    levels = objective.draw_levels(uniforms, many)
+    named = [CONDITIONINGS[i] for i in levels.conditioning.tolist()]
+    for i, name in enumerate(named):
+        t_img, t_txt, label = int(levels.t_img[i, -1]), int(levels.t_txt[i]), levels.class_ids[i]
+        given = {
+            "class_to_image": t_txt == STEPS and label >= 0 and 0 < t_img < STEPS,
+            "image": t_txt == STEPS and label < 0 and 0 < t_img < STEPS,
+            "text_to_image": t_txt == 0 and 0 < t_img < STEPS,
+            "image_to_text": t_img == 0 and 0 < t_txt < STEPS and not many.prompt[i, 0],
+            "answer": t_img == 0 and 0 < t_txt < STEPS and bool(many.prompt[i, 0]),
+            "text_alone": t_img == STEPS and 0 < t_txt < STEPS,
+            "both": 0 < t_img < STEPS and 0 < t_txt < STEPS,
+        }
+        assert given[name], (name, t_img, t_txt, label)
+    assert set(named) == set(CONDITIONINGS)
+
+
+def test_shares_of_noise_levels():
+    weights = ObjectiveConfig()
+    config = dataclasses.replace(CONFIG, objective=weights)
+    objective = Objective(config)
+    n = 20_000
+    many = dataclasses.replace(
+        batch(0),
+        class_ids=torch.zeros(n, dtype=torch.long),
+        latents=torch.zeros(n, 4, 16),
+        prompt=torch.zeros(n, 1, dtype=torch.bool),
+    )
+    uniforms = torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
+    levels = objective.draw_levels(uniforms, many)
+    shares = {
+        "p_text_to_image": levels.t_txt == 0,
+        "p_image_to_text": levels.t_img[:, 0] == 0,
+        "p_image": levels.t_txt == STEPS,
+        "p_text": levels.t_img[:, 0] == STEPS,
+    }
+    for name, mask in shares.items():
+        assert mask.float().mean().item() == pytest.approx(getattr(weights, name), abs=0.015), name
+    kept = levels.class_ids >= 0
+    assert not kept[levels.t_txt != STEPS].any()
+    among = kept[levels.t_txt == STEPS].float().mean().item()
+    assert among == pytest.approx(weights.p_class, abs=0.02)
+    assert not ((levels.t_img[:, 0] == 0) & (levels.t_txt == 0)).any()
+
+
+def with_objective(**changes) -> Objective:
+    torch.manual_seed(0)
+    weights = dataclasses.replace(CONFIG.objective, **changes)
+    made = Objective(dataclasses.replace(CONFIG, objective=weights))
+    torch.nn.init.normal_(made.network.image_out.weight, std=0.1)
+    return made
+
+
+def two_pictures(n: int = 8):
+    """A dialogue with a picture at its second token and another beside the whole of it."""
+    one = batch(0)
+    return dataclasses.replace(
+        one,
+        latents=torch.cat([one.latents, one.latents.flip(0)], 1),
+        picture_at=torch.tensor([[1, -1]]).expand(n, 2).contiguous(),
+    )
+
+
+def test_former_pictures_of_a_dialogue_are_given_or_dropped(objective):
+    n = 4000
+    many = dataclasses.replace(
+        two_pictures(),
+        class_ids=torch.zeros(n, dtype=torch.long),
+        latents=torch.zeros(n, 8, 16),
+        prompt=torch.zeros(n, 1, dtype=torch.bool),
+    )
+    uniforms = torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
+    levels = objective.draw_levels(uniforms, many)
+    former, last = levels.t_img.unbind(1)
+    nothing_given = (levels.t_txt == STEPS) | (last == STEPS)
+    assert (former == torch.where(nothing_given, STEPS, 0)).all()
+    assert ((last > 0) & (last < STEPS) & (former == 0)).any()
+    one = dataclasses.replace(many, latents=torch.zeros(n, 4, 16))
+    assert torch.equal(objective.draw_levels(uniforms, one).t_img[:, 0], last)
+
+
+def test_a_dialogue_with_pictures_trains(objective):
+    terms = objective(two_pictures(), 0)
+    terms.total.backward()
+    assert terms.eps_img > 0
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+    moved = dataclasses.replace(two_pictures(), picture_at=torch.full((8, 2), 3))
+    assert objective(moved, 0).eps_img != objective(two_pictures(), 0).eps_img
+
+
+def test_a_dropped_text_takes_its_prompt_along():
+    """Of a question with a picture nothing reaches a picture made without them."""
+    objective = with_objective(p_image=1.0, p_text_to_image=0.0, p_image_to_text=0.0, p_text=0.0)
+    objective.eval()
+    asked = dataclasses.replace(batch(0), prompt=torch.eye(8, 6, dtype=torch.bool))
+    other = dataclasses.replace(asked, tokens=asked.tokens.flip(1))
+    assert objective(asked, 1).eps_img == objective(other, 1).eps_img
+    assert objective(asked, 1).eps_img > 0
+
+
+def test_total_is_eq_18_with_its_weights():
+    weights = {"lambda_se": 0.7, "eps_image": 0.3, "se_image": 0.2, "beta_kl": 0.05}
+    t = with_objective(**weights)(batch(0), 0)
+    diffusion = 0.3 * t.eps_img + 0.2 * t.se_img + t.se_txt
+    torch.testing.assert_close(t.total, t.rec_img + t.rec_txt + 0.05 * t.kl + 0.7 * diffusion)
+
+
+def test_image_encoder_hears_the_diffusion_only_if_told_to():
+    objective = with_objective(detach_latents=False)
+    terms = objective(batch(0), 0)
+    (terms.eps_img + terms.se_img).backward()
+    assert objective.vae.image_mean.weight.grad.abs().sum() > 0
+
+
+def test_latents_stay_as_they_are_without_normalisation():
+    objective = with_objective(normalize_latents=False)
+    objective(batch(0), 0)
+    assert torch.equal(objective.vae.image_running_mean, torch.zeros(16))
+    s = torch.randn(2, 4, 16)
+    torch.testing.assert_close(objective.vae.normalize_image(s), s)
+
+
+def test_text_warp_moves_levels_and_is_saved():
+    objective = with_objective(text_warp=True)
+    even = objective.draw_levels(torch.full((8, 8), 0.5), batch(3)).t_txt
+    with torch.no_grad():
+        objective.text_warp.loss.copy_((torch.arange(50) > 40).float())
+    late = objective.draw_levels(torch.full((8, 8), 0.5), batch(3)).t_txt
+    assert (late > even + 200).all()
+    before = objective.text_warp.loss.clone()
+    assert any(name.startswith("text_warp") for name in objective.state_dict())
+    objective(batch(3), 3)
+    assert not torch.equal(objective.text_warp.loss, before)
+    objective.eval()
+    before = objective.text_warp.loss.clone()
+    objective(batch(3), 3)
+    assert torch.equal(objective.text_warp.loss, before)
+
+
+LENGTH, WORDS = 6, 10
+
+
+def sentences(step: int) -> Batch:
+    """Every token is followed by one other; the first is given and so determines all."""
+    generator = torch.Generator().manual_seed(step)
+    following = torch.randperm(WORDS, generator=torch.Generator().manual_seed(99))
+    tokens = [torch.randint(WORDS, (32,), generator=generator)]
+    for _ in range(LENGTH - 1):
+        tokens.append(following[tokens[-1]])
+    prompt = torch.zeros(32, LENGTH, dtype=torch.bool)
+    prompt[:, 0] = True
+    return Batch(
+        ids=tuple(f"{step}/{i}" for i in range(32)),
+        keys=torch.arange(32) + 32 * step,
+        epochs=torch.zeros(32, dtype=torch.long),
+        class_ids=torch.full((32,), -1),
+        tokens=torch.stack(tokens, 1) + 3,
+        prompt=prompt,
+        latents=None,
+    )
+
+
+def accuracy_from_context(target: str, steps: int = 120) -> float:
+    """Share of right tokens where nothing but the given first token tells them."""
+    torch.manual_seed(0)
+    model = dataclasses.replace(CONFIG.model, n_layer=2, dt_min=0.05, dt_max=0.5, a_max=2.0)
+    config = dataclasses.replace(
+        CONFIG, model=model, objective=ObjectiveConfig(target=target, p_self_condition=0)
+    )
+    objective = Objective(config)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2, weight_decay=0)
+    for step in range(steps):
+        optimizer.zero_grad()
+        objective(sentences(step), step).total.backward()
+        optimizer.step()
+    asked = sentences(steps + 1)
+    with torch.no_grad():
+        means, bias = objective.vae.vocabulary()
+        noise = torch.randn(32, LENGTH, 16, generator=torch.Generator().manual_seed(0))
+        z_txt = torch.where(asked.prompt.unsqueeze(-1), means[asked.tokens], noise)
+        level = torch.full((32,), schedule.TEXT.log_snr_range()[1])
+        said = objective.network(z_txt, level, asked.prompt, asked.class_ids)
+        right = (said.text @ means.T + bias).argmax(-1) == asked.tokens
+    return right[~asked.prompt].float().mean().item()
+
+
+def test_the_one_hot_target_learns_context_and_theorem_1s_cannot():
+    assert accuracy_from_context("one_hot") > 0.8
+    assert accuracy_from_context("theorem1") < 0.2
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tokens": torch.zeros(8, 11, dtype=torch.long)}, r"\(8, 11\); 8 samples need \[8, 1"),
+        ({"tokens": torch.zeros(8, 6)}, r"tokens is torch.float32"),
+        (
+            {"tokens": torch.full((8, 6), 40)},
+            r"sample 0/0 has 40 in tokens.*0 \.\.\. 39.*tokenizer",
+        ),
+        ({"prompt": torch.zeros(8, 5, dtype=torch.bool)}, r"prompt is torch.bool \(8, 5\)"),
+        ({"class_ids": torch.tensor([0] * 7 + [4])}, r"sample 0/7 has 4 in class_ids.*n_classes"),
+        ({"latents": torch.zeros(8, 5, 16)}, r"\(8, 5, 16\).*need torch.float32 \(8, 4, 16\)"),
+        ({"latents": torch.zeros(8, 4, 8)}, r"\(8, 4, 8\).*need torch.float32 \(8, 4, 16\)"),
+        ({"latents": torch.zeros(8, 4, 16).double()}, "latents is torch.float64"),
+        ({"picture_at": torch.full((8, 1), 6)}, r"has 6 in picture_at; it lies in -1 \.\.\. 5"),
+        ({"latents": None, "picture_at": torch.zeros(8, 1)}, "latents are None"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(objective, changes, says):
+    with pytest.raises(ValueError, match=says):
+        objective(dataclasses.replace(batch(0), **changes), 0)
+
+
+def test_samples_with_broken_latents_are_named(objective):
+    broken = batch(0)
+    broken.latents[5, 1, 2] = torch.nan
+    broken.latents[6, 0, 0] = torch.inf
+    assert not objective(broken, 0).total.isfinite()
+    assert broken.nonfinite() == ("0/5", "0/6")
+    assert batch(0).nonfinite() == batch(3).nonfinite() == ()
+
+
+def test_running_statistics_normalise_the_latents(objective):
+    shifted = dataclasses.replace(batch(0), latents=3 + 2 * torch.randn(8, 4, 16))
+    before = objective.vae.image_running_mean.clone()
+    objective(shifted, 0)
+    assert (objective.vae.image_running_mean > before).all()
+    mean, sigma = objective.vae.encode_image(shifted.latents)
+    s = (mean + sigma * torch.randn_like(mean)).detach()
+    for _ in range(600):
+        objective.vae.track(s.mean((0, 1)), s.var((0, 1)))
+    z_0 = objective.vae.normalize_image(s)
+    assert z_0.mean().abs() < 0.1
+    assert z_0.std().item() == pytest.approx(1, abs=0.1)
+    torch.testing.assert_close(
+        objective.vae.denormalize_image(objective.vae.normalize_image(mean)), mean
+    )
