@@ -135,7 +135,7 @@ def _tree() -> tuple[int, list[dict[str, Any]]]:
 
 
 @contextlib.contextmanager
-def metered(usage: Usage, path: Path, every: float = 3.0) -> Iterator[None]:
+def metered(usage: Usage, path: Path, every: float = 1.0) -> Iterator[None]:
     """Add time and memory to `usage` and keep it in `path` while the body runs.
 
     The file is renewed all the time, so that an attempt that is killed still counts.
