@@ -20,7 +20,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	$(PY) pipelines/demo.py
+	$(PY) examples/demo/run.py
 
 check: setup
 	.venv/bin/ruff format --check .
@@ -36,13 +36,13 @@ format: setup
 	.venv/bin/ruff check --fix .
 
 review: setup
-	$(PY) pipelines/demo.py --review true
+	$(PY) examples/demo/run.py --review true
 
 learn: setup
-	$(PY) pipelines/learn.py
+	$(PY) examples/digits/learn.py
 
 learn-ablate: setup
-	$(PY) pipelines/learn_ablate.py
+	$(PY) examples/digits/ablate.py
 
 bench: setup
 	$(PY) -m tests.benchmarks

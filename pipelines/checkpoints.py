@@ -11,7 +11,7 @@ goes on from there. While a run goes on, both are refused with one line that nam
 `verify` may run beside it, and so may `prune --live true`, which leaves alone what is being saved.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import contextlib
 import math

@@ -5,7 +5,7 @@ On a cluster set RAY_ADDRESS; without, Ray runs on this machine for the length o
 `--plan true` predicts what a run would write and how long it would take, and writes nothing.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import dataclasses
 import json
@@ -25,20 +25,20 @@ from tqdm import tqdm
 from mdm import sources
 from mdm.config import doc
 from mdm.data.manifest import Manifest, ManifestError
-from mdm.evaluate.card import card_page
 from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.preprocess import encoding, forecast, publish
+from mdm.preprocess import ray_executor as encode_on_ray
 from mdm.preprocess.duplicates import Ledger
+from mdm.preprocess.ray_executor import GroupEncoder, Place, RayFailedError
 from mdm.preprocess.receipt import Receipt, Sample, get_sealed, lowest, receipt_key, survey_key
 from mdm.preprocess.recipe import Recipe, inputs_sha256
 from mdm.preprocess.survey import Group, Survey, plan
+from mdm.report.card import card_page
 from mdm.sources.record import Unit, describe_fully
 from mdm.storage import Store, StoreError, StoreOptions, open_store
 from mdm.storage.lease import Lease, OtherJobError, hold
 from mdm.utils.command_line import fail, parse_cli
-from pipelines import encode_on_ray
-from pipelines.encode_on_ray import GroupEncoder, Place, RayFailedError
 
 
 @dataclass(frozen=True)

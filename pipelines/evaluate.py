@@ -6,7 +6,7 @@
 `metrics.json`, `evaluation.json` and the sheets into `--out`.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import dataclasses
 import json
@@ -21,13 +21,15 @@ import torch
 from tqdm import tqdm
 
 from mdm.config import Config, doc, from_dict
-from mdm.evaluate import classifier, poster
+from mdm.evaluate import classifier
 from mdm.evaluate.caption import ClassNames
 from mdm.evaluate.heldout import counts, load_encoded, load_pictures, load_prompts
-from mdm.evaluate.runner import DemoData, Settings, run_demo, snapshot
+from mdm.evaluate.suite import DemoData, Settings, run_demo, snapshot
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.generate import MDM
+from mdm.report import poster
+from mdm.report.image_grid import save_sheet, save_sheets
 from mdm.storage import StoreError, join
 from mdm.storage.lease import hold_folder
 from mdm.utils import tracking
@@ -122,13 +124,13 @@ def run(flags: Flags) -> dict[str, Any]:
     data, counted = load_data(flags, autoencoder)
     loaded = time.perf_counter()
     settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})
-    result = run_demo(model, judge, data, settings, out)
+    result = run_demo(model, judge, data, settings)
+    sheets = save_sheets(result.images, out, columns=10)
     wishes = _spread_texts(data)
     shots = []
     for folder in tqdm(snapshots(flags), desc="over training", unit="snapshot"):
-        sheet, rough = snapshot(
-            generator(folder), judge, len(data.names), wishes, settings, out / f"{folder.name}.png"
-        )
+        images, rough = snapshot(generator(folder), judge, len(data.names), wishes, settings)
+        sheet = save_sheet(images, out / f"{folder.name}.png", columns=len(data.names))
         seen = samples_seen(folder, read_config(folder))
         shots.append({"samples_seen": seen, "accuracy": rough, "sheet": vars(sheet)})
     seconds = time.perf_counter() - loaded
@@ -139,13 +141,14 @@ def run(flags: Flags) -> dict[str, Any]:
         "samples_per_second": drawn / seconds,
     }
     plain = result.plain() | {
+        "sheets": {name: vars(sheet) for name, sheet in sheets.items()},
         "snapshots": shots,
         "settings": vars(settings),
         "samples_seen": report["samples_seen"],
         "counts": counted,
     }
     write_json(out / "evaluation.json", plain)
-    poster.draw(result, out, out / "readme.png")
+    poster.draw(sheets, result.labels, out, out / "readme.png")
     write_json(out / "metrics.json", report)
     if flags.tracking:
         log(flags, config, report, shots)

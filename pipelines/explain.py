@@ -5,7 +5,7 @@ they share. `--sample ID` takes a sample id (source:row), a record's own id or i
 the steps below `--steps` that use it. The other flags are the run's own.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import json
 import sys

@@ -6,7 +6,7 @@ The checkpoint may lie in S3. `--out` gets config.json, model.safetensors, the t
 card, and loads with `MDM.from_pretrained(DIR)`, without DeepSpeed.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import sys
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ had settled at which evaluation: a row a result, a column an evaluation, orange 
 of the image and, below it, of the text.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import math
 import sys

@@ -7,7 +7,7 @@ of stock `mamba_ssm.Mamba2`. Without a CUDA device it says so and exits with 0.
 **Not run** so far beyond that sentence: no machine with a GPU was at hand.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import dataclasses
 import importlib

@@ -16,7 +16,7 @@ the file STOP, 70 a hang, 75 told to stop, and saved, 130 ended at once by Ctrl-
 codes of their own: a supervisor reads what the ranks themselves say.)
 """
 
-from pipelines.start import job, told
+from mdm.launch.job import job, told
 
 import contextlib
 import dataclasses
@@ -108,7 +108,7 @@ def drawing(pictures: int) -> Draw | None:
     if not pictures:
         return None
     # Imported here: what generates takes seconds to import.
-    from mdm.evaluate.samples import draw_samples
+    from mdm.report.samples import draw_samples
 
     return functools.partial(draw_samples, n=pictures)
 

@@ -3,7 +3,7 @@
 Prints `export NAME=VALUE` for what leads a job to it, and serves until SIGINT or SIGTERM.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import os
 import secrets
@@ -18,7 +18,7 @@ from mdm.utils.command_line import parse_cli
 os.environ.pop("RAY_ADDRESS", None)
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-from pipelines import encode_on_ray
+from mdm.preprocess import ray_executor as encode_on_ray
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Prints where one GPU's memory goes, whether it fits and what to change if not, b
 as one rank of the run with the real ZeRO engine and takes a step, and says what the run would cost.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import dataclasses
 import json

@@ -3,7 +3,7 @@
 `python pipelines/s3_server.py --dir DIR` serves until interrupted and prints the lines to export.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import json
 import os

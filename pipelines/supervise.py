@@ -19,7 +19,7 @@ Exit codes: 0 done, and the run's done.json says so; 1 the budget is used up; 2 
 line explains; 3 ended by the file STOP: do not requeue; 75 told to stop, and saved: requeue.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import contextlib
 import os

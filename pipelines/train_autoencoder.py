@@ -4,7 +4,7 @@ Writes a folder in diffusers' format, `autoencoder.json` (figures) and `reconstr
 (held-out pictures above their reconstructions).
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import json
 import os

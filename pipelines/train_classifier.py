@@ -4,7 +4,7 @@ Writes `classifier.safetensors` and `classifier.json`: its accuracy on held-out 
 are and through the autoencoder, and how many other pictures it takes for a class.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import json
 import sys

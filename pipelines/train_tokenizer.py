@@ -1,6 +1,6 @@
 """Train the SentencePiece unigram tokenizer (Appendix D) on dialogues, captions and class names."""
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import json
 import shutil

@@ -4,7 +4,7 @@
 reason, and the file in which it lies.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import json
 import sys

@@ -63,7 +63,7 @@ def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes
     if provenance.autoencoder == PIXELS:
         raise ValueError(
             f"{folder} was trained on pixel patches, which no autoencoder decodes; "
-            "pipelines/learn.py draws from it"
+            "examples/digits/learn.py draws from it"
         )
     if provenance.autoencoder:
         check_autoencoder(path, provenance.autoencoder, f"the data of {folder} was encoded with")

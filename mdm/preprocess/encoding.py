@@ -1,8 +1,8 @@
 """The second pass of encoding: records -> decoded chunks -> latents.
 
-Each stage is a plain function; the executor in `pipelines/encode_on_ray.py` says where it runs. The
-same recipe and input give the same bytes, however the work is split, interrupted or retried. A
-picture that neighbouring records share is decoded and encoded once.
+Each stage is a plain function; `mdm.preprocess.ray_executor` decides where it runs. The same recipe
+and input give the same bytes, however the work is split, interrupted or retried. An image that
+neighbouring records share is decoded and encoded once.
 
 Shapes: n examples and p pictures of a chunk, H x W pixels, N image tokens, C numbers a latent.
 """

@@ -15,13 +15,13 @@ import ray
 import torch
 
 from mdm import sources
+from mdm.preprocess import ray_executor as encode_on_ray
 from mdm.preprocess.encoding import Chunk, decode_group, encode_chunk
+from mdm.preprocess.ray_executor import GroupEncoder, Place
 from mdm.preprocess.recipe import Recipe
 from mdm.preprocess.survey import Group, plan
 from mdm.sources.record import Unit
 from mdm.storage import StoreOptions
-from pipelines import encode_on_ray
-from pipelines.encode_on_ray import GroupEncoder, Place
 from tests.benchmarks.encoding import Inputs
 from tests.benchmarks.timing import Result
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mdm.diffusion import schedule
 from mdm.diffusion.sampler import make_solver
-from mdm.evaluate.solvers import Curves, chart, curves
+from mdm.report.solver_chart import Curves, chart, curves
 from tests.benchmarks.timing import Result
 from tests.mixture import Mixture, normal_quantiles
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from examples.digits.data import write
 from mdm.checkpoint.checkpoints import Checkpoints
-from pipelines.learn_data import write
 from tests.helpers import ROOT
 
 pytestmark = pytest.mark.distributed

@@ -158,7 +158,7 @@ def drawing(options: dict[str, Any]) -> Draw | None:
     """What draws pictures of snapshots, if asked for."""
     if not options.get("draw"):
         return None
-    from mdm.evaluate.samples import draw_samples
+    from mdm.report.samples import draw_samples
 
     return functools.partial(draw_samples, n=2)
 

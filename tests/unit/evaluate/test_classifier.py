@@ -6,7 +6,7 @@ import torch
 from mdm.evaluate import classifier
 from mdm.evaluate.classifier import Classifier, Training
 from mdm.evaluate.image import agreement
-from tests.unit.evaluate.conftest import Digits
+from tests.unit.conftest import Digits
 
 
 def test_it_reads_digits_it_has_not_seen(digits: Digits, judge: Classifier) -> None:

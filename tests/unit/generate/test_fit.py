@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from examples.digits import data as learn_data
 from mdm.checkpoint.exported import Training, read_provenance, write_export
 from mdm.config import Config, DataConfig, ModelConfig
 from mdm.data.provenance import Provenance
@@ -17,7 +18,7 @@ from mdm.first_stage.folder import PIXELS, describe
 from mdm.first_stage.tokenizer import Tokenizer, train_model
 from mdm.generate import MDM
 from mdm.loss import Objective
-from pipelines import evaluate, generate, learn_data
+from pipelines import evaluate, generate
 from tests.data_sets import write_autoencoder, write_tokenizer
 
 

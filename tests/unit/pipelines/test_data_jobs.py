@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.demo import data as demo_data
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.tokenizer import Tokenizer
-from pipelines import demo_data, train_autoencoder, train_tokenizer
+from pipelines import train_autoencoder, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from mdm.data.manifest import Manifest
 from mdm.data.mixture import Mixture, Source
 from mdm.data.schema import from_bfloat16_bits
 from mdm.data.trace import find, locate, uses
-from mdm.evaluate.card import card_page
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import ASSISTANT, EOS, UNK, USER, Tokenizer, train_model
@@ -25,6 +24,7 @@ from mdm.preprocess.receipt import Receipt, get_sealed, put_sealed, receipt_key
 from mdm.preprocess.recipe import Recipe
 from mdm.preprocess.survey import Group, Survey, plan, survey
 from mdm.preprocess.verify import verify
+from mdm.report.card import card_page
 from mdm.sources.record import RawRecord, Unit
 from mdm.storage import open_store
 from pipelines import encode as encode_job

