@@ -391,3 +391,8 @@ def suggest(word: str, words: Iterable[str]) -> str:
     """What a message adds if one of `words` was meant."""
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def fields_of(config: Config) -> dict[str, object]:
+    """The fields of a run's configuration by name, without those that a subclass adds."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}

@@ -19,7 +19,6 @@ codes of their own: a supervisor reads what the ranks themselves say.)
 from mdm.launch.job import job, told
 
 import contextlib
-import dataclasses
 import functools
 import io
 import sys
@@ -30,7 +29,7 @@ from pathlib import Path
 import torch
 
 from mdm.checkpoint.state import RunError
-from mdm.config import Config, doc
+from mdm.config import Config, doc, fields_of
 from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.provenance import check_fit
 from mdm.loss import Objective
@@ -68,11 +67,6 @@ class Flags(Config):
         parse_steps(self.profile)
         if self.resume not in ("auto", "none"):
             raise ValueError(f"--resume is {self.resume!r}; choose auto or none")
-
-
-def fields_of(config: Config) -> dict[str, object]:
-    """The fields that a run's configuration has, without this job's own flag."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
 
 
 def make_loader(config: Config, world: World) -> Loader:

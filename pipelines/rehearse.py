@@ -17,18 +17,17 @@ from typing import Any
 import torch
 
 from mdm.checkpoint.state import RunError
-from mdm.config import Config, doc
+from mdm.config import Config, doc, fields_of
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
 from mdm.planning.cost import Estimate, estimate
 from mdm.planning.footprint import STATES
+from mdm.planning.gpu_check import peak_flops
 from mdm.planning.memory_plan import GIB, Ledger, plan, remedies, shapes_of
 from mdm.planning.rehearsal import Rehearsal, rehearse
 from mdm.presets import PRESETS
 from mdm.train.engine import load_deepspeed_config, zero_settings
 from mdm.utils.command_line import fail, parse_cli
-from pipelines.gpu_check import peak_flops
-from pipelines.pretrain import fields_of
 
 # Training samples as published: ImageNet-1k, JourneyDB's train split, UltraChat.
 ONE_EPOCH = 1_281_167 + 4_189_737 + 1_468_352

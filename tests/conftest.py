@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mdm.storage.server import S3Server
 from mdm.utils.precision import describe, resolve
-from pipelines.s3_server import S3Server
 
 
 def pytest_report_header() -> str:

@@ -27,6 +27,8 @@ PAGE = "card.html"  # the card for people; nothing reads it
 OWN = ("work/", "parts/", "shards/", MANIFEST, CARD, PAGE)
 # What the bytes of pictures, texts and shards come from.
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
+# Makes the dataset card's page of what was counted and of samples.
+CardPage = Callable[[dict[str, Any], Sequence[Sample]], str]
 
 
 def finished(store: Store, recipe: Recipe, *, write: bool = True) -> Manifest | None:
@@ -55,7 +57,7 @@ def finish(
     recipe: Recipe,
     receipts: Sequence[Receipt],
     class_names: Sequence[str],
-    page: Callable[[dict[str, Any], Sequence[Sample]], str] | None = None,
+    page: CardPage | None = None,
 ) -> Manifest:
     """Write the card, then commit the manifest. Equal receipts give equal bytes.
 

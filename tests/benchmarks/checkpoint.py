@@ -9,7 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from pipelines.s3_server import S3Server
+from mdm.storage.server import S3Server
 from tests.benchmarks.timing import Result
 from tests.helpers import ROOT, run_ranks
 

@@ -25,10 +25,11 @@ from mdm import sources
 from mdm.data.schema import Examples, example_schema, to_bfloat16_bits, write_shard
 from mdm.first_stage.autoencoder import PATCH, Autoencoder, to_signed
 from mdm.first_stage.tokenizer import EOS
+from mdm.preprocess import encode
 from mdm.preprocess.image import decode_image
+from mdm.report.card import card_page
 from mdm.sources.record import RawRecord
 from mdm.storage import open_store
-from pipelines import encode
 from tests.benchmarks.encoding import SIZE, Inputs
 from tests.benchmarks.timing import Result
 
@@ -115,7 +116,7 @@ def run() -> Result:
             for threads in sorted({1, cores})
         }
         wrapped = loop(inputs, folder / "wrapped", cores, None)
-        summary = encode.run(inputs.flags(folder / "out"))
+        summary = encode.run(inputs.flags(folder / "out"), card_page)
     stages = summary["stage_seconds"]
     useful = stages["decode"] + stages["encode"]
     return Result(

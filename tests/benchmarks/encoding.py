@@ -9,9 +9,9 @@ from PIL import Image
 from mdm.first_stage import autoencoder
 from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import Tokenizer
+from mdm.preprocess.encode import Flags, make_recipe
 from mdm.preprocess.recipe import Recipe, inputs_sha256
 from mdm.sources.record import Unit
-from pipelines.encode import Flags, make_recipe
 from tests.data_sets import NAMES, write_tokenizer
 
 SIZE = 128  # pixels that the autoencoder takes; the files have 320 x 256

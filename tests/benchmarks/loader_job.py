@@ -67,8 +67,8 @@ def write_ours(to: str) -> None:
     from mdm.data.manifest import CARD, Manifest, canonical, publish
     from mdm.data.manifest_parts import shard_parts
     from mdm.data.schema import Examples, example_schema, write_shard
+    from mdm.preprocess.encode import Flags
     from mdm.storage import open_store
-    from pipelines.encode import Flags
 
     flags = {f: Flags.__dataclass_fields__[f].default for f in ("batch_rows", "shard_rows")}
     store, schema, shards = open_store(to), example_schema((16, 16), CHANNELS), []

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mdm.storage import open_store
-from pipelines.s3_server import S3Server
+from mdm.storage.server import S3Server
 from tests.benchmarks.loader_samples import BATCH, SAMPLES
 from tests.benchmarks.loading import in_turn, result, written
 from tests.benchmarks.timing import Result

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from pipelines.s3_server import S3Server
+from mdm.storage.server import S3Server
 
 TARGETS = ("driver", "worker", "encoder", "raylet", "gcs_server", "S3 server")
 

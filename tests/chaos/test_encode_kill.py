@@ -13,10 +13,11 @@ import psutil
 import pytest
 
 from mdm.data.manifest import MANIFEST
+from mdm.preprocess.encode import TooManyBadError, check_bad
 from mdm.storage import open_store
 from mdm.storage.lease import LEASE
+from mdm.storage.server import S3Server
 from pipelines import encode
-from pipelines.s3_server import S3Server
 from tests.chaos.encode_job import Job, check_whole, receipts, wait_for
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
@@ -110,11 +111,9 @@ def test_of_two_jobs_on_one_output_one_wins_and_the_other_says_so(
 
 
 def test_too_many_bad_records_stop_the_job() -> None:
-    encode.check_bad(Counter(damaged=5), 10, 0.5)
-    with pytest.raises(
-        encode.TooManyBadError, match=r"6 of 10 records are bad.*0\.5.*damaged; gone"
-    ):
-        encode.check_bad(Counter(damaged=5, gone=1), 10, 0.5)
+    check_bad(Counter(damaged=5), 10, 0.5)
+    with pytest.raises(TooManyBadError, match=r"6 of 10 records are bad.*0\.5.*damaged; gone"):
+        check_bad(Counter(damaged=5, gone=1), 10, 0.5)
 
 
 @pytest.mark.parametrize(

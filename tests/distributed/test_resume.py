@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from mdm.checkpoint.checkpoints import MARKER, Checkpoints, Record
 from mdm.checkpoint.export import export_checkpoint
 from mdm.checkpoint.snapshot import read_whole
+from mdm.storage.server import S3Server
 from mdm.train.writer import RUN_LEASE
-from pipelines.s3_server import S3Server
 from tests.helpers import run_ranks
 
 pytestmark = pytest.mark.distributed

@@ -20,7 +20,7 @@ from mdm.data.manifest import Manifest
 from mdm.data.mixture import open_mixture
 from mdm.data.reader import open_cache
 from mdm.storage import StoreError, open_store
-from pipelines.s3_server import S3Server
+from mdm.storage.server import S3Server
 from tests.chaos.encode_job import Job, check_whole, ended, one_line, receipts, wait_for
 from tests.chaos.faults import TARGETS, environment, kill, wrong_clock
 from tests.chaos.proxy import KINDS, FaultProxy

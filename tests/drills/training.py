@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mdm.checkpoint.checkpoints import MANIFEST, MARKER
-from pipelines.s3_server import S3Server
+from mdm.storage.server import S3Server
 from tests.chaos.faults import environment
 from tests.chaos.mlflow_server import MlflowServer
 from tests.chaos.proxy import FaultProxy

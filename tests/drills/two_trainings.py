@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mdm.checkpoint.checkpoints import Checkpoints
+from mdm.storage.server import S3Server
 from mdm.train.writer import RUN_LEASE
 from mdm.utils import exit_codes
-from pipelines.s3_server import S3Server
 from tests.chaos.faults import environment
 from tests.drills.drill import Row, Setting
 from tests.drills.training_job import ENV, JOB, equal

@@ -15,7 +15,9 @@ from examples.digits.ablation_tables import (
 )
 from mdm.report.image_grid import save_sheet
 from mdm.report.page import render
+from tests.helpers import ROOT
 
+TEMPLATE = ROOT / "examples/digits/report.html.j2"
 RUNS = {
     "as shipped": [dict.fromkeys(COLUMNS, 0.5) | {"t2i_accuracy": a} for a in (0.8, 1.0)],
     "deaf <b>": [dict.fromkeys(COLUMNS, 0.1)],
@@ -69,9 +71,9 @@ def test_the_page_shows_variants_solvers_and_pictures(tmp_path: Path) -> None:
         "settings": {"guidance": 1.0},
         "ablation": found,
     }
-    page = render("learn.html.j2", content)
+    page = render(TEMPLATE, content)
     assert "What each choice is worth" in page
     assert "deaf &lt;b&gt;" in page
     assert page.count("data:image/png;base64,") == 6
     assert "0.1 nats" in page
-    assert "What each choice is worth" not in render("learn.html.j2", content | {"ablation": None})
+    assert "What each choice is worth" not in render(TEMPLATE, content | {"ablation": None})

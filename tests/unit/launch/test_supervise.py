@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mdm.launch import supervisor
 from mdm.launch.rendezvous import Attempt
 from mdm.utils import exit_codes
-from pipelines import supervise
 from tests.helpers import ROOT
 
 # A "rank" that says what it is told to, attempt after attempt.
@@ -170,15 +170,15 @@ def test_mistakes_of_its_own(tmp_path):
 
 def test_launchers_get_the_port_and_the_nodes(tmp_path):
     alone = Attempt(1, ("here",), "127.0.0.1", 4000)
-    found = supervise.command_of(["/x/deepspeed", "--num_gpus", "8", "job.py"], alone, tmp_path)
+    found = supervisor.command_of(["/x/deepspeed", "--num_gpus", "8", "job.py"], alone, tmp_path)
     assert found == ["/x/deepspeed", "--master_port", "4000", "--num_gpus", "8", "job.py"]
     two = Attempt(2, ("a", "b"), "10.0.0.1", 4001, rank=1, hosts={"a": 8, "b": 8})
-    found = supervise.command_of(["deepspeed", "job.py"], two, tmp_path)
+    found = supervisor.command_of(["deepspeed", "job.py"], two, tmp_path)
     assert found[1:9] == [
         *("--master_port", "4001", "--hostfile", str(tmp_path / "hostfile")),
         *("--no_ssh", "--master_addr", "10.0.0.1", "--node_rank"),
     ]
     assert (tmp_path / "hostfile").read_text() == "a slots=8\nb slots=8\n"
-    found = supervise.command_of(["torchrun", "job.py"], two, tmp_path)
+    found = supervisor.command_of(["torchrun", "job.py"], two, tmp_path)
     assert found[-3:] == ["--nproc-per-node", "8", "job.py"]
     assert found[found.index("--node-rank") + 1] == "1"

@@ -8,7 +8,7 @@ import torch
 
 from mdm.config import Config, DataConfig, ModelConfig
 from mdm.kernels import conv, ssd
-from pipelines import gpu_check
+from mdm.planning import gpu_check
 
 
 def test_peak_by_name_or_as_given():

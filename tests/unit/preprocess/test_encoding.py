@@ -17,6 +17,7 @@ from mdm.data.trace import find, locate, uses
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import ASSISTANT, EOS, UNK, USER, Tokenizer, train_model
+from mdm.preprocess import encode as encode_job
 from mdm.preprocess import encoding, forecast, publish
 from mdm.preprocess.duplicates import DUPLICATE, ID_TAKEN, NEAR_DUPLICATE, Ledger, left_out
 from mdm.preprocess.encoding import decode_group, encode_chunk, write_chunks
@@ -27,7 +28,6 @@ from mdm.preprocess.verify import verify
 from mdm.report.card import card_page
 from mdm.sources.record import RawRecord, Unit
 from mdm.storage import open_store
-from pipelines import encode as encode_job
 from tests.data_sets import (
     NAMES,
     jpeg,
@@ -511,7 +511,7 @@ def test_a_card_and_the_job_tell_the_share_of_unknown_tokens(
     said = f"{share:.2%} of the tokens are unknown to the tokenizer, more than 1%"
     assert (said in (out / "card.html").read_text()) == warned
     capsys.readouterr()
-    summary = encode_job.run(flags)  # is there already: no Ray is started
+    summary = encode_job.run(flags, card_page)  # is there already: no Ray is started
     assert summary["manifest_sha256"] == manifest.sha256
     assert summary["unknown_tokens"] == pytest.approx(share, abs=1e-6)
     lines = [line for line in capsys.readouterr().err.splitlines() if "unknown" in line]

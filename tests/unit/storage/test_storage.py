@@ -23,7 +23,7 @@ from mdm.storage import (
     join,
     open_store,
 )
-from pipelines.s3_server import S3Server
+from mdm.storage.server import S3Server
 
 
 def test_objects_come_back_whole_and_in_ranges(uri: str) -> None:

@@ -68,7 +68,7 @@ def test_autocast_sets_the_type_of_products(precision, dtype):
 def test_autocast_is_spelled_in_one_place():
     places = [
         str(path.relative_to(ROOT))
-        for top in ("mdm", "pipelines", "tests")
+        for top in ("mdm", "pipelines", "examples", "tests")
         for path in (ROOT / top).rglob("*.py")
         if re.search(r"torch\.(cpu\.amp\.|amp\.)?autocast\(", path.read_text())
     ]
