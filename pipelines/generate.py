@@ -31,10 +31,10 @@ from torch import Tensor
 from mdm.config import doc
 from mdm.diffusion.sampler import SOLVERS
 from mdm.first_stage.autoencoder import Autoencoder
+from mdm.first_stage.image import decode_image
 from mdm.generate import MDM
 from mdm.generate.generator import Options
 from mdm.generate.selection import draw_map
-from mdm.preprocess.image import decode_image
 from mdm.storage import StoreError
 from mdm.utils.command_line import parse_cli
 

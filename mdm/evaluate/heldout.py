@@ -13,8 +13,8 @@ from mdm.data.manifest import Manifest
 from mdm.data.mixture import Source
 from mdm.data.reader import SourceReader
 from mdm.data.schema import from_bfloat16_bits
+from mdm.first_stage.image import decode_image
 from mdm.first_stage.tokenizer import Tokenizer
-from mdm.preprocess.image import decode_image
 from mdm.sources.record import RawRecord
 
 

@@ -21,9 +21,9 @@ from mdm import sources
 from mdm.data.manifest import Quarantined
 from mdm.data.schema import Examples, to_bfloat16_bits
 from mdm.data.text import fit
+from mdm.first_stage.image import decode_image
 from mdm.first_stage.tokenizer import EOS, Tokenizer
 from mdm.preprocess.duplicates import DROPPED
-from mdm.preprocess.image import decode_image
 from mdm.preprocess.quality import text_problem
 from mdm.preprocess.receipt import SAMPLES, Receipt, Sample, lowest, sample_rank, write_group
 from mdm.preprocess.recipe import Recipe

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from mdm.preprocess.image import thumbnail
+from mdm.first_stage.image import thumbnail
 from mdm.sources.record import RawRecord
 
 SIGNATURE_BYTES = 128

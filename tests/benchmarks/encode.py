@@ -24,9 +24,9 @@ from einops import rearrange
 from mdm import sources
 from mdm.data.schema import Examples, example_schema, to_bfloat16_bits, write_shard
 from mdm.first_stage.autoencoder import PATCH, Autoencoder, to_signed
+from mdm.first_stage.image import decode_image
 from mdm.first_stage.tokenizer import EOS
 from mdm.preprocess import encode
-from mdm.preprocess.image import decode_image
 from mdm.report.card import card_page
 from mdm.sources.record import RawRecord
 from mdm.storage import open_store

@@ -13,12 +13,13 @@ from PIL import Image
 
 from mdm import sources
 from mdm.data.manifest import Manifest
+from mdm.first_stage import image
 from mdm.first_stage.autoencoder import Autoencoder
+from mdm.first_stage.exif import orientation
+from mdm.first_stage.image import decode_image, thumbnail
 from mdm.first_stage.tokenizer import Tokenizer
-from mdm.preprocess import encoding, image, similar, survey
+from mdm.preprocess import encoding, similar, survey
 from mdm.preprocess import ray_executor as encode_on_ray
-from mdm.preprocess.exif import orientation
-from mdm.preprocess.image import decode_image, thumbnail
 from mdm.sources import annotated, coco, imagenet, record, ultrachat
 from mdm.sources.record import BadRecord, RawRecord, one_record
 from tests import hostile

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mdm import sources
-from mdm.preprocess.image import decode_image
+from mdm.first_stage.image import decode_image
 from mdm.sources.record import RawRecord
 from tests import published_sets as sets
 from tests.unit.sources.damage import DAMAGED, UNUSUAL, noise, saved

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdm.preprocess import png
-from mdm.preprocess.image import decode_image
+from mdm.first_stage import png
+from mdm.first_stage.image import decode_image
 from tests.unit.sources.damage import chunk, png_of_rows
 
 

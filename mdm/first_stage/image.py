@@ -9,9 +9,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from mdm.preprocess import bare, png
-from mdm.preprocess.bare import Bare
-from mdm.preprocess.exif import orientation
+from mdm.first_stage import bare, png
+from mdm.first_stage.bare import Bare
+from mdm.first_stage.exif import orientation
 from mdm.sources.record import one_record
 
 # Larger pictures are refused by their header, before their pixels are unpacked.

@@ -5,7 +5,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from mdm.preprocess.bare import Bare
+from mdm.first_stage.bare import Bare
 
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 # Of Adam7's passes: first column and row, and the steps between them.

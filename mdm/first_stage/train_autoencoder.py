@@ -1,0 +1,195 @@
+"""Train an AutoencoderKL on published images, measure it and write its folder."""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mdm import sources
+from mdm.config import doc
+from mdm.first_stage import fit_autoencoder
+from mdm.first_stage.autoencoder import Autoencoder, build, save
+from mdm.first_stage.image import decode_image
+from mdm.sources.record import RawRecord
+from mdm.utils.files import write_json
+from mdm.utils.precision import describe, resolve
+
+HELD_OUT = 20  # one picture in so many, of sets that publish none held out
+
+
+@dataclass(frozen=True)
+class TrainAutoencoderConfig:
+    """Flags."""
+
+    datasets: tuple[str, ...] = doc(
+        ("imagenet=runs/demo/data/digits", "journeydb=runs/demo/data/emoji"),
+        "name=folder; repeat it for each data set; sets without images do not belong here",
+    )
+    out: str = doc("runs/demo/autoencoder", "folder to write; replaced as a whole")
+    image_size: int = doc(32, "pixels of a side; the model makes image_size / 4 latent cells of it")
+    steps: int = doc(1200, "optimizer steps")
+    batch: int = doc(32, "pictures a step, an equal share from every set")
+    lr: float = doc(3e-3, "highest learning rate of the one-cycle schedule")
+    kl_weight: float = doc(1e-3, "weight of the KL term beside the reconstruction's L1")
+    pictures: int = doc(20_000, "training pictures held in memory, a set")
+    precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
+    seed: int = doc(0, "seed of weights, order and noise")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "lr", "pictures"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
+        resolve(self.precision)
+        sources.parse_datasets(self.datasets)
+
+
+def load_pictures(
+    name: str, root: Path, split: str, size: int, most: int, wanted: Callable[[bytes], bool]
+) -> tuple[Tensor, int]:
+    """The first `most` pictures of a split, uint8 [n, 3, size, size], and how many were bad.
+
+    Of those that are `wanted`; a picture that neighbouring records share counts once.
+    """
+    last: bytes | None = None
+    found: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    bad = 0
+    for record in tqdm(sources.records(name, root, split), desc=f"{name} {split}", unit=" records"):
+        if not isinstance(record, RawRecord) or record.image is None:
+            bad += 1
+            continue
+        if record.image == last or not wanted(record.image):
+            continue
+        last = record.image
+        try:
+            found.append(decode_image(record.image, size))
+        except ValueError:
+            bad += 1
+        if len(found) == most:
+            break
+    if not found:
+        raise ValueError(f"dataset {name}: no usable picture in split {split} of {root}")
+    return torch.from_numpy(np.stack(found)), bad
+
+
+def everything(picture: bytes) -> bool:
+    """Every picture."""
+    return True
+
+
+def is_held_out(picture: bytes) -> bool:
+    """One picture in HELD_OUT, by a hash of its bytes."""
+    return xxhash.xxh3_64_intdigest(picture) % HELD_OUT == 0
+
+
+def is_kept(picture: bytes) -> bool:
+    """The others."""
+    return not is_held_out(picture)
+
+
+def grid_picture(
+    sets: list[tuple[Tensor, Tensor]], columns: int = 16, scale: int = 2
+) -> Image.Image:
+    """Rows of real pictures, each above the row of its reconstructions."""
+    rows = []
+    for real, output in sets:
+        for part in (real, output):
+            pixels = (part[:columns] * 255).round().to(torch.uint8)
+            row = np.concatenate(list(pixels.permute(0, 2, 3, 1).numpy()), axis=1)
+            missing = columns - len(pixels)
+            pad = ((0, 0), (0, missing * real.shape[3]), (0, 0))
+            rows.append(np.pad(row, pad, constant_values=255))
+    page = Image.fromarray(np.concatenate(rows))
+    return page.resize((page.width * scale, page.height * scale), Image.Resampling.NEAREST)
+
+
+def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
+    """Fit, measure and publish; ValueError where the data do not serve."""
+    started = time.perf_counter()
+    datasets = sources.parse_datasets(config.datasets)
+    torch.manual_seed(config.seed)
+    model = build(config.image_size)
+    train_sets: dict[str, Tensor] = {}
+    held_out: dict[str, Tensor] = {}
+    bad = 0
+    for name, root in datasets:
+        key = root.name
+        split = sources.training_splits(name, root)[0]
+        # A set that publishes none held out is divided by a hash of its pictures.
+        other = sources.held_out_split(name, root)
+        parts = (everything, everything) if other else (is_kept, is_held_out)
+        size = config.image_size
+        train_sets[key], lost = load_pictures(name, root, split, size, config.pictures, parts[0])
+        held_out[key], lost_too = load_pictures(name, root, other or split, size, 1000, parts[1])
+        bad += lost + lost_too if other else lost
+    loaded = time.perf_counter()
+    history: list[dict[str, float]] = []
+    precision = resolve(config.precision)
+    tqdm.write(f"precision: {describe(precision)}", file=sys.stderr)
+    terms = fit_autoencoder.fit(
+        model,
+        train_sets,
+        steps=config.steps,
+        batch=config.batch,
+        lr=config.lr,
+        kl_weight=config.kl_weight,
+        seed=config.seed,
+        precision=precision,
+    )
+    with tqdm(terms, total=config.steps, desc="autoencoder", unit=" steps") as bar:
+        for step, term in enumerate(bar, start=1):
+            history.append({"step": step, **term})
+            if step % 20 == 0:
+                bar.set_postfix(l1=f"{term['reconstruction']:.3f}", kl=f"{term['kl']:.2f}")
+    trained = time.perf_counter()
+    every = torch.cat(list(train_sets.values()))
+    mean, std = fit_autoencoder.channel_statistics(model, every)
+
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".autoencoder-") as folder:
+        partial = Path(folder) / "new"
+        save(model, partial, mean, std)
+        autoencoder = Autoencoder.load(partial)
+        shown, quality = [], {}
+        for key, pictures in held_out.items():
+            real = pictures.float() / 255
+            output = fit_autoencoder.reconstruct(autoencoder, pictures)
+            quality[key] = round(fit_autoencoder.psnr(output, real), 2)
+            picks = torch.linspace(0, len(real) - 1, min(16, len(real))).long()
+            shown.append((real[picks], output[picks]))
+        grid_picture(shown).save(partial / "reconstructions.png")
+        report = {
+            "sha256": autoencoder.sha256,
+            "psnr": quality,
+            "train_pictures": {key: len(part) for key, part in train_sets.items()},
+            "bad_records": bad,
+            "steps": config.steps,
+            "precision": precision,
+            "seconds": {
+                "read": round(loaded - started, 1),
+                "train": round(trained - loaded, 1),
+                "all": round(time.perf_counter() - started, 1),
+            },
+            "pictures_per_second": round(config.steps * config.batch / (trained - loaded), 1),
+            "latents_mean": mean,
+            "latents_std": std,
+            "losses": list(islice(history, 0, None, max(1, config.steps // 100))) + history[-1:],
+        }
+        write_json(partial / "autoencoder.json", report)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
+    return report
