@@ -30,7 +30,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the ledger."""
+    """One line of the memory plan."""
 
     name: str
     device: int  # bytes on the GPU
@@ -52,7 +52,7 @@ class Shapes:
 
 
 @dataclass(frozen=True)
-class Ledger:
+class MemoryPlan:
     """All rows, for one rank of `world_size`."""
 
     config: Config
@@ -81,8 +81,8 @@ def shapes_of(config: Config) -> Shapes:
     )
 
 
-def plan(config: Config, world_size: int) -> Ledger:
-    """The ledger of one rank; raises RunError for settings that the engine refuses."""
+def plan(config: Config, world_size: int) -> MemoryPlan:
+    """The memory plan of one rank; raises RunError for settings that the engine refuses."""
     values = load_deepspeed_config(config, world_size)
     zero = zero_settings(values)
     precision = resolve(config.train.precision, "cuda")
@@ -93,7 +93,7 @@ def plan(config: Config, world_size: int) -> Ledger:
     known = sum(row.device for row in rows)
     rows.append(Row("context", CONTEXT, note="CUDA, cuBLAS, NCCL: assumed"))
     rows.append(Row("slack", int(SLACK * known), note=f"{SLACK:.0%} of the above: assumed"))
-    return Ledger(config, world_size, tuple(rows))
+    return MemoryPlan(config, world_size, tuple(rows))
 
 
 def _states3(

@@ -1,7 +1,7 @@
 """One rank of a large run on one CPU: the real model in the real engine, with nobody else there.
 
 The kernels are torch's, the blocks are checkpointed and `auto` is this CPU's precision, whatever
-the preset says, so that a step fits here; what the preset asks of a GPU is the ledger's matter.
+the preset says, so that a step fits here; what the preset needs of a GPU is in the memory plan.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from mdm.data.batch import Batch
 from mdm.loss import Objective
 from mdm.planning.activations import largest_batch
 from mdm.planning.footprint import held_bytes, watch_gathered
-from mdm.planning.memory_plan import Ledger, plan
+from mdm.planning.memory_plan import MemoryPlan, plan
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, pretend_ranks, stop_ranks
 from mdm.utils import precision
@@ -27,7 +27,7 @@ from mdm.utils import precision
 class Rehearsal:
     """What one rank held and took."""
 
-    ledger: Ledger  # planned for the configuration as it was run here
+    memory_plan: MemoryPlan  # planned for the configuration as it was run here
     held: dict[str, int]  # bytes by the names of `held_bytes`
     gathered: int  # bytes of parameters whole at once, at the most
     build_seconds: float
@@ -74,7 +74,7 @@ def rehearse(
     # Adam's moments are made by the step; gradients and buckets are whole before it.
     held = before | {"optimizer": held_bytes(engine, ema)["optimizer"]}
     found = Rehearsal(
-        ledger=plan(config, world_size),
+        memory_plan=plan(config, world_size),
         held=held,
         gathered=gathered.bytes,
         build_seconds=built - start,

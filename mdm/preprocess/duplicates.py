@@ -33,7 +33,7 @@ _CONTENTS = np.dtype([("high", "u8"), ("low", "u8"), ("at", "u8")])
 _NEAR = np.dtype([("high", "u8"), ("number", "u8")])
 
 
-class Ledger:
+class DuplicateIndex:
     """Collects surveys in files below `folder`, then says what to leave out.
 
     On disk: 64 bytes a record; with near duplicates 136 more, and 16 a key (4 for a picture, up to
@@ -51,7 +51,7 @@ class Ledger:
         self._records = 0
         self._failed: dict[int, dict[int, str]] = {}
 
-    def __enter__(self) -> "Ledger":
+    def __enter__(self) -> "DuplicateIndex":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -189,7 +189,7 @@ def _first_of_group(rows: NDArray[Any]) -> NDArray[np.int64]:
 
 def left_out(surveys: Sequence[Survey], folder: Path, *, pictures: bool) -> list[dict[int, str]]:
     """What to leave out of units whose surveys are all at hand."""
-    with Ledger(folder, pictures=pictures) as ledger:
+    with DuplicateIndex(folder, pictures=pictures) as index:
         for number, found in enumerate(surveys):
-            ledger.add(number, found)
-        return ledger.left_out(len(surveys))
+            index.add(number, found)
+        return index.left_out(len(surveys))

@@ -21,7 +21,7 @@ from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.preprocess import encoding, forecast, publish
 from mdm.preprocess import ray_executor as encode_on_ray
-from mdm.preprocess.duplicates import Ledger
+from mdm.preprocess.duplicates import DuplicateIndex
 from mdm.preprocess.ray_executor import GroupEncoder, Place
 from mdm.preprocess.receipt import Receipt, Sample, get_sealed, lowest, receipt_key, survey_key
 from mdm.preprocess.recipe import Recipe, inputs_sha256
@@ -237,7 +237,7 @@ def plan_groups(
     sizes, bad = [], 0
     with (
         tempfile.TemporaryDirectory(prefix="mdm-encode-") as folder,
-        Ledger(Path(folder), pictures=recipe.image_size is not None) as ledger,
+        DuplicateIndex(Path(folder), pictures=recipe.image_size is not None) as duplicates,
     ):
         for number in range(len(units)):
             key = survey_key(recipe, number)
@@ -246,10 +246,10 @@ def plan_groups(
                 store.delete(key)
                 raise StoreError(f"{store.uri}/{key} is damaged, and was removed; run it again")
             found = Survey.from_bytes(data)
-            ledger.add(number, found)
+            duplicates.add(number, found)
             sizes.append(len(found))
             bad += found.bad
-        left_out = ledger.left_out(len(units))
+        left_out = duplicates.left_out(len(units))
     return plan(units, sizes, left_out, recipe.shard_rows), sum(sizes), bad
 
 

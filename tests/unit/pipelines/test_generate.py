@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.generate import Flags
+from mdm.report.drawing import Flags
 
 
 def test_a_map_needs_selection():

@@ -19,7 +19,7 @@ from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import ASSISTANT, EOS, UNK, USER, Tokenizer, train_model
 from mdm.preprocess import encode as encode_job
 from mdm.preprocess import encoding, forecast, publish
-from mdm.preprocess.duplicates import DUPLICATE, ID_TAKEN, NEAR_DUPLICATE, Ledger, left_out
+from mdm.preprocess.duplicates import DUPLICATE, ID_TAKEN, NEAR_DUPLICATE, DuplicateIndex, left_out
 from mdm.preprocess.encoding import decode_group, encode_chunk, write_chunks
 from mdm.preprocess.receipt import Receipt, get_sealed, put_sealed, receipt_key
 from mdm.preprocess.recipe import Recipe
@@ -322,12 +322,12 @@ def test_near_duplicates_of_pictures_are_found_and_others_are_left(tmp_path: Pat
     for unit_bytes in (1, 4096, 1 << 30):
         found = sources.get("imagenet").units(tmp_path / "raw", "train", unit_bytes=unit_bytes)
         surveys = [survey(u, near=True) for u in found]
-        ledger_folder = tmp_path / f"ledger{unit_bytes}"
-        ledger_folder.mkdir()
-        with Ledger(ledger_folder, pictures=True, buckets=3) as ledger:
+        folder = tmp_path / f"index{unit_bytes}"
+        folder.mkdir()
+        with DuplicateIndex(folder, pictures=True, buckets=3) as index:
             for number, one in reversed(list(enumerate(surveys))):  # in whatever order
-                ledger.add(number, one)
-            out = ledger.left_out(len(found))
+                index.add(number, one)
+            out = index.left_out(len(found))
         names = {
             Path(record.origin).name: out[number][position]
             for number, unit in enumerate(found)
@@ -355,8 +355,8 @@ def test_near_duplicates_of_texts_are_found_and_others_are_left(tmp_path: Path) 
     found = sources.get("ultrachat").units(root, "train", unit_bytes=700)
     assert len(found) > 2
     surveys = [survey(u, near=True) for u in found]
-    (tmp_path / "ledger").mkdir()
-    out = left_out(surveys, tmp_path / "ledger", pictures=False)
+    (tmp_path / "index").mkdir()
+    out = left_out(surveys, tmp_path / "index", pictures=False)
     gone = [
         record.id.rpartition("/")[2]
         for number, unit in enumerate(found)

@@ -75,7 +75,7 @@ def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
             assert torch.equal(whole[name], value), name
     ema = EMA(engine.fp32_partitions(), 0.99)
     gathered = watch_gathered(engine, (Block,))
-    ledger, losses = plan(config, world.size), []
+    memory_plan, losses = plan(config, world.size), []
     torch.manual_seed(world.rank)
     batch = largest_batch(config, GLOBAL_BATCH // world.size)
     for step in range(STEPS):
@@ -88,13 +88,16 @@ def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
         ema.update(engine.fp32_partitions())
         losses.append(float(loss.detach()))
     checked = STATES if engine.stage == 3 else ("gradients", "optimizer", "ema")
-    rows = {name: (held[name], ledger.device(name)) for name in checked}
+    rows = {name: (held[name], memory_plan.device(name)) for name in checked}
     if engine.stage == 3:  # an upper bound, and not a loose one
-        limit = ledger.device("gathered") + ledger.device("persistent")
+        limit = memory_plan.device("gathered") + memory_plan.device("persistent")
         assert 0.7 * limit < gathered.bytes <= limit, (gathered.bytes, limit)
     else:
-        rows["parameters"] = held["whole"], ledger.device("parameters")
-    rows["activations"] = saved.bytes, ledger.device("activations") + ledger.device("heads")
+        rows["parameters"] = held["whole"], memory_plan.device("parameters")
+    rows["activations"] = (
+        saved.bytes,
+        memory_plan.device("activations") + memory_plan.device("heads"),
+    )
     logging.warning("stage %s: %s", engine.stage, rows)
     assert not apart(rows), apart(rows)
     return losses, [p.clone() for p in engine.fp32_partitions()]

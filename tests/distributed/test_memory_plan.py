@@ -1,4 +1,4 @@
-"""The rehearsal's ledger against real ranks, and the rehearsal itself."""
+"""The memory plan of a rehearsal against real ranks, and the rehearsal itself."""
 
 import json
 import os
@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from tests.distributed import ledger_job
+from tests.distributed import memory_plan_job
 from tests.helpers import ROOT, run_ranks
 
 pytestmark = pytest.mark.distributed
 
 
 def test_two_ranks_hold_what_was_planned(tmp_path):
-    code, output = run_ranks(ROOT / "tests/distributed/ledger_job.py", 2, str(tmp_path))
+    code, output = run_ranks(ROOT / "tests/distributed/memory_plan_job.py", 2, str(tmp_path))
     assert code == 0, output
 
 
@@ -25,7 +25,7 @@ def rehearse(*flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_process_rehearses_any_number_of_ranks(tmp_path):
-    ledger_job.config_of(tmp_path, False)  # writes the JSON
+    memory_plan_job.config_of(tmp_path, False)  # writes the JSON
     out = tmp_path / "report.json"
     flags = [
         *("--world-size", "64", "--gpu-memory", "1MiB", "--threads", "1"),
