@@ -18,6 +18,7 @@ from mdm.first_stage.folder import PIXELS, describe
 from mdm.first_stage.tokenizer import Tokenizer, train_model
 from mdm.generate import MDM
 from mdm.loss import Objective
+from mdm.report import drawing
 from pipelines import evaluate, generate
 from tests.data_sets import write_autoencoder, write_tokenizer
 
@@ -128,7 +129,7 @@ def test_text_alone_needs_no_autoencoder(made, tmp_path):
     with pytest.raises(ValueError, match="trained on text alone"):
         model.class_to_image([0], steps=2)
     with pytest.raises(ValueError, match="trained on text alone"):
-        generate.encode(model, [str(tmp_path / "a.png")])
+        drawing.encode(model, [str(tmp_path / "a.png")])
 
 
 def test_pixel_patches_are_decoded_by_no_autoencoder(made):
