@@ -20,7 +20,7 @@ from mdm.launch.job import job
 
 import sys
 
-from mdm.generate import MDM
+from mdm.generate import Generator
 from mdm.report.drawing import Flags, generate
 from mdm.storage import StoreError
 from mdm.utils.command_line import parse_cli
@@ -30,7 +30,7 @@ from mdm.utils.command_line import parse_cli
 def main() -> int:
     """Run the job; returns its exit code."""
     flags = parse_cli(Flags, description=__doc__ or "")
-    generator = MDM.from_pretrained(
+    generator = Generator.from_pretrained(
         flags.checkpoint,
         tokenizer=flags.tokenizer,
         autoencoder=flags.autoencoder,

@@ -32,7 +32,7 @@ from mdm.checkpoint.state import RunError
 from mdm.config import Config, doc, fields_of
 from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.provenance import check_fit
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block, Trunk
 from mdm.planning.preflight import preflight, table
@@ -92,7 +92,7 @@ def check_first(config: Config, world: World) -> int:
 def replay(config: Config, step: int) -> int:
     """Print what a skipped step does with each of its samples alone."""
     folder, report = blackbox.find_box(Path(config.run_dir), step)
-    whole, played = blackbox.replay(folder, Objective)
+    whole, played = blackbox.replay(folder, Loss)
     print(blackbox.describe(report, whole, played))
     return exit_codes.DONE
 
@@ -117,7 +117,7 @@ def run(flags: Flags, config: Config, world: World) -> int:
     return train(
         config,
         world,
-        Objective,
+        Loss,
         make_loader,
         resume=flags.resume,
         leaf_classes=gathered,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
 from mdm.data.batch import Batch, sample_key
-from mdm.loss import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
+from mdm.loss import LossTerms
 from mdm.utils.ranks import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,8 +65,8 @@ class Mixer(nn.Module):
         return out
 
 
-class SmallObjective(nn.Module):
-    """The interface of `mdm.loss.Objective`: two tasks, a running buffer, no hidden noise."""
+class SmallLoss(nn.Module):
+    """The interface of `mdm.loss.Loss`: two tasks, a running buffer, no hidden noise."""
 
     running_mean: Tensor
 
@@ -97,9 +97,16 @@ class SmallObjective(nn.Module):
         )
         image = self.image_out(x[:, batch.tokens.shape[1] :])
         eps_img = zero if batch.latents is None else F.mse_loss(image.float(), batch.latents)
-        by_conditioning = torch.zeros(len(CONDITIONINGS), len(CONDITIONED_TERMS))
         return LossTerms(
-            *(rec_txt + eps_img, zero, rec_txt, zero, eps_img, zero, zero), by_conditioning
+            total=rec_txt + eps_img,
+            rec_img=zero,
+            rec_txt=rec_txt,
+            kl=zero,
+            eps_img=eps_img,
+            se_img=zero,
+            se_txt=zero,
+            conditioning=torch.zeros(len(batch), dtype=torch.long),
+            per_sample=torch.zeros(len(batch), 3),
         )
 
 

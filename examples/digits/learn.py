@@ -24,8 +24,8 @@ from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import classifier
 from mdm.first_stage.pixel_patches import PixelPatches
 from mdm.first_stage.tokenizer import Tokenizer
-from mdm.generate import MDM
-from mdm.generate.generator import load_objective
+from mdm.generate import Generator
+from mdm.generate.generator import load_model
 from mdm.launch.processes import CPU_ENV, supervised
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.files import load_json
@@ -94,12 +94,12 @@ def train(out: Path, data: Path, ranks: int, flags: list[str]) -> dict[str, floa
     return done
 
 
-def load(export: Path, setting: Setting, compiled: bool = True) -> MDM:
+def load(export: Path, setting: Setting, compiled: bool = True) -> Generator:
     """The generator of exported weights, with pixel patches in the autoencoder's place."""
     config = from_dict(Config, load_json(export / "config.json"))
-    objective = load_objective(export, config)
+    model = load_model(export, config)
     pieces = Tokenizer(setting.tokenizer)
-    return MDM(config, objective, pieces, setting.pixels, compiled=compiled)
+    return Generator(config, model, pieces, setting.pixels, compiled=compiled)
 
 
 def run(flags: Flags) -> dict[str, Any]:

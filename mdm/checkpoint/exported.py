@@ -166,9 +166,9 @@ Data sets and their shares: {sources}.
 ## Use
 
 ```python
-from mdm.generate import MDM
+from mdm.generate import Generator
 
-model = MDM.from_pretrained("this folder")
+model = Generator.from_pretrained("this folder")
 pictures = model.text_to_image(["a caption"])
 ```
 

@@ -18,8 +18,8 @@ from mdm.generate.selection import (
     image_score_entropy,
     text_score_entropy,
 )
-from mdm.loss import Objective
 from mdm.model.embedding import CLEAN, DROPPED
+from mdm.model.mdm import MDM, text_logits
 
 
 class Drawn(NamedTuple):
@@ -36,14 +36,16 @@ class Drawn(NamedTuple):
 
 
 @torch.no_grad()
-def denoise(objective: Objective, request: Request, how: Sampling) -> Drawn:
+def denoise(model: MDM, request: Request, how: Sampling, *, self_conditions: bool = False) -> Drawn:
     """Sample what the request asks for.
 
     Guidance acts on estimates of z_0: (1 + w) conditional - w unconditional (Ho & Salimans 2022),
     within an interval of noise levels (Kynkäänniemi et al. 2024); the unconditional pass drops the
     class and the other modality, and takes one more network call a modality.
+    Its own estimate of the text is fed back if it `self_conditions`: to a model that has met its
+    estimates in training.
     """
-    state = _State(objective, request, how)
+    state = _State(model, request, how, self_conditions)
     i = 0
     while i < state.end:
         state.step(i)
@@ -87,8 +89,8 @@ class _Track:
 class _State:
     """z of both modalities at one evaluation of the loop."""
 
-    def __init__(self, objective: Objective, request: Request, how: Sampling) -> None:
-        self.network, self.vae = objective.network, objective.vae
+    def __init__(self, model: MDM, request: Request, how: Sampling, self_conditions: bool) -> None:
+        self.network, self.vae = model.network, model.vae
         self.request, self.how = request, how
         self.means, self.bias = self.vae.vocabulary()
         start = request.noise(0)
@@ -102,8 +104,7 @@ class _State:
         if request.image == "given":
             assert request.latents is not None
             self.image = self.vae.normalize_image(self.vae.encode_image(request.latents)[0])
-        # Fed back only to a network that has met its own estimates in training.
-        self.self_conditions = objective.weights.p_self_condition > 0
+        self.self_conditions = self_conditions
         b, m = self.prompt.shape
         self.settled_img = Selection(
             how.selection, b, 0 if self.image is None else self.image.shape[1]
@@ -290,7 +291,7 @@ class _State:
             keep_img=keep_img,
         )
         v = None if said.image is None else said.image.float()
-        return v, said.text.float() @ self.means.T + self.bias
+        return v, text_logits(said.text, self.means, self.bias)
 
     def latents(self) -> Tensor | None:
         """First-stage latents of the picture, [b, n, c]."""

@@ -22,7 +22,7 @@ from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer
 from mdm.generate.denoise import Drawn, denoise
 from mdm.generate.request import Request, Sampling
 from mdm.generate.selection import Selected
-from mdm.loss import Objective
+from mdm.model.mdm import MDM
 from mdm.utils.files import load_json
 from mdm.utils.precision import AUTO, autocast, resolve
 
@@ -40,14 +40,17 @@ class Decodes(Protocol):
         ...
 
 
-def load_objective(folder: Path, config: Config) -> Objective:
-    """Exported weights as a module; ValueError if they belong to another configuration."""
-    objective = Objective(config)
+def load_model(folder: Path, config: Config) -> MDM:
+    """The model of an export; ValueError if its weights belong to another configuration."""
+    model = MDM(config.model)
+    weights = load_file(folder / "model.safetensors")
+    # What the loss keeps beside the model is no part of it.
+    model_weights = {k: v for k, v in weights.items() if k.startswith(("network.", "vae."))}
     try:
-        objective.load_state_dict(load_file(folder / "model.safetensors"))
+        model.load_state_dict(model_weights)
     except RuntimeError as error:
         raise ValueError(f"{folder}: weights of another configuration: {error}") from None
-    return objective
+    return model
 
 
 class TextAlone:
@@ -73,7 +76,7 @@ def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes
 
 
 class Options(TypedDict, total=False):
-    """What every method of `MDM` takes besides; defaults and meaning are `Sampling`'s."""
+    """What every method of `Generator` takes besides; defaults and meaning are `Sampling`'s."""
 
     solver: str
     interval: tuple[float, float]
@@ -81,7 +84,7 @@ class Options(TypedDict, total=False):
     selection: float
 
 
-class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
+class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     """Class, text, picture or nothing in; picture, text or both out.
 
     Results depend on `seed` and a sample's place in the call alone, not on the batch size. `steps`
@@ -94,7 +97,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     def __init__(
         self,
         settings: Config,
-        weights: Objective,
+        model: MDM,
         pieces: Tokenizer,
         first_stage: Decodes,
         *,
@@ -104,9 +107,9 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     ) -> None:
         """Compiled blocks (`model.kernel compiled`) pay from some hundred samples on."""
         self.precision, self.provenance = resolve(precision), provenance
-        self.compiled = compiled and weights.network.trunk.compiled
-        weights.network.trunk.compiled = self.compiled
-        self.config, self.objective = settings, weights.eval()
+        self.compiled = compiled and model.network.trunk.compiled
+        model.network.trunk.compiled = self.compiled
+        self.config, self.model = settings, model.eval()
         self.tokenizer, self.autoencoder = pieces, first_stage
         self.grid = (settings.model.image_height, settings.model.image_width)
 
@@ -192,10 +195,10 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         model = config.model
         if model.kernel == "fused":  # CUDA's; here the same scans are computed by torch
             model = dataclasses.replace(model, kernel="torch")
-        objective = load_objective(folder, dataclasses.replace(config, model=model))
+        weights = load_model(folder, dataclasses.replace(config, model=model))
         return cls(
             config,
-            objective,
+            weights,
             pieces,
             first_stage,
             compiled=compiled,
@@ -205,7 +208,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """What `save_pretrained` and `push_to_hub` write: an export like that of a run."""
-        weights = {k: v.detach().cpu().clone() for k, v in self.objective.state_dict().items()}
+        weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
         tokenizer = self.tokenizer.model()
         write_files(
             *(save_directory, self.config, Training(), {"ema": weights}, tokenizer),
@@ -398,11 +401,12 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         return torch.cat(latents) if latents else torch.empty(0), tokens
 
     def _denoise(self, request: Callable[[Tensor], Request], part: Tensor, how: Sampling) -> Drawn:
-        if not self.compiled:
-            return denoise(self.objective, request(part), how)
-        # One shape for all calls: the last sample fills the batch, and is cut off again.
-        filled = torch.cat([part, part[-1:].expand(BATCH - len(part))])
-        return denoise(self.objective, request(filled), how).first(len(part))
+        whole = part
+        if self.compiled:  # one shape for all calls: the last sample fills the batch
+            whole = torch.cat([part, part[-1:].expand(BATCH - len(part))])
+        feeds_back = self.config.objective.p_self_condition > 0
+        drawn = denoise(self.model, request(whole), how, self_conditions=feeds_back)
+        return drawn.first(len(part))
 
     def _noise(
         self, index: Tensor, seed: int, n_image: int | None = None, n_text: int | None = None

@@ -206,7 +206,7 @@ class Trunk(nn.Module):
         return x
 
 
-class Network(nn.Module):
+class Decoder(nn.Module):
     """Predicts noise of image latents and scores of text tokens at given noise levels."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -65,7 +65,7 @@ class Embed(nn.Module):
         level_img: Tensor | None,
         picture_at: Tensor | None,
     ) -> Tensor:
-        """The sequence; see `Network.forward` for the arguments."""
+        """The sequence; see `Decoder.forward` for the arguments."""
         b, m, _ = z_txt.shape
         levels = torch.stack([level_txt, torch.full_like(level_txt, CLEAN)], 1)
         if level_img is not None:
@@ -104,7 +104,7 @@ class Embed(nn.Module):
     ) -> Tensor:
         """The rows of packed texts, one after the other, [1, r (m + 4), d_model].
 
-        Each text's tokens are those that `forward` gives it alone; see `Network.forward`.
+        Each text's tokens are those that `forward` gives it alone; see `Decoder.forward`.
         """
         own = text_of.clamp(min=0)
         noised, clean = self.level(torch.stack([level_txt, torch.full_like(level_txt, CLEAN)]))

@@ -15,7 +15,7 @@ def check_inputs(config: ModelConfig, z_txt: Tensor, **others: Tensor | None) ->
 
     Args:
         config: of the network.
-        z_txt: what `Network.forward` takes by this name.
+        z_txt: what `Decoder.forward` takes by this name.
         others: all its other arguments, by their names.
 
     Raises:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from mdm.data.batch import Batch
 from mdm.kernels import fused
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.model.decoder import Trunk
 from mdm.model.packing import N_HEAD
 from mdm.planning.footprint import Live, saved_activations
@@ -147,7 +147,7 @@ def _heads(config: Config, samples: int, with_picture: bool, precision: str) -> 
     tiny = dataclasses.replace(
         config.model, n_layer=1, long_skip=False, scan_mode="alternate", expand=1, d_state=1
     )
-    objective = Objective(dataclasses.replace(config, model=tiny))
+    objective = Loss(dataclasses.replace(config, model=tiny))
     objective.network.trunk = _NoTrunk()  # type: ignore[assignment]
     batch = largest_batch(config, samples, with_picture)
     with _NoProducts(), Live() as live:  # type: ignore[no-untyped-call]

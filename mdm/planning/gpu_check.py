@@ -17,7 +17,7 @@ from mdm.config import Config, ModelConfig, doc
 from mdm.data.batch import Batch
 from mdm.kernels import conv, fused
 from mdm.kernels import ssd as torch_ssd
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.model.count import trunk_macs
 from mdm.model.decoder import Trunk, block_scans
 from mdm.model.packing import N_HEAD
@@ -247,8 +247,8 @@ def sequences(config: Config, size: int) -> Batch:
 
 
 def train_ours(config: Config, model: ModelConfig, flags: Flags, steps: int) -> tuple[float, int]:
-    """Seconds and peak bytes of a step of `Objective` with the sizes of `model`."""
-    objective = Objective(dataclasses.replace(config, model=model)).to(DEVICE).train()
+    """Seconds and peak bytes of a step of `Loss` with the sizes of `model`."""
+    objective = Loss(dataclasses.replace(config, model=model)).to(DEVICE).train()
     batch = sequences(config, flags.batch)
     step = iter(range(10**9))
     return measure(lambda: objective(batch, next(step)).total, list(objective.parameters()), steps)

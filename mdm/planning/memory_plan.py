@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mdm.config import Config
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
 from mdm.planning.activations import activations
@@ -73,7 +73,7 @@ class MemoryPlan:
 def shapes_of(config: Config) -> Shapes:
     """Sizes of every parameter of the objective, made without memory."""
     with torch.device("meta"):
-        module: nn.Module = Objective(config)
+        module: nn.Module = Loss(config)
     blocks = [m for m in module.modules() if isinstance(m, Block | AttentionBlock)]
     return Shapes(
         tuple(p.numel() for p in module.parameters()),

@@ -14,7 +14,7 @@ from torch import nn
 
 from mdm.config import Config
 from mdm.data.batch import Batch
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.planning.activations import largest_batch
 from mdm.planning.footprint import held_bytes, watch_gathered
 from mdm.planning.memory_plan import MemoryPlan, plan
@@ -61,7 +61,7 @@ def rehearse(
     """
     config = runnable_here(config)
     start = time.perf_counter()
-    engine = Engine(lambda: Objective(config), config, pretend_ranks(world_size), leaf_classes)
+    engine = Engine(lambda: Loss(config), config, pretend_ranks(world_size), leaf_classes)
     ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
     gathered = watch_gathered(engine, leaf_classes)
     built = time.perf_counter()

@@ -13,7 +13,7 @@ from mdm.config import doc
 from mdm.diffusion.sampler import SOLVERS
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.image import decode_image
-from mdm.generate import MDM
+from mdm.generate import Generator
 from mdm.generate.generator import Options
 from mdm.generate.selection import draw_map
 
@@ -67,7 +67,7 @@ class Flags:
             )
 
 
-def generate(generator: MDM, flags: Flags) -> list[str]:
+def generate(generator: Generator, flags: Flags) -> list[str]:
     """Draw what `flags` describe and save the images; lines with what was drawn and where it is."""
     lines = draw(generator, flags)
     if flags.selection_map:
@@ -79,7 +79,7 @@ def generate(generator: MDM, flags: Flags) -> list[str]:
     return lines
 
 
-def draw(generator: MDM, flags: Flags) -> list[str]:
+def draw(generator: Generator, flags: Flags) -> list[str]:
     """The task itself; lines with its results."""
     seed, guidance, steps = flags.seed, flags.guidance, flags.steps
     text_steps = flags.text_steps or steps
@@ -145,7 +145,7 @@ def parts(flags: Flags) -> list[str]:
     return [part.strip() for item in flags.input for part in item.split(separator)]
 
 
-def encode(generator: MDM, files: Sequence[str]) -> Tensor:
+def encode(generator: Generator, files: Sequence[str]) -> Tensor:
     """First-stage latents [b, n, c] of picture files."""
     autoencoder = generator.autoencoder
     if not isinstance(autoencoder, Autoencoder):

@@ -17,7 +17,7 @@ from mdm.evaluate.heldout import counts, load_encoded, load_pictures, load_promp
 from mdm.evaluate.suite import DemoData, Settings, run_demo, snapshot
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.tokenizer import Tokenizer
-from mdm.generate import MDM
+from mdm.generate import Generator
 from mdm.report import poster
 from mdm.report.image_grid import save_sheet, save_sheets
 from mdm.storage import join
@@ -96,8 +96,8 @@ def run(flags: Flags) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     autoencoder = Autoencoder.load(flags.autoencoder)
 
-    def generator(folder: Path) -> MDM:
-        return MDM.from_pretrained(
+    def generator(folder: Path) -> Generator:
+        return Generator.from_pretrained(
             folder,
             tokenizer=flags.tokenizer,
             autoencoder=flags.autoencoder,

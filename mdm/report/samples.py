@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mdm.generate import MDM
+from mdm.generate import Generator
 from mdm.report.image_grid import save_sheet
 
 STEPS, GUIDANCE = 20, 3.0
@@ -28,7 +28,7 @@ def draw_samples(folder: Path, path: Path, n: int) -> dict[str, Any]:
         FileNotFoundError: the export is not complete.
         ValueError: the tokenizer or the first stage is not the run's, or cannot be loaded.
     """
-    generator = MDM.from_pretrained(folder, local_files_only=True)
+    generator = Generator.from_pretrained(folder, local_files_only=True)
     config = generator.config
     classes = [i % config.model.n_classes for i in range(n)]
     how: dict[str, Any] = {"guidance": GUIDANCE, "steps": STEPS, "seed": config.seed}

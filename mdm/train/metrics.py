@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from mdm.checkpoint.state import TrainState
 from mdm.data.batch import TASKS
-from mdm.loss import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
+from mdm.diffusion.levels import CONDITIONINGS
+from mdm.loss import LossTerms
 from mdm.storage import StoreError
 from mdm.train.throughput import Throughput
 from mdm.utils import files
@@ -32,7 +33,8 @@ from mdm.utils.tracking import Tracker
 
 MODEL_PARTS = ("forward", "backward")
 PARTS = ("data", "forward", "exchange", "backward", "optimizer", "ema", "save", "other")
-_TERMS = tuple(name for name in LossTerms._fields if name != "by_conditioning")
+CONDITIONED_TERMS = ("samples", "eps_img", "se_img", "se_txt")
+_TERMS = tuple(name for name in LossTerms._fields if name not in ("conditioning", "per_sample"))
 # What a line of each file holds at least.
 _METRICS: files.Shape = {"step": float}
 _ATTEMPT: files.Shape = {"started": float, "step": int}
@@ -65,6 +67,13 @@ class Clock:
         self._last = now
 
 
+def sums_by_conditioning(terms: LossTerms) -> torch.Tensor:
+    """Sums of CONDITIONED_TERMS over the samples of each conditioning, f64 [CONDITIONINGS, 4]."""
+    rows = torch.cat([torch.ones_like(terms.per_sample[:, :1]), terms.per_sample], 1).double()
+    sums = rows.new_zeros(len(CONDITIONINGS), len(CONDITIONED_TERMS))
+    return sums.index_add_(0, terms.conditioning, rows)
+
+
 class Window:
     """Sums of loss terms over steps and ranks since the last line of metrics, by task.
 
@@ -85,7 +94,8 @@ class Window:
 
     def add(self, task: str, terms: LossTerms) -> None:
         """Add one step's terms; no communication. All ranks take the same tasks in one order."""
-        row = torch.cat([t.detach().double().view(-1) for t in terms])
+        scalars = torch.stack([t.detach() for t in terms[: len(_TERMS)]]).double()
+        row = torch.cat([scalars, sums_by_conditioning(terms).flatten()])
         known = self._sums.get(task)
         self._sums[task] = row if known is None else known.to(row.device) + row
         self._steps[task] += 1

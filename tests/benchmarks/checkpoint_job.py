@@ -18,7 +18,7 @@ from mdm.train.ema import EMA
 from mdm.train.engine import Engine, start_ranks, stop_ranks
 from mdm.train.saver import Saver
 from mdm.utils.ranks import gather_to_all
-from tests.helpers import MemoryLoader, Mixer, SmallObjective, small_config
+from tests.helpers import MemoryLoader, Mixer, SmallLoss, small_config
 
 ROUNDS = 7
 
@@ -32,7 +32,7 @@ def sized(folder: Path) -> Config:
 def main() -> None:
     mode, folder, uri = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     config, world = sized(folder), start_ranks(1)
-    engine = Engine(lambda: SmallObjective(config), config, world, (Mixer,))
+    engine = Engine(lambda: SmallLoss(config), config, world, (Mixer,))
     ema, loader = EMA(engine.fp32_partitions(), 0.99), MemoryLoader(config, world)
     saver = Saver(Checkpoints.at(uri), engine, ema, world, Keep(1))
     state = TrainState(world_size=world.size, config=to_dict(config))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mdm.config import ModelConfig
-from mdm.model.decoder import Network
+from mdm.model.decoder import Decoder
 from tests.benchmarks.timing import THREADS, Result
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # image tokens; the text adds a dozen
@@ -41,7 +41,7 @@ def sized(config: ModelConfig, length: int) -> ModelConfig:
 def parameters(config: ModelConfig) -> int:
     """Numbers in the blocks; embeddings of position are left out, they grow with the picture."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Network(config).trunk.parameters())
+        return sum(p.numel() for p in Decoder(config).trunk.parameters())
 
 
 def decoders() -> dict[str, ModelConfig]:
@@ -60,7 +60,7 @@ def point(config: ModelConfig, length: int) -> dict[str, float]:
     """Median milliseconds of one step at batch 1, and MiB beyond the weights at its peak."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    network = Network(sized(config, length)).eval()
+    network = Decoder(sized(config, length)).eval()
     step = {
         "z_txt": torch.randn(1, TEXT, config.latent_dim),
         "level_txt": torch.zeros(1),

@@ -17,7 +17,7 @@ from mdm.checkpoint.checkpoints import Checkpoints, Keep
 from mdm.checkpoint.state import TrainState
 from mdm.config import Config, GuardConfig
 from mdm.data.batch import Batch, sample_key
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.model.decoder import Trunk
 from mdm.presets import PRESETS
 from mdm.train.ema import EMA
@@ -74,7 +74,7 @@ def main() -> None:
     config = dataclasses.replace(config, run_dir=from_main(config.run_dir))
     if not world.is_main:
         own.rmdir()
-    engine = Engine(lambda: Objective(config), config, world, (Trunk,))
+    engine = Engine(lambda: Loss(config), config, world, (Trunk,))
     ema = EMA(engine.fp32_partitions(), config.train.ema)
     loader = Synthetic(config, world)
     watch = Watch(Path(config.run_dir), world.rank, world.size, 600.0)
@@ -118,7 +118,7 @@ def main() -> None:
 def bare_engine(config: Config, world: World):
     """DeepSpeed around the same module, as its documentation shows it."""
     torch.manual_seed(config.seed)
-    module = Objective(config)
+    module = Loss(config)
     deepspeed.utils.set_z3_leaf_modules(module, [Trunk])
     groups = decay_groups(module, config.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=True, lr=config.train.lr)

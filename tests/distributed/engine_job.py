@@ -8,7 +8,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, gathered, start_ranks, stop_ranks
-from tests.helpers import ROOT, MemoryLoader, Mixer, SmallObjective, small_config
+from tests.helpers import ROOT, MemoryLoader, Mixer, SmallLoss, small_config
 
 
 def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
@@ -21,7 +21,7 @@ def main() -> None:
     path = str(ROOT / "deepspeed_configs" / json_name)
     config = small_config(run_dir, 12, deepspeed=path, precision="bf16")
     world = start_ranks(1)
-    engine = Engine(lambda: SmallObjective(config), config, world, (Mixer,))
+    engine = Engine(lambda: SmallLoss(config), config, world, (Mixer,))
     loader = MemoryLoader(config, world)
     ema = EMA(engine.fp32_partitions(), 0.99)
     reference = full_weights(engine)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.model.decoder import Block
 from mdm.planning.activations import largest_batch
 from mdm.planning.footprint import STATES, held_bytes, saved_activations, watch_gathered
@@ -67,11 +67,11 @@ def apart(rows: dict[str, tuple[int, int]]) -> list[str]:
 
 def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
     """Three steps; compares in the last one. Returns losses and this rank's weights."""
-    engine = Engine(lambda: Objective(config), config, world, (Block,))
+    engine = Engine(lambda: Loss(config), config, world, (Block,))
     whole = engine.gather(engine.fp32_partitions())
     torch.manual_seed(config.seed)
     if world.is_main:  # made part by part, the weights are those of a module made whole
-        for name, value in Objective(config).state_dict().items():
+        for name, value in Loss(config).state_dict().items():
             assert torch.equal(whole[name], value), name
     ema = EMA(engine.fp32_partitions(), 0.99)
     gathered = watch_gathered(engine, (Block,))

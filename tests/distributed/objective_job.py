@@ -10,17 +10,17 @@ import torch.distributed as dist
 
 from mdm.data.batch import Batch
 from mdm.diffusion import noise
-from mdm.loss import Objective
+from mdm.loss import Loss
 from tests.golden.test_losses import CONFIG, batch
 
 GLOBAL_BATCH = 6
 STEPS = (0, 1, 3)  # two of pictures and text, one of text alone
 
 
-def made() -> Objective:
+def made() -> Loss:
     torch.manual_seed(0)
     weights = dataclasses.replace(CONFIG.objective, text_warp=True)
-    objective = Objective(dataclasses.replace(CONFIG, objective=weights))
+    objective = Loss(dataclasses.replace(CONFIG, objective=weights))
     torch.nn.init.normal_(objective.network.image_out.weight, std=0.1)
     return objective
 
@@ -31,7 +31,7 @@ def share(whole: Batch, part: slice) -> Batch:
     return Batch(**fields | {k: v[:GLOBAL_BATCH][part] for k, v in per_sample.items()})
 
 
-def drawn(objective: Objective, part: Batch) -> list[torch.Tensor]:
+def drawn(objective: Loss, part: Batch) -> list[torch.Tensor]:
     """Noise levels, kept classes, noise of picture and text."""
     n = 0 if part.latents is None else part.latents.shape[1]
     draws = noise.draw(CONFIG.seed, part.keys, part.epochs, n, part.tokens.shape[1], 16)
@@ -40,7 +40,7 @@ def drawn(objective: Objective, part: Batch) -> list[torch.Tensor]:
 
 
 def learn(
-    objective: Objective, part: slice
+    objective: Loss, part: slice
 ) -> list[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]]:
     """Draws and loss terms of every step; gradients add up in the objective."""
     rows = []

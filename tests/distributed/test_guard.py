@@ -9,7 +9,7 @@ import torch
 from mdm.checkpoint.checkpoints import Checkpoints
 from mdm.train import replay_box as blackbox
 from tests.distributed.test_resume import losses, train, weights
-from tests.helpers import SmallObjective
+from tests.helpers import SmallLoss
 
 pytestmark = pytest.mark.distributed
 GUARD = {"window": 4, "skips": 1, "suspects": 0}
@@ -37,7 +37,7 @@ def test_a_nan_sample_costs_one_step_and_is_named(tmp_path):
     report = json.loads((box / "report.json").read_text())
     assert len(report["samples"]) == 8
     assert {"id", "noise_key", "epoch"} == set(report["samples"][0])
-    whole, played = blackbox.replay(box, SmallObjective)
+    whole, played = blackbox.replay(box, SmallLoss)
     assert not torch.isfinite(torch.tensor(whole))
     assert [p.id for p in played if not p.finite] == ["sample-25"]
     assert "not finite alone: sample-25" in blackbox.describe(report, whole, played)
@@ -62,7 +62,7 @@ def test_spikes_roll_back_and_quarantine_the_same_with_and_without_a_kill(tmp_pa
     assert len(back["quarantined"]) == 16
     assert [step for step, *_ in losses(whole)] == list(range(1, 15))
     report = json.loads((blackbox.box_of(whole, 6) / "report.json").read_text())
-    now, played = blackbox.replay(blackbox.box_of(whole, 6), SmallObjective)
+    now, played = blackbox.replay(blackbox.box_of(whole, 6), SmallLoss)
     assert now == pytest.approx(report["loss"], rel=1e-2)
     assert blackbox.blame(played)[0][0].id == "sample-17"
 

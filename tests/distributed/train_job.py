@@ -17,7 +17,7 @@ from mdm.checkpoint.checkpoints import Checkpoints, uri_of
 from mdm.checkpoint.snapshot import Snapshot
 from mdm.checkpoint.state import RunError
 from mdm.config import Config, GuardConfig
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.train import heartbeat as watch
 from mdm.train.engine import start_ranks, stop_ranks
 from mdm.train.loop import train
@@ -25,7 +25,7 @@ from mdm.train.run import Draw
 from mdm.train.saver import Saver
 from mdm.utils import exit_codes
 from mdm.utils.ranks import World
-from tests.helpers import MemoryLoader, Mixer, SmallObjective, small_config
+from tests.helpers import MemoryLoader, Mixer, SmallLoss, small_config
 
 
 class FatalLoader(MemoryLoader):
@@ -141,10 +141,10 @@ def copy_what_was_restored(uri: str) -> None:
 def configured(run_dir: Path, options: dict[str, Any]) -> tuple[Config, type[nn.Module]]:
     """The run's configuration and objective: the small ones, but for what `options` ask."""
     config = small_config(run_dir, options.get("global_batch", 8), **options.get("train", {}))
-    objective: type[nn.Module] = SmallObjective
+    objective: type[nn.Module] = SmallLoss
     if options.get("real"):
         grid = dataclasses.replace(config.model, image_height=2, image_width=2)
-        config, objective = dataclasses.replace(config, model=grid), Objective
+        config, objective = dataclasses.replace(config, model=grid), Loss
     if "guard" in options:
         config = dataclasses.replace(config, guard=GuardConfig(**options["guard"]))
     if "pictures" in options:  # tokenizer, autoencoder, vocab_size

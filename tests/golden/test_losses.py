@@ -12,7 +12,7 @@ import torch
 
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from mdm.data.batch import Batch
-from mdm.loss import Objective
+from mdm.loss import Loss
 
 RECORD = Path(__file__).with_name("losses.json")
 STEPS = 20
@@ -62,7 +62,7 @@ def batch(step: int) -> Batch:
 def run() -> list[dict[str, float]]:
     """The loss terms of every step."""
     torch.manual_seed(0)
-    objective = Objective(CONFIG)
+    objective = Loss(CONFIG)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3, weight_decay=0)
     rows = []
     for step in range(STEPS):

@@ -8,15 +8,17 @@ import torch
 from mdm.config import ObjectiveConfig
 from mdm.data.batch import Batch
 from mdm.diffusion import schedule
+from mdm.diffusion.levels import CONDITIONINGS
 from mdm.diffusion.schedule import STEPS
-from mdm.loss import CONDITIONINGS, Objective
+from mdm.loss import Loss
+from mdm.train.metrics import sums_by_conditioning
 from tests.golden.test_losses import CONFIG, batch
 
 
 @pytest.fixture
-def objective() -> Objective:
+def objective() -> Loss:
     torch.manual_seed(0)
-    made = Objective(CONFIG)
+    made = Loss(CONFIG)
     torch.nn.init.normal_(made.network.image_out.weight, std=0.1)
     return made
 
@@ -63,18 +65,18 @@ def test_prompt_tokens_are_not_predicted(objective):
 def test_losses_by_conditioning_add_up_to_the_losses(objective):
     """Each sample counts for one conditioning, and the sums are those of the means."""
     terms = objective(batch(0), 0)
-    samples, eps_img, se_img, se_txt = terms.by_conditioning.sum(0)
+    samples, eps_img, se_img, se_txt = sums_by_conditioning(terms).sum(0)
     n = len(batch(0))
     assert samples == n
     means = torch.stack([eps_img, se_img, se_txt]).float() / n
     expected = torch.stack([terms.eps_img, terms.se_img, terms.se_txt])
     torch.testing.assert_close(means, expected.detach())
-    text = objective(batch(3), 3).by_conditioning
+    text = sums_by_conditioning(objective(batch(3), 3))
     assert text[CONDITIONINGS.index("text_alone"), 0] == text[:, 0].sum() == len(batch(3))
 
 
 def test_conditionings_are_named_by_what_is_given():
-    objective = Objective(CONFIG)
+    objective = Loss(CONFIG)
     n = 4000
     many = dataclasses.replace(
         batch(0),
@@ -103,7 +105,7 @@ def test_conditionings_are_named_by_what_is_given():
 def test_shares_of_noise_levels():
     weights = ObjectiveConfig()
     config = dataclasses.replace(CONFIG, objective=weights)
-    objective = Objective(config)
+    objective = Loss(config)
     n = 20_000
     many = dataclasses.replace(
         batch(0),
@@ -128,10 +130,10 @@ def test_shares_of_noise_levels():
     assert not ((levels.t_img[:, 0] == 0) & (levels.t_txt == 0)).any()
 
 
-def with_objective(**changes) -> Objective:
+def with_objective(**changes) -> Loss:
     torch.manual_seed(0)
     weights = dataclasses.replace(CONFIG.objective, **changes)
-    made = Objective(dataclasses.replace(CONFIG, objective=weights))
+    made = Loss(dataclasses.replace(CONFIG, objective=weights))
     torch.nn.init.normal_(made.network.image_out.weight, std=0.1)
     return made
 
@@ -252,7 +254,7 @@ def accuracy_from_context(target: str, steps: int = 120) -> float:
     config = dataclasses.replace(
         CONFIG, model=model, objective=ObjectiveConfig(target=target, p_self_condition=0)
     )
-    objective = Objective(config)
+    objective = Loss(config)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2, weight_decay=0)
     for step in range(steps):
         optimizer.zero_grad()

@@ -10,14 +10,14 @@ from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from mdm.data import packing
 from mdm.data.batch import Batch
 from mdm.first_stage.tokenizer import EOS
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.model.packing import N_HEAD, Texts, text_rows
 
 LENGTH, ROWS = 24, 3
 SIZES = [5, 14, 1, 3, 6, 2, 4, 9]
 
 
-def objective(**settings) -> Objective:
+def objective(**settings) -> Loss:
     model = {
         "d_model": 32, "n_layer": 4, "d_state": 8, "headdim": 16, "chunk_size": 8, "n_heads": 4,
         "n_kv_heads": 2, "vocab_size": 40, "n_classes": 4, "image_height": 2, "image_width": 2,
@@ -27,7 +27,7 @@ def objective(**settings) -> Objective:
         target=settings.pop("target", "one_hot"), p_self_condition=settings.pop("estimate", 0.0)
     )
     torch.manual_seed(0)
-    made = Objective(
+    made = Loss(
         Config(
             model=ModelConfig(**model | settings),
             objective=wanted,

@@ -16,8 +16,8 @@ from mdm.data.provenance import Provenance
 from mdm.evaluate.heldout import load_encoded
 from mdm.first_stage.folder import PIXELS, describe
 from mdm.first_stage.tokenizer import Tokenizer, train_model
-from mdm.generate import MDM
-from mdm.loss import Objective
+from mdm.generate import Generator
+from mdm.loss import Loss
 from mdm.report import drawing
 from pipelines import evaluate, generate
 from tests.data_sets import write_autoencoder, write_tokenizer
@@ -49,7 +49,7 @@ class Made:
             tokenizer=str(self.tokenizer),
             autoencoder=str(self.autoencoder),
         )
-        self.weights = Objective(self.config).state_dict()
+        self.weights = Loss(self.config).state_dict()
 
     def export(self, name: str, provenance: Provenance, tokenizer: Path | None = None) -> Path:
         model = (tokenizer or self.tokenizer).read_bytes()
@@ -83,7 +83,7 @@ def test_the_same_content_in_other_places_is_taken(made, export, tmp_path, caplo
     for name in ("tokenizer", "autoencoder"):
         (tmp_path / name).symlink_to(getattr(made, name))
     places = {name: str(tmp_path / name) for name in ("tokenizer", "autoencoder")}
-    model = MDM.from_pretrained(export, **places)
+    model = Generator.from_pretrained(export, **places)
     model.save_pretrained(tmp_path / "saved")
     assert read_provenance(tmp_path / "saved") == made.provenance
     assert not caplog.messages
@@ -95,26 +95,26 @@ def test_another_one_is_refused_by_name(made, export, kind, capsys):
     wanted = getattr(made.provenance, kind)
     found = Tokenizer(other).sha256 if kind == "tokenizer" else describe(other).sha256
     with pytest.raises(ValueError, match=f"has sha256 {found}, but .* {wanted}; .*--{kind}"):
-        MDM.from_pretrained(export, **{kind: str(other)})
+        Generator.from_pretrained(export, **{kind: str(other)})
     with pytest.raises(ValueError, match=rf"{wanted}, give that \w+ as --{kind}"):
-        MDM.from_pretrained(export, **{kind: str(made.folder / "gone")})
+        Generator.from_pretrained(export, **{kind: str(made.folder / "gone")})
 
 
 def test_a_file_that_was_replaced_under_its_path_is_refused(made, tmp_path):
     """The export's own tokenizer, and the autoencoder that its configuration names."""
     folder = made.export("replaced", made.provenance, tokenizer=made.other)
     with pytest.raises(ValueError, match=made.provenance.tokenizer):
-        MDM.from_pretrained(folder)
+        Generator.from_pretrained(folder)
     shutil.copy(made.tokenizer, folder / "tokenizer.model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"autoencoder": str(made.another)}))
     with pytest.raises(ValueError, match=made.provenance.autoencoder):
-        MDM.from_pretrained(folder)
-    MDM.from_pretrained(folder, autoencoder=str(made.autoencoder))
+        Generator.from_pretrained(folder)
+    Generator.from_pretrained(folder, autoencoder=str(made.autoencoder))
 
 
 def test_an_export_that_records_nothing_says_so_and_goes_on(made, caplog):
-    MDM.from_pretrained(made.export("old", Provenance()))
+    Generator.from_pretrained(made.export("old", Provenance()))
     (said,) = caplog.messages
     assert "old does not record its tokenizer and autoencoder" in said
     assert str(made.autoencoder) in said
@@ -124,7 +124,7 @@ def test_text_alone_needs_no_autoencoder(made, tmp_path):
     folder = made.export("text", dataclasses.replace(made.provenance, autoencoder=""))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"autoencoder": "gone"}))
-    model = MDM.from_pretrained(folder)
+    model = Generator.from_pretrained(folder)
     assert len(model.reply([("one",)], steps=2)) == 1
     with pytest.raises(ValueError, match="trained on text alone"):
         model.class_to_image([0], steps=2)
@@ -135,7 +135,7 @@ def test_text_alone_needs_no_autoencoder(made, tmp_path):
 def test_pixel_patches_are_decoded_by_no_autoencoder(made):
     folder = made.export("pixels", dataclasses.replace(made.provenance, autoencoder=PIXELS))
     with pytest.raises(ValueError, match="trained on pixel patches"):
-        MDM.from_pretrained(folder)
+        Generator.from_pretrained(folder)
 
 
 def test_the_jobs_end_with_one_line(made, export, tmp_path, monkeypatch, capsys):

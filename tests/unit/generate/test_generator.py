@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from mdm.config import Config, DataConfig, ModelConfig, to_dict
 from mdm.first_stage import autoencoder
 from mdm.first_stage.tokenizer import train_model
-from mdm.generate import MDM
+from mdm.generate import Generator
 from mdm.generate import generator as module
 from mdm.generate.request import Request
-from mdm.loss import Objective
+from mdm.loss import Loss
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -44,7 +44,7 @@ def export(tmp_path_factory):
         tokenizer=str(folder / "tokenizer.model"),
         autoencoder=str(folder / "autoencoder"),
     )
-    objective = Objective(config)
+    objective = Loss(config)
     torch.nn.init.normal_(objective.network.image_out.weight, std=0.02)
     save_file(objective.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
@@ -53,7 +53,7 @@ def export(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(export):
-    return MDM.from_pretrained(export)
+    return Generator.from_pretrained(export)
 
 
 def test_weights_trained_with_cuda_kernels_draw_the_same_here(export, generator):
@@ -62,7 +62,7 @@ def test_weights_trained_with_cuda_kernels_draw_the_same_here(export, generator)
     other = export.parent / "fused"
     shutil.copytree(export, other)
     (other / "config.json").write_text(json.dumps(config))
-    fused = MDM.from_pretrained(other)
+    fused = Generator.from_pretrained(other)
     assert fused.config.model.kernel == "fused"
     asked = {"class_ids": [0, 1], "steps": 2}
     assert torch.equal(fused.class_to_image(**asked), generator.class_to_image(**asked))
@@ -76,9 +76,9 @@ def test_compiled_blocks_draw_the_same(export, generator):
     other = export.parent / "compiled"
     shutil.copytree(export, other)
     (other / "config.json").write_text(json.dumps(config))
-    compiled = MDM.from_pretrained(other, compiled=True)
+    compiled = Generator.from_pretrained(other, compiled=True)
     assert compiled.compiled
-    assert not MDM.from_pretrained(other).compiled
+    assert not Generator.from_pretrained(other).compiled
     torch.testing.assert_close(
         compiled.class_to_image([0, 1, 2], steps=3), eager, rtol=0, atol=0.05
     )
@@ -95,13 +95,13 @@ def test_saved_and_loaded_by_the_hubs_own_methods(generator, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["tokenizer"] = "gone.model"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    again = MDM.from_pretrained(tmp_path)
+    again = Generator.from_pretrained(tmp_path)
     assert again.config.model == generator.config.model
-    mine, theirs = again.objective.state_dict(), generator.objective.state_dict()
+    mine, theirs = again.model.state_dict(), generator.model.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "mdm"
-    assert "MDM.from_pretrained" in card.text
+    assert "Generator.from_pretrained" in card.text
     pixels = generator.class_to_image([1], steps=2)
     assert torch.equal(again.class_to_image([1], steps=2), pixels)
 
@@ -169,18 +169,18 @@ def test_mistakes_name_both_values(generator, export, tmp_path):
     with pytest.raises(ValueError, match="0 texts are given"):
         generator.text_to_image([])
     with pytest.raises(FileNotFoundError, match="no/such/folder is no folder"):
-        MDM.from_pretrained("no/such/folder", local_files_only=True)
+        Generator.from_pretrained("no/such/folder", local_files_only=True)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        MDM.from_pretrained(tmp_path)
+        Generator.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="choose one of given, asked, absent"):
         Request("given", "wished", torch.zeros(1), lambda _: None, latents=torch.zeros(1))
     config = json.loads((export / "config.json").read_text())
     config["model"]["vocab_size"] = 30
     (tmp_path / "config.json").write_text(json.dumps(config))
-    changed = Objective(generator.config).state_dict()
+    changed = Loss(generator.config).state_dict()
     save_file(changed, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="29 pieces but the model was trained with 30"):
-        MDM.from_pretrained(tmp_path)
+        Generator.from_pretrained(tmp_path)
 
 
 def test_a_reply_hears_pictures_and_where_they_stand(generator):
@@ -193,7 +193,7 @@ def test_a_reply_hears_pictures_and_where_they_stand(generator):
         generator.reply([turns], pictures=shown, steps=2)
         return [v.clone() for v in heard]
 
-    hook = generator.objective.network.register_forward_hook(
+    hook = generator.model.network.register_forward_hook(
         lambda module, args, said: heard.append(said.text)
     )
     try:

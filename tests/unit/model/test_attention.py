@@ -7,7 +7,7 @@ import torch
 
 from mdm.config import ModelConfig
 from mdm.model.attention import AttentionBlock
-from mdm.model.decoder import Network
+from mdm.model.decoder import Decoder
 from mdm.presets import MDM_1B
 
 SMALL = ModelConfig(d_model=32, n_layer=1, d_state=8, headdim=16, n_heads=4, n_kv_heads=2)
@@ -51,7 +51,7 @@ def test_trunks_have_equal_parameters(mode):
     sizes = []
     for decoder in ("mamba", "transformer"):
         with torch.device("meta"):
-            trunk = Network(dataclasses.replace(model, decoder=decoder)).trunk
+            trunk = Decoder(dataclasses.replace(model, decoder=decoder)).trunk
         sizes.append(sum(p.numel() for p in trunk.parameters()))
     assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from mdm.model.decoder import Network
+from mdm.model.decoder import Decoder
 from mdm.utils.precision import autocast
 from tests.unit.model.test_decoder import SMALL, call
 
@@ -21,7 +21,7 @@ from tests.unit.model.test_decoder import SMALL, call
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_checkpointing_changes_no_bit(changes, precision):
     torch.manual_seed(0)
-    network = Network(dataclasses.replace(SMALL, **changes))
+    network = Decoder(dataclasses.replace(SMALL, **changes))
     torch.nn.init.normal_(network.image_out.weight)
     z_txt, z_img = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
     ran = [0]
@@ -42,7 +42,7 @@ def test_checkpointing_changes_no_bit(changes, precision):
 
 
 def test_without_gradients_nothing_is_computed_twice():
-    network = Network(SMALL)
+    network = Decoder(SMALL)
     network.trunk.checkpointing = True
     with torch.no_grad():
         said = call(network, torch.randn(2, 5, 16), torch.randn(2, 6, 16))

@@ -12,7 +12,7 @@ from mdm.config import ModelConfig
 from mdm.diffusion import schedule
 from mdm.diffusion.score_entropy import log_ratio_vocabulary, log_score_ratio
 from mdm.model.count import trunk_macs
-from mdm.model.decoder import Network, _order
+from mdm.model.decoder import Decoder, _order
 from mdm.presets import DEV_1GPU, MDM_1B, MDM_7B
 from tests.helpers import ROOT
 
@@ -30,7 +30,7 @@ SMALL = ModelConfig(
 )
 
 
-def call(network: Network, z_txt, z_img, **changes):
+def call(network: Decoder, z_txt, z_img, **changes):
     arguments = {
         "level_txt": torch.zeros(2),
         "prompt": torch.zeros(2, z_txt.shape[1], dtype=torch.bool),
@@ -54,7 +54,7 @@ def call(network: Network, z_txt, z_img, **changes):
 )
 def test_every_token_hears_every_other(changes):
     torch.manual_seed(0)
-    network = Network(dataclasses.replace(SMALL, **changes))
+    network = Decoder(dataclasses.replace(SMALL, **changes))
     torch.nn.init.normal_(network.image_out.weight)
     z_txt = torch.randn(2, 5, 16, requires_grad=True)
     z_img = torch.randn(2, 6, 16, requires_grad=True)
@@ -76,7 +76,7 @@ def test_every_token_hears_every_other(changes):
     ],
 )
 def test_scans_of_every_mode(mode, scans, turns):
-    trunk = Network(dataclasses.replace(SMALL, scan_mode=mode, scans=scans)).trunk
+    trunk = Decoder(dataclasses.replace(SMALL, scan_mode=mode, scans=scans)).trunk
     assert [list(block) for block in trunk.scans] == turns
     for block, own in zip(trunk.blocks, turns, strict=True):
         assert {p.shape[0] for p in block.mixer.parameters()} == {len(own)}
@@ -86,7 +86,7 @@ def test_scans_of_every_mode(mode, scans, turns):
 
 
 def test_text_alone_runs_the_same_parameters():
-    network = Network(SMALL)
+    network = Decoder(SMALL)
     said = call(network, torch.randn(2, 5, 16), None)
     assert said.image is None
     said.text.sum().backward()
@@ -95,7 +95,7 @@ def test_text_alone_runs_the_same_parameters():
 
 def test_condition_prompt_and_level_change_the_answer():
     torch.manual_seed(0)
-    network = Network(SMALL)
+    network = Decoder(SMALL)
     z_txt, z_img = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
     base = call(network, z_txt, z_img).text
     changes = {
@@ -109,10 +109,10 @@ def test_condition_prompt_and_level_change_the_answer():
         assert not torch.allclose(base, call(network, z_txt, z_img, **{name: value}).text), name
 
 
-def on_meta(config: ModelConfig) -> tuple[int, int, Network]:
+def on_meta(config: ModelConfig) -> tuple[int, int, Decoder]:
     """Parameters of the trunk and of the whole network."""
     with torch.device("meta"):
-        network = Network(config)
+        network = Decoder(config)
     trunk, whole = (sum(p.numel() for p in m.parameters()) for m in (network.trunk, network))
     return trunk, whole, network
 
@@ -153,8 +153,8 @@ def test_the_single_gpu_preset_is_small():
 def test_long_skips_join_mirrored_blocks():
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, n_layer=5)
-    plain = Network(config).trunk
-    skipping = Network(dataclasses.replace(config, long_skip=True)).trunk
+    plain = Decoder(config).trunk
+    skipping = Decoder(dataclasses.replace(config, long_skip=True)).trunk
     skipping.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 17, 32)
     assert torch.equal(plain(x, 5, (2, 3)), skipping(x, 5, (2, 3)))
@@ -176,7 +176,7 @@ def test_long_skips_join_mirrored_blocks():
 
 def test_several_pictures_hear_each_other_and_their_place():
     torch.manual_seed(0)
-    network = Network(SMALL)
+    network = Decoder(SMALL)
     torch.nn.init.normal_(network.image_out.weight)
     z_txt = torch.randn(2, 5, 16)
     z_img = torch.randn(2, 12, 16, requires_grad=True)
@@ -200,7 +200,7 @@ def test_several_pictures_hear_each_other_and_their_place():
 
 def test_eq_17_in_the_logits_is_its_energy():
     torch.manual_seed(0)
-    network = Network(dataclasses.replace(SMALL, eq17_logits=True))
+    network = Decoder(dataclasses.replace(SMALL, eq17_logits=True))
     means = torch.nn.functional.rms_norm(torch.randn(50, 16), (16,))
     t = torch.tensor([300, 700])
     abar = schedule.TEXT.alpha_bar(t)
@@ -217,7 +217,7 @@ def test_eq_17_in_the_logits_is_its_energy():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    network = Network(SMALL)
+    network = Decoder(SMALL)
     text, image = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
     with pytest.raises(ValueError, match=r"z_txt has shape \(2, 6, 16\).*1 \.\.\. 5 tokens"):
         call(network, torch.randn(2, 6, 16), image)
@@ -236,7 +236,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_kinds_and_ranges_that_do_not_fit_are_refused():
-    network = Network(SMALL)
+    network = Decoder(SMALL)
     text, image = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
     with pytest.raises(ValueError, match=r"prompt is torch\.float32; it must be bool"):
         call(network, text, image, prompt=torch.zeros(2, 5))

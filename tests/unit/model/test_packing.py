@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mdm.config import ModelConfig
-from mdm.model.decoder import Network, Order, Trunk, _order
+from mdm.model.decoder import Decoder, Order, Trunk, _order
 from mdm.model.packing import sequence_mask
 
 M, GRID = 6, (3, 4)
@@ -65,7 +65,7 @@ def test_what_a_dropped_token_holds_reaches_the_others_only_through_the_embeddin
         n_classes=3, image_height=3, image_width=4, text_length=M,
     )  # fmt: skip
     torch.manual_seed(0)
-    network = Network(config).eval()
+    network = Decoder(config).eval()
     torch.nn.init.normal_(network.image_out.weight, std=0.1)
     z_txt, z_img = torch.randn(2, M, 16), torch.randn(2, 12, 16)
     level, prompt = torch.zeros(2), torch.zeros(2, M, dtype=torch.bool)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mdm.checkpoint.state import RunError
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.train.engine import (
     ALLOWED,
     OWNED_BY_CONFIG,
@@ -125,7 +125,7 @@ def test_weight_decay_goes_by_the_role_of_each_parameter_of_the_network(
     sizes = {"decoder": decoder, "scan_mode": scan_mode, "n_heads": 4, "n_kv_heads": 2}
     model = dataclasses.replace(config.model, long_skip=True, eq17_logits=True, **sizes)
     with torch.device("meta"):
-        module = Objective(dataclasses.replace(config, model=model))
+        module = Loss(dataclasses.replace(config, model=model))
     decays = {id(p): g["weight_decay"] for g in decay_groups(module, 0.1) for p in g["params"]}
     assert len(decays) == len(list(module.parameters()))
     for name, p in module.named_parameters():

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mdm.checkpoint.state import TrainState
-from mdm.loss import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
+from mdm.diffusion.levels import CONDITIONINGS
+from mdm.loss import LossTerms
 from mdm.train.loop import learning_rate, snapshot_steps
 from mdm.train.metrics import PARTS, Clock, Reporter, Window
 from mdm.train.throughput import Throughput
@@ -33,11 +34,16 @@ def test_snapshots_are_even_and_end_with_the_last_step():
 
 def loss_terms(total: float, rec_img: float, **sums: tuple[float, ...]) -> LossTerms:
     """Terms of a step; `sums` are the samples and sums of losses of a conditioning."""
-    by_conditioning = torch.zeros(len(CONDITIONINGS), len(CONDITIONED_TERMS), dtype=torch.float64)
-    for name, values in sums.items():
-        by_conditioning[CONDITIONINGS.index(name)] = torch.tensor(values)
+    conditioning, per_sample = [], []
+    for name, (samples, *losses) in sums.items():
+        conditioning += [CONDITIONINGS.index(name)] * samples
+        per_sample += [losses, *([[0.0] * 3] * (samples - 1))]
     scalars = [torch.tensor(v) for v in (total, rec_img, 0.0, 0.0, 0.0, 0.0, 0.0)]
-    return LossTerms(*scalars, by_conditioning)
+    return LossTerms(
+        *scalars,
+        torch.tensor(conditioning, dtype=torch.long),
+        torch.tensor(per_sample, dtype=torch.float64).reshape(-1, 3),
+    )
 
 
 def test_window_means_by_task(tmp_path):

@@ -12,10 +12,10 @@ from tests.helpers import MemoryLoader, small_config
 
 def test_sequence_is_that_of_the_network():
     """[time][class] [pad text pad] [pad image pad]: what the embedding makes of the demo."""
-    from mdm.model.decoder import Network
+    from mdm.model.decoder import Decoder
 
     model = DEMO.model
-    network = Network(dataclasses.replace(model, n_layer=1, kernel="torch"))
+    network = Decoder(dataclasses.replace(model, n_layer=1, kernel="torch"))
     seen = []
     network.trunk.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
     b, m, n = 2, 10, 16
