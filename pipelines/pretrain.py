@@ -38,7 +38,7 @@ from mdm.model.decoder import Block, Trunk
 from mdm.planning.preflight import preflight, table
 from mdm.presets import PRESETS
 from mdm.storage import StoreError
-from mdm.train import heartbeat as watch
+from mdm.train import heartbeat
 from mdm.train import replay_box as blackbox
 from mdm.train.engine import device_of_rank, start_ranks, stop_ranks
 from mdm.train.loop import train
@@ -141,15 +141,15 @@ def main() -> int:
             return replay(config, flags.replay_step)
         world = start_ranks(config.train.threads)
         code = run(flags, config, world)
-        watch.report_end(code)
+        heartbeat.report_end(code)
         return code
     except torch.OutOfMemoryError as error:  # of this rank alone
         said = explain_out_of_memory(error, config, world)
-        watch.report_end(exit_codes.MISTAKE, said)
+        heartbeat.report_end(exit_codes.MISTAKE, said)
         print(f"pretrain: rank {world.rank}: {said}", file=sys.stderr)
         return exit_codes.MISTAKE
     except (StoreError, OSError) as error:  # in the middle of the run, and of this rank alone
-        watch.report_end(exit_codes.GAVE_UP, told(error))
+        heartbeat.report_end(exit_codes.GAVE_UP, told(error))
         print(f"pretrain: rank {world.rank}: {told(error)}", file=sys.stderr)
         return exit_codes.GAVE_UP
     except (RunError, ResumeError, SystemExit) as error:  # the same on every rank
@@ -157,14 +157,14 @@ def main() -> int:
             raise
         said = "" if isinstance(error, SystemExit) else str(error)
         code = int(getattr(error, "code", exit_codes.MISTAKE))
-        watch.report_end(code, said)
+        heartbeat.report_end(code, said)
         if not world.is_main:
             time.sleep(3)  # once a rank is gone, the launcher ends the others: let rank 0 speak
         elif said:
             print(f"pretrain: {said}", file=sys.stderr)
         return code
     except Exception as error:
-        watch.report_end(exit_codes.GAVE_UP, f"{type(error).__name__}: {error}")
+        heartbeat.report_end(exit_codes.GAVE_UP, f"{type(error).__name__}: {error}")
         raise
     finally:
         stop_ranks()

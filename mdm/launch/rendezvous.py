@@ -55,7 +55,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-class Meeting:
+class Rendezvous:
     """This node's seat: a thread keeps its counter moving."""
 
     def __init__(
@@ -79,17 +79,17 @@ class Meeting:
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def alone(cls, port: Callable[[], int]) -> "Meeting":
-        """A meeting of one, which needs no folder."""
+    def alone(cls, port: Callable[[], int]) -> "Rendezvous":
+        """A rendezvous of one node, which needs no folder."""
         return cls(Path(), {}, "", 1, 0.0, 0, port)
 
-    def __enter__(self) -> "Meeting":
+    def __enter__(self) -> "Rendezvous":
         if self.hosts:
             self.folder.mkdir(parents=True, exist_ok=True)
             # An attempt that was called before this supervisor began is not one to join.
             self._done = self._attempt().get("number", 0)
             self._write()
-            self._thread = threading.Thread(target=self._beat, name="mdm-meeting", daemon=True)
+            self._thread = threading.Thread(target=self._beat, name="mdm-rendezvous", daemon=True)
             self._thread.start()
         return self
 

@@ -1,4 +1,4 @@
-"""Attempts at a job on this node: start, watch, end, start again."""
+"""Attempts at a job on this node: start, heartbeat, end, start again."""
 
 import contextlib
 import os
@@ -18,8 +18,8 @@ import psutil
 
 from mdm.config import doc
 from mdm.launch.processes import end_descendants, prctl
-from mdm.launch.rendezvous import Attempt, Meeting, read_hostfile
-from mdm.train import heartbeat as watch
+from mdm.launch.rendezvous import Attempt, Rendezvous, read_hostfile
+from mdm.train import heartbeat
 from mdm.utils import exit_codes as codes
 from mdm.utils.command_line import fail
 
@@ -167,22 +167,22 @@ class Supervisor:
         for number in STOPPING:
             signal.signal(number, self._on_signal)
         clear_watch_folders()
-        meeting = self._meeting()
-        with meeting:
+        rendezvous = self._rendezvous()
+        with rendezvous:
             while True:
-                attempt = meeting.next_attempt(lambda: bool(self.asked))
+                attempt = rendezvous.next_attempt(lambda: bool(self.asked))
                 if attempt is None:
                     say(f"{self.asked}: nothing was running")
                     return codes.REQUEUE
-                outcome = self.attempt(attempt, meeting)
-                meeting.ended(attempt, outcome.code == codes.GAVE_UP and outcome.hurt)
+                outcome = self.attempt(attempt, rendezvous)
+                rendezvous.ended(attempt, outcome.code == codes.GAVE_UP and outcome.hurt)
                 code = self._judge(outcome)
                 if code is not None:
                     return code
 
-    def _meeting(self) -> Meeting:
+    def _rendezvous(self) -> Rendezvous:
         if not self.flags.hostfile:
-            return Meeting.alone(free_port)
+            return Rendezvous.alone(free_port)
         try:
             hosts = read_hostfile(Path(self.flags.hostfile))
         except OSError as error:
@@ -193,7 +193,7 @@ class Supervisor:
         if own not in hosts:
             fail(f"supervise: this node is {own}, the hostfile has {', '.join(hosts)}; see --node")
         least = self.flags.min_nodes or len(hosts)
-        return Meeting(
+        return Rendezvous(
             Path(self.flags.meet), hosts, own, least, self.flags.join, self.flags.strikes, free_port
         )
 
@@ -225,14 +225,14 @@ class Supervisor:
     def _on_signal(self, number: int, frame: object) -> None:
         self.asked = signal.Signals(number).name
 
-    def attempt(self, attempt: Attempt, meeting: Meeting) -> Outcome:
+    def attempt(self, attempt: Attempt, rendezvous: Rendezvous) -> Outcome:
         """Run the command once; nothing of it is left afterwards."""
         folder = Path(tempfile.mkdtemp(prefix=f"mdm-watch-{os.getpid()}-"))
         try:
             env = os.environ | {
-                watch.FOLDER: str(folder),
-                watch.SUPERVISOR: str(os.getpid()),
-                watch.JOB: self.job,
+                heartbeat.FOLDER: str(folder),
+                heartbeat.SUPERVISOR: str(os.getpid()),
+                heartbeat.JOB: self.job,
                 "MASTER_PORT": str(attempt.port),
             }
             try:
@@ -241,7 +241,7 @@ class Supervisor:
                 )
             except FileNotFoundError as error:
                 return Outcome(codes.MISTAKE, f"cannot run {self.command[0]}: {error.strerror}")
-            outcome = self._mind(launcher, folder, attempt, meeting)
+            outcome = self._mind(launcher, folder, attempt, rendezvous)
             end_descendants()
             launcher.wait()
             self._bury()
@@ -258,20 +258,24 @@ class Supervisor:
                 pass
 
     def _mind(
-        self, launcher: "subprocess.Popen[bytes]", folder: Path, attempt: Attempt, meeting: Meeting
+        self,
+        launcher: "subprocess.Popen[bytes]",
+        folder: Path,
+        attempt: Attempt,
+        rendezvous: Rendezvous,
     ) -> Outcome:
         """Wait until the attempt is over, one way or another."""
         told: float | None = None
         over: float | None = None  # when the first sign of an end was seen
         while True:
             now = time.monotonic()
-            beats, ends = watch.read_beats(folder), watch.read_ends(folder)
+            beats, ends = heartbeat.read_beats(folder), heartbeat.read_ends(folder)
             if self.asked and told is None:
                 told = now
                 (folder / "stop").touch()
             exited = launcher.poll() is not None
             hung = [] if ends else [r for r, b in beats.items() if _silent(b, now)]
-            lost = meeting.broken(attempt)
+            lost = rendezvous.broken(attempt)
             finished = bool(beats) and len(ends) == len(beats)
             failed = any(e.code not in (codes.DONE, codes.REQUEUE, codes.HALTED) for e in ends)
             if over is None and (exited or failed or hung or finished or lost):
@@ -290,8 +294,8 @@ class Supervisor:
     def _conclude(
         self,
         launcher: "subprocess.Popen[bytes]",
-        beats: dict[int, watch.Beat],
-        ends: list[watch.Ended],
+        beats: dict[int, heartbeat.Beat],
+        ends: list[heartbeat.Ended],
         hung: list[int],
         late: bool,
     ) -> Outcome:
@@ -307,7 +311,10 @@ class Supervisor:
         missing = sorted(set(beats) - {e.rank for e in ends})
         for code, reason in (
             (codes.MISTAKE, "a mistake that a person has to mend"),
-            (codes.HALTED, f"ended by the file {watch.STOP_FILE}: not done, not to be requeued"),
+            (
+                codes.HALTED,
+                f"ended by the file {heartbeat.STOP_FILE}: not done, not to be requeued",
+            ),
             (codes.REQUEUE, "told to stop, and saved"),
         ):
             if code in ended_with:
@@ -326,5 +333,5 @@ class Supervisor:
         return Outcome(codes.GAVE_UP, "; ".join(reasons) or "it failed", step, blamed, hurt)
 
 
-def _silent(beat: watch.Beat, now: float) -> bool:
+def _silent(beat: heartbeat.Beat, now: float) -> bool:
     return beat.overdue(now) > SILENCE + 0.2 * beat.limit

@@ -147,15 +147,15 @@ def _heads(config: Config, samples: int, with_picture: bool, precision: str) -> 
     tiny = dataclasses.replace(
         config.model, n_layer=1, long_skip=False, scan_mode="alternate", expand=1, d_state=1
     )
-    objective = Loss(dataclasses.replace(config, model=tiny))
-    objective.network.trunk = _NoTrunk()  # type: ignore[assignment]
+    loss = Loss(dataclasses.replace(config, model=tiny))
+    loss.network.trunk = _NoTrunk()  # type: ignore[assignment]
     batch = largest_batch(config, samples, with_picture)
     with _NoProducts(), Live() as live:  # type: ignore[no-untyped-call]
-        with autocast(precision), saved_activations(objective) as saved:
-            total = objective(batch, 0).total
+        with autocast(precision), saved_activations(loss) as saved:
+            total = loss(batch, 0).total
         total.backward()
     # Gradients of these parameters are among what is alive, and counted elsewhere.
-    gradients = sum(p.numel() * p.element_size() for p in objective.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in loss.parameters())
     return saved.bytes, max(live.peak - gradients, saved.bytes)
 
 

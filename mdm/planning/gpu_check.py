@@ -248,10 +248,10 @@ def sequences(config: Config, size: int) -> Batch:
 
 def train_ours(config: Config, model: ModelConfig, flags: Flags, steps: int) -> tuple[float, int]:
     """Seconds and peak bytes of a step of `Loss` with the sizes of `model`."""
-    objective = Loss(dataclasses.replace(config, model=model)).to(DEVICE).train()
+    loss = Loss(dataclasses.replace(config, model=model)).to(DEVICE).train()
     batch = sequences(config, flags.batch)
     step = iter(range(10**9))
-    return measure(lambda: objective(batch, next(step)).total, list(objective.parameters()), steps)
+    return measure(lambda: loss(batch, next(step)).total, list(loss.parameters()), steps)
 
 
 def train_block(

@@ -71,7 +71,7 @@ class MemoryPlan:
 
 @lru_cache(maxsize=8)
 def shapes_of(config: Config) -> Shapes:
-    """Sizes of every parameter of the objective, made without memory."""
+    """Sizes of every parameter of the model, made without memory."""
     with torch.device("meta"):
         module: nn.Module = Loss(config)
     blocks = [m for m in module.modules() if isinstance(m, Block | AttentionBlock)]

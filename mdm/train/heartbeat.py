@@ -107,7 +107,7 @@ def read_ends(folder: Path) -> list[Ended]:
     ]
 
 
-class Watch:
+class Heartbeat:
     """A rank's heartbeat, the flag that asks it to stop, and a thread that minds both.
 
     `hang_seconds` is how long one step may take at least before it counts as a hang; ten times the

@@ -25,7 +25,7 @@ from mdm.train.beginning import on_every_rank, prepare
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, device_of_rank
 from mdm.train.guard import Guard
-from mdm.train.heartbeat import STOP_FILE, Watch, report_end
+from mdm.train.heartbeat import STOP_FILE, Heartbeat, report_end
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.outcome import (
     EXPORT,
@@ -70,7 +70,7 @@ def snapshot_steps(steps: int, snapshots: int) -> set[int]:
 def train(
     config: Config,
     world: World,
-    make_objective: Callable[[Config], nn.Module],
+    make_loss: Callable[[Config], nn.Module],
     make_loader: Callable[[Config, World], Loader],
     *,
     resume: str = "auto",
@@ -86,14 +86,14 @@ def train(
     Raises RunError for what the user can mend, OtherRunError where another job writes to the run.
     """
     with only_writer(config, world) as writer:
-        start = functools.partial(_train, config, world, make_objective, make_loader, writer)
+        start = functools.partial(_train, config, world, make_loss, make_loader, writer)
         return start(resume, leaf_classes, track, profiled, draw)
 
 
 def _train(
     config: Config,
     world: World,
-    make_objective: Callable[[Config], nn.Module],
+    make_loss: Callable[[Config], nn.Module],
     make_loader: Callable[[Config, World], Loader],
     writer: Writer,
     resume: str,
@@ -120,11 +120,11 @@ def _train(
     if resume == "none":
         on_every_rank(lambda: _start_over(run_dir, checkpoints, world, track), world)
 
-    watch = Watch(run_dir, world.rank, world.size, config.train.hang_seconds)
-    engine = Engine(lambda: make_objective(config), config, world, leaf_classes)
+    heartbeat = Heartbeat(run_dir, world.rank, world.size, config.train.hang_seconds)
+    engine = Engine(lambda: make_loss(config), config, world, leaf_classes)
     ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
     saver = Saver(checkpoints, engine, ema, world, Keep.of(config))
-    watch.enter("load")
+    heartbeat.enter("load")
     found, damaged = saver.restore(candidates)
     state = found.state.on_ranks(world.size) if found else TrainState(world_size=world.size)
     state.config, state.deepspeed = to_dict(config), begun.deepspeed
@@ -136,17 +136,17 @@ def _train(
     reporter = Reporter(run_dir, config.train.steps, world, tracker, writer.has_folder)
     reporter.start(state, fresh=found is None)
     if world.is_main:
-        watch.pulse = reporter.attempts
+        heartbeat.pulse = reporter.attempts
     for line in [*said, *begun.said, *saver.beginning(found, passed + damaged)]:
         reporter.say(line)
     reporter.say(f"precision: {describe(config.train.precision, engine.device.type)}")
     run = Run(
         *(config, world, engine, ema, begun.loader, state, tracker, reporter),
-        Clock(state.seconds, watch.enter),
+        Clock(state.seconds, heartbeat.enter),
         Window(world, state.window),
         saver,
         Guard(config.guard, state.guard),
-        watch,
+        heartbeat,
         Throughput(config, world),
         Ranks(engine.device),
         Profile(profiled, run_dir / "profile", world),
@@ -170,7 +170,7 @@ def _run(run: Run) -> int:
     status = "FAILED"
     try:
         code = take_steps(run)
-        run.watch.enter("end")
+        run.heartbeat.enter("end")
         if code == EXIT_DONE:
             run.writer.agree()
             export(run.dir / EXPORT, run)
@@ -186,13 +186,13 @@ def _run(run: Run) -> int:
         report_end(getattr(error, "code", GAVE_UP), _first_line(error))
         raise
     finally:
-        run.watch.enter("end")
+        run.heartbeat.enter("end")
         run.saver.wait()
         tell_saved(run)
         run.reporter.note("ended", run.state, status=status)
         run.reporter.close()
         run.tracker.finish(status)
-        run.watch.close()
+        run.heartbeat.close()
 
 
 def take_steps(run: Run) -> int:
@@ -224,7 +224,7 @@ def take_steps(run: Run) -> int:
             save(run)
         if state.step in snapshots:
             run.writer.agree()
-            run.watch.enter("export")
+            run.heartbeat.enter("export")
             folder = run.dir / SNAPSHOTS / f"step-{state.step:08d}"
             export(folder, run, needed=False)
             show(folder, run)
@@ -240,7 +240,7 @@ def take_steps(run: Run) -> int:
 def take_step(run: Run) -> tuple[int, float]:
     """Loss, judge, backward, step, average; returns what the ranks are asked, and the rate."""
     engine, state, clock, guard = run.engine, run.state, run.clock, run.guard
-    run.watch.begin_step(state.step)
+    run.heartbeat.begin_step(state.step)
     with clock.part("data"):
         batch = next(run.loader).to(engine.device)
     if not state.time_to_first_batch:
@@ -249,7 +249,7 @@ def take_step(run: Run) -> tuple[int, float]:
     with clock.part("forward"):
         terms = engine.forward(batch, state.step)
     with clock.part("exchange"):
-        own = [float(terms.total.detach()), run.watch.asked, float(run.writer.lost)]
+        own = [float(terms.total.detach()), run.heartbeat.asked, float(run.writer.lost)]
         votes = exchange(own, engine.device)
     if any(vote[2] for vote in votes):
         run.writer.agree()

@@ -81,7 +81,7 @@ def roll_back(run: Run) -> None:
             "samples did not help. See the runbook of loss spikes; lower --train.lr or raise "
             "--guard.sigma and start again"
         )
-    run.watch.enter("load")
+    run.heartbeat.enter("load")
     run.saver.wait()
     before = from_main(_before(run, guard.rollback_limit) if run.world.is_main else None)
     quarantined = run.loader.quarantined | ids
@@ -100,7 +100,7 @@ def roll_back(run: Run) -> None:
     run.state = saved
     run.state.config, run.state.deepspeed = config, deepspeed
     run.state.tracking_id = tracking_id
-    run.clock = Clock(saved.seconds, run.watch.enter)
+    run.clock = Clock(saved.seconds, run.heartbeat.enter)
     run.window = Window(run.world, saved.window)
     run.reporter.rewind(saved)
     said = f"{where}: back to step {saved.step}, {len(ids)} samples quarantined"

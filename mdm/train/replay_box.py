@@ -125,9 +125,7 @@ def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
         raise RunError(f"step {step} cannot be replayed: {error}") from None
 
 
-def replay(
-    folder: Path, make_objective: Callable[[Config], nn.Module]
-) -> tuple[float, list[Played]]:
+def replay(folder: Path, make_loss: Callable[[Config], nn.Module]) -> tuple[float, list[Played]]:
     """The step's loss with the weights it began with, then loss and gradient of each sample alone.
 
     In one process, whatever number of ranks took the step, and in the run's precision.
@@ -138,7 +136,7 @@ def replay(
     step = int(folder.name.removeprefix("step-"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = resolve(config.train.precision, device.type)
-    module = make_objective(config).to(device)
+    module = make_loss(config).to(device)
     module.load_state_dict(load_file(folder / WEIGHTS))
     buffers = [b.clone() for b in module.buffers()]
 

@@ -11,7 +11,7 @@ from mdm.data.batch import Batch
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine
 from mdm.train.guard import Guard
-from mdm.train.heartbeat import Watch
+from mdm.train.heartbeat import Heartbeat
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.profiling import Profile
 from mdm.train.saver import Saver
@@ -72,7 +72,7 @@ class Run:
     window: Window
     saver: Saver
     guard: Guard
-    watch: Watch
+    heartbeat: Heartbeat
     work: Throughput
     ranks: Ranks
     profile: Profile

@@ -23,7 +23,7 @@ from mdm.presets import PRESETS
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, decay_groups, load_deepspeed_config, start_ranks, stop_ranks
 from mdm.train.guard import Guard
-from mdm.train.heartbeat import Watch
+from mdm.train.heartbeat import Heartbeat
 from mdm.train.loop import take_step
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.profiling import Profile
@@ -77,12 +77,12 @@ def main() -> None:
     engine = Engine(lambda: Loss(config), config, world, (Trunk,))
     ema = EMA(engine.fp32_partitions(), config.train.ema)
     loader = Synthetic(config, world)
-    watch = Watch(Path(config.run_dir), world.rank, world.size, 600.0)
+    heartbeat = Heartbeat(Path(config.run_dir), world.rank, world.size, 600.0)
     reporter = Reporter(config.run_dir, 10**6, world, NullTracker())
     saver = Saver(Checkpoints.at(config.run_dir), engine, ema, world, Keep.of(config))
     run = Run(
         *(config, world, engine, ema, loader, TrainState(), NullTracker(), reporter),
-        *(Clock({}, watch.enter), Window(world), saver, Guard(config.guard), watch),
+        *(Clock({}, heartbeat.enter), Window(world), saver, Guard(config.guard), heartbeat),
         *(Throughput(config, world), Ranks(engine.device)),
         Profile(range(0), Path(config.run_dir), world),
     )
@@ -90,7 +90,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"ours": [], "bare": []}
     for i in range(ROUNDS):
         if i == WARM:
-            run.clock = Clock({}, watch.enter)
+            run.clock = Clock({}, heartbeat.enter)
         dist.barrier()
         begun = time.perf_counter()
         take_step(run)
@@ -102,7 +102,7 @@ def main() -> None:
         bare.step()
         times["bare"].append(time.perf_counter() - begun)
     run.clock.tick("other")
-    watch.close()
+    heartbeat.close()
     found = {name: 1e3 * statistics.median(values[WARM:]) for name, values in times.items()}
     steps = ROUNDS - WARM
     found["parts"] = {

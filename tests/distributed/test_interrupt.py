@@ -18,15 +18,15 @@ pytestmark = pytest.mark.distributed
 WATCHED = """
 import sys, time
 from pathlib import Path
-from mdm.train.heartbeat import Watch
-watch = Watch(Path(sys.argv[1]), 0, 1, 600.0)
+from mdm.train.heartbeat import Heartbeat
+heartbeat = Heartbeat(Path(sys.argv[1]), 0, 1, 600.0)
 if sys.argv[2] == "training":
-    watch.begin_step(0)
+    heartbeat.begin_step(0)
 try:
     print("ready", flush=True)
-    while not watch.asked:
+    while not heartbeat.asked:
         time.sleep(0.01)
-    print("saving", watch.asked, flush=True)
+    print("saving", heartbeat.asked, flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     sys.exit(3)

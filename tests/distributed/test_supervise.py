@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mdm.train import heartbeat as watch
+from mdm.train import heartbeat
 from mdm.utils import exit_codes
 from tests.distributed.test_resume import losses
 from tests.helpers import ROOT
@@ -95,11 +95,11 @@ def test_preemption_saves_and_the_same_line_goes_on(whole, tmp_path):
     process.send_signal(signal.SIGTERM)
     finish(process)
     assert process.returncode == exit_codes.REQUEUE
-    (run_dir / watch.STOP_FILE).touch()
+    (run_dir / heartbeat.STOP_FILE).touch()
     process = start(launcher("torchrun"), run_dir, {"train": {"checkpoint_every": 100}})
     output = finish(process)
     assert process.returncode == exit_codes.HALTED, output
-    (run_dir / watch.STOP_FILE).unlink()
+    (run_dir / heartbeat.STOP_FILE).unlink()
     process = start(launcher("torchrun"), run_dir, {"train": {"checkpoint_every": 100}})
     output = finish(process)
     assert process.returncode == exit_codes.DONE, output

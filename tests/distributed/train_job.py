@@ -18,7 +18,7 @@ from mdm.checkpoint.snapshot import Snapshot
 from mdm.checkpoint.state import RunError
 from mdm.config import Config, GuardConfig
 from mdm.loss import Loss
-from mdm.train import heartbeat as watch
+from mdm.train import heartbeat
 from mdm.train.engine import start_ranks, stop_ranks
 from mdm.train.loop import train
 from mdm.train.run import Draw
@@ -199,15 +199,15 @@ def main() -> int:
             track=options.get("track", False),
             draw=drawing(options),
         )
-        watch.report_end(code)
+        heartbeat.report_end(code)
         return code
     except RunError as error:
-        watch.report_end(error.code, str(error))
+        heartbeat.report_end(error.code, str(error))
         if world.is_main:
             print(error, file=sys.stderr)  # noqa: T201
         return error.code
     except Exception as error:
-        watch.report_end(exit_codes.GAVE_UP, f"{type(error).__name__}: {error}")
+        heartbeat.report_end(exit_codes.GAVE_UP, f"{type(error).__name__}: {error}")
         raise
     finally:
         stop_ranks()

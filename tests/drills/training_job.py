@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from mdm.checkpoint.checkpoints import ASIDE, MARKER, Checkpoints
-from mdm.train import heartbeat as watch
+from mdm.train import heartbeat
 from mdm.utils import exit_codes
 from tests.helpers import ROOT
 
@@ -100,7 +100,7 @@ class Job:
 
     def halt(self) -> None:
         """Have it save and end by the file STOP."""
-        stop = self.run_dir / watch.STOP_FILE
+        stop = self.run_dir / heartbeat.STOP_FILE
         stop.touch()
         assert self.process.wait(600) == exit_codes.HALTED, self.said()[-3000:]
         stop.unlink()

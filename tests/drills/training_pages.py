@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mdm.checkpoint.checkpoints import Checkpoints
-from mdm.train import heartbeat as watch
+from mdm.train import heartbeat
 from mdm.utils import exit_codes
 from tests.chaos.encode_job import Job as EncodeJob
 from tests.drills.data import small_disk
@@ -79,7 +79,7 @@ def waiting_run(run_dir: Path, options: dict[str, Any]) -> Job:
     gate = run_dir.with_name("gate")
     train = options["train"] | {"hang_seconds": 900.0}
     job = Job(run_dir, options | {"train": train, "wait_for": {"12": str(gate)}})
-    open_when((run_dir / watch.STOP_FILE).exists, gate)
+    open_when((run_dir / heartbeat.STOP_FILE).exists, gate)
     job.reach(11)
     return job
 

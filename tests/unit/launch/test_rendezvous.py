@@ -5,23 +5,23 @@ import time
 
 import pytest
 
-from mdm.launch import rendezvous as meeting
-from mdm.launch.rendezvous import Meeting, read_hostfile
+from mdm.launch import rendezvous as module
+from mdm.launch.rendezvous import Rendezvous, read_hostfile
 
 HOSTS = {"a": 2, "b": 2, "c": 2}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(meeting, "BEAT", 0.05)
-    monkeypatch.setattr(meeting, "LOST", 3.0)
+    monkeypatch.setattr(module, "BEAT", 0.05)
+    monkeypatch.setattr(module, "LOST", 3.0)
 
 
-def seat(folder, name, least=2, patience=2.0, strikes=2) -> Meeting:
-    return Meeting(folder, HOSTS, name, least, patience, strikes, lambda: 4242)
+def seat(folder, name, least=2, patience=2.0, strikes=2) -> Rendezvous:
+    return Rendezvous(folder, HOSTS, name, least, patience, strikes, lambda: 4242)
 
 
-def gather(seats: list[Meeting], seconds: float = 60.0) -> list:
+def gather(seats: list[Rendezvous], seconds: float = 60.0) -> list:
     """The attempt that each seat gets; None for one that gets none in time."""
     end = time.monotonic() + seconds
     found: list = [None] * len(seats)
@@ -109,9 +109,9 @@ def test_a_hostfile_that_cannot_be_meant_is_refused(tmp_path, text, message):
 def test_damaged_notes_are_passed_over(tmp_path, data):
     for name in ("attempt.json", "strikes.json", "node-a.json", "node-b.json"):
         (tmp_path / name).write_bytes(data)
-    with Meeting(tmp_path, {"a": 1, "b": 1}, "a", 1, 0.0, 3, lambda: 29500) as meeting:
-        attempt = meeting.next_attempt(lambda: False)
+    with Rendezvous(tmp_path, {"a": 1, "b": 1}, "a", 1, 0.0, 3, lambda: 29500) as rendezvous:
+        attempt = rendezvous.next_attempt(lambda: False)
         assert attempt is not None
         assert attempt.nodes == ("a",)
-        meeting.ended(attempt, hurt=True)
-        assert meeting._strikes() == {"a": 1}
+        rendezvous.ended(attempt, hurt=True)
+        assert rendezvous._strikes() == {"a": 1}

@@ -20,13 +20,13 @@ from tests.helpers import ROOT
 RANK = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-from mdm.train import heartbeat as watch
+from mdm.train import heartbeat
 folder = Path(sys.argv[1]); script = json.loads(sys.argv[2])
 number = len(list(folder.glob("attempt-*")))
 (folder / f"attempt-{number}").write_text(os.environ["MASTER_PORT"])
 act = script[min(number, len(script) - 1)]
 os.environ.setdefault("RANK", "0")
-w = watch.Watch(folder, 0, 1, act.get("hang", 60.0))
+w = heartbeat.Heartbeat(folder, 0, 1, act.get("hang", 60.0))
 for step in range(act.get("from", 0), act["to"]):
     w.begin_step(step)
     time.sleep(0.01)
@@ -38,7 +38,7 @@ if "signal" in act: os.kill(os.getpid(), act["signal"])
 while act.get("wait") and not w.asked:
     w.begin_step(step); time.sleep(0.05)
 code = w.asked or act.get("code", 0)
-if "code" in act or w.asked: watch.report_end(code, act.get("reason", ""))
+if "code" in act or w.asked: heartbeat.report_end(code, act.get("reason", ""))
 os._exit(code)
 """
 
