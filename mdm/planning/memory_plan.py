@@ -19,7 +19,7 @@ from mdm.loss import Loss
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
 from mdm.planning.activations import activations
-from mdm.train.engine import load_deepspeed_config, zero_settings
+from mdm.train.deepspeed_config import load_deepspeed_config, zero_settings
 from mdm.utils.precision import BF16, resolve
 
 GIB = 2**30

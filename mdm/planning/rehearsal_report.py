@@ -10,7 +10,7 @@ from mdm.planning.cost import Estimate, estimate
 from mdm.planning.footprint import STATES
 from mdm.planning.memory_plan import GIB, MemoryPlan, remedies, shapes_of
 from mdm.planning.rehearsal import Rehearsal
-from mdm.train.engine import load_deepspeed_config, zero_settings
+from mdm.train.deepspeed_config import load_deepspeed_config, zero_settings
 
 # Training samples as published: ImageNet-1k, JourneyDB's train split, UltraChat.
 ONE_EPOCH = 1_281_167 + 4_189_737 + 1_468_352

@@ -12,7 +12,7 @@ from mdm.checkpoint.state import RunError, TrainState, flatten
 from mdm.config import Config
 from mdm.first_stage.tokenizer import read_model
 from mdm.storage import StoreError
-from mdm.train.engine import ALLOWED, load_deepspeed_config, zero_settings
+from mdm.train.deepspeed_config import ALLOWED, load_deepspeed_config, zero_settings
 from mdm.train.outcome import EXPORT, SAMPLES, SNAPSHOTS
 from mdm.train.run import Loader
 from mdm.utils.ranks import World, gather_to_all

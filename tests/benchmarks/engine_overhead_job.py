@@ -20,8 +20,9 @@ from mdm.data.batch import Batch, sample_key
 from mdm.loss import Loss
 from mdm.model.decoder import Trunk
 from mdm.presets import PRESETS
+from mdm.train.deepspeed_config import load_deepspeed_config
 from mdm.train.ema import EMA
-from mdm.train.engine import Engine, decay_groups, load_deepspeed_config, start_ranks, stop_ranks
+from mdm.train.engine import Engine, decay_groups, start_ranks, stop_ranks
 from mdm.train.guard import Guard
 from mdm.train.heartbeat import Heartbeat
 from mdm.train.loop import take_step

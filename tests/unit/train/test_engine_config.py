@@ -9,13 +9,13 @@ from torch import nn
 
 from mdm.checkpoint.state import RunError
 from mdm.loss import Loss
-from mdm.train.engine import (
+from mdm.train.deepspeed_config import (
     ALLOWED,
     OWNED_BY_CONFIG,
-    decay_groups,
     load_deepspeed_config,
     zero_settings,
 )
+from mdm.train.engine import decay_groups
 from tests.helpers import ROOT, small_config
 
 CONFIGS = sorted((ROOT / "deepspeed_configs").glob("*.json"))
