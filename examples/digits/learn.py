@@ -25,7 +25,7 @@ from mdm.evaluate import classifier
 from mdm.first_stage.pixel_patches import PixelPatches
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.generate import Generator
-from mdm.generate.generator import load_model
+from mdm.generate.loading import load_model
 from mdm.launch.processes import CPU_ENV, supervised
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.files import load_json

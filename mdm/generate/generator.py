@@ -4,22 +4,20 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from mdm.checkpoint.exported import TOKENIZER, Training, read_provenance, write_files
 from mdm.config import Config, from_dict
-from mdm.data.provenance import Provenance, check_autoencoder, check_tokenizer
+from mdm.data.provenance import Provenance, check_tokenizer
 from mdm.diffusion import noise
-from mdm.first_stage.autoencoder import Autoencoder
-from mdm.first_stage.folder import PIXELS
 from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer
 from mdm.generate.denoise import Drawn, denoise
+from mdm.generate.loading import Decodes, load_first_stage, load_model
 from mdm.generate.request import Request, Sampling
 from mdm.generate.selection import Selected
 from mdm.model.mdm import MDM
@@ -30,49 +28,6 @@ log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
 PICTURE = "<image>"  # in a turn of a dialogue: here stands a picture
 TEXT_DELAY = 0.5  # of joint drawing: captions follow pictures more surely than the reverse
-
-
-class Decodes(Protocol):
-    """Turns latents into images: `mdm.first_stage.autoencoder.Autoencoder`, or pixel patches."""
-
-    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Pixels f32 [b, 3, h, w] in [0, 1] of latents [b, n, c]."""
-        ...
-
-
-def load_model(folder: Path, config: Config) -> MDM:
-    """The model of an export; ValueError if its weights belong to another configuration."""
-    model = MDM(config.model)
-    weights = load_file(folder / "model.safetensors")
-    # What the loss keeps beside the model is no part of it.
-    model_weights = {k: v for k, v in weights.items() if k.startswith(("network.", "vae."))}
-    try:
-        model.load_state_dict(model_weights)
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: weights of another configuration: {error}") from None
-    return model
-
-
-class TextAlone:
-    """In an autoencoder's place where the training data held no images."""
-
-    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Raises ValueError."""
-        raise ValueError("the model was trained on text alone: no autoencoder decodes its latents")
-
-
-def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes:
-    """The autoencoder at `path`; ValueError unless the data of the export `folder` came of it."""
-    if provenance.autoencoder == PIXELS:
-        raise ValueError(
-            f"{folder} was trained on pixel patches, which no autoencoder decodes; "
-            "examples/digits/learn.py draws from it"
-        )
-    if provenance.autoencoder:
-        check_autoencoder(path, provenance.autoencoder, f"the data of {folder} was encoded with")
-    elif provenance.tokenizer and not (Path(path) / "config.json").is_file():
-        return TextAlone()
-    return Autoencoder.load(path)
 
 
 class Options(TypedDict, total=False):

@@ -1,0 +1,56 @@
+"""The parts of a generator, from an export and a first-stage folder."""
+
+from pathlib import Path
+from typing import Protocol
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mdm.config import Config
+from mdm.data.provenance import Provenance, check_autoencoder
+from mdm.first_stage.autoencoder import Autoencoder
+from mdm.first_stage.folder import PIXELS
+from mdm.model.mdm import MDM
+
+
+class Decodes(Protocol):
+    """Turns latents into images: `mdm.first_stage.autoencoder.Autoencoder`, or pixel patches."""
+
+    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Pixels f32 [b, 3, h, w] in [0, 1] of latents [b, n, c]."""
+        ...
+
+
+def load_model(folder: Path, config: Config) -> MDM:
+    """The model of an export; ValueError if its weights belong to another configuration."""
+    model = MDM(config.model)
+    weights = load_file(folder / "model.safetensors")
+    # What the loss keeps beside the model is no part of it.
+    model_weights = {k: v for k, v in weights.items() if k.startswith(("network.", "vae."))}
+    try:
+        model.load_state_dict(model_weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: weights of another configuration: {error}") from None
+    return model
+
+
+class TextAlone:
+    """In an autoencoder's place where the training data held no images."""
+
+    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Raises ValueError."""
+        raise ValueError("the model was trained on text alone: no autoencoder decodes its latents")
+
+
+def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes:
+    """The autoencoder at `path`; ValueError unless the data of the export `folder` came of it."""
+    if provenance.autoencoder == PIXELS:
+        raise ValueError(
+            f"{folder} was trained on pixel patches, which no autoencoder decodes; "
+            "examples/digits/learn.py draws from it"
+        )
+    if provenance.autoencoder:
+        check_autoencoder(path, provenance.autoencoder, f"the data of {folder} was encoded with")
+    elif provenance.tokenizer and not (Path(path) / "config.json").is_file():
+        return TextAlone()
+    return Autoencoder.load(path)
