@@ -35,10 +35,10 @@ def start(run_dir: Path, **settings: Any) -> int:
 def main() -> None:
     folder = Path(sys.argv[1])
     codes = {"untracked": start(folder / "untracked", track=False)}
-    there = sys.modules["mlflow"]  # DeepSpeed imports it where it can
+    assert "mlflow" not in sys.modules
     sys.modules["mlflow"] = None  # type: ignore[assignment]  # importing it raises
     codes["uninstalled"] = start(folder / "uninstalled")
-    sys.modules["mlflow"] = there
+    del sys.modules["mlflow"]
 
     codes["base"] = start(folder / "base")
     for kind in KINDS:
