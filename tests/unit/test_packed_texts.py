@@ -12,6 +12,7 @@ from mdm.data.batch import Batch
 from mdm.first_stage.tokenizer import EOS
 from mdm.loss import Loss
 from mdm.model.packing import N_HEAD, Texts, text_rows
+from mdm.train.metrics import sums_by_conditioning
 
 LENGTH, ROWS = 24, 3
 SIZES = [5, 14, 1, 3, 6, 2, 4, 9]
@@ -95,10 +96,12 @@ def test_losses_and_gradients_are_those_of_the_texts_alone(settings) -> None:
     grads = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
     made.zero_grad()
     singles = [made(alone(i), 0) for i in range(len(SIZES))]
-    means = [torch.stack(term).mean(0) for term in zip(*singles, strict=True)]
-    means[-1] *= len(SIZES)  # sums over the samples of each conditioning
-    for name, term, mean in zip(together._fields, together, means, strict=True):
+    scalars = [terms[:-2] for terms in singles]
+    means = [torch.stack(term).mean() for term in zip(*scalars, strict=True)]
+    for name, term, mean in zip(together._fields, together[:-2], means, strict=False):
         torch.testing.assert_close(term, mean, rtol=1e-5, atol=1e-6, msg=name)
+    sums = sum(sums_by_conditioning(terms) for terms in singles)
+    torch.testing.assert_close(sums_by_conditioning(together), sums, rtol=1e-5, atol=1e-6)
     means[0].backward()
     assert {n for n, p in made.named_parameters() if p.grad is not None} == grads.keys()
     for name, p in made.named_parameters():
@@ -146,7 +149,7 @@ def test_ranks_average_to_the_mean_over_all_texts() -> None:
                 0,
             )
         )
-    for term, one, two in zip(whole[:-1], *(h[:-1] for h in halves), strict=True):
+    for term, one, two in zip(whole[:-2], *(h[:-2] for h in halves), strict=True):
         torch.testing.assert_close((one + two) / 2, term, rtol=1e-5, atol=1e-6)
 
 

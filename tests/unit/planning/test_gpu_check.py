@@ -9,6 +9,7 @@ import torch
 from mdm.config import Config, DataConfig, ModelConfig
 from mdm.kernels import conv, ssd
 from mdm.planning import gpu_check
+from pipelines import gpu_check as job
 
 
 def test_peak_by_name_or_as_given():
@@ -57,7 +58,7 @@ def test_differences_are_relative_to_the_largest_value():
 def test_without_a_gpu_it_says_so_and_succeeds(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("sys.argv", ["gpu_check"])
-    assert gpu_check.main() == 0
+    assert job.main() == 0
     assert capsys.readouterr().out == "not run: no CUDA device\n"
 
 
@@ -81,7 +82,7 @@ def test_the_whole_check_runs_with_stand_ins_for_cuda(monkeypatch, tmp_path, cap
     }
     monkeypatch.setattr(gpu_check, "PRESETS", presets)
     monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_check, "install", lambda: None)
+    monkeypatch.setattr(job, "install", lambda: None)
     monkeypatch.setattr(gpu_check.fused, "ssd", ssd.ssd)
     monkeypatch.setattr(gpu_check.fused, "causal_conv", conv.causal_conv)
     monkeypatch.setattr(gpu_check.fused, "stock_mixer", Stock)
@@ -95,7 +96,7 @@ def test_the_whole_check_runs_with_stand_ins_for_cuda(monkeypatch, tmp_path, cap
     out = tmp_path / "report.json"
     flags = ["--batch", "2", "--steps", "1", "--out", str(out)]
     monkeypatch.setattr("sys.argv", ["gpu_check", *flags])
-    assert gpu_check.main() == 0
+    assert job.main() == 0
     report = json.loads(out.read_text())
     assert len(report["parity"]) == 8
     assert all(line["error"] == 0 for line in report["parity"])  # torch against itself
@@ -113,4 +114,4 @@ def test_the_whole_check_runs_with_stand_ins_for_cuda(monkeypatch, tmp_path, cap
 
     monkeypatch.setattr(gpu_check, "MEASURED", ("mdm_1b",))
     monkeypatch.setattr(gpu_check.fused, "ssd", wrong)
-    assert gpu_check.main() == 1
+    assert job.main() == 1
