@@ -8,25 +8,18 @@ one image come together. A gzipped tar cannot be entered in the middle, so a set
 one is a single unit, in the archive's order.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from mdm.sources import jsonfile
+from mdm.sources import jsonfile, packed
 from mdm.sources.fields import id_field, list_field, object_field
 from mdm.sources.joined import Join, Joined
 from mdm.sources.jsoncursor import BrokenFileError
 from mdm.sources.jsonfile import Element
-from mdm.sources.packed import (
-    ImageError,
-    Images,
-    listing,
-    open_file,
-    unpacked_size,
-    without_extension,
-)
 from mdm.sources.record import (
     UNIT_BYTES,
     BadRecord,
@@ -137,32 +130,21 @@ class Annotated:
         Raises ValueError if a file is missing or the annotations hold no entry.
         """
         layout = self._layout(root, split)
-        size = unpacked_size(root, layout.annotations)
+        size = packed.unpacked_size(root, layout.annotations)
         inputs, total = [(layout.annotations, size)], size
         if layout.join:
-            inputs.append((layout.join.file, unpacked_size(root, layout.join.file)))
+            inputs.append((layout.join.file, packed.unpacked_size(root, layout.join.file)))
             self._check_encoding(root, layout.join.file)
         if layout.folders or layout.archives:
-            digest, image_bytes = listing(self.SOURCE, root, layout.folders, layout.archives)
+            digest, image_bytes = packed.listing(self.SOURCE, root, layout.folders, layout.archives)
             inputs.append((digest, image_bytes))
             total += image_bytes
         count = 1 if _image_tar(root, layout) else max(1, -(-total // unit_bytes))
-        starts = self._unit_starts(root, layout, size, count)
-        return make_units(
-            self.SOURCE,
-            split,
-            root,
-            (
-                (
-                    "entries",
-                    [layout.annotations],
-                    [*inputs, ("start", start), ("stop", stop)],
-                    start,
-                    stop,
-                )
-                for start, stop in pairwise([*starts, max(size, 1)])
-            ),
-        )
+        parts = []
+        for start, stop in pairwise([*self._unit_starts(root, layout, size, count), max(size, 1)]):
+            fingerprinted = [*inputs, ("start", start), ("stop", stop)]
+            parts.append(("entries", [layout.annotations], fingerprinted, start, stop))
+        return make_units(self.SOURCE, split, root, parts)
 
     def read(self, unit: Unit) -> Iterator[RawRecord | BadRecord]:
         """The unit's records, each with its image's bytes."""
@@ -172,18 +154,21 @@ class Annotated:
         except ValueError as error:
             yield unit.bad_record(f"{self.SOURCE}/{unit.split}/", "", str(error))
             return
-        annotations = _unique(self._annotations(root, layout, unit.start, unit.stop, unit.index))
+        annotations = self._annotations(root, layout, unit.start, unit.stop)
+        if unit.index == 0:
+            annotations = chain(self._unclaimed(root, layout), annotations)
+        annotations = _unique(annotations)
         if tar := _image_tar(root, layout):
             yield from self._read_tar(root, layout, tar, annotations)
             return
-        with Images(root, layout.archives) as images:
+        with packed.Images(root, layout.archives) as images:
             for annotation in _group_by_image(annotations):
                 place, data, problem = "", None, annotation.problem
                 if not problem and annotation.content.images:
                     try:
                         with one_record(annotation.content.images[0]):
                             place, data = images.read(annotation.content.images)
-                    except ImageError as error:
+                    except packed.ImageError as error:
                         place, problem = error.place, str(error)
                     except ValueError as error:
                         problem = str(error)
@@ -191,9 +176,7 @@ class Annotated:
 
     def texts(self, root: Path, split: str) -> Iterator[str]:
         """Captions and turns of all usable entries, without reading images."""
-        layout = self._layout(root, split)
-        size = unpacked_size(root, layout.annotations)
-        for annotation in self._annotations(root, layout, 0, size, None):
+        for annotation in self._annotations(root, self._layout(root, split)):
             if annotation.content.text is not None:
                 yield annotation.content.text
             yield from annotation.content.turns
@@ -203,9 +186,9 @@ class Annotated:
         return self.find(root, split)
 
     def _check_encoding(self, root: Path, name: str) -> None:
-        """Raise ValueError for UTF-16, which would lose every record; `read` reports other damage."""
+        """Raise ValueError for UTF-16, which would lose every record; `read` reports the rest."""
         try:
-            with open_file(root, name):
+            with packed.open_file(root, name):
                 pass
         except NotUtf8Error as error:
             raise ValueError(f"{self.SOURCE}: {root / name}: {describe(error)}") from None
@@ -216,16 +199,15 @@ class Annotated:
         """Byte 0, then the first entry in each further one of `count` equal parts of the file."""
         starts: list[int] = []
         try:
-            with open_file(root, layout.annotations) as file:
-                for element in _elements(file, layout, 0, size):
-                    if not starts:
-                        starts.append(0)
-                    elif element.problem:
-                        continue  # only a reader that starts at a whole entry sees where damage ends
-                    elif element.offset >= (starts[-1] * count // size + 1) * size / count:
-                        starts.append(element.offset)
-                    if count == 1:
-                        break
+            for element in _elements(root, layout):
+                if not starts:
+                    starts.append(0)
+                elif element.problem:
+                    continue  # the end of damage is found only from the valid entry before it
+                elif element.offset >= (starts[-1] * count // size + 1) * size / count:
+                    starts.append(element.offset)
+                if count == 1:
+                    break
         except _READ_ERRORS as error:
             if not starts:
                 reason = describe(error)
@@ -235,21 +217,23 @@ class Annotated:
             raise ValueError(f"{self.SOURCE}: {root / layout.annotations} holds no entry")
         return starts
 
-    def _annotations(
-        self, root: Path, layout: Layout, start: int, stop: int, unit: int | None
-    ) -> Iterator[_Annotation]:
-        """What the entries in [start, stop) hold; unit 0 also reports what belongs to no entry."""
-        joined = Joined.load(root, layout.join)
-        if unit == 0 and layout.join:
+    def _unclaimed(self, root: Path, layout: Layout) -> Iterator[_Annotation]:
+        """The problems of the joined list that belong to no entry of the annotations."""
+        if layout.join:
+            joined = Joined.load(root, layout.join)
             for offset, entry_id, problem in joined.unclaimed(self._ids(root, layout)):
-                origin = f"{layout.join.file}@{offset}"
-                yield _Annotation(entry_id, origin, problem=problem)
+                yield _Annotation(entry_id, f"{layout.join.file}@{offset}", problem=problem)
+
+    def _annotations(
+        self, root: Path, layout: Layout, start: int = 0, stop: int = sys.maxsize
+    ) -> Iterator[_Annotation]:
+        """What the entries hold that start in bytes [start, stop)."""
+        joined = Joined.load(root, layout.join)
         offset = start
         try:
-            with open_file(root, layout.annotations) as file:
-                for element in _elements(file, layout, start, stop):
-                    offset = element.offset
-                    yield from self._element_annotations(element, layout, joined)
+            for element in _elements(root, layout, start, stop):
+                offset = element.offset
+                yield from self._element_annotations(element, layout, joined)
         except _READ_ERRORS as error:
             problem = f"unreadable annotations after byte {offset}: {describe(error)}"
             yield _Annotation(f"@{offset}", f"{layout.annotations}@{offset}", problem=problem)
@@ -275,13 +259,12 @@ class Annotated:
     def _ids(self, root: Path, layout: Layout) -> Iterator[str]:
         """The ids of all readable entries."""
         try:
-            with open_file(root, layout.annotations) as file:
-                for element in _elements(file, layout, 0, unpacked_size(root, layout.annotations)):
-                    try:
-                        with one_record(f"{layout.annotations}@{element.offset}"):
-                            yield from (entry_id for entry_id, _ in self.entries(element, layout))
-                    except ValueError:
-                        continue  # reported when the entry itself is read
+            for element in _elements(root, layout):
+                try:
+                    with one_record(f"{layout.annotations}@{element.offset}"):
+                        yield from (entry_id for entry_id, _ in self.entries(element, layout))
+                except ValueError:
+                    continue  # reported when the entry itself is read
         except _READ_ERRORS:
             return  # likewise
 
@@ -295,23 +278,22 @@ class Annotated:
             if annotation.problem:
                 yield self._record(layout, annotation, "", None, annotation.problem)
                 continue
-            name, *others = map(without_extension, annotation.content.images)
+            name, *others = map(packed.without_extension, annotation.content.images)
             waiting.setdefault(name, []).append(annotation)
             first_names.update(dict.fromkeys(others, name))
         damage = "not in the archive"
         try:
             for member in tgz_members(root / tar):
-                name = without_extension(member.name)
+                name = packed.without_extension(member.name)
                 matches = waiting.pop(name, []) or waiting.pop(first_names.get(name, ""), [])
                 for annotation in matches:
                     place = f"{tar}::{member.name}"
                     yield self._record(layout, annotation, place, member.data, member.problem)
         except ARCHIVE_ERRORS as error:
             damage = f"unreadable archive: {describe(error)}"
-        for unmatched in waiting.values():
-            for annotation in unmatched:
-                problem = f"missing file: {annotation.content.images[0]}: {damage}"
-                yield self._record(layout, annotation, "", None, problem)
+        for annotation in chain.from_iterable(waiting.values()):
+            problem = f"missing file: {annotation.content.images[0]}: {damage}"
+            yield self._record(layout, annotation, "", None, problem)
 
     def _record(
         self, layout: Layout, annotation: _Annotation, place: str, data: bytes | None, problem: str
@@ -320,21 +302,19 @@ class Annotated:
         origin = annotation.origin + (f", {place}" if place else "")
         if problem:
             return BadRecord(record_id, self.SOURCE, layout.split, origin, problem)
-        return RawRecord(
-            id=record_id,
-            source=self.SOURCE,
-            split=layout.split,
-            origin=origin,
-            image=data,
-            text=annotation.content.text,
-            turns=annotation.content.turns,
-        )
+        text, turns = annotation.content.text, annotation.content.turns
+        return RawRecord(record_id, self.SOURCE, layout.split, origin, data, text, turns)
 
 
-def _elements(file: IO[bytes], layout: Layout, start: int, stop: int) -> Iterator[Element]:
-    if layout.lines:
-        return jsonfile.line_elements(file, start, stop)
-    return jsonfile.elements(file, layout.section, start, stop)
+def _elements(
+    root: Path, layout: Layout, start: int = 0, stop: int = sys.maxsize
+) -> Iterator[Element]:
+    """The elements of the annotations that start in bytes [start, stop)."""
+    with packed.open_file(root, layout.annotations) as file:
+        if layout.lines:
+            yield from jsonfile.line_elements(file, start, stop)
+        else:
+            yield from jsonfile.elements(file, layout.section, start, stop)
 
 
 def _unique(annotations: Iterator[_Annotation]) -> Iterator[_Annotation]:
@@ -354,8 +334,7 @@ def _group_by_image(annotations: Iterator[_Annotation]) -> Iterator[_Annotation]
         by_image: dict[Any, list[_Annotation]] = {}
         for number, annotation in enumerate(searched):
             by_image.setdefault(annotation.content.images or number, []).append(annotation)
-        for same_image in by_image.values():
-            yield from same_image
+        yield from chain.from_iterable(by_image.values())
 
 
 def _image_tar(root: Path, layout: Layout) -> str:
