@@ -129,7 +129,7 @@ def read_file(path: Path) -> bytes:
         check_member(status.st_size, status.st_size, "file")
         return path.read_bytes()
     except FileNotFoundError:
-        raise ValueError("missing file" + " behind a link" * path.is_symlink()) from None
+        raise ValueError("missing file" + ": broken symbolic link" * path.is_symlink()) from None
     except OSError as error:
         raise ValueError(f"unreadable file: {describe(error)}") from None
 
