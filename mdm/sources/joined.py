@@ -48,9 +48,7 @@ class Joined:
         self._texts: list[str] = []
         self._offsets: NDArray[np.int64] = np.zeros(0, np.int64)
         self._bad: dict[int, str] = {}  # id of a bad entry -> problem
-        self._without_id: list[
-            tuple[int, str]
-        ] = []  # (byte, problem) of entries without a valid id
+        self._problems: list[tuple[int, str]] = []  # (byte, problem) of bad or repeated ids
         self._damage = ""
 
     @staticmethod
@@ -84,7 +82,7 @@ class Joined:
         """
         assert self._join is not None
         section = self._join.section
-        for offset, problem in self._without_id:
+        for offset, problem in self._problems:
             yield offset, f"{section}@{offset}", f"{section} entry: {problem}"
         if self._damage:
             yield 0, f"{section}@", f"unreadable {section}: {self._damage}"
@@ -109,7 +107,7 @@ class Joined:
                         entry = jsonfile.entry(element)
                         key = number_field(entry.get(self._join.key), self._join.key)
                     except ValueError as error:
-                        self._without_id.append((element.offset, str(error)))
+                        self._problems.append((element.offset, str(error)))
                         continue
                     problem, number, text = "", 0, ""
                     try:
@@ -118,9 +116,7 @@ class Joined:
                     except ValueError as error:
                         problem = str(error)
                     if key in first:
-                        self._without_id.append(
-                            (element.offset, f"duplicate {self._join.key} {key}")
-                        )
+                        self._problems.append((element.offset, f"duplicate {self._join.key} {key}"))
                         at = first[key]
                         earlier = numbers[at], texts[at], self._bad.get(key, "")
                         if earlier != (number, text, problem):

@@ -35,7 +35,7 @@ _AFTER_MEMBER = re.compile(r'[ \t\n\r]*[,}"]')  # a missing comma by itself dama
 _NEXT_MEMBER = re.compile(r',[ \t\n\r]*("|$)')
 END_OF_FILE = "\x1a"  # DOS writes it after the last line
 _LONGEST_MATCH = 1 << 10  # a section's name or a bracket, with the white space around it
-_MARKS = re.compile("(?:[ \t\n\r]*\xef\xbb\xbf)*")  # byte order marks, in latin-1
+_BYTE_ORDER_MARKS = re.compile("(?:[ \t\n\r]*\xef\xbb\xbf)*")  # in latin-1
 
 
 class BrokenFileError(ValueError):
@@ -52,7 +52,7 @@ class Cursor:
         self._base = offset  # the file offset of the window's first character
         self._at = 0
         if offset == 0 and self._fill():  # two programs may each have added one
-            marks = _MARKS.match(self._text)
+            marks = _BYTE_ORDER_MARKS.match(self._text)
             self._at = marks.end() if marks else 0
 
     @property
