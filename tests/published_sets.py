@@ -4,6 +4,7 @@ Every writer takes a folder and returns it. The bytes of an image are its name, 
 decode images.
 """
 
+import gzip
 import io
 import json
 import tarfile
@@ -40,13 +41,19 @@ def write_zip(path: Path, files: Mapping[str, bytes], method: int = zipfile.ZIP_
             packed.writestr(name, data)
 
 
-def write_tgz(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
+def tar_bytes(files: Iterable[tuple[str, bytes]]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
         for name, data in files:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def write_tgz(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(tar_bytes(files)))
 
 
 def pack(root: Path, archive: str) -> None:

@@ -89,7 +89,7 @@ def _shifted(t: Tensor, back: int, taps: int) -> Tensor:
 
 
 def _mask_other_sequences(t: Tensor, seq_idx: Tensor | None, back: int) -> Tensor:
-    """T where the token `back` positions earlier is in the same sequence, zero elsewhere."""
+    """Zero t where the token `back` positions earlier is in another sequence."""
     if seq_idx is None:
         return t
     same = F.pad(seq_idx[:, back:] == seq_idx[:, :-back], (back, 0))[:, : t.shape[1]]

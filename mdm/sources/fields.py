@@ -22,7 +22,7 @@ def kind(value: Any) -> str:
 
 
 def text_field(value: Any, name: str) -> str:
-    """`value` as usable text; ValueError if it is absent, empty, damaged or no text."""
+    """`value` as usable text; ValueError if it is absent, empty, damaged or not text."""
     _check_present(value, name)
     if not isinstance(value, str):
         raise ValueError(f"field {name} is {kind(value)}, not text")

@@ -65,7 +65,7 @@ def devkit_classes(root: Path) -> dict[int, tuple[str, str]]:
 
 @lru_cache(maxsize=8)
 def ground_truth(root: Path) -> tuple[tuple[str, str], ...]:
-    """For validation image 1, 2, ...: the wnid, or "" if the line is no class id, and the line."""
+    """For validation image 1, 2, ...: the wnid ("" if its line is not a class id) and the line."""
     wnids = {str(number): wnid for number, (wnid, _) in devkit_classes(root).items()}
     lines = _strip_blanks(read_lines(_devkit_file(root, f"data/{TRUTH}"), f"data/{TRUTH}"))
     truth = tuple((wnids.get(line, ""), line) for line in lines)

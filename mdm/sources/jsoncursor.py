@@ -51,7 +51,7 @@ class Cursor:
         self._text = ""
         self._base = offset  # the file offset of the window's first character
         self._at = 0
-        if offset == 0 and self._fill():  # two programs may each have added one
+        if offset == 0 and self._fill():  # each of two programs may add a mark
             marks = _BYTE_ORDER_MARKS.match(self._text)
             self._at = marks.end() if marks else 0
 

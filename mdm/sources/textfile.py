@@ -50,7 +50,7 @@ class NotUtf8Error(OSError):
 
 
 def is_clutter(name: str) -> bool:
-    """Whether any part of a path was left by a file manager and is no data: `._a.jpg`, ..."""
+    """Whether any part of a path is the clutter of a file manager, not data: `._a.jpg`, ..."""
     return any(
         part.startswith("._") or part.casefold() in _CLUTTER
         for part in name.replace("\\", "/").split("/")

@@ -1,4 +1,4 @@
-"""Text files and folders in the state users have them give the same records as published ones."""
+"""Text files and folders as users have them give the same records as the published ones."""
 
 import io
 import json
@@ -208,21 +208,13 @@ def test_clutter_in_tars_adds_no_record(tmp_path: Path) -> None:
     plain = contents("imagenet", root, "train")
     outer: list[tuple[str, bytes]] = [("._n01440764.tar", junk), (".DS_Store", junk)]
     for folder in sorted((root / "train").iterdir()):
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w") as tar:
-            for path in sorted(folder.iterdir()):
-                for member in (path.with_name(f"._{path.name}"), path):
-                    data = path.read_bytes() if member == path else junk
-                    info = tarfile.TarInfo(member.name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        outer.append((f"{folder.name}.tar", file.getvalue()))
+        inner: list[tuple[str, bytes]] = []
+        for path in sorted(folder.iterdir()):
+            inner += [(f"._{path.name}", junk), (path.name, path.read_bytes())]
+        outer.append((f"{folder.name}.tar", sets.tar_bytes(inner)))
     (root / "train").rename(root / "away")
-    with tarfile.open(root / imagenet.TRAIN_TAR, "w") as tar:
-        for member_name, data in [*outer, ("__MACOSX/._x.tar", junk)]:
-            info = tarfile.TarInfo(member_name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    outer.append(("__MACOSX/._x.tar", junk))
+    (root / imagenet.TRAIN_TAR).write_bytes(sets.tar_bytes(outer))
     assert contents("imagenet", root, "train") == plain
 
 

@@ -1,13 +1,11 @@
 """Damaged records get a correct reason in every layout, and no valid record is lost."""
 
 import gzip
-import io
 import json
 import os
 import re
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -132,16 +130,6 @@ for name, split in (("imagenet", "train"), ("coco", "train2017")):
     assert set(lines.values()) == {"unreadable file: permission denied"}
 
 
-def tar_of(files: list[tuple[str, bytes]]) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return out.getvalue()
-
-
 def with_bad_header(tar: bytes, name: str) -> bytes:
     at = tar.index(name.encode()) + 148
     return tar[:at] + b"7777777" + tar[at + 7 :]
@@ -149,9 +137,12 @@ def with_bad_header(tar: bytes, name: str) -> bytes:
 
 def test_damaged_headers_in_imagenets_tar_of_tars_lose_only_their_members(tmp_path: Path) -> None:
     write_classes(tmp_path, 4)
-    inner = [tar_of([(f"n{c:08d}_{i}.JPEG", GOOD[2 * c + i]) for i in range(2)]) for c in range(4)]
+    inner = [
+        sets.tar_bytes([(f"n{c:08d}_{i}.JPEG", GOOD[2 * c + i]) for i in range(2)])
+        for c in range(4)
+    ]
     inner[3] = with_bad_header(inner[3], "n00000003_1.JPEG")
-    outer = tar_of([(f"n{c:08d}.tar", data) for c, data in enumerate(inner)])
+    outer = sets.tar_bytes([(f"n{c:08d}.tar", data) for c, data in enumerate(inner)])
     path = tmp_path / "ILSVRC2012_img_train.tar"
     path.write_bytes(with_bad_header(outer, "n00000001.tar"))
     reasons = outcome("imagenet", tmp_path, "train")
@@ -182,7 +173,7 @@ def test_damaged_journeydb_archives_and_annotations_lose_only_the_damaged_record
     name = "train_anno_realease_repath.jsonl"
     sets.write_tgz(base / f"{name}.tgz", [(name, b"\n".join(lines))])
     for archive, files in archives.items():
-        data = tar_of(files)
+        data = sets.tar_bytes(files)
         if archive == "001":
             data = with_bad_header(data, "001/1.jpg")
         packed = gzip.compress(data) + (b"garbage" if archive == "002" else b"")

@@ -10,6 +10,7 @@ from scipy.io import savemat
 
 from mdm.sources import imagenet, imagenet_classes
 from mdm.sources.record import BadRecord, RawRecord
+from tests.published_sets import tar_bytes, write_tgz
 
 WNIDS = ("n00000001", "n00000002", "n00000003")
 # ILSVRC ids are not in the order of the wnids.
@@ -20,28 +21,16 @@ def read_all(root, split, **options):
     return [r for u in imagenet.units(root, split, **options) for r in imagenet.read(u)]
 
 
-def tar_of(members, path=None):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    if path is not None:
-        path.write_bytes(out.getvalue())
-    return out.getvalue()
-
-
 @pytest.fixture
 def tars(tmp_path):
     """The published form: a tar of tars, the val tar, a devkit with meta.mat and ground truth."""
     inner = [
-        (f"{w}.tar", tar_of([(f"{w}_{i}.JPEG", f"{w}{i}".encode() * 99) for i in range(4)]))
+        (f"{w}.tar", tar_bytes((f"{w}_{i}.JPEG", f"{w}{i}".encode() * 99) for i in range(4)))
         for w in reversed(WNIDS)
     ]
-    tar_of(inner, tmp_path / imagenet.TRAIN_TAR)
+    (tmp_path / imagenet.TRAIN_TAR).write_bytes(tar_bytes(inner))
     val = [(f"ILSVRC2012_val_{i:08d}.JPEG", b"v%d" % i * 300) for i in range(1, 7)]
-    tar_of(val, tmp_path / imagenet.VAL_TAR)
+    (tmp_path / imagenet.VAL_TAR).write_bytes(tar_bytes(val))
     kind = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
     synsets = np.empty((5, 1), dtype=kind)
     fields = [(i, w, f"name {w}, other {w}", 0) for i, w in ILSVRC.items()]
@@ -52,11 +41,9 @@ def tars(tmp_path):
     savemat(mat, {"synsets": synsets})
     files = {"data/meta.mat": mat.getvalue()}
     files["data/ILSVRC2012_validation_ground_truth.txt"] = b"1\n2\n3\n1\n2\n3\n"
-    with tarfile.open(tmp_path / f"{imagenet_classes.DEVKIT}.tar.gz", "w:gz") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(f"{imagenet_classes.DEVKIT}/{name}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    devkit = imagenet_classes.DEVKIT
+    members = [(f"{devkit}/{name}", data) for name, data in files.items()]
+    write_tgz(tmp_path / f"{devkit}.tar.gz", members)
     return tmp_path
 
 
@@ -229,7 +216,8 @@ def test_missing_files_are_errors_that_name_them(tmp_path):
     (tmp_path / imagenet_classes.MAPPING).write_text("n00000001 one\n")
     with pytest.raises(ValueError, match=r"neither folder val/ nor ILSVRC2012_img_val\.tar"):
         imagenet.units(tmp_path, "val")
-    tar_of([("ILSVRC2012_val_00000001.JPEG", b"x")], tmp_path / imagenet.VAL_TAR)
+    one_image = tar_bytes([("ILSVRC2012_val_00000001.JPEG", b"x")])
+    (tmp_path / imagenet.VAL_TAR).write_bytes(one_image)
     with pytest.raises(ValueError, match="no devkit"):
         imagenet.units(tmp_path, "val")
 

@@ -1,26 +1,16 @@
 import gzip
-import io
 import json
-import tarfile
 
 import pytest
 
 from mdm.sources import journeydb
 from mdm.sources.journeydb import ANNOTATIONS
 from mdm.sources.record import BadRecord, RawRecord
+from tests.published_sets import write_tgz
 
 
 def read_all(root, split="train"):
     return [r for u in journeydb.units(root, split) for r in journeydb.read(u)]
-
-
-def write_tgz(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 def annotation(path, **fields):

@@ -129,7 +129,7 @@ def test_pipes_folders_and_broken_links_are_refused_at_once(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.zip::in/a.json", "a.tar.gz::in/a.json"])
-def test_a_text_file_is_read_alike_loose_or_packed(tmp_path, name):
+def test_a_text_file_reads_the_same_loose_and_packed(tmp_path, name):
     data = bytes(range(256)) * 4000
     (tmp_path / "a.json").write_bytes(data)
     write_zip(tmp_path / "a.zip", {"other": b"x" * 9999, "in/a.json": data})

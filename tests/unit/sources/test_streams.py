@@ -8,16 +8,7 @@ import pytest
 from mdm.sources import streams, textfile
 from mdm.sources.streams import tar_members, tgz_lines, tgz_members
 from mdm.sources.textfile import lines_with_offsets, parse_line
-
-
-def tar_bytes(members):
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return out.getvalue()
+from tests.published_sets import tar_bytes
 
 
 @pytest.mark.parametrize("streaming", [True, False])
