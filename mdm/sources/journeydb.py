@@ -26,7 +26,7 @@ from mdm.sources.record import (
     make_units,
     one_record,
 )
-from mdm.sources.streams import ARCHIVE_ERRORS, Member, describe, tgz_lines, tgz_members
+from mdm.sources.streams import ARCHIVE_ERRORS, describe, tgz_lines, tgz_members
 from mdm.sources.textfile import NotUtf8Error, is_blank, is_clutter, parse_line
 
 SOURCE = "journeydb"
@@ -77,19 +77,23 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
     Ids are `journeydb/<split>/<archive>/<file>`. An image without annotation and an annotation
     without image are both bad records.
     """
-    archive = _archive_name(unit)
+    form, _, archive = unit.kind.partition(" ")
+    packed = form == "archive"
     prefix = f"{SOURCE}/{unit.split}/{archive}"
+    place = f"{unit.files[0]}::" if packed else f"{PurePosixPath(unit.files[0]).parent}/"
     texts_by_file: dict[str, str | None] = {}  # None: already reported as bad
     yield from _collect_texts(unit, archive, texts_by_file)
     done: set[str] = set()
     damage = ""
     try:
-        for member in _members(unit):
+        root = Path(unit.root)
+        members = tgz_members(root / unit.files[0]) if packed else read_files(root, unit.files)
+        for member in members:
             name = PurePosixPath(member.name).name
-            record_id, place = f"{prefix}/{name}", _place(unit, name)
+            record_id = f"{prefix}/{name}"
             if name in done:
                 problem = "duplicate id: the archive holds this name twice"
-                yield unit.bad_record(record_id, place, problem)
+                yield unit.bad_record(record_id, place + name, problem)
                 continue
             done.add(name)
             reported = name in texts_by_file and texts_by_file[name] is None
@@ -97,11 +101,11 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
             if reported:
                 continue
             if member.data is None:
-                yield unit.bad_record(record_id, place, member.problem)
+                yield unit.bad_record(record_id, place + name, member.problem)
             elif text is None:
-                yield unit.bad_record(record_id, place, "image without annotation")
+                yield unit.bad_record(record_id, place + name, "image without annotation")
             else:
-                origin = _place(unit, member.name)
+                origin = place + member.name if packed else member.name
                 yield RawRecord(record_id, SOURCE, unit.split, origin, member.data, text)
     except ARCHIVE_ERRORS as error:
         damage = f"unreadable archive after {len(done)} images: {describe(error)}"
@@ -109,7 +113,7 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
     problem = f"missing file: {damage or 'annotated, but not in the archive'}"
     for name, text in texts_by_file.items():
         if text is not None:
-            yield unit.bad_record(f"{prefix}/{name}", _place(unit, name), problem)
+            yield unit.bad_record(f"{prefix}/{name}", place + name, problem)
 
 
 def texts(root: Path, split: str) -> Iterator[str]:
@@ -125,24 +129,6 @@ def texts(root: Path, split: str) -> Iterator[str]:
                 continue  # `read` reports it; only usable text counts here
     except ARCHIVE_ERRORS:
         return  # likewise
-
-
-def _archive_name(unit: Unit) -> str:
-    """The name of the archive, or of the folder extracted from it."""
-    return unit.kind.partition(" ")[2]
-
-
-def _place(unit: Unit, name: str) -> str:
-    """Where an image is, for people; `name` may include folders."""
-    if unit.kind.startswith("archive"):
-        return f"{unit.files[0]}::{name}"
-    return name if name in unit.files else f"{PurePosixPath(unit.files[0]).parent}/{name}"
-
-
-def _members(unit: Unit) -> Iterator[Member]:
-    if unit.kind.startswith("archive"):
-        return tgz_members(Path(unit.root) / unit.files[0])
-    return read_files(Path(unit.root), unit.files)
 
 
 def _archives(root: Path, split: str) -> dict[str, Path]:
