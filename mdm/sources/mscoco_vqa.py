@@ -18,7 +18,7 @@ SPLITS: tuple[str, ...] = ("train", "val")
 TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
 HELD_OUT = "val"
 
-# The possible names of a split's questions and of its annotations.
+# The possible files of a split's questions, and those of its annotations.
 Names = Callable[[str], tuple[tuple[str, ...], tuple[str, ...]]]
 
 
