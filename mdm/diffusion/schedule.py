@@ -18,7 +18,7 @@ class Schedule:
         abar = self.alphas_cumprod
         if abar.dim() != 1 or len(abar) < 3:
             raise ValueError(
-                f"alphas_cumprod has shape {tuple(abar.shape)}; it must be [T + 1], T 2 or more"
+                f"alphas_cumprod has shape {tuple(abar.shape)}; it must be [T + 1], T >= 2"
             )
         falls = bool((abar.diff() < 0).all())  # False with a NaN anywhere
         if abar.dtype != torch.float64 or abar[0] != 1 or not falls or abar[-1] < 0:
@@ -39,7 +39,7 @@ class Schedule:
     def _at(self, t: Tensor) -> Tensor:
         host, last = t.cpu(), len(self.alphas_cumprod) - 1
         if host.is_floating_point():
-            raise ValueError(f"steps are {host.dtype}; they count in integers, 0 ... {last}")
+            raise ValueError(f"steps are {host.dtype}; they must be integers, 0 ... {last}")
         if host.numel() and (host.min() < 0 or host.max() > last):
             raise ValueError(
                 f"steps span {int(host.min())} to {int(host.max())}; the schedule has 0 ... {last}"
@@ -47,7 +47,7 @@ class Schedule:
         return self.alphas_cumprod[host]
 
     def log_snr_range(self) -> tuple[float, float]:
-        """log-SNR at t = 1 and at t = T - 1: the ends of a sampler's grid."""
+        """log-SNR at t = 1 and at t = T - 1, the ends of a solver's grid."""
         t = torch.tensor([1, len(self.alphas_cumprod) - 2])
         first, last = self.log_snr(t).tolist()
         return first, last
@@ -64,8 +64,8 @@ def cosine(steps: int = STEPS) -> Schedule:
 def linear_log_snr(high: float, low: float, steps: int = STEPS) -> Schedule:
     """log-SNR falls linearly from `high` at t = 1 to `low` at t = T - 1.
 
-    For text: whether a token can be told from its noisy latent changes only between log-SNR of
-    about 2 and -5 at width 16, and a linear DDPM schedule spends a sixth of its steps there.
+    For text: a token becomes recognizable from its noisy latent only between log-SNRs of about -5
+    and 2 at width 16, and a linear DDPM schedule spends only a sixth of its steps there.
     """
     if low >= high:
         raise ValueError(f"log-SNR must fall; it goes from {high} to {low}")

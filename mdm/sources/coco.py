@@ -1,10 +1,10 @@
-"""COCO captions: `captions_{train,val}{2014,2017}.json` beside the pictures of that edition.
+"""COCO captions: `captions_{train,val}{2014,2017}.json` and the images of that edition.
 
 The published file is one object: `images [{id, file_name, …}]` and `annotations [{id, image_id,
-caption}]`, in `annotations/` or still in `annotations_trainval{2014,2017}.zip`; pictures lie in
+caption}]`, in `annotations/` or still in `annotations_trainval{2014,2017}.zip`; images are in
 `train2014/` … or `train2014.zip` …. The Karpathy splits come from `dataset_coco.json`
-(`karpathy.py`). A record is one caption with its picture; boxes, licences and addresses are left.
-`train` and `val` are short for the one edition that is there.
+(`karpathy.py`). A record is one caption with its image; boxes, licences and URLs are ignored.
+`train` and `val` are short for the only edition present.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ HELD_OUT = "val"
 
 
 def _files(split: str) -> tuple[str, ...]:
-    """Where a split's annotations may lie."""
+    """Where a split's annotations may be."""
     if split in karpathy.SPLITS:
         return karpathy.files("dataset_coco.json")
     name = f"captions_{split}.json"
@@ -53,18 +53,18 @@ def _find(root: Path, split: str) -> Layout:
 
 
 def _edition(root: Path, split: str) -> str:
-    there, wanted = [], []
+    present, missing = [], []
     for edition in (f"{split}2017", f"{split}2014", f"karpathy-{split}"):
         try:
             locate(SOURCE, root, *_files(edition))
-            there.append(edition)
+            present.append(edition)
         except ValueError:
-            wanted.append(_files(edition)[0])
-    if len(there) > 1:
-        raise ValueError(f"{SOURCE}: {root} holds {' and '.join(there)}; choose one as the split")
-    if not there:
-        raise ValueError(f"{SOURCE}: none of these files in {root}: {', '.join(wanted)}")
-    return there[0]
+            missing.append(_files(edition)[0])
+    if len(present) > 1:
+        raise ValueError(f"{SOURCE}: {root} holds {' and '.join(present)}; choose one as the split")
+    if not present:
+        raise ValueError(f"{SOURCE}: none of these files in {root}: {', '.join(missing)}")
+    return present[0]
 
 
 def _file_name(image: dict[str, Any]) -> tuple[int, str]:
@@ -79,11 +79,11 @@ def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
 
 def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
     if layout.split in karpathy.SPLITS:
-        file, folder = karpathy.picture(entry), text_field(entry.get("filepath"), "filepath")
+        file, folder = karpathy.image_name(entry), text_field(entry.get("filepath"), "filepath")
         caption = karpathy.caption(entry)
     else:
-        picture = number_field(entry.get("image_id"), "image_id")
-        (_, file), folder = joined.get(picture, "image_id"), layout.split
+        image_id = number_field(entry.get("image_id"), "image_id")
+        (_, file), folder = joined.get(image_id, "image_id"), layout.split
         caption = text_field(entry.get("caption"), "caption")
     return Content((f"{folder}/{file}", f"images/{folder}/{file}"), text=caption)
 

@@ -1,9 +1,9 @@
-"""Flickr30k: `results_20130124.token`, or Karpathy's splits, beside `flickr30k-images/`.
+"""Flickr30k: `results_20130124.token`, or Karpathy's splits, and `flickr30k-images/`.
 
-A line of the token file is `name.jpg#k<TAB>caption`; it knows no splits and is read as `all`, loose
-or from `flickr30k.tar.gz`. `train`, `val` and `test` come from `dataset_flickr30k.json`
-(`karpathy.py`). Pictures lie in `flickr30k-images/` (or `flickr30k_images/`), or still in
-`flickr30k-images.tar.gz`, which is read once, from front to back. A record is one caption.
+A line of the token file is `name.jpg#k<TAB>caption`. The file has no splits and is read as `all`,
+loose or from `flickr30k.tar.gz`. `train`, `val` and `test` come from `dataset_flickr30k.json`
+(`karpathy.py`). Images are in `flickr30k-images/` (or `flickr30k_images/`), or still in
+`flickr30k-images.tar.gz`, which is read once, from start to end. A record is one caption.
 """
 
 from collections.abc import Iterator
@@ -28,13 +28,13 @@ _FOLDERS = ("flickr30k-images", "flickr30k_images")
 def _find(root: Path, split: str) -> Layout:
     archives = tuple(f"{folder}.tar.gz" for folder in _FOLDERS)
     if split == "all":
-        found = locate(SOURCE, root, _TOKENS, f"flickr30k.tar.gz::{_TOKENS}")
-        return Layout(split, found, lines=True, folders=_FOLDERS, archives=archives)
+        annotations = locate(SOURCE, root, _TOKENS, f"flickr30k.tar.gz::{_TOKENS}")
+        return Layout(split, annotations, lines=True, folders=_FOLDERS, archives=archives)
     try:
-        found = locate(SOURCE, root, *karpathy.files("dataset_flickr30k.json"))
+        annotations = locate(SOURCE, root, *karpathy.files("dataset_flickr30k.json"))
     except ValueError as error:
         raise ValueError(f"{error}; without it, the split is all") from None
-    return Layout(f"karpathy-{split}", found, "images", folders=_FOLDERS, archives=archives)
+    return Layout(f"karpathy-{split}", annotations, "images", folders=_FOLDERS, archives=archives)
 
 
 def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
@@ -52,8 +52,8 @@ def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
 
 
 def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
-    file = text_field(karpathy.picture(entry), "filename")
-    return Content(tuple(f"{f}/{file}" for f in _FOLDERS), text=karpathy.caption(entry))
+    file = text_field(karpathy.image_name(entry), "filename")
+    return Content(tuple(f"{folder}/{file}" for folder in _FOLDERS), text=karpathy.caption(entry))
 
 
 _reader = Annotated(SOURCE, SPLITS, _find, _entries, _content)

@@ -1,8 +1,8 @@
-"""GQA: `{train,val,testdev}_balanced_questions.json` beside `images/<imageId>.jpg`.
+"""GQA: `{train,val,testdev}_balanced_questions.json` and `images/<imageId>.jpg`.
 
 The published file is one object, question id -> `{question, imageId, answer, fullAnswer, …}`, loose
-or in `questions1.2.zip`; pictures may still be in `images.zip`. A record is one question with its
-short answer as a dialogue; the full sentence, the program and the scene graph are left.
+or in `questions1.2.zip`; images may still be in `images.zip`. A record is one question with its
+short answer as a dialogue; the full sentence, the program and the scene graph are ignored.
 """
 
 from pathlib import Path
@@ -21,13 +21,13 @@ HELD_OUT = "val"
 
 def _find(root: Path, split: str) -> Layout:
     name = f"{split}_balanced_questions.json"
-    found = locate(SOURCE, root, name, f"questions/{name}", f"questions1.2.zip::{name}")
-    return Layout(split, found, folders=("images",), archives=("images.zip",))
+    annotations = locate(SOURCE, root, name, f"questions/{name}", f"questions1.2.zip::{name}")
+    return Layout(split, annotations, folders=("images",), archives=("images.zip",))
 
 
 def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
-    picture = id_field(entry.get("imageId"), "imageId")
-    return Content((f"images/{picture}.jpg",), turns=exchange(entry))
+    image_id = id_field(entry.get("imageId"), "imageId")
+    return Content((f"images/{image_id}.jpg",), turns=exchange(entry))
 
 
 _reader = Annotated(SOURCE, SPLITS, _find, by_name, _content)

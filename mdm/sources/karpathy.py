@@ -2,8 +2,8 @@
 
 `images [{filename, filepath?, split, imgid, sentids, sentences [{raw, tokens, imgid, sentid}]}]`,
 as `dataset_<name>.json` or still in `caption_datasets.zip`. Training joins `train` and `restval`. A
-record is one sentence, by its `sentid`; `raw` is its text. What is wrong with an entry of no known
-split is told with the training split.
+record is one sentence, with its `sentid` as the id and `raw` as the text. Problems of an entry
+without a known split are reported with the training split.
 """
 
 from collections.abc import Iterator
@@ -23,12 +23,12 @@ SPLITS: tuple[str, ...] = tuple(_PARTS)
 
 
 def files(name: str) -> tuple[str, ...]:
-    """Where the file may lie."""
+    """Where the file may be."""
     return name, f"annotations/{name}", f"caption_datasets.zip::{name}"
 
 
 def entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
-    """The sentences of a picture of this split, each with the picture's own fields."""
+    """The sentences of an image of this split, each with the image's own fields."""
     training = layout.split == SPLITS[0]
     try:
         image = jsonfile.entry(element)
@@ -46,8 +46,8 @@ def entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
         yield key, sentence if isinstance(sentence, ValueError) else {**fields, **sentence}
 
 
-def picture(entry: dict[str, Any]) -> str:
-    """The file's name."""
+def image_name(entry: dict[str, Any]) -> str:
+    """The name of the image's file."""
     return text_field(entry.get("filename"), "filename")
 
 

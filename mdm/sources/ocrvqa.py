@@ -1,10 +1,10 @@
-"""OCR-VQA: `dataset.json` beside `images/<id><extension>`.
+"""OCR-VQA: `dataset.json` and `images/<id><extension>`.
 
 The published file is one object, id -> `{imageURL, questions [], answers [], split, title, …}`;
-split 1 is for training, 2 for validation, 3 for testing. A picture is saved under the entry's id
-and the extension of its address, or that of another kind of image. A record is one question with
-its answer as a dialogue; title, author and genre are left. What is wrong with an entry of no known
-split is told with the training split.
+split 1 is for training, 2 for validation, 3 for testing. An image is saved under the entry's id
+with the extension of its URL, or with that of another image format. A record is one question with
+its answer as a dialogue; title, author and genre are ignored. Problems of an entry without a known
+split are reported with the training split.
 """
 
 import re
@@ -26,8 +26,8 @@ HELD_OUT = "val"
 
 
 def _find(root: Path, split: str) -> Layout:
-    found = locate(SOURCE, root, "dataset.json")
-    return Layout(split, found, folders=("images",), archives=("images.zip",))
+    annotations = locate(SOURCE, root, "dataset.json")
+    return Layout(split, annotations, folders=("images",), archives=("images.zip",))
 
 
 def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
@@ -52,10 +52,10 @@ def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
 
 
 def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
-    stem, address = f"images/{entry['id']}", entry.get("imageURL")
+    stem, url = f"images/{entry['id']}", entry.get("imageURL")
     extension = ""
-    if isinstance(address, str):
-        extension = PurePosixPath(re.split(r"[?#]", address)[0]).suffix
+    if isinstance(url, str):
+        extension = PurePosixPath(re.split(r"[?#]", url)[0]).suffix
     return Content(tuple(dict.fromkeys((stem + extension, stem))), turns=exchange(entry))
 
 

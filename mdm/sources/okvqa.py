@@ -1,8 +1,8 @@
 """OK-VQA: `OpenEnded_mscoco_{train,val}2014_questions.json` and `mscoco_…_annotations.json`.
 
-The files lie loose or in `<file>.zip`, the pictures in `train2014/` … or `train2014.zip` …
-(`mscoco_vqa.py`). A record is one question with the `raw_answer` that most people gave, as a
-dialogue; `answer` is the same stemmed, and often no word. Types and confidences are left.
+The files are loose or in `<file>.zip`, the images in `train2014/` … or `train2014.zip` …
+(`mscoco_vqa.py`). A record is one question with its most frequent `raw_answer`, as a dialogue;
+`answer` is its stem, which is often not a word. Types and confidences are ignored.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
-"""TextVQA: `TextVQA_0.5.1_{train,val}.json` beside `train_images/<image_id>.jpg`.
+"""TextVQA: `TextVQA_0.5.1_{train,val}.json` and `train_images/<image_id>.jpg`.
 
 The published file is one object with a list `data [{question, question_id, image_id, answers [10],
-…}]`; the pictures of both splits lie in `train_images/`, or still in `train_val_images.zip`. A
-record is one question with the answer that most of the ten people gave as a dialogue. The test
-split has no answers and is not read.
+…}]`; the images of both splits are in `train_images/`, or still in `train_val_images.zip`. A record
+is one question with the most frequent of its ten answers, as a dialogue. The test split has no
+answers and is not read.
 """
 
 from pathlib import Path
@@ -21,16 +21,16 @@ HELD_OUT = "val"
 
 
 def _find(root: Path, split: str) -> Layout:
-    found = locate(SOURCE, root, f"TextVQA_0.5.1_{split}.json")
+    annotations = locate(SOURCE, root, f"TextVQA_0.5.1_{split}.json")
     folders, archives = ("train_images",), ("train_val_images.zip",)
-    return Layout(split, found, "data", folders=folders, archives=archives)
+    return Layout(split, annotations, "data", folders=folders, archives=archives)
 
 
 def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
-    picture = id_field(entry.get("image_id"), "image_id")
+    image_id = id_field(entry.get("image_id"), "image_id")
     question = text_field(entry.get("question"), "question")
     answer = commonest(entry.get("answers"), "answers")
-    return Content((f"train_images/{picture}.jpg",), turns=(question, answer))
+    return Content((f"train_images/{image_id}.jpg",), turns=(question, answer))
 
 
 _reader = Annotated(SOURCE, SPLITS, _find, by_id("question_id"), _content)

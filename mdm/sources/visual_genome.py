@@ -1,10 +1,10 @@
-"""Visual Genome: `question_answers.json` and `region_descriptions.json` beside `VG_100K{,_2}/`.
+"""Visual Genome: `question_answers.json`, `region_descriptions.json` and `VG_100K{,_2}/`.
 
-The published files are lists, one element a picture: `{id, qas [{qa_id, image_id, question, answer,
-…}]}` and `{id, regions [{region_id, image_id, phrase, x, y, width, height}]}`, loose or in
-`<file>.zip`; pictures `<image_id>.jpg` lie in `VG_100K/` and `VG_100K_2/`, or still in `images.zip`
-and `images2.zip`. Split `qa`: a record is one question with its answer as a dialogue. Split
-`regions`: one phrase as the text of the whole picture, since a record has no box. No split is
+The published files are lists with one element per image: `{id, qas [{qa_id, image_id, question,
+answer, …}]}` and `{id, regions [{region_id, image_id, phrase, x, y, width, height}]}`, loose or in
+`<file>.zip`; images `<image_id>.jpg` are in `VG_100K/` and `VG_100K_2/`, or still in `images.zip`
+and `images2.zip`. In split `qa`, a record is one question with its answer as a dialogue. In split
+`regions`, it is one phrase as the text of the whole image, since a record has no box. No split is
 published as held out.
 """
 
@@ -27,8 +27,8 @@ _FOLDERS = ("VG_100K", "VG_100K_2")
 
 def _find(root: Path, split: str) -> Layout:
     name = "question_answers.json" if split == "qa" else "region_descriptions.json"
-    found = locate(SOURCE, root, name, f"{name}.zip::{name}")
-    return Layout(split, found, folders=_FOLDERS, archives=("images.zip", "images2.zip"))
+    annotations = locate(SOURCE, root, name, f"{name}.zip::{name}")
+    return Layout(split, annotations, folders=_FOLDERS, archives=("images.zip", "images2.zip"))
 
 
 def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
@@ -38,8 +38,8 @@ def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
 
 
 def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
-    picture = id_field(entry.get("image_id"), "image_id")
-    names = tuple(f"{folder}/{picture}.jpg" for folder in _FOLDERS)
+    image_id = id_field(entry.get("image_id"), "image_id")
+    names = tuple(f"{folder}/{image_id}.jpg" for folder in _FOLDERS)
     if layout.split == "qa":
         return Content(names, turns=exchange(entry))
     return Content(names, text=text_field(entry.get("phrase"), "phrase"))

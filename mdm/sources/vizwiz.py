@@ -1,10 +1,10 @@
-"""VizWiz VQA: `{train,val}.json` beside the pictures of the split.
+"""VizWiz VQA: `{train,val}.json` and the images of the split.
 
 The published file is a list `[{image, question, answers [{answer, answer_confidence}], answer_type,
-answerable}]`, in the data set's folder, in `Annotations/` or in `Annotations.zip`; pictures lie in
-`train/` … or `train.zip` …. A record is one picture's question with the answer that most people
-gave as a dialogue (for a question that cannot be answered, mostly the word "unanswerable"); its id
-is the picture's name. The test split has no answers and is not read.
+answerable}]`, in the data set's folder, in `Annotations/` or in `Annotations.zip`; images are in
+`train/` … or `train.zip` …. A record is one image's question with its most frequent answer, as a
+dialogue (for a question that cannot be answered, usually the word "unanswerable"); its id is the
+image's name. The test split has no answers and is not read.
 """
 
 from pathlib import Path
@@ -24,15 +24,15 @@ HELD_OUT = "val"
 def _find(root: Path, split: str) -> Layout:
     name, packed = f"{split}.json", "Annotations.zip"
     places = (name, f"Annotations/{name}", f"{packed}::{name}", f"{packed}::Annotations/{name}")
-    found = locate(SOURCE, root, *places)
-    return Layout(split, found, folders=(split,), archives=(f"{split}.zip",))
+    annotations = locate(SOURCE, root, *places)
+    return Layout(split, annotations, folders=(split,), archives=(f"{split}.zip",))
 
 
 def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
-    picture = text_field(entry.get("image"), "image")
+    image = text_field(entry.get("image"), "image")
     question = text_field(entry.get("question"), "question")
     answer = commonest(entry.get("answers"), "answers", "answer")
-    return Content((f"{layout.split}/{picture}",), turns=(question, answer))
+    return Content((f"{layout.split}/{image}",), turns=(question, answer))
 
 
 _reader = Annotated(SOURCE, SPLITS, _find, by_id("image"), _content)

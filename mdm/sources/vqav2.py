@@ -1,9 +1,9 @@
 """VQAv2: `v2_OpenEnded_mscoco_{train,val}2014_questions.json` and `v2_mscoco_…_annotations.json`.
 
-The files lie loose or in `v2_Questions_{Train,Val}_mscoco.zip` and `v2_Annotations_…`, the pictures
+The files are loose or in `v2_Questions_{Train,Val}_mscoco.zip` and `v2_Annotations_…`, the images
 in `train2014/` … or `train2014.zip` … (`mscoco_vqa.py`). A record is one question with its
-`multiple_choice_answer`, which is the answer given most often, as a dialogue; the answers' types
-and confidences are left. The test questions have no answers and are not read.
+`multiple_choice_answer`, the most frequent answer, as a dialogue; the answers' types and
+confidences are ignored. The test questions have no answers and are not read.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ def _names(split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _answer(annotation: dict[str, Any]) -> str:
-    """The published choice; ValueError if it, or one of the answers beside it, is none."""
+    """The published choice; ValueError if it or one of the given answers is bad."""
     if "answers" in annotation:
         commonest(annotation["answers"], "answers", "answer")
     return text_field(annotation.get("multiple_choice_answer"), "multiple_choice_answer")

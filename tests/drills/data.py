@@ -103,7 +103,7 @@ def loader_network(setting: Setting) -> Iterator[Row]:
 def write_mixture(root: str, times: int = 1) -> DataConfig:
     """Two encoded sets, some times a hundred kilobytes, in small record batches: a request each."""
     encoded(f"{root}/pictures", [200 * times, 160 * times], batch_rows=8 * times)
-    encoded(f"{root}/talk", [120 * times], pictures=False, batch_rows=8 * times)
+    encoded(f"{root}/talk", [120 * times], images=False, batch_rows=8 * times)
     sources = (SourceConfig("pictures", 0.7), SourceConfig("talk", 0.3))
     return DataConfig(root=root, sources=sources, global_batch=16, window=2)
 
@@ -172,7 +172,7 @@ def loader_kills(setting: Setting) -> Iterator[Row]:
 def write_sets(root: str, late: bool = True) -> None:
     """The sets of the mixture and its later stage."""
     encoded(f"{root}/pictures", [100, 42, 68, 16], part_shards=2)
-    encoded(f"{root}/talk", [180, 140, 66], pictures=False, part_shards=1)
+    encoded(f"{root}/talk", [180, 140, 66], images=False, part_shards=1)
     if late:
         encoded(f"{root}/late", [80, 120], part_shards=1)
 

@@ -33,7 +33,7 @@ STEPS = 40
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("encoded"))
     encoded(f"{folder}/pictures", [50, 21, 34, 8], part_shards=2)
-    encoded(f"{folder}/talk", [90, 70, 33], pictures=False, part_shards=1)
+    encoded(f"{folder}/talk", [90, 70, 33], images=False, part_shards=1)
     encoded(f"{folder}/late", [40, 60], part_shards=1)
     return folder
 

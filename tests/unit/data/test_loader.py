@@ -17,7 +17,7 @@ from mdm.data.text import fit
 from mdm.first_stage.tokenizer import EOS, PAD
 from mdm.storage import LocalStore, StoreError, join
 from mdm.utils.ranks import World
-from tests.data_sets import encoded, examples
+from tests.data_sets import encoded, samples
 
 LENGTHS = {"caption_length": 8, "dialogue_length": 10}
 DATA = DataConfig(
@@ -27,7 +27,7 @@ DATA = DataConfig(
 
 def write(root: str) -> Mixture:
     encoded(join(root, "pictures"), [50, 21])
-    encoded(join(root, "talk"), [40], pictures=False)
+    encoded(join(root, "talk"), [40], images=False)
     return open_mixture(DataConfig(root, DATA.sources, 24, 2))
 
 
@@ -53,7 +53,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def test_batches_hold_what_the_order_says_bit_for_bit(mixture: Mixture) -> None:
-    shards = {"pictures": [examples(50), examples(21, seed=1)], "talk": [examples(40)]}
+    shards = {"pictures": [samples(50), samples(21, seed=1)], "talk": [samples(40)]}
     with Loader(mixture, 7, **LENGTHS) as loader:
         batches = take(loader, 12)
     assert {b.task for b in batches} == {"image_text", "text"}

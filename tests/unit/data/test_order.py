@@ -32,7 +32,7 @@ def mixture(global_batch: int = 24) -> Mixture:
         (
             Source("digits", planned([50, 37, 8]), 0.6),
             Source("emoji", planned([11, 30]), 0.25),
-            Source("dialogues", planned([29], pictures=False), 0.15),
+            Source("dialogues", planned([29], images=False), 0.15),
         ),
         global_batch=global_batch,
     )
@@ -209,7 +209,7 @@ def test_sources_that_do_not_fit_together_are_refused_with_both_values() -> None
 def staged(*stages: tuple[int, dict[str, float]]) -> Mixture:
     shapes = {"digits": [50, 37, 8], "emoji": [11, 30], "extra": [17]}
     sources = [Source(n, planned(s, part_shards=1)) for n, s in shapes.items()]
-    sources.append(Source("dialogues", planned([29], pictures=False)))
+    sources.append(Source("dialogues", planned([29], images=False)))
     used = {name for _, weights in stages for name in weights}
     return Mixture(
         tuple(s for s in sources if s.name in used),
@@ -296,7 +296,7 @@ def test_the_order_of_a_run_in_progress_stays() -> None:
     )
     sources = (
         Source("pictures", planned([50, 21]), 0.75),
-        Source("talk", planned([40], pictures=False), 0.25),
+        Source("talk", planned([40], images=False), 0.25),
     )
     order = Order(Mixture(sources, global_batch=24, window=2, stages=stages), 7)
     digest = ""

@@ -50,7 +50,7 @@ def test_rows_are_filled_from_their_start() -> None:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     folder = str(tmp_path_factory.mktemp("talk"))
-    talk = encoded(folder, [90, 70], pictures=False, part_shards=1)
+    talk = encoded(folder, [90, 70], images=False, part_shards=1)
     return Mixture((Source("talk", talk),), global_batch=6, window=3, texts_per_row=4)
 
 

@@ -34,7 +34,7 @@ def source(given: Config, name: str, *, pictures: bool = True, **changes: object
         "vocab_size": 32,
         "autoencoder_sha256": first_stage,
     }
-    manifest = planned([8], pictures=pictures)
+    manifest = planned([8], images=pictures)
     return Source(name, dataclasses.replace(manifest, **(made | changes)))  # type: ignore[arg-type]
 
 

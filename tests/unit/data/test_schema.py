@@ -13,7 +13,7 @@ from mdm.data.schema import (
     to_bfloat16_bits,
     write_shard,
 )
-from tests.data_sets import examples
+from tests.data_sets import samples
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=2.0**126)))
@@ -32,7 +32,7 @@ def test_latents_that_are_not_finite_are_refused() -> None:
 
 @pytest.mark.parametrize("pictures", [True, False])
 def test_a_shard_gives_back_every_bit_from_ranges_alone(pictures: bool) -> None:
-    rows = examples(21, pictures=pictures)
+    rows = samples(21, images=pictures)
     schema = example_schema((2, 2) if pictures else None, 16)
     data, info = write_shard(rows, schema, 8)
     assert [b.rows for b in info.batches] == [8, 8, 5]
@@ -56,7 +56,7 @@ def test_a_shard_gives_back_every_bit_from_ranges_alone(pictures: bool) -> None:
 
 def test_a_shard_is_a_plain_arrow_file_with_units() -> None:
     schema = example_schema((2, 2), 16)
-    data, _ = write_shard(examples(21), schema, 8)
+    data, _ = write_shard(samples(21), schema, 8)
     table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
     assert table.num_rows == 21
     assert table.schema.equals(schema, check_metadata=True)
@@ -66,4 +66,4 @@ def test_a_shard_is_a_plain_arrow_file_with_units() -> None:
 
 def test_the_same_rows_are_the_same_bytes() -> None:
     schema = example_schema((2, 2), 16)
-    assert write_shard(examples(21), schema, 8) == write_shard(examples(21), schema, 8)
+    assert write_shard(samples(21), schema, 8) == write_shard(samples(21), schema, 8)
