@@ -1,9 +1,9 @@
-# One door for people and CI. `make demo` and `make test` work as the first command on a fresh clone.
+# Commands for people and CI. `make demo` and `make test` work as the first command on a fresh clone.
 PY := .venv/bin/python
 export DS_ACCELERATOR ?= cpu
-# How long a thread waits for its peers by spinning: some 50 us. Without, every one of a picture's
-# hundreds of small products waits for the kernel to wake a thread; with the default of some
-# milliseconds, threads starve each other as soon as a core is busy elsewhere.
+# OpenMP threads spin for about 50 us while they wait for each other. Without spinning, the kernel has
+# to wake a thread for each of the hundreds of small matrix products in an image. With the default of
+# a few milliseconds, threads starve each other as soon as another process uses a core.
 export GOMP_SPINCOUNT ?= 5000
 
 .PHONY: setup demo test check format bench learn learn-ablate drill review gpu-check clean
@@ -16,7 +16,7 @@ setup: .venv/.ready
 	.venv/bin/pip install -q -c infra/constraints.txt torch==2.13.0
 	.venv/bin/pip install -q -c infra/constraints.txt -e ".[eval,demo,web,dev]"
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .venv/bin/pip install -q -c infra/constraints.txt \
-		--no-build-isolation --no-cache-dir --no-deps mamba-ssm  # its Triton sources, for the tests
+		--no-build-isolation --no-cache-dir --no-deps mamba-ssm  # the tests use its Triton sources
 	touch $@
 
 demo: setup

@@ -1,4 +1,4 @@
-"""A small real objective, an in-memory loader, and ranks in subprocesses."""
+"""A small real objective, an in-memory loader, and functions that start ranks in subprocesses."""
 
 import hashlib
 import os
@@ -87,7 +87,7 @@ class SmallLoss(nn.Module):
         if batch.latents is not None:
             self.running_mean.lerp_(batch.latents.mean((0, 1)), 0.1)
             x = torch.cat([x, self.image_in(batch.latents)], 1)
-        else:  # every rank runs every module of its task; this one's share is nothing
+        else:  # every rank must run every module of its task; this adds zero
             x = x + 0.0 * self.image_in(torch.zeros(len(batch), 1, CHANNELS))
         for block in self.blocks:
             x = block(x)
@@ -111,7 +111,11 @@ class SmallLoss(nn.Module):
 
 
 class MemoryLoader:
-    """Batches from a counter, the same for any number of ranks; every third is text alone."""
+    """Batches made from a counter, equal on any number of ranks; every third is text-only.
+
+    `poison_step` puts NaN into one sample of that step; `poison` scales the latents of samples from
+    step `poison_from` on.
+    """
 
     def __init__(
         self,
@@ -130,8 +134,8 @@ class MemoryLoader:
     def sample_ids(self, step: int) -> list[str]:
         first = step * self.size
         ids = [f"sample-{n % 32}" for n in range(first, first + self.size)]
-        others = [f"sample-{n}" for n in range(32) if f"sample-{n}" not in self.quarantined]
-        return [others[i] if name in self.quarantined else name for i, name in enumerate(ids)]
+        allowed = [f"sample-{n}" for n in range(32) if f"sample-{n}" not in self.quarantined]
+        return [allowed[i] if name in self.quarantined else name for i, name in enumerate(ids)]
 
     def quarantine(self, ids) -> None:
         self.quarantined |= frozenset(ids)
@@ -174,7 +178,7 @@ class MemoryLoader:
 
 
 def start_ranks_of(script: Path, ranks: int, *args: str) -> subprocess.Popen[str]:
-    """`script` on `ranks` processes of its own process group, on a free port."""
+    """Start `script` on `ranks` processes, in a process group of their own, on a free port."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script), *args]
     env = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -190,7 +194,7 @@ def start_ranks_of(script: Path, ranks: int, *args: str) -> subprocess.Popen[str
 
 
 def run_ranks(script: Path, ranks: int, *args: str, timeout: float = 900) -> tuple[int, str]:
-    """Exit code and output of `script` run to its end on `ranks` processes."""
+    """Run `script` on `ranks` processes to its end; returns exit code and output."""
     process = start_ranks_of(script, ranks, *args)
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output

@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m tests.benchmarks [names]`; one module a benchmark, each with `run()`."""
+"""Benchmarks, one module each with a `run()`: `python -m tests.benchmarks [names]`."""

@@ -1,6 +1,6 @@
-"""Run benchmarks: `python -m tests.benchmarks [names]`, all of them without a name.
+"""Runs the named benchmarks, or all of them: `python -m tests.benchmarks [names]`.
 
-Each writes `runs/bench/<name>.json` and prints its lines.
+Each prints its results and writes `runs/bench/<name>.json`.
 """
 
 import importlib
@@ -31,7 +31,7 @@ OUT = Path("runs/bench")
 
 
 def main(names: list[str]) -> None:
-    """Run `names`, or all."""
+    """Run the benchmarks in `names`, or all if it is empty."""
     known = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in HELPERS]
     for name in names:
         if name not in known:
@@ -43,8 +43,8 @@ def main(names: list[str]) -> None:
     for name in names or known:
         result: timing.Result = importlib.import_module(f"tests.benchmarks.{name}").run()
         print(result.line(), flush=True)
-        found = result.to_dict() | {"machine": machine}
-        (OUT / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        values = result.to_dict() | {"machine": machine}
+        (OUT / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
 if __name__ == "__main__":

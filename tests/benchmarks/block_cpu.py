@@ -14,7 +14,7 @@ from tests.benchmarks.timing import THREADS, Result, matmul_floor, milliseconds,
 
 
 def peer(shape: Shape, chunk_size: int) -> Mamba2Mixer:
-    """transformers' mixer of the same sizes."""
+    """transformers' mixer with the same sizes."""
     config = shape.config
     sizes = Mamba2Config(
         hidden_size=shape.width,
@@ -28,7 +28,7 @@ def peer(shape: Shape, chunk_size: int) -> Mamba2Mixer:
 
 
 def case(shape: Shape, dtype: torch.dtype) -> Result:
-    """All contestants at one shape; ours also norms, reorders the sequence, adds the residual."""
+    """All contestants at one shape; ours includes the norm, the scan order and the residual."""
     torch.manual_seed(0)
     x = torch.randn(shape.batch, shape.length, shape.width, requires_grad=True)
     grad = torch.randn_like(x)
@@ -47,18 +47,18 @@ def case(shape: Shape, dtype: torch.dtype) -> Result:
 
     ours = Block(shape.config, 1).train()
     names = {256: "transformers", shape.chunk: "transformers, chunks as ours"}
-    took = milliseconds(
+    times = milliseconds(
         {"ours": timed(ours, Order(order, order.clone()))}
         | {name: timed(peer(shape, chunk)) for chunk, name in names.items()}
         | {"floor": matmul_floor([*projections(shape), *scan_products(shape)], dtype)}
     )
-    own, floor = took.pop("ours"), took.pop("floor")
+    own, floor = times.pop("ours"), times.pop("floor")
     precision = "bf16 autocast" if mixed else "fp32"
     setting = f"{shape}, {precision}, {THREADS} thread"
-    return Result("block_cpu", "ms", own, took, setting, floor)
+    return Result("block_cpu", "ms", own, times, setting, floor)
 
 
 def run() -> Result:
-    """Forward and backward of one block at every shape, in every precision that is fast here."""
+    """Forward and backward of a block at every shape, in each precision that is fast here."""
     kinds = (torch.float32, torch.bfloat16)[: 1 + is_bf16_fast()]
     return worst("block_cpu", (case(shape, kind) for kind in kinds for shape in SHAPES))

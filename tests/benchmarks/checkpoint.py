@@ -1,6 +1,6 @@
-"""How long a step waits for a save, beside DeepSpeed's own; then until it is durable, and back.
+"""How long a save blocks training, compared with DeepSpeed's; then time to durability and restore.
 
-Two real ranks on this machine. Ours saves the average too, flushes to the disk and hashes;
+Runs two real ranks on this machine. Our save also includes the EMA, flushes to the disk and hashes;
 `engine.save_checkpoint` does none of the three.
 """
 
@@ -18,44 +18,44 @@ RANKS = 2
 
 
 def job(*args: str) -> dict[str, float]:
-    """What the job says on its last line, of its slowest rank."""
+    """The figures of the slowest rank, which the job prints as its last line."""
     code, output = run_ranks(JOB, RANKS, *args, timeout=1800)
     if code:
         raise RuntimeError(f"{JOB.name} ended with {code}:\n{output[-3000:]}")
     line = next(line for line in reversed(output.splitlines()) if line.startswith("{"))
-    found: dict[str, float] = json.loads(line)
-    return found
+    figures: dict[str, float] = json.loads(line)
+    return figures
 
 
 def run() -> Result:
-    """Milliseconds that a step is blocked."""
+    """Milliseconds for which a save blocks a step."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = job("save", name, str(folder / "ours"))
-        back = job("resume", name, str(folder / "ours"))
+        local = job("save", name, str(folder / "ours"))
+        local_resume = job("resume", name, str(folder / "ours"))
         with S3Server(folder / "s3", bucket="bench") as server:
             os.environ.update(server.env)
             remote = job("save", name, "s3://bench/run")
-            remote_back = job("resume", name, "s3://bench/run")
+            remote_resume = job("resume", name, "s3://bench/run")
     figures = {
-        "durable_seconds": found["durable"],
+        "durable_seconds": local["durable"],
         "durable_seconds_s3": remote["durable"],
         "blocked_ms_s3": remote["blocked"],
-        "restore_seconds": back["restore"],
-        "restore_seconds_s3": remote_back["restore"],
-        "restart_to_first_step_seconds": back["first_step"],
-        "restart_to_first_step_seconds_s3": remote_back["first_step"],
-        "ema_ms": found["ema"],
-        "step_ms": found["step"],
-        "mebibytes": found["mebibytes"],
+        "restore_seconds": local_resume["restore"],
+        "restore_seconds_s3": remote_resume["restore"],
+        "restart_to_first_step_seconds": local_resume["first_step"],
+        "restart_to_first_step_seconds_s3": remote_resume["first_step"],
+        "ema_ms": local["ema"],
+        "step_ms": local["step"],
+        "mebibytes": local["mebibytes"],
     }
     for figure, value in figures.items():
         print(f"  {figure} {value:.4g}")
     return Result(
         "checkpoint",
         "ms blocked",
-        found["blocked"],
-        {"engine.save_checkpoint": found["deepspeed"]},
-        f"{RANKS} ranks, ZeRO-3, {found['mebibytes']:.0f} MiB of weights, moments and average",
+        local["blocked"],
+        {"engine.save_checkpoint": local["deepspeed"]},
+        f"{RANKS} ranks, ZeRO-3, {local['mebibytes']:.0f} MiB of weights, moments and EMA",
         more=figures,
     )

@@ -1,4 +1,4 @@
-"""One rank of the benchmark `checkpoint`: `save` or `resume`, a scratch folder, a URI."""
+"""A rank of the benchmark `checkpoint`. Arguments: `save` or `resume`, scratch folder, URI."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ def main() -> None:
     ema, loader = EMA(engine.fp32_partitions(), 0.99), MemoryLoader(config, world)
     saver = Saver(Checkpoints.at(uri), engine, ema, world, Keep(1))
     state = TrainState(world_size=world.size, config=to_dict(config))
-    took: dict[str, list[float]] = {
+    times: dict[str, list[float]] = {
         n: [] for n in ("step", "ema", "blocked", "durable", "deepspeed")
     }
 
@@ -44,19 +44,19 @@ def main() -> None:
         began = time.perf_counter()
         engine.backward(engine.forward(next(loader), state.step).total)
         engine.step(1e-3)
-        averaged = time.perf_counter()
+        ema_began = time.perf_counter()
         ema.update(engine.fp32_partitions())
-        took["ema"].append(time.perf_counter() - averaged)
-        took["step"].append(time.perf_counter() - began)
+        times["ema"].append(time.perf_counter() - ema_began)
+        times["step"].append(time.perf_counter() - began)
         state.step += 1
 
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     if mode == "resume":
         records = saver.checkpoints.newest_first()[0]
         assert saver.restore(records)[0] is not None
         step()
-        found["first_step"] = time.time() - psutil.Process().create_time()
-        found["restore"] = saver.figures["restore_seconds"]
+        figures["first_step"] = time.time() - psutil.Process().create_time()
+        figures["restore"] = saver.figures["restore_seconds"]
     else:
         for number in range(ROUNDS):
             step()
@@ -64,21 +64,21 @@ def main() -> None:
             saver.save(state, loader.state_dict())
             saver.wait()
             assert not saver.news()
-            took["blocked"].append(saver.figures["save_blocked_seconds"])
-            took["durable"].append(saver.figures["save_durable_seconds"])
+            times["blocked"].append(saver.figures["save_blocked_seconds"])
+            times["durable"].append(saver.figures["save_durable_seconds"])
             torch.distributed.barrier()
             began = time.perf_counter()
             engine._engine.save_checkpoint(str(folder / "deepspeed"), tag=str(number))
-            took["deepspeed"].append(time.perf_counter() - began)
+            times["deepspeed"].append(time.perf_counter() - began)
             torch.distributed.barrier()
             if world.is_main:
                 shutil.rmtree(folder / "deepspeed")
-        # The first round touches memory and files for the first time.
-        found = {n: statistics.median(times[1:]) for n, times in took.items()}
-        found |= {n: 1e3 * found[n] for n in ("step", "ema", "blocked", "deepspeed")}
-    every = gather_to_all(found)
+        # Leave out the first round, which touches memory and files for the first time.
+        figures = {n: statistics.median(values[1:]) for n, values in times.items()}
+        figures |= {n: 1e3 * figures[n] for n in ("step", "ema", "blocked", "deepspeed")}
+    of_ranks = gather_to_all(figures)
     if world.is_main:
-        slowest = {n: max(own[n] for own in every) for n in found}
+        slowest = {n: max(rank[n] for rank in of_ranks) for n in figures}
         print(json.dumps(slowest | {"mebibytes": world.size * saver.nbytes / 2**20}))
     saver.wait()
 

@@ -1,6 +1,6 @@
-"""One denoising step against the sequence's length: Mamba and Transformer of equal parameters.
+"""Cost of one denoising step by sequence length: Mamba and Transformer with equal parameters.
 
-Each point runs in a process of its own, so that its peak memory is its own.
+Each point runs in a process of its own, so that its peak memory can be measured.
 """
 
 import dataclasses
@@ -39,25 +39,25 @@ def sized(config: ModelConfig, length: int) -> ModelConfig:
 
 
 def parameters(config: ModelConfig) -> int:
-    """Numbers in the blocks; embeddings of position are left out, they grow with the picture."""
+    """Parameters of the blocks, without the position embeddings, which grow with the image."""
     with torch.device("meta"):
         return sum(p.numel() for p in Decoder(config).trunk.parameters())
 
 
 def decoders() -> dict[str, ModelConfig]:
-    """Both decoders; the Transformer's MLP is as wide as gives it Mamba's parameters."""
+    """Both decoders; the Transformer's MLP is sized to give it as many parameters as Mamba."""
     transformer = dataclasses.replace(MAMBA, decoder="transformer", n_heads=8, n_kv_heads=2)
     return {"mamba": MAMBA, "transformer": transformer}
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at its peak."""
+    """Resident bytes of this process: `VmRSS` for now, `VmHWM` for its peak."""
     line = next(s for s in Path("/proc/self/status").read_text().splitlines() if field in s)
     return 1024 * int(line.split()[1])
 
 
 def point(config: ModelConfig, length: int) -> dict[str, float]:
-    """Median milliseconds of one step at batch 1, and MiB beyond the weights at its peak."""
+    """Median milliseconds of one step at batch 1, and its peak memory in MiB beyond the weights."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     network = Decoder(sized(config, length)).eval()
@@ -70,16 +70,16 @@ def point(config: ModelConfig, length: int) -> dict[str, float]:
         "level_img": torch.zeros(1),
     }
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    taken: list[float] = []
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+    times: list[float] = []
     with torch.no_grad():
         network(**step)
         peak = resident("VmHWM") - before
-        while len(taken) < 3 or (sum(taken) < 3.0 and len(taken) < 30):
+        while len(times) < 3 or (sum(times) < 3.0 and len(times) < 30):
             start = time.perf_counter()
             network(**step)
-            taken.append(time.perf_counter() - start)
-    return {"ms": 1e3 * statistics.median(taken), "mib": peak / 2**20}
+            times.append(time.perf_counter() - start)
+    return {"ms": 1e3 * statistics.median(times), "mib": peak / 2**20}
 
 
 def slope(lengths: list[int], values: list[float]) -> float:
@@ -88,7 +88,7 @@ def slope(lengths: list[int], values: list[float]) -> float:
 
 
 def crossing(lengths: list[int], ours: list[float], theirs: list[float]) -> float | None:
-    """The length from which on ours is less, interpolated on logarithmic axes; None if never."""
+    """The length beyond which ours is lower, interpolated on logarithmic axes; None if never."""
     gaps = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
     if gaps[-1] >= 0:
         return None

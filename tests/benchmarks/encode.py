@@ -1,12 +1,12 @@
 """The encode job against a plain loop in one process that does the same work without its safety.
 
-The loop reads, decodes, tokenizes, encodes by diffusers' autoencoder as it comes and writes the
-same shards' rows; it finds no duplicates, leaves no receipts and cannot go on where it was killed.
-Both ways of giving torch the machine's cores are among the peers. The same loop with our wrapper of
-the autoencoder is no peer, but tells what of the ratio is due to the wrapper.
+The loop reads, decodes, tokenizes, encodes with diffusers' own autoencoder and writes the same
+rows. It finds no duplicates, writes no receipts and cannot resume. The peers are this loop with one
+thread and with one thread a core. The same loop with our wrapper of the autoencoder is not a peer;
+it shows how much of the ratio is due to the wrapper.
 
-The loops do the first third of the pictures, which tells their rate; the job does all, and its
-start counts, which in a real data set is nothing.
+The loops encode only the first third of the images, which is enough to measure their rate. The job
+encodes all of them, and its start-up is included, which is negligible for a real data set.
 """
 
 import os
@@ -33,13 +33,13 @@ from mdm.storage import open_store
 from tests.benchmarks.encoding import SIZE, Inputs
 from tests.benchmarks.timing import Result
 
-PICTURES = 12_000
-LOOPED = 4000  # of them
+IMAGES = 12_000
+LOOPED = 4000  # images that the plain loops encode
 CHANNELS = (32, 64, 64)
 
 
 class Plain:
-    """diffusers' autoencoder, as its documentation uses it."""
+    """diffusers' autoencoder, used as in its documentation."""
 
     def __init__(self, folder: Path) -> None:
         model: Any = AutoencoderKL
@@ -47,13 +47,13 @@ class Plain:
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Latents [B, N, 4C] of pixels u8 [B, 3, H, W]; the folder's mean is 0, its deviation 1."""
+        """Latents [B, N, 4C] of pixels u8 [B, 3, H, W]; assumes mean 0 and deviation 1."""
         mean = self._model.encode(to_signed(pixels)).latent_dist.mode()
         return rearrange(mean, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
 
 
 def loop(inputs: Inputs, out: Path, threads: int, kind: type[Plain] | None = Plain) -> float:
-    """Pictures a second of the plain loop; without `kind`, with our wrapper."""
+    """Images per second of the plain loop; if `kind` is None, it uses our wrapper."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     began = time.perf_counter()
@@ -104,11 +104,11 @@ def loop(inputs: Inputs, out: Path, threads: int, kind: type[Plain] | None = Pla
 
 
 def run() -> Result:
-    """Pictures a second, Ray's start and the survey for duplicates counted."""
+    """Images per second, including the start of Ray and the survey for duplicates."""
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        inputs = Inputs(folder, PICTURES, CHANNELS)
+        inputs = Inputs(folder, IMAGES, CHANNELS)
         peers = {
             f"plain loop, {threads} thread{'s' * (threads > 1)}": loop(
                 inputs, folder / f"loop{threads}", threads
@@ -121,10 +121,10 @@ def run() -> Result:
     useful = stages["decode"] + stages["encode"]
     return Result(
         "encode",
-        "pictures/s",
-        PICTURES / summary["seconds"],
+        "images/s",
+        IMAGES / summary["seconds"],
         peers,
-        f"{PICTURES} JPEGs of 320 x 256 to {SIZE} px, autoencoder of {CHANNELS}, {cores} cores, "
+        f"{IMAGES} JPEGs of 320 x 256 to {SIZE} px, autoencoder of {CHANNELS}, {cores} cores, "
         "local folder, Ray's start and duplicate search included",
         lower_is_better=False,
         more={
@@ -132,6 +132,6 @@ def run() -> Result:
             "core_seconds": stages,
             "seconds": summary["seconds"],
             "plain loop with our wrapper, all threads": wrapped,
-            "ratio_to_one_thread": PICTURES / summary["seconds"] / peers["plain loop, 1 thread"],
+            "ratio_to_one_thread": IMAGES / summary["seconds"] / peers["plain loop, 1 thread"],
         },
     )

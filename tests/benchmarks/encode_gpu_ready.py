@@ -1,8 +1,8 @@
-"""Does an encoder that is fast ever wait? A fake one sleeps for as long as a GPU would compute.
+"""Does a fast encoder have to wait for data? A fake encoder sleeps as long as a GPU would compute.
 
-Its batch takes `LOAD` times what all cores together need to decode it: decoding could keep up, and
-the question is whether the stages around it do. Idle is what it did not sleep between its first
-batch and its last.
+A batch takes `LOAD` times as long as all cores together need to decode it. Decoding can therefore
+keep up, and the benchmark shows whether the job stages around it do. The encoder is idle whenever
+it does not sleep, between its first batch and its last.
 """
 
 import os
@@ -25,12 +25,12 @@ from mdm.storage import StoreOptions
 from tests.benchmarks.encoding import Inputs
 from tests.benchmarks.timing import Result
 
-PICTURES = 6000
-LOAD = 1.6  # seconds of the encoder for each second that decoding takes on all cores
+IMAGES = 6000
+LOAD = 1.6  # encoder seconds for each second of decoding on all cores
 
 
-class Sleeping:
-    """In the network's place: zeros, after a while."""
+class SleepingNetwork:
+    """Stands in for the network: returns zeros after a delay."""
 
     def __init__(self, recipe: Recipe, seconds: float) -> None:
         assert recipe.image_grid is not None
@@ -43,20 +43,20 @@ class Sleeping:
 
 
 class FakeEncoder:
-    """The encoder's actor with the sleeping network; it notes when it worked."""
+    """The encoder actor with the sleeping network; it records when it was busy."""
 
     def __init__(self, recipe: Recipe, seconds: float) -> None:
         self._recipe = recipe
-        self._network = Sleeping(recipe, seconds)
-        self._times: list[tuple[float, float, int]] = []  # begin, end, pictures
+        self._network = SleepingNetwork(recipe, seconds)
+        self._times: list[tuple[float, float, int]] = []  # begin, end, images
 
     def encode(self, chunk: Chunk) -> Chunk:
-        pictures = 0 if chunk.pixels is None else len(chunk.pixels)
+        images = 0 if chunk.pixels is None else len(chunk.pixels)
         began = time.perf_counter()
-        done = encode_chunk(chunk, self._recipe, self._network)
-        if pictures:
-            self._times.append((began, time.perf_counter(), pictures))
-        return done
+        encoded = encode_chunk(chunk, self._recipe, self._network)
+        if images:
+            self._times.append((began, time.perf_counter(), images))
+        return encoded
 
     def busy(self) -> float:
         return sum(end - begin for begin, end, _ in self._times)
@@ -66,48 +66,48 @@ class FakeEncoder:
 
 
 def decode_seconds(inputs: Inputs, recipe: Recipe, units: list[Unit], chunks: int = 6) -> float:
-    """Median seconds of one core for a batch."""
+    """Median seconds that one core needs to decode a batch."""
     group = Group(0, tuple(units), tuple({} for _ in units))
-    taken, began = [], time.perf_counter()
+    times, began = [], time.perf_counter()
     for number, _ in enumerate(decode_group(group, recipe, inputs.tokens())):
         now = time.perf_counter()
-        taken.append(now - began)
+        times.append(now - began)
         began = now
         if number == chunks:
             break
-    return sorted(taken)[len(taken) // 2]
+    return sorted(times)[len(times) // 2]
 
 
 def run() -> Result:
-    """The idle share of the encoder; that of a loop which decodes and encodes in turn beside it."""
+    """The encoder's idle share; the peer is a loop that decodes and encodes in turn."""
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        inputs = Inputs(folder, PICTURES, (8, 8, 8))
+        inputs = Inputs(folder, IMAGES, (8, 8, 8))
         units = sources.get("imagenet").units(inputs.root, "train", unit_bytes=4 << 20)
         recipe = inputs.recipe(units)
         decode = decode_seconds(inputs, recipe, units)
         seconds = LOAD * decode / cores
-        groups = plan(units, [PICTURES // len(units)] * len(units), [{}] * len(units), 512)
+        groups = plan(units, [IMAGES // len(units)] * len(units), [{}] * len(units), 512)
         place = Place(str(folder / "out"), StoreOptions(), str(inputs.tokenizer), "")
         with encode_on_ray.cluster():
             fake: Any = ray.remote(num_cpus=0)(FakeEncoder).remote(recipe, seconds)
             encoder = GroupEncoder(recipe, place, cores, lambda: fake)
-            for _ in encoder.run(groups, PICTURES, lambda _: None):
+            for _ in encoder.run(groups, IMAGES, lambda _: None):
                 pass
             times = ray.get(fake.times.remote())
-    # The first batches wait for the first decoders: that is a start, no starving.
+    # Leave out the first batches, which wait for the decoders to start.
     times = times[4:]
     span = times[-1][1] - times[0][0]
     asleep = seconds * len(times)
-    full = sum(pictures for *_, pictures in times) / (recipe.encode_batch * len(times))
+    full = sum(images for *_, images in times) / (recipe.encode_batch * len(times))
     return Result(
         "encode_gpu_ready",
         "idle share",
         max(1e-3, 1 - asleep / span),
         {"decode, then encode, in one loop": decode / (decode + seconds)},
-        f"batches of {recipe.encode_batch} take {1e3 * seconds:.0f} ms, {LOAD} times what {cores} "
-        "cores need to decode them",
+        f"batches of {recipe.encode_batch} take {1e3 * seconds:.0f} ms, {LOAD} times as long as "
+        f"{cores} cores need to decode them",
         more={
             "batches": len(times),
             "batches_filled": full,

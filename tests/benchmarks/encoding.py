@@ -1,4 +1,4 @@
-"""A small but real data set, autoencoder and tokenizer for the benchmarks of the encode job."""
+"""A small real data set, autoencoder and tokenizer for the benchmarks of the encode job."""
 
 import io
 from pathlib import Path
@@ -14,13 +14,13 @@ from mdm.preprocess.recipe import Recipe, inputs_sha256
 from mdm.sources.record import Unit
 from tests.data_sets import NAMES, write_tokenizer
 
-SIZE = 128  # pixels that the autoencoder takes; the files have 320 x 256
+SIZE = 128  # image size of the autoencoder in pixels; the files are 320 x 256
 
 
 class Inputs:
-    """`pictures` in ImageNet's folders below `folder`, unlike one another as photographs are."""
+    """An ImageNet layout of `images` images in `folder`, as different from each other as photos."""
 
-    def __init__(self, folder: Path, pictures: int, channels: tuple[int, ...]) -> None:
+    def __init__(self, folder: Path, images: int, channels: tuple[int, ...]) -> None:
         import torch
 
         self.root = folder / "raw"
@@ -29,7 +29,7 @@ class Inputs:
             (self.root / "train" / f"n{label:08d}").mkdir(parents=True)
             with open(self.root / "LOC_synset_mapping.txt", "a") as mapping:
                 mapping.write(f"n{label:08d} {name}\n")
-        for i in range(pictures):
+        for i in range(images):
             coarse = random.integers(0, 255, (16, 20, 3), dtype=np.uint8)
             fine = random.integers(0, 24, (256, 320, 3), dtype=np.uint8)
             large = Image.fromarray(coarse).resize((320, 256), Image.Resampling.BICUBIC)

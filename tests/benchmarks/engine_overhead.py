@@ -1,6 +1,6 @@
-"""What our training step costs beside a bare DeepSpeed loop: two ranks, one model, same batches.
+"""Our training step against a bare DeepSpeed loop: two ranks, the same model and batches.
 
-Steps of both take turns in the same processes, so that a busy moment hits both.
+Both take steps in turn in the same processes, so that a busy machine slows both down.
 """
 
 import json
@@ -19,13 +19,13 @@ def run() -> Result:
         )
         if code != 0:
             raise RuntimeError(output[-2000:])
-        found = json.loads(out.read_text())
-    ours, bare = found["ours"], found["bare"]
+        figures = json.loads(out.read_text())
+    ours, bare, millions = figures["ours"], figures["bare"], figures["parameters"] / 1e6
     return Result(
         "engine_overhead",
         "ms/step",
         ours,
         {"DeepSpeed alone": bare},
-        f"ZeRO-3, 2 ranks, {found['parameters'] / 1e6:.1f} M parameters, batch {found['batch']}",
-        more={"share_of_step": {k: v / ours for k, v in found["parts"].items()}},
+        f"ZeRO-3, 2 ranks, {millions:.1f} M parameters, batch {figures['batch']}",
+        more={"share_of_step": {k: v / ours for k, v in figures["parts"].items()}},
     )

@@ -1,4 +1,4 @@
-"""The ranks of `engine_overhead`: our step and a bare loop, in turn."""
+"""A rank of `engine_overhead`: takes our step and a bare DeepSpeed step in turn."""
 
 import dataclasses
 import json
@@ -37,8 +37,8 @@ from mdm.utils.tracking import NullTracker
 ROUNDS, WARM = 40, 6
 
 
-class Synthetic:
-    """One batch, again and again."""
+class RepeatedBatch:
+    """Returns the same batch again and again."""
 
     def __init__(self, config: Config, world: World) -> None:
         b, m = config.data.global_batch // world.size, config.data.caption_length
@@ -71,13 +71,13 @@ def main() -> None:
         run_dir=tempfile.mkdtemp(prefix="mdm-bench-"),
     )
     world = start_ranks(1)
-    own = Path(config.run_dir)
+    own_folder = Path(config.run_dir)
     config = dataclasses.replace(config, run_dir=from_main(config.run_dir))
     if not world.is_main:
-        own.rmdir()
+        own_folder.rmdir()
     engine = Engine(lambda: Loss(config), config, world, (Trunk,))
     ema = EMA(engine.fp32_partitions(), config.train.ema)
-    loader = Synthetic(config, world)
+    loader = RepeatedBatch(config, world)
     heartbeat = Heartbeat(Path(config.run_dir), world.rank, world.size, 600.0)
     reporter = Reporter(config.run_dir, 10**6, world, NullTracker())
     saver = Saver(Checkpoints.at(config.run_dir), engine, ema, world, Keep.of(config))
@@ -93,31 +93,31 @@ def main() -> None:
         if i == WARM:
             run.clock = Clock({}, heartbeat.enter)
         dist.barrier()
-        begun = time.perf_counter()
+        began = time.perf_counter()
         take_step(run)
-        times["ours"].append(time.perf_counter() - begun)
+        times["ours"].append(time.perf_counter() - began)
         dist.barrier()
-        begun = time.perf_counter()
+        began = time.perf_counter()
         loss = bare(loader.batch, i).total
         bare.backward(loss)
         bare.step()
-        times["bare"].append(time.perf_counter() - begun)
+        times["bare"].append(time.perf_counter() - began)
     run.clock.tick("other")
     heartbeat.close()
-    found = {name: 1e3 * statistics.median(values[WARM:]) for name, values in times.items()}
+    figures = {name: 1e3 * statistics.median(values[WARM:]) for name, values in times.items()}
     steps = ROUNDS - WARM
-    found["parts"] = {
+    figures["parts"] = {
         k: 1e3 * run.clock.seconds[k] / steps for k in ("ema", "exchange", "data", "optimizer")
     }
-    found["parameters"] = sum(p.ds_numel for p in engine.module.parameters())
-    found["batch"] = config.data.global_batch
+    figures["parameters"] = sum(p.ds_numel for p in engine.module.parameters())
+    figures["batch"] = config.data.global_batch
     if world.is_main:
         shutil.rmtree(config.run_dir, ignore_errors=True)
-        Path(sys.argv[1]).write_text(json.dumps(found))
+        Path(sys.argv[1]).write_text(json.dumps(figures))
 
 
 def bare_engine(config: Config, world: World):
-    """DeepSpeed around the same module, as its documentation shows it."""
+    """DeepSpeed around the same module, as in its documentation."""
     torch.manual_seed(config.seed)
     module = Loss(config)
     deepspeed.utils.set_z3_leaf_modules(module, [Trunk])

@@ -1,9 +1,10 @@
-"""One contestant of the loader's benchmarks, in a process of its own.
+"""One contestant of the loader benchmarks, in a process of its own.
 
-    python loader_job.py write FORMAT TO          # its data set, by its own writer
-    python loader_job.py read CONTESTANT FROM SCRATCH   # one line of JSON about its passes
+    python loader_job.py write FORMAT TO                # write its data set with its own writer
+    python loader_job.py read CONTESTANT FROM SCRATCH   # read it; prints one line of JSON
 
-It runs under the project's Python and under that of the peers: each import stands with its user.
+It runs under the project's Python and under that of the peers, so packages are imported where they
+are used.
 """
 
 import gc
@@ -33,25 +34,25 @@ from tests.benchmarks.loader_samples import (
     samples,
 )
 
-PASSES = 1  # that count, after one that is checked and says how long the first batch takes
+PASSES = 1  # that are timed, after one that is checked and gives the time of the first batch
 SEED = 7
-STEPS = SAMPLES // BATCH  # whole batches; the rest of a pass comes in a shorter one
+STEPS = SAMPLES // BATCH  # full batches; the rest of a pass is a shorter one
 NUMBERS = TOKENS * CHANNELS
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]  # ids [B, LENGTH], latents [B, N, C]
 
 
 class Contestant:
-    """A loader: `open(pass)` gives its batches, `resume()` those of its second half."""
+    """A loader: `open(pass)` yields the batches of a pass, `resume()` those of its second half."""
 
-    # Builds everything and gives the batches of a pass; every pass finds its cache empty.
+    # Builds everything and yields the batches of a pass; every pass starts with an empty cache.
     open: Callable[[int], Batches]
     resume: Callable[[], Batches] | None = None
     close: Callable[[], None] = staticmethod(lambda: None)
 
 
 def collate(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What every peer is given: its samples as padded ids and stacked latents, and the classes."""
+    """The collate function of every peer: padded ids, stacked latents, and the classes."""
     tokens = np.zeros((len(rows), LENGTH), np.int64)
     for place, row in zip(tokens, rows, strict=True):
         place[: len(row["tokens"])] = row["tokens"]
@@ -72,10 +73,10 @@ def write_ours(to: str) -> None:
 
     flags = {f: Flags.__dataclass_fields__[f].default for f in ("batch_rows", "shard_rows")}
     store, schema, shards = open_store(to), example_schema((16, 16), CHANNELS), []
-    everything = list(samples())
+    all_samples = list(samples())
     for start in range(0, SAMPLES, flags["shard_rows"]):
-        rows = everything[start : start + flags["shard_rows"]]
-        some = Examples(
+        rows = all_samples[start : start + flags["shard_rows"]]
+        examples = Examples(
             [f"record-{number}" for number, *_ in rows],
             [f"file-{number}" for number, *_ in rows],
             np.array([label for *_, label in rows], np.int32),
@@ -83,7 +84,7 @@ def write_ours(to: str) -> None:
             np.zeros(len(rows), np.uint16),
             np.stack([latent.reshape(-1) for _, latent, _, _ in rows]),
         )
-        data, info = write_shard(some, schema, flags["batch_rows"])
+        data, info = write_shard(examples, schema, flags["batch_rows"])
         store.put(info.key, data)
         shards.append(info)
     store.put(CARD, canonical({}))
@@ -109,17 +110,17 @@ def write_ours(to: str) -> None:
 
 
 class Ours(Contestant):
-    """Ids, noise keys, epochs, prompts and the order's digest included; every byte verified."""
+    """Also computes ids, noise keys, epochs, prompts and the order digest; verifies every byte."""
 
     def __init__(self, at: str, scratch: Path, window: int = 0) -> None:
         import mdm.data.loader
         from mdm.config import DataConfig
 
-        assert mdm.data.loader  # its import is no part of the first batch
+        assert mdm.data.loader  # import it now, so that it is not part of the first batch
         self.at = at
         self.window = window or DataConfig().window
         self.loader: Any = None
-        self.middle: dict[str, Any] = {}  # the loader's state there
+        self.middle: dict[str, Any] = {}  # the loader's state in the middle of a pass
 
     def _loader(self) -> Any:
         from mdm.data.loader import Loader
@@ -137,7 +138,7 @@ class Ours(Contestant):
             batch = next(self.loader)
             if self.loader.step == STEPS // 2:
                 self.middle = self.loader.state_dict()
-            # A step may span two epochs; what belongs to the second is not counted.
+            # A step may span two epochs; samples of the second one are not counted.
             yield batch.tokens[:rows], batch.latents[:rows]
             rows -= BATCH
 
@@ -159,13 +160,13 @@ class Ours(Contestant):
 
 
 class Memcpy(Contestant):
-    """Rows of an array in memory copied into a batch."""
+    """Copies rows of an array in memory into a batch."""
 
     def __init__(self, at: str, scratch: Path) -> None:
-        found = list(samples())
-        self.latents = np.stack([latent for _, latent, _, _ in found])
+        all_samples = list(samples())
+        self.latents = np.stack([latent for _, latent, _, _ in all_samples])
         self.tokens = np.zeros((SAMPLES, LENGTH), np.int64)
-        for number, _, text, _ in found:
+        for number, _, text, _ in all_samples:
             self.tokens[number, : len(text)] = text
 
     def open(self, number: int) -> Batches:
@@ -179,7 +180,7 @@ class Memcpy(Contestant):
 
 
 class PlainIpc(Contestant):
-    """Record batches in random order, the rows of four shuffled, xxh3, collated one by one."""
+    """Record batches in random order, rows shuffled over four of them; xxh3 checked."""
 
     def __init__(self, at: str, scratch: Path) -> None:
         from mdm.data.manifest import Manifest
@@ -194,7 +195,7 @@ class PlainIpc(Contestant):
         store, random = self.manifest.store(), np.random.default_rng(number)
         places = list(self.manifest.batches())
         order = random.permutation(len(places))
-        rest: list[dict[str, Any]] = []
+        pending: list[dict[str, Any]] = []
         for start in range(0, len(order), 4):
             window = []
             for at in order[start : start + 4]:
@@ -208,12 +209,12 @@ class PlainIpc(Contestant):
                     {"tokens": rows.text(i), "latents": latents[i], "class_id": rows.class_ids[i]}
                     for i in range(len(rows))
                 ]
-            rest += [window[i] for i in random.permutation(len(window))]
-            while len(rest) >= BATCH:
-                yield collate(rest[:BATCH])
-                del rest[:BATCH]
-        if rest:
-            yield collate(rest)
+            pending += [window[i] for i in random.permutation(len(window))]
+            while len(pending) >= BATCH:
+                yield collate(pending[:BATCH])
+                del pending[:BATCH]
+        if pending:
+            yield collate(pending)
 
 
 # ---- peers
@@ -243,17 +244,17 @@ def _huggingface(*, flat: bool) -> Any:
         tokens=Sequence(Value("uint16")),
         class_id=Value("int32"),
     )
-    made = list(_plain())
+    rows = list(_plain())
     columns = {
-        "latents": [row["latents"].reshape(-1) for row in made],
-        "tokens": [row["tokens"] for row in made],
-        "class_id": [row["class_id"] for row in made],
+        "latents": [row["latents"].reshape(-1) for row in rows],
+        "tokens": [row["tokens"] for row in rows],
+        "class_id": [row["class_id"] for row in rows],
     }
     return Dataset.from_dict(columns, features=features)
 
 
 def _from_arrow(table: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of an Arrow table, column by column: quicker than the formats numpy and torch."""
+    """A batch from an Arrow table, column by column: faster than the formats numpy and torch."""
     rows = len(table)
     latents = table["latents"].combine_chunks()
     bits = np.frombuffer(
@@ -268,7 +269,7 @@ def _from_arrow(table: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class HuggingFace(Contestant):
-    """Arrow files mapped into memory, whole batches by index, in the format `arrow`."""
+    """Memory-mapped Arrow files, whole batches by index, in the format `arrow`."""
 
     def __init__(self, at: str, scratch: Path) -> None:
         import datasets
@@ -289,7 +290,7 @@ class HuggingFace(Contestant):
 
 
 class HuggingFaceParquet(Contestant):
-    """Parquet files streamed, shuffled in a buffer of a thousand rows."""
+    """Streamed Parquet files, shuffled in a buffer of 1,000 rows."""
 
     def __init__(self, at: str, scratch: Path) -> None:
         import datasets
@@ -325,12 +326,12 @@ class HuggingFaceParquet(Contestant):
 def write_litdata(to: str) -> None:
     import litdata
 
-    made = list(_plain())
+    rows = list(_plain())
     global _litdata_row
 
     def _litdata_row(index: int) -> dict[str, Any]:
-        # Flat arrays are stored without a header, LitData's quickest kind.
-        row = made[index]
+        # Flat arrays are stored without a header, which is LitData's fastest format.
+        row = rows[index]
         return {
             "latents": row["latents"].reshape(-1).view(np.int16),
             "tokens": row["tokens"].astype(np.int32),
@@ -362,11 +363,11 @@ class LitData(Contestant):
         import litdata
         from litdata.streaming import downloader
 
-        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # to a server on this machine
-        more: dict[str, Any] = {}
+        downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = True  # for a server on this machine
+        options: dict[str, Any] = {}
         if self.at.startswith("s3:"):
-            more = {"cache_dir": str(self.scratch / cache), "max_pre_download": 4}
-        data = litdata.StreamingDataset(self.at, shuffle=True, seed=SEED + number, **more)
+            options = {"cache_dir": str(self.scratch / cache), "max_pre_download": 4}
+        data = litdata.StreamingDataset(self.at, shuffle=True, seed=SEED + number, **options)
         return litdata.StreamingDataLoader(
             data, batch_size=BATCH, num_workers=0, collate_fn=collate
         )
@@ -379,7 +380,7 @@ class LitData(Contestant):
             yield batch
 
     def resume(self) -> Batches:
-        # The state names the cache's folder; it is emptied.
+        # The state names the cache folder, so empty it.
         shutil.rmtree(self.scratch / "pass-0", ignore_errors=True)
         loader = self._loader(0, "pass-0")
         loader.load_state_dict(self.state)
@@ -387,10 +388,10 @@ class LitData(Contestant):
 
 
 def _streaming() -> Any:
-    """The package; its picture sets want torchvision, which PyPI has for CUDA alone."""
+    """The package `streaming`; stubs stand in for torchvision, whose PyPI package needs CUDA."""
     import transformers
 
-    assert transformers  # it looks for torchvision, too
+    assert transformers  # import it before the stubs, since it looks for torchvision as well
     for name in ("", ".datasets", ".transforms", ".transforms.functional"):
         sys.modules.setdefault(f"torchvision{name}", types.ModuleType(f"torchvision{name}"))
     sys.modules["torchvision.datasets"].__dict__["VisionDataset"] = object
@@ -471,7 +472,7 @@ def write_webdataset(to: str) -> None:
 
 
 class WebDataset(Contestant):
-    """Tars read one after the other, shuffled in a buffer of a thousand."""
+    """Tar files read one after the other, shuffled in a buffer of 1,000 samples."""
 
     def __init__(self, at: str, scratch: Path) -> None:
         import webdataset
@@ -538,14 +539,14 @@ WRITERS: dict[str, Callable[[str], None]] = {
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children, those that ended and those that live."""
+    """CPU seconds of this process and its children, ended and alive."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     total = time.process_time() + ended.ru_utime + ended.ru_stime
     for child in _children(os.getpid()):
         try:
             fields = Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2].split()
         except OSError:
-            continue  # it ended meanwhile
+            continue  # the child has just ended
         total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
 
@@ -553,16 +554,16 @@ def cpu_seconds() -> float:
 def _children(pid: int) -> Iterable[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         try:
-            found = [int(child) for child in (task / "children").read_text().split()]
+            children = [int(child) for child in (task / "children").read_text().split()]
         except OSError:
             continue
-        for child in found:
+        for child in children:
             yield child
             yield from _children(child)
 
 
 def peak_mib() -> float:
-    """Peak memory of this process, which is where batches are made."""
+    """Peak memory of this process, which is where batches are assembled."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -579,12 +580,12 @@ def read(name: str, at: str, scratch: Path) -> dict[str, float | None]:
         bits = two.view(torch.int16) if two.dtype == torch.bfloat16 else two
         check.add(tokens[:, :2].numpy(), bits.numpy())
     check.finish()
-    taken, cpu = [], []
+    times, cpu = [], []
     for number in range(1, 1 + PASSES):
         gc.collect()
         spent, began = cpu_seconds(), time.perf_counter()
         count = sum(len(tokens) for tokens, _ in contestant.open(number))
-        taken.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - began)
         cpu.append(cpu_seconds() - spent)
         if count != SAMPLES:
             raise RuntimeError(f"{name}: {count} samples")
@@ -595,7 +596,7 @@ def read(name: str, at: str, scratch: Path) -> dict[str, float | None]:
         resume = time.perf_counter() - began
     contestant.close()
     return {
-        "samples_per_second": SAMPLES / sorted(taken)[PASSES // 2],
+        "samples_per_second": SAMPLES / sorted(times)[PASSES // 2],
         "cpu_us_per_sample": 1e6 * sorted(cpu)[PASSES // 2] / SAMPLES,
         "first_batch_s": first,
         "resume_s": resume,
@@ -616,7 +617,7 @@ def main() -> None:
         print(json.dumps(read(name, at, scratch)), flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    # Some peers leave threads behind that keep a finished process waiting.
+    # Some peers leave threads running that keep a finished process from exiting.
     sys.stdout.flush()
     os._exit(0)
 

@@ -1,11 +1,12 @@
-"""The loader from a local folder beside four peers: samples a second, CPU, first batch, resume.
+"""Our loader and four peers on a local folder: samples per second, CPU, first batch, resume.
 
-A pass over 20,000 samples in random order, collated to torch tensors in batches of 64, files in
-the page cache. Ours verifies every byte and makes ids, noise keys and the order's digest besides.
+Each makes a pass over 20,000 samples in random order, collated to torch tensors in batches of 64,
+from files in the page cache. Ours also verifies every byte and computes ids, noise keys and the
+order digest.
 """
 
 from tests.benchmarks.loader_samples import BATCH, SAMPLES
-from tests.benchmarks.loading import in_turn, result, written
+from tests.benchmarks.loading import data_folder, in_turn, result
 from tests.benchmarks.timing import Result
 
 FORMATS = {
@@ -21,7 +22,7 @@ FORMATS = {
 
 
 def run() -> Result:
-    """Samples a second."""
-    found = in_turn({name: str(written(form)) for name, form in FORMATS.items()})
+    """Samples per second."""
+    figures = in_turn({name: str(data_folder(form)) for name, form in FORMATS.items()})
     setting = f"{SAMPLES} samples, batches of {BATCH}, in process, local folder"
-    return result("loader_local", found, ("memcpy",), setting)
+    return result("loader_local", figures, ("memcpy",), setting)

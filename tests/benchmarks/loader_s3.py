@@ -1,6 +1,6 @@
-"""The loader from S3 with a cold cache beside four peers, as `loader_local` from a folder.
+"""Our loader and four peers on S3 with a cold cache; otherwise like `loader_local`.
 
-The server is a real one on this machine: it takes its share of the same cores.
+The S3 server runs on this machine and shares its cores.
 """
 
 import os
@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from mdm.storage import open_store
 from mdm.storage.server import S3Server
 from tests.benchmarks.loader_samples import BATCH, SAMPLES
-from tests.benchmarks.loading import in_turn, result, written
+from tests.benchmarks.loading import data_folder, in_turn, result
 from tests.benchmarks.timing import Result
 
 FORMATS = {
@@ -23,7 +23,7 @@ FORMATS = {
 
 
 def upload(folder: Path, uri: str) -> str:
-    """All files of a folder; the URI."""
+    """Upload all files of a folder; returns the URI."""
     store = open_store(uri)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         store.put(path.relative_to(folder).as_posix(), path.read_bytes())
@@ -31,16 +31,16 @@ def upload(folder: Path, uri: str) -> str:
 
 
 def run() -> Result:
-    """Samples a second."""
-    folders = {form: written(form) for form in FORMATS.values()}
-    with TemporaryDirectory() as name, S3Server(Path(name), bucket="bench") as server:
+    """Samples per second."""
+    folders = {form: data_folder(form) for form in FORMATS.values()}
+    with TemporaryDirectory() as folder, S3Server(Path(folder), bucket="bench") as server:
         saved = dict(os.environ)
-        os.environ.update(server.env, AWS_ALLOW_HTTP="true")  # asked for by LitData
+        os.environ.update(server.env, AWS_ALLOW_HTTP="true")  # LitData needs it
         try:
-            uris = {form: upload(folder, f"s3://bench/{form}") for form, folder in folders.items()}
-            found = in_turn({who: uris[form] for who, form in FORMATS.items()})
+            uris = {form: upload(path, f"s3://bench/{form}") for form, path in folders.items()}
+            figures = in_turn({name: uris[form] for name, form in FORMATS.items()})
         finally:
             os.environ.clear()
             os.environ.update(saved)
     setting = f"{SAMPLES} samples, batches of {BATCH}, in process, S3 on this machine, cold"
-    return result("loader_s3", found, (), setting)
+    return result("loader_s3", figures, (), setting)

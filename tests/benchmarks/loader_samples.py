@@ -1,6 +1,6 @@
-"""The samples of the loader's benchmarks, the same in every format; needs numpy alone.
+"""The samples of the loader benchmarks, the same in every format; needs only numpy.
 
-A sample: its number, a latent of 256 x 16 numbers of 16 bits, 8 to 128 token ids, a class.
+A sample has a number, a latent of 256 x 16 numbers of 16 bits, 8 to 128 token ids and a class.
 """
 
 from collections.abc import Iterator
@@ -11,24 +11,24 @@ from numpy.typing import NDArray
 SAMPLES = 20_000
 BATCH = 64
 TOKENS, CHANNELS = 256, 16
-LENGTH = 128  # of the longest text
+LENGTH = 128  # tokens of the longest text
 CLASSES = 1000
 VOCABULARY = 60_000
-_BLOCK = 1000  # samples made at a time
+_CHUNK = 1000  # samples generated at a time
 
 
 def samples() -> Iterator[tuple[int, NDArray[np.uint16], NDArray[np.uint16], int]]:
-    """(number, latent bits [256, 16], token ids, class) of each.
+    """Yields (number, latent bits [256, 16], token ids, class) for each sample.
 
-    The first four bits patterns of a latent and the first two token ids spell the number, so that
-    a batch can be checked without any id beside it. All latents are finite in bfloat16 and fp16.
+    The first two numbers of a latent and the first two token ids encode the sample's number, so
+    that a batch can be checked without separate ids. All latents are finite in bfloat16 and fp16.
     """
     random = np.random.default_rng(0)
-    for start in range(0, SAMPLES, _BLOCK):
-        latents = random.integers(0x3800, 0x3C00, (_BLOCK, TOKENS, CHANNELS), dtype=np.uint16)
-        lengths = random.integers(8, LENGTH + 1, _BLOCK)
-        classes = random.integers(0, CLASSES, _BLOCK)
-        for i in range(_BLOCK):
+    for start in range(0, SAMPLES, _CHUNK):
+        latents = random.integers(0x3800, 0x3C00, (_CHUNK, TOKENS, CHANNELS), dtype=np.uint16)
+        lengths = random.integers(8, LENGTH + 1, _CHUNK)
+        classes = random.integers(0, CLASSES, _CHUNK)
+        for i in range(_CHUNK):
             number = start + i
             text = random.integers(5, VOCABULARY, lengths[i]).astype(np.uint16)
             text[:2] = number // 200 + 5, number % 200 + 5
@@ -37,20 +37,20 @@ def samples() -> Iterator[tuple[int, NDArray[np.uint16], NDArray[np.uint16], int
 
 
 class Check:
-    """That a pass delivers every sample once: by the numbers that texts and latents spell."""
+    """Checks that a pass delivers every sample once, by the numbers in texts and latents."""
 
     def __init__(self) -> None:
         self.texts: list[NDArray[np.int64]] = []
         self.latents: list[NDArray[np.int64]] = []
 
     def add(self, tokens: NDArray[np.integer], first: NDArray[np.integer]) -> None:
-        """A batch: [B, 2 or more] token ids, and [B, 2] bits of the latents' first two numbers."""
+        """Add a batch: token ids [B, 2 or more], bits [B, 2] of the latents' first two numbers."""
         self.texts.append((tokens[:, 0].astype(np.int64) - 5) * 200 + tokens[:, 1] - 5)
         bits = first.astype(np.int64) - 0x3800
         self.latents.append(bits[:, 0] * 200 + bits[:, 1])
 
     def finish(self) -> None:
-        """RuntimeError unless all were there once, whole, and not in the order of storage."""
+        """RuntimeError unless every sample came once, texts fit latents, and order is random."""
         texts, latents = np.concatenate(self.texts), np.concatenate(self.latents)
         if not np.array_equal(np.sort(texts), np.arange(SAMPLES)):
             raise RuntimeError(f"{len(texts)} samples, {len(np.unique(texts))} different ones")

@@ -1,4 +1,4 @@
-"""What the benchmarks of the loader share: the peers' packages, data sets, and runs in turn."""
+"""Shared by the loader benchmarks: the peers' packages, the data sets, and the runs in turn."""
 
 import json
 import os
@@ -29,7 +29,7 @@ Figures = dict[str, float | None]
 
 
 def peers_python() -> Path:
-    """The interpreter of the peers' environment, which is made unless it is there."""
+    """The interpreter of the peers' environment, which is created if it is missing."""
     python, wanted = PEERS / "bin" / "python", HERE / "loader_peers.txt"
     mark = PEERS / "requirements.txt"
     if not mark.exists() or mark.read_text() != wanted.read_text():
@@ -42,22 +42,24 @@ def peers_python() -> Path:
 
 
 def job(contestant: str, *args: str, env: dict[str, str] | None = None) -> str:
-    """The last line that `loader_job.py` prints; RuntimeError with its end if it fails."""
-    mine = contestant in OURS or contestant == "arrow"
-    done = subprocess.run(
-        [sys.executable if mine else str(peers_python()), str(HERE / "loader_job.py"), *args],
+    """The last JSON line that `loader_job.py` prints; RuntimeError with its stderr if it fails."""
+    is_ours = contestant in OURS or contestant == "arrow"
+    process = subprocess.run(
+        [sys.executable if is_ours else str(peers_python()), str(HERE / "loader_job.py"), *args],
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | (env or {}),
         capture_output=True,
         text=True,
         timeout=900,
     )
-    if done.returncode:
-        raise RuntimeError(f"{contestant} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return next((x for x in reversed(done.stdout.splitlines()) if x.startswith("{")), "")
+    if process.returncode:
+        raise RuntimeError(
+            f"{contestant} ended with {process.returncode}:\n{process.stderr[-2000:]}"
+        )
+    return next((x for x in reversed(process.stdout.splitlines()) if x.startswith("{")), "")
 
 
-def written(form: str) -> Path:
-    """The folder of the samples in a format, written unless it is there."""
+def data_folder(form: str) -> Path:
+    """The folder with the samples in one format; it is written if it is missing."""
     folder, mark = DATA / form, DATA / f"{form}.done"
     if not mark.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,16 +69,16 @@ def written(form: str) -> Path:
 
 
 def in_turn(places: dict[str, str], env: dict[str, str] | None = None) -> dict[str, Figures]:
-    """Medians of the figures of each contestant over rounds in which each has its turn.
+    """The median figures of each contestant over several rounds; in a round, each runs once.
 
-    `places` says where each finds its data set.
+    `places` gives the folder or URI of the data set, by contestant.
     """
-    found: dict[str, list[Figures]] = {name: [] for name in places}
+    rounds: dict[str, list[Figures]] = {name: [] for name in places}
     for _ in range(ROUNDS):
         for name, place in places.items():
             scratch = str(DATA / "scratch")
-            found[name].append(json.loads(job(name, "read", name, place, scratch, env=env)))
-    return {name: _medians(rounds) for name, rounds in found.items()}
+            rounds[name].append(json.loads(job(name, "read", name, place, scratch, env=env)))
+    return {name: _medians(figures) for name, figures in rounds.items()}
 
 
 def _medians(rounds: Sequence[Figures]) -> Figures:
@@ -87,36 +89,36 @@ def _medians(rounds: Sequence[Figures]) -> Figures:
     return {key: median(key) for key in rounds[0]}
 
 
-def result(name: str, found: dict[str, Figures], floors: Sequence[str], setting: str) -> Result:
-    """Ours beside the peers in samples a second; CPU and the rest below `more`.
+def result(name: str, figures: dict[str, Figures], floors: Sequence[str], setting: str) -> Result:
+    """Compare ours with the peers in samples per second; CPU time and the rest are in `more`.
 
-    `cpu_ratio` is the least CPU time a sample of the peers over ours.
+    `cpu_ratio` is the lowest CPU time per sample among the peers, divided by ours.
     """
-    for who, figures in found.items():
-        texts = (text.format(figures[key]) for key, text in FIGURES.items() if figures[key])
-        print(f"  {who:>20}: " + ", ".join(texts), flush=True)
+    for contestant, values in figures.items():
+        texts = (text.format(values[key]) for key, text in FIGURES.items() if values[key])
+        print(f"  {contestant:>20}: " + ", ".join(texts), flush=True)
 
-    def of(who: str, key: str) -> float:
-        value = found[who][key]
+    def figure(contestant: str, key: str) -> float:
+        value = figures[contestant][key]
         assert value is not None
         return value
 
-    peers = [who for who in found if who not in OURS]
-    least_cpu = min(of(who, "cpu_us_per_sample") for who in peers)
+    peers = [contestant for contestant in figures if contestant not in OURS]
+    least_cpu = min(figure(peer, "cpu_us_per_sample") for peer in peers)
     load = os.getloadavg()[0]
     more = {
-        "cpu_ratio": least_cpu / of("ours", "cpu_us_per_sample"),
+        "cpu_ratio": least_cpu / figure("ours", "cpu_us_per_sample"),
         "load_average": load,
-        "contestants": found,
+        "contestants": figures,
     }
     print(f"  cpu_ratio {more['cpu_ratio']:.2f}, load average {load:.1f}", flush=True)
     return Result(
         name,
         "samples/s",
-        of("ours", "samples_per_second"),
-        {who: of(who, "samples_per_second") for who in peers},
+        figure("ours", "samples_per_second"),
+        {peer: figure(peer, "samples_per_second") for peer in peers},
         setting,
-        max((of(who, "samples_per_second") for who in floors), default=None),
+        max((figure(floor, "samples_per_second") for floor in floors), default=None),
         lower_is_better=False,
         more=more,
     )

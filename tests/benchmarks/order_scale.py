@@ -1,8 +1,8 @@
-"""Opening, drawing, resuming and tracing in data sets of 10^7, 10^9 and 10^10 samples.
+"""Open, draw, resume and trace in data sets of 10^7, 10^9 and 10^10 samples.
 
-The manifest and its parts are real objects in a folder, read, verified and decoded by the code that
-a run uses; all full parts are the same object, so that no shard has to lie behind them. Peer: an
-epoch's order as one permutation of all rows in memory, as loaders keep it that shuffle whole.
+The manifest and its parts are real objects in a folder, which are read, verified and decoded by the
+code that a run uses. All full parts are the same object, and there are no shards behind them. The
+peer keeps the order of an epoch as one permutation of all rows in memory.
 """
 
 import json
@@ -27,7 +27,7 @@ GLOBAL_BATCH, SEED, ROUNDS = 256, 5, 7
 
 
 def _order(uri: str) -> Order:
-    layout_of.cache_clear()  # as a new process begins
+    layout_of.cache_clear()  # as in a new process
     manifest = Manifest.load(uri)
     return Order(Mixture((Source("web", manifest),), GLOBAL_BATCH), SEED)
 
@@ -39,16 +39,16 @@ def _resume(uri: str, state: str) -> None:
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
-    taken = []
+    times = []
     for _ in range(ROUNDS):
         began = time.perf_counter()
         call()
-        taken.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(taken)
+        times.append(1e3 * (time.perf_counter() - began))
+    return statistics.median(times)
 
 
 def measure(uri: str, rows: int) -> dict[str, float]:
-    """Milliseconds of each operation from nothing, and the peak of a resume's memory in MiB."""
+    """Milliseconds of each operation from a closed data set; peak memory of a resume in MiB."""
     deep = 3 * rows // GLOBAL_BATCH + int(0.9 * rows) // GLOBAL_BATCH  # in the fourth epoch
     state = json.dumps(resume.state_dict(_order(uri), 0, deep, ""))
     operations: dict[str, Callable[[], object]] = {
@@ -58,16 +58,16 @@ def measure(uri: str, rows: int) -> dict[str, float]:
         "resume": lambda: _resume(uri, state),
         "uses of a sample": lambda: list(_order(uri).uses(0, rows // 3, deep)),
     }
-    found = {name: _milliseconds(call) for name, call in operations.items()}
+    figures = {name: _milliseconds(call) for name, call in operations.items()}
     order = _order(uri)
     order.draw(deep)
     steps = iter(range(deep + 1, deep + 10**6))
-    found["next step"] = _milliseconds(lambda: order.draw(next(steps)))
+    figures["next step"] = _milliseconds(lambda: order.draw(next(steps)))
     tracemalloc.start()
     _resume(uri, state)
-    found["peak MiB"] = tracemalloc.get_traced_memory()[1] / 2**20
+    figures["peak MiB"] = tracemalloc.get_traced_memory()[1] / 2**20
     tracemalloc.stop()
-    return found
+    return figures
 
 
 def _permutation(rows: int, step: int) -> object:
@@ -76,7 +76,7 @@ def _permutation(rows: int, step: int) -> object:
 
 
 def run() -> Result:
-    """Print the table; the ratio is of a resume at 10^7, where the peer's memory is at hand."""
+    """Print the table; the ratio is that of a resume at 10^7, where the peer fits in memory."""
     table = {}
     with tempfile.TemporaryDirectory() as folder:
         for rows in SIZES:
@@ -85,8 +85,8 @@ def run() -> Result:
             table[f"{rows:.0e}"] = measure(uri, rows)
     names = list(next(iter(table.values())))
     print(f"  {'samples':>8} " + " ".join(f"{n:>16}" for n in names))
-    for rows, found in table.items():
-        print(f"  {rows:>8} " + " ".join(f"{found[n]:>16.2f}" for n in names))
+    for rows, figures in table.items():
+        print(f"  {rows:>8} " + " ".join(f"{figures[n]:>16.2f}" for n in names))
     least = SIZES[0]
     peer = _milliseconds(lambda: _permutation(least, least // GLOBAL_BATCH // 2))
     return Result(

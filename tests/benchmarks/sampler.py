@@ -1,8 +1,8 @@
-"""Error against evaluations of every solver, on a mixture whose exact answer is known.
+"""Error of every solver by number of evaluations, on a mixture with a closed-form denoiser.
 
-The error is the Wasserstein-1 distance between 65,536 samples and the data's quantiles, data with
-standard deviation 1. The peers are diffusers' schedulers with a cosine schedule, on the same
-estimates. A random sampler's floor is the distance of that many true samples.
+The error is the Wasserstein-1 distance between 65,536 samples and the quantiles of the data, which
+has standard deviation 1. The peers are diffusers' schedulers with a cosine schedule, given the same
+estimates. The floor is the distance of as many samples drawn from the data itself.
 """
 
 from pathlib import Path
@@ -23,13 +23,13 @@ OUT = Path("runs/bench")
 
 
 def distance(x: Tensor) -> float:
-    """Wasserstein-1 to the data."""
+    """The Wasserstein-1 distance to the data."""
     exact = DATA.quantile((torch.arange(N, dtype=torch.float64) + 0.5) / N)
     return float((x.sort().values - exact).abs().mean())
 
 
 def ours(name: str, evaluations: int) -> float:
-    """The error of a solver of ours."""
+    """The error of one of our solvers."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(i: int) -> Tensor:
@@ -43,7 +43,7 @@ def ours(name: str, evaluations: int) -> float:
 
 
 def theirs(peer: str, evaluations: int) -> float:
-    """The error of a scheduler of diffusers with cosine betas, named `Class` or `Class option`."""
+    """The error of a diffusers scheduler with cosine betas; `peer` is `Class` or `Class option`."""
     import diffusers
 
     name, _, option = peer.partition(" ")
@@ -57,7 +57,7 @@ def theirs(peer: str, evaluations: int) -> float:
     heun = name == "HeunDiscreteScheduler"  # two evaluations a step, of latents z/alpha
     scheduler.set_timesteps((evaluations + 1) // 2 if heun else evaluations)
     if over_sigmas:
-        scheduler.set_begin_index(0)  # rounded times repeat, and cannot tell the step
+        scheduler.set_begin_index(0)  # rounded times repeat, so the step cannot be inferred
     generator = {"generator": torch.Generator().manual_seed(0)} if random else {}
     z = normal_quantiles(N).unsqueeze(-1)
     if heun:
@@ -84,13 +84,13 @@ PEERS = (
 
 
 def run() -> Result:
-    """Measure; also writes the curves as `runs/bench/sampler.svg`."""
+    """Measure, and write the curves to `runs/bench/sampler.svg`."""
     measured: Curves = curves(ours)
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "sampler.svg").write_text(
         chart(measured, "distance to the data against evaluations", log=True)
     )
-    true = DATA.quantile(
+    data_samples = DATA.quantile(
         torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     )
     return Result(
@@ -99,6 +99,6 @@ def run() -> Result:
         measured["dpmpp2m"][AT],
         {name: theirs(name, AT) for name in PEERS},
         f"dpmpp2m, mixture of three Gaussians on the line, exact denoiser, {N} samples",
-        floor=distance(true),
+        floor=distance(data_samples),
         more={"error_by_evaluations": measured},
     )

@@ -1,4 +1,4 @@
-"""The shapes at which scan and block are measured, and the matrix products each of them needs."""
+"""The shapes at which scan and block are measured, and the matrix products they need."""
 
 import math
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from mdm.kernels.ssd import chunk_length
 
 
 class Shape(NamedTuple):
-    """A batch of sequences of one width; the mixer's other sizes are mamba_ssm's defaults."""
+    """A batch of sequences of one width; the other sizes of the mixer are mamba_ssm's defaults."""
 
     batch: int
     length: int
@@ -24,7 +24,7 @@ class Shape(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Tokens a chunk of the scan."""
+        """Tokens per chunk of the scan."""
         return chunk_length(self.length, CHUNK)
 
     def __str__(self) -> str:
@@ -36,7 +36,7 @@ SHAPES = (Shape(64, 20, 128), Shape(32, 84, 256), Shape(4, 289, 512), Shape(1, 2
 
 
 def scan_products(shape: Shape) -> list[tuple[int, int, int, int]]:
-    """(batch, m, k, n) of the scan's matrix products at the chunk that the scan uses."""
+    """(batch, m, k, n) of the matrix products of the scan, at the chunk size that it uses."""
     n, p, h = shape.config.d_state, shape.config.headdim, shape.heads
     q = shape.chunk
     chunks = math.ceil(shape.length / q)
@@ -46,7 +46,7 @@ def scan_products(shape: Shape) -> list[tuple[int, int, int, int]]:
 
 
 def projections(shape: Shape) -> list[tuple[int, int, int, int]]:
-    """(batch, m, k, n) of the projections into and out of the mixer."""
+    """(batch, m, k, n) of the input and output projections of the mixer."""
     tokens, inner = shape.batch * shape.length, shape.config.expand * shape.width
     into = 2 * inner + 2 * shape.config.d_state + shape.heads
     return [(1, tokens, shape.width, into), (1, tokens, inner, shape.width)]

@@ -1,4 +1,4 @@
-"""The scan on a CPU, forward and backward: ours, the paper's listing, the recurrence."""
+"""The scan on a CPU, forward and backward: ours, the listing of the paper, the recurrence."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ def segsum(x: Tensor) -> Tensor:
 def ssd_minimal(x: Tensor, dA: Tensor, B: Tensor, C: Tensor, block: int) -> Tensor:
     """Listing 1 of the Mamba-2 paper (Dao & Gu 2024).
 
-    x [b, l, h, p] is scaled by dt already, dA [b, l, h], B and C [b, l, h, n]; block divides l.
+    x [b, l, h, p] is already scaled by dt, dA [b, l, h], B and C [b, l, h, n]; block divides l.
     """
     x, dA, B, C = (t.unflatten(1, (-1, block)) for t in (x, dA, B, C))
     dA = dA.permute(0, 3, 1, 2)
@@ -65,7 +65,7 @@ def case(shape: Shape) -> Result:
         return lambda: torch.autograd.grad(scan(*inputs), inputs, grad)
 
     compiled = torch.compile(ssd, dynamic=False)
-    took = milliseconds(
+    times = milliseconds(
         {
             "ours": timed(lambda *t: compiled(*t, chunk_size=CHUNK)),
             "ours, not compiled": timed(lambda *t: ssd(*t, chunk_size=CHUNK)),
@@ -74,12 +74,12 @@ def case(shape: Shape) -> Result:
             "floor": matmul_floor(scan_products(shape), torch.float32),
         }
     )
-    if shape == SHAPES[0]:  # elsewhere it takes seconds
+    if shape == SHAPES[0]:  # at the other shapes it takes seconds
         recurrence = timed(lambda *t: ssd_reference(*t, chunk_size=CHUNK))
-        took |= milliseconds({"recurrence": recurrence}, seconds=0)
-    ours, floor, eager = (took.pop(k) for k in ("ours", "floor", "ours, not compiled"))
+        times |= milliseconds({"recurrence": recurrence}, seconds=0)
+    ours, floor, eager = (times.pop(k) for k in ("ours", "floor", "ours, not compiled"))
     setting = f"{shape}, fp32, {THREADS} thread"
-    return Result("ssd_cpu", "ms", ours, took, setting, floor, more={"not_compiled": eager})
+    return Result("ssd_cpu", "ms", ours, times, setting, floor, more={"not_compiled": eager})
 
 
 def run() -> Result:

@@ -1,4 +1,4 @@
-"""Timing side by side: every contestant runs in turn, so that a busy moment hits all of them."""
+"""Timing side by side: contestants run in turn, so that a busy machine slows all of them down."""
 
 import statistics
 import time
@@ -8,38 +8,38 @@ from typing import Any
 
 import torch
 
-THREADS = 1  # of torch; the other core is left to whatever else runs
+THREADS = 1  # for torch; the other core is left to other processes
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a benchmark found; `ratio` above 1 means that we are better than the best peer."""
+    """The result of a benchmark; a `ratio` above 1 means that ours is better than the best peer."""
 
     name: str
     unit: str
     ours: float
     peers: dict[str, float]
     setting: str
-    floor: float | None = None  # the least that the work could take
+    floor: float | None = None  # a bound, such as the time of the matrix products alone
     lower_is_better: bool = True
     cases: list["Result"] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
-        """Ours against the best peer."""
+        """How much better ours is than the best peer."""
         if self.lower_is_better:
             return min(self.peers.values()) / self.ours
         return self.ours / max(self.peers.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """As `runs/bench/<name>.json` holds it."""
+        """The content of `runs/bench/<name>.json`."""
         plain = asdict(self) | {"ratio": self.ratio}
         plain["cases"] = [case.to_dict() for case in self.cases]
         return {key: value for key, value in plain.items() if value not in (None, [], {})}
 
     def line(self) -> str:
-        """One line for people."""
+        """One line of text."""
         peers = ", ".join(f"{name} {value:.4g}" for name, value in self.peers.items())
         floor = "" if self.floor is None else f", floor {self.floor:.4g}"
         return (
@@ -49,9 +49,9 @@ class Result:
 
 
 def worst(name: str, measured: Iterable[Result]) -> Result:
-    """A benchmark's headline: its least favourable case, with all of them below it.
+    """The result of a benchmark with several cases: its least favourable case, and all of them.
 
-    Each is printed as it comes.
+    Prints each case as soon as it is measured.
     """
     cases = []
     for case in measured:
@@ -73,12 +73,12 @@ def worst(name: str, measured: Iterable[Result]) -> Result:
 def milliseconds(
     contestants: dict[str, Callable[[], object]], seconds: float = 6.0, least: int = 5
 ) -> dict[str, float]:
-    """Median time of one call of each, in turn, after two calls that do not count.
+    """The median time of a call of each contestant; they take turns, after two warm-up calls each.
 
     Args:
-        contestants: what to call, by name.
-        seconds: how long all of them together may take, once each has its `least` calls.
-        least: calls of each at least.
+        contestants: the functions to call, by name.
+        seconds: when to stop, once each has had its `least` calls.
+        least: the minimum number of calls of each.
 
     Returns:
         Milliseconds by name.
@@ -86,22 +86,22 @@ def milliseconds(
     for call in contestants.values():
         call()
         call()
-    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < least or time.perf_counter() < end:
         for name, call in contestants.items():
             start = time.perf_counter()
             call()
-            taken[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.perf_counter() - start))
         rounds += 1
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def matmul_floor(
     products: list[tuple[int, int, int, int]], dtype: torch.dtype
 ) -> Callable[[], None]:
-    """The same matrix products alone: (batch, m, k, n) each, forward and its two gradients."""
+    """Only the matrix products, (batch, m, k, n) each: forward and its two gradients."""
     operands = [
         (
             torch.randn(b, m, k).to(dtype),

@@ -1,4 +1,4 @@
-"""The encode job of these tests, and what it gives where nothing goes wrong."""
+"""The encode job of these tests, and its output when nothing goes wrong."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A small real encode job to be killed, cut off and refused, and what its output must be."""
+"""A small real encode job for tests to disturb, and checks of its output."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Job:
-    """`pipelines/encode.py` on 600 small pictures, one of them broken, in about ten groups."""
+    """`pipelines/encode.py` on 600 small images, one of them broken, in about ten groups."""
 
     def __init__(self, folder: Path) -> None:
         self.raw = write_imagenet(folder / "raw", 150)
@@ -48,10 +48,10 @@ class Job:
         return command
 
     def start(
-        self, out: str, *more: str, env: dict[str, str] | None = None
+        self, out: str, *flags: str, env: dict[str, str] | None = None
     ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*self.command(out), *more],
+            [*self.command(out), *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -59,16 +59,16 @@ class Job:
         )
 
     def run(
-        self, out: str, *more: str, env: dict[str, str] | None = None
+        self, out: str, *flags: str, env: dict[str, str] | None = None
     ) -> tuple[int, dict[str, Any], str]:
-        """Exit code, summary, what it said on stderr."""
-        return ended(self.start(out, *more, env=env))
+        """Run the job to its end; returns exit code, summary and stderr."""
+        return result_of(self.start(out, *flags, env=env))
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
-    """Exit code, summary and stderr of a job that is waited for."""
+def result_of(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
+    """Wait for a job; returns its exit code, summary and stderr."""
     stdout, stderr = process.communicate(timeout=1200)
-    # Of a job that was broken, Ray may have said something on its way out.
+    # If the job fails, Ray may have printed to stdout as well.
     summary = {} if process.returncode else json.loads(stdout.strip().splitlines()[-1])
     return process.returncode, summary, stderr
 
@@ -80,17 +80,17 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def receipts(store: Store) -> int:
+def count_receipts(store: Store) -> int:
     return sum("/group/" in key for key in store.listing("work/"))
 
 
-def check_whole(uri: str, manifest_sha256: str) -> None:
-    """Those bytes and nothing else: no orphan, no survey, no example twice."""
+def check_complete(uri: str, manifest_sha256: str) -> None:
+    """Check that the output has this manifest and nothing else: no orphan, survey or duplicate."""
     manifest = Manifest.load(uri)
     assert manifest.sha256 == manifest_sha256
     assert all(not v.problems for v in verify(manifest))
-    kept = {k for k in open_store(uri).listing() if not k.startswith(receipts_of(manifest))}
-    assert kept == {*manifest.objects(), "card.html"}
+    keys = {k for k in open_store(uri).listing() if not k.startswith(receipts_of(manifest))}
+    assert keys == {*manifest.objects(), "card.html"}
     ids = [i for s in manifest.shards for i in _ids(uri, manifest, s)]
     assert len(set(ids)) == len(ids) == manifest.rows
 
@@ -101,7 +101,7 @@ def _ids(uri: str, manifest: Manifest, shard: ShardInfo) -> list[str]:
     return [i for part in parts for i in Rows(part, manifest.schema).ids]
 
 
-def one_line(stderr: str) -> str:
-    """The last line of a job that ended in an error for people."""
+def error_line(stderr: str) -> str:
+    """The last line of stderr, of a job that failed with an error message; no traceback."""
     assert "Traceback" not in stderr, stderr
     return stderr.strip().replace("\r", "\n").splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Faults that tests and drills share: a wrong clock, a full disk, a spoilt network."""
+"""Faults that tests and drills share: environment variables, a wrong clock, kills."""
 
 import os
 import random
@@ -17,7 +17,7 @@ TARGETS = ("driver", "worker", "encoder", "raylet", "gcs_server", "S3 server")
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """These variables for as long as it lasts."""
+    """Set these environment variables within the block."""
     saved = {k: os.environ.get(k) for k in values}
     os.environ.update(values)
     try:
@@ -28,7 +28,7 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def wrong_clock(folder: Path, seconds: int) -> dict[str, str]:
-    """The environment of a process whose clock is wrong by that much."""
+    """Environment variables that shift the wall clock of a process by `seconds`."""
     library = folder / "skewed_clock.so"
     source = Path(__file__).with_name("skewed_clock.c")
     subprocess.run(
@@ -38,16 +38,16 @@ def wrong_clock(folder: Path, seconds: int) -> dict[str, str]:
 
 
 def find_target(driver: int, name: str, rng: random.Random) -> psutil.Process | None:
-    """A process of the encode job of this driver by what it is; None where there is none now."""
+    """A random process of this kind among the driver's children; None if there is none now."""
     try:
-        family = psutil.Process(driver).children(recursive=True)
+        children = psutil.Process(driver).children(recursive=True)
     except psutil.NoSuchProcess:
         return None
-    found = [p for p in family if _is(p, name)]
-    return rng.choice(found) if found else None
+    matching = [p for p in children if _is_kind(p, name)]
+    return rng.choice(matching) if matching else None
 
 
-def _is(process: psutil.Process, name: str) -> bool:
+def _is_kind(process: psutil.Process, name: str) -> bool:
     try:
         title = " ".join(process.cmdline()[:1])
     except psutil.Error:
@@ -60,18 +60,19 @@ def _is(process: psutil.Process, name: str) -> bool:
 
 
 def kill(target: str, driver: int, server: S3Server, rng: random.Random) -> bool:
-    """SIGKILL the target once it is there; False if the job ended before."""
+    """Send SIGKILL to the target as soon as it exists; False if the job ended before that."""
     if target == "S3 server":
         server.kill()
         time.sleep(rng.uniform(0, 2))
         server.start()
         return True
     while psutil.pid_exists(driver):
-        if psutil.Process(driver).status() == psutil.STATUS_ZOMBIE:
+        process = psutil.Process(driver)
+        if process.status() == psutil.STATUS_ZOMBIE:
             return False
-        found = psutil.Process(driver) if target == "driver" else find_target(driver, target, rng)
-        if found is not None:
-            found.kill()
+        victim = process if target == "driver" else find_target(driver, target, rng)
+        if victim is not None:
+            victim.kill()
             return True
         time.sleep(0.05)
     return False

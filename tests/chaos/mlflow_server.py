@@ -1,4 +1,4 @@
-"""A real MLflow server on loopback, with a SQL backend, to be killed and started again."""
+"""A real MLflow server on loopback with a SQL backend, which tests kill and restart."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ import psutil
 
 
 class MlflowServer:
-    """Runs in `folder`/mlflow.db; artifacts through the server, to a folder or an S3 prefix."""
+    """Keeps runs in `folder`/mlflow.db; serves artifacts from a folder or an S3 prefix."""
 
     def __init__(self, folder: Path, artifacts: str = "", env: dict[str, str] | None = None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,18 +27,18 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start, and return once it answers."""
+        """Start the server, and return once it answers."""
         command = [str(Path(sys.executable).parent / "mlflow"), "server"]
         command += ["--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}"]
         command += ["--artifacts-destination", self._artifacts, "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--workers", "1"]
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
-        with (self._folder / "log").open("ab") as said:
+        with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 env=os.environ | quiet | self._env,
                 stdout=subprocess.DEVNULL,
-                stderr=said,
+                stderr=log,
                 start_new_session=True,
             )
         end = time.monotonic() + 600
@@ -52,11 +52,11 @@ class MlflowServer:
         raise TimeoutError((self._folder / "log").read_text()[-2000:])
 
     def kill(self) -> None:
-        """SIGKILL to all of it."""
+        """Send SIGKILL to the server and its children."""
         assert self._process is not None
         with suppress(psutil.NoSuchProcess):
-            own = psutil.Process(self._process.pid)
-            for process in [*own.children(recursive=True), own]:
+            server = psutil.Process(self._process.pid)
+            for process in [*server.children(recursive=True), server]:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
         self._process.wait()

@@ -1,7 +1,7 @@
-"""A proxy in front of a real S3 server that spoils a share of the requests, and counts them.
+"""A proxy in front of a real S3 server that injects faults into a share of the requests.
 
-One request a connection, so that a fault hits one request alone. What is drawn depends on the seed
-and on the order in which requests arrive.
+It serves one request per connection, so that a fault affects a single request. The faults depend
+on the seed and on the order in which requests arrive.
 """
 
 import asyncio
@@ -13,15 +13,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 HOST = "127.0.0.1"
-# 503: SlowDown instead of an answer. reset: the connection, before or after the server did its
-# work. truncate: half of an upload reaches the server, or half of an answer its client. stall:
-# nothing comes for as long as the client waits. flip: one bit of an upload or of an answer's body.
+# 503: respond with SlowDown. reset: reset the connection, before or after the server has handled
+# the request. truncate: forward half of an upload, or half of a response. stall: send nothing for
+# as long as the client waits. flip: flip one bit in the body of an upload or a response.
 KINDS = ("503", "reset", "truncate", "stall", "flip")
 _BUSY = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
 
 
 class FaultProxy:
-    """`with FaultProxy(server.port, share=0.1) as proxy:` and talk to `proxy.endpoint` instead."""
+    """Use it as `with FaultProxy(server.port, share=0.1) as proxy:`, with `proxy.endpoint`."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class FaultProxy:
         try:
             await self._one_request(reader, writer)
         except (OSError, EOFError, asyncio.CancelledError):
-            pass  # either side went away
+            pass  # either side closed the connection
         finally:
             writer.close()
 
@@ -85,12 +85,12 @@ class FaultProxy:
         if fields.get(b"expect", b"").lower() == b"100-continue":
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = await reader.readexactly(int(fields.get(b"content-length", b"0")))
-        kept = [
+        headers = [
             line
             for name, line in zip(names, lines, strict=True)
             if name not in (b"expect", b"connection")
         ]
-        head = b"\r\n".join([kept[0], b"Connection: close", *kept[1:]])
+        head = b"\r\n".join([headers[0], b"Connection: close", *headers[1:]])
 
         fault = self._draw()
         if fault == "503":
@@ -105,18 +105,18 @@ class FaultProxy:
             await self._forward(head + body[: len(body) // 2], finished=False)
         else:
             body, flipped = self._flipped(body, fault == "flip")
-            answer = await self._forward(head + body, finished=True)
+            response = await self._forward(head + body, finished=True)
             if fault == "reset":
                 _reset(writer)
                 return
-            at = answer.find(b"\r\n\r\n") + 4
-            content = answer[at:]
+            at = response.find(b"\r\n\r\n") + 4
+            content = response[at:]
             if fault == "truncate":
                 cut = len(content) // 2 if content else -(at // 2)
-                answer = answer[: at + cut]
+                response = response[: at + cut]
             elif fault == "flip" and not flipped:
-                answer = answer[:at] + self._flipped(content, True)[0]
-            writer.write(answer)
+                response = response[:at] + self._flipped(content, True)[0]
+            writer.write(response)
         await writer.drain()
 
     def _draw(self) -> str:
@@ -135,7 +135,7 @@ class FaultProxy:
         return bytes(changed), True
 
     async def _forward(self, request: bytes, *, finished: bool) -> bytes:
-        """The server's answer, or b"" where the request breaks off on the way."""
+        """The server's response; with `finished` false, b"" after sending a partial request."""
         reader, writer = await asyncio.open_connection(HOST, self.upstream)
         try:
             writer.write(request)
@@ -146,7 +146,7 @@ class FaultProxy:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """End the connection as a crashed host would: RST instead of FIN."""
+    """Close the connection as a crashed host would: RST instead of FIN."""
     plain: socket.socket = writer.get_extra_info("socket")
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

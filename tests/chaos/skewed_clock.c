@@ -1,4 +1,4 @@
-/* Preloaded into a process, it shifts its wall clock by CLOCK_SKEW seconds: a machine whose clock is wrong. */
+/* Preloaded into a process, this library shifts the wall clock by CLOCK_SKEW seconds. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>

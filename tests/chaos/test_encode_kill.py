@@ -1,4 +1,4 @@
-"""The encode job killed, refused and cut off from its store: same manifest, or nothing at all."""
+"""Kill the encode job or its store: it publishes the same manifest, or nothing."""
 
 import json
 import os
@@ -18,16 +18,17 @@ from mdm.storage import open_store
 from mdm.storage.lease import LEASE
 from mdm.storage.server import S3Server
 from pipelines import encode
-from tests.chaos.encode_job import Job, check_whole, receipts, wait_for
+from mdm.storage.server import S3Server
+from tests.chaos.encode_job import Job, check_complete, count_receipts, wait_for
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 
-def test_an_undisturbed_job_publishes_and_a_second_one_has_nothing_to_do(
+def test_a_job_publishes_and_running_it_again_changes_nothing(
     job: Job, undisturbed: tuple[Path, dict[str, Any]]
 ) -> None:
     out, summary = undisturbed
-    check_whole(str(out), summary["manifest_sha256"])
+    check_complete(str(out), summary["manifest_sha256"])
     assert (summary["records"], summary["examples"], summary["quarantined"]) == (600, 599, 1)
     assert summary["shards"] > 5
     began = time.monotonic()
@@ -39,10 +40,10 @@ def test_an_undisturbed_job_publishes_and_a_second_one_has_nothing_to_do(
     assert code == 2
     assert summary["recipe_hash"] in stderr
     assert stderr.count("\n") == 1
-    check_whole(str(out), summary["manifest_sha256"])
+    check_complete(str(out), summary["manifest_sha256"])
 
 
-def test_a_job_killed_then_cut_off_from_its_store_ends_in_the_same_manifest(
+def test_a_job_that_is_killed_and_then_loses_its_store_publishes_the_same_manifest(
     job: Job,
     undisturbed: tuple[Path, dict[str, Any]],
     tmp_path: Path,
@@ -54,24 +55,24 @@ def test_a_job_killed_then_cut_off_from_its_store_ends_in_the_same_manifest(
         uri = "s3://test/x"
         store = open_store(uri)
 
-        # The driver is killed.
+        # Kill the driver.
         process = job.start(uri)
         try:
-            wait_for(lambda: receipts(store) > 0 or process.poll() is not None)
-            family = psutil.Process(process.pid).children(recursive=True)
+            wait_for(lambda: count_receipts(store) > 0 or process.poll() is not None)
+            children = psutil.Process(process.pid).children(recursive=True)
         finally:
             os.kill(process.pid, signal.SIGKILL)
             process.communicate()
         assert MANIFEST not in store.listing()
-        # What works for it ends with it. (Ray's two agents look for their head a while longer.)
-        workers = [p for p in family if "Agent" not in p.name() and "agent" not in p.name()]
+        # Its workers end with it. (Ray's two agents keep looking for their head for a while.)
+        workers = [p for p in children if "Agent" not in p.name() and "agent" not in p.name()]
         assert workers
         assert not psutil.wait_procs(workers, timeout=60)[1]
 
-        # The store goes away.
-        before = receipts(store)
+        # Kill the store.
+        before = count_receipts(store)
         process = job.start(uri)
-        wait_for(lambda: receipts(store) > before or process.poll() is not None)
+        wait_for(lambda: count_receipts(store) > before or process.poll() is not None)
         server.kill()
         _, stderr = process.communicate(timeout=240)
         assert process.returncode == 2
@@ -83,17 +84,17 @@ def test_a_job_killed_then_cut_off_from_its_store_ends_in_the_same_manifest(
         server.start()
         assert MANIFEST not in store.listing()
 
-        # What another recipe left behind goes as well.
+        # Objects left by another recipe are removed as well.
         store.put("shards/stale.arrow", b"stale")
         store.put("work/0123/group/000000.json", b"{}")
         code, summary, stderr = job.run(uri)
         assert code == 0, stderr
         assert summary["resumed_groups"] > before > 0
         assert summary["manifest_sha256"] == undisturbed[1]["manifest_sha256"]
-        check_whole(uri, summary["manifest_sha256"])
+        check_complete(uri, summary["manifest_sha256"])
 
 
-def test_of_two_jobs_on_one_output_one_wins_and_the_other_says_so(
+def test_if_two_jobs_share_an_output_the_second_exits_and_names_the_first(
     job: Job, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     first = job.start(str(tmp_path / "out"))
@@ -107,7 +108,7 @@ def test_of_two_jobs_on_one_output_one_wins_and_the_other_says_so(
     stdout, stderr = first.communicate(timeout=240)
     assert first.returncode == 0, stderr
     assert json.loads(stdout)["manifest_sha256"] == undisturbed[1]["manifest_sha256"]
-    check_whole(str(tmp_path / "out"), undisturbed[1]["manifest_sha256"])
+    check_complete(str(tmp_path / "out"), undisturbed[1]["manifest_sha256"])
 
 
 def test_too_many_bad_records_stop_the_job() -> None:
@@ -128,7 +129,7 @@ def test_too_many_bad_records_stop_the_job() -> None:
         (("--max_bad_share", "2"), "max_bad_share is 2.0"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_wrong_flag_ends_the_job_with_one_line(
     job: Job,
     tmp_path: Path,
     flags: tuple[str, str],
@@ -137,9 +138,9 @@ def test_a_mistake_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", [*job.command(str(tmp_path / "out"))[1:], *flags])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         encode.main()
-    assert ended.value.code == 2
+    assert exit_info.value.code == 2
     stderr = capsys.readouterr().err
     assert message in stderr
     assert len(stderr.strip().splitlines()) == 1

@@ -1,4 +1,4 @@
-"""A real tracking server dies and comes back: nothing blocks, nothing is lost, nothing is twice."""
+"""A real MLflow server dies and returns: nothing blocks, nothing is lost or duplicated."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ from tests.chaos.proxy import FaultProxy
 pytestmark = pytest.mark.chaos
 
 
-def test_what_waits_arrives_also_after_a_restart(tmp_path, s3_server, caplog):
+def test_waiting_entries_are_delivered_after_job_and_server_restart(tmp_path, s3_server, caplog):
     import mlflow
 
     caplog.set_level(logging.WARNING)
@@ -42,7 +42,7 @@ def test_what_waits_arrives_also_after_a_restart(tmp_path, s3_server, caplog):
         second = MlflowTracker(
             "outage", "job", run_id=first.run_id, uri=server.uri, journal=journal
         )
-        for step in range(150, 251):  # 150 to 199 are done again
+        for step in range(150, 251):  # steps 150 to 199 are repeated
             second.log_metrics({"loss": 1.0 / step}, step=step)
         second.finish("FINISHED", timeout=120)
         assert second.waiting == 0
@@ -53,16 +53,16 @@ def test_what_waits_arrives_also_after_a_restart(tmp_path, s3_server, caplog):
         run = client.get_run(first.run_id)
         assert run.info.status == "FINISHED"
         assert run.data.params == {"train.lr": "0.1"}
-        found = {
+        artifacts_logged = {
             a.path
             for f in ("notes", "checkpoints")
             for a in client.list_artifacts(run.info.run_id, f)
         }
-        assert found == {"notes/note.txt", "checkpoints/step-00000005.json"}
+        assert artifacts_logged == {"notes/note.txt", "checkpoints/step-00000005.json"}
 
 
-def test_answers_that_are_lost_make_no_second_run(tmp_path):
-    """Requests are cut before and after the server did its work, at any moment of the start too."""
+def test_lost_responses_do_not_create_a_second_run(tmp_path):
+    """Connections are reset before or after the server handles a request, at start-up as well."""
     import mlflow
 
     with MlflowServer(tmp_path / "server") as server:
@@ -77,9 +77,9 @@ def test_answers_that_are_lost_make_no_second_run(tmp_path):
                 tracker.finish(timeout=120)
                 assert tracker.waiting == 0
         client = mlflow.MlflowClient(tracking_uri=server.uri)
-        found = client.search_runs([client.get_experiment_by_name("cut").experiment_id])
-        assert sorted(run.info.run_name for run in found) == ["job 0", "job 1"]
-        for run in found:
+        runs = client.search_runs([client.get_experiment_by_name("cut").experiment_id])
+        assert sorted(run.info.run_name for run in runs) == ["job 0", "job 1"]
+        for run in runs:
             assert run.info.status == "FINISHED"
             history = client.get_metric_history(run.info.run_id, "loss")
             assert [m.step for m in history] == list(range(5))

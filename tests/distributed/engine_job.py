@@ -1,4 +1,4 @@
-"""Properties of the engine that need ranks; a failed assertion fails the job."""
+"""Properties of the engine that need several ranks; a failed assertion fails the job."""
 
 import sys
 from pathlib import Path
@@ -25,35 +25,35 @@ def main() -> None:
     loader = MemoryLoader(config, world)
     ema = EMA(engine.fp32_partitions(), 0.99)
     reference = full_weights(engine)
-    seen: dict[str, torch.dtype] = {}
+    output_dtypes: dict[str, torch.dtype] = {}
 
-    def watch(name):
+    def record_dtype(name):
         def hook(module, inputs, output):
-            seen[name] = output.dtype
+            output_dtypes[name] = output.dtype
 
         return hook
 
-    engine.module.text_out.register_forward_hook(watch("text_out"))
+    engine.module.text_out.register_forward_hook(record_dtype("text_out"))
     for step in range(5):
         terms = engine.forward(next(loader), step)
         engine.backward(terms.total)
         engine.step(1e-2)
         assert engine.was_step_applied
-        # The gathered reference: the same average over whole weights.
+        # The reference: the same EMA, over gathered weights.
         decay = min(0.99, (1 + step) / (10 + step))
         now = full_weights(engine)
         for name, value in reference.items():
             value.lerp_(now[name], 1.0 - decay)
         ema.update(engine.fp32_partitions())
 
-    # Linear layers ran in bf16; every parameter and partition is fp32, the scan's among them.
-    assert seen["text_out"] == torch.bfloat16
+    # Linear layers ran in bf16. Every parameter and partition is fp32, including those of the scan.
+    assert output_dtypes["text_out"] == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in engine.fp32_partitions() + ema.shadow)
     islands = [n for n, p in engine.module.named_parameters() if n.split(".")[-1] in ISLANDS]
     assert len(islands) == 6
     assert all(p.dtype == torch.float32 for p in engine.module.parameters())
     assert engine.module.running_mean.dtype == torch.float32
-    # Its master equals what forward sees: no rounding through bf16 on the way.
+    # Their fp32 master weights equal the weights in forward: nothing was rounded to bf16.
     raw = engine.gather(engine.fp32_partitions())
     now = full_weights(engine)
     if world.is_main:
@@ -69,7 +69,7 @@ def main() -> None:
     else:
         assert averaged == {}
 
-    # A step of text alone has no gradient for the picture's head, not the former step's.
+    # A text-only step has no gradient for the image head, not even that of the step before.
     while (batch := next(loader)).latents is not None:
         pass
     engine.backward(engine.forward(batch, 5).total)
@@ -78,7 +78,7 @@ def main() -> None:
     assert safe_get_full_grad(engine.module.text_out.weight).any()
     engine.step(1e-2)
 
-    # A gradient that is not finite on one rank skips the step on all.
+    # A gradient that is not finite on one rank skips the step on all ranks.
     before = full_weights(engine)
     terms = engine.forward(next(loader), 6)
     engine.backward(terms.total * (torch.inf if world.rank == world.size - 1 else 1.0))

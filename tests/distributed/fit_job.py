@@ -1,4 +1,4 @@
-"""`pretrain.py` again and again in one process: the flags of each are a line of JSON on stdin."""
+"""Runs `pretrain.py` repeatedly in one process; stdin has the flags of a run a line, as JSON."""
 
 import functools
 import json

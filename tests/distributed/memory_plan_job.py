@@ -1,4 +1,7 @@
-"""Real ranks hold what was planned, checkpointing changes no bit; a failure fails the job."""
+"""Real ranks use the planned memory; activation checkpointing changes no bit of the result.
+
+A failed assertion fails the job.
+"""
 
 import json
 import logging
@@ -56,8 +59,8 @@ def config_of(folder: Path, checkpointed: bool, stage: int = 3) -> Config:
     )
 
 
-def apart(rows: dict[str, tuple[int, int]]) -> list[str]:
-    """Rows whose (held, planned) differ by more than a tenth."""
+def deviations(rows: dict[str, tuple[int, int]]) -> list[str]:
+    """The rows whose (held, planned) bytes differ by more than a tenth."""
     return [
         f"{name}: held {held:,}, planned {planned:,}"
         for name, (held, planned) in rows.items()
@@ -66,11 +69,11 @@ def apart(rows: dict[str, tuple[int, int]]) -> list[str]:
 
 
 def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
-    """Three steps; compares in the last one. Returns losses and this rank's weights."""
+    """Take three steps and compare memory in the last; returns losses and this rank's weights."""
     engine = Engine(lambda: Loss(config), config, world, (Block,))
     whole = engine.gather(engine.fp32_partitions())
     torch.manual_seed(config.seed)
-    if world.is_main:  # made part by part, the weights are those of a module made whole
+    if world.is_main:  # weights built part by part equal those of a module built at once
         for name, value in Loss(config).state_dict().items():
             assert torch.equal(whole[name], value), name
     ema = EMA(engine.fp32_partitions(), 0.99)
@@ -80,7 +83,7 @@ def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
     batch = largest_batch(config, GLOBAL_BATCH // world.size)
     for step in range(STEPS):
         with saved_activations(engine.module) as saved:
-            loss = engine.forward(batch, 4 * step).total  # none of them makes an estimate first
+            loss = engine.forward(batch, 4 * step).total  # no self-conditioning in these steps
         engine.backward(loss)
         held = held_bytes(engine, ema)
         engine.step(1e-2)
@@ -89,17 +92,15 @@ def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
         losses.append(float(loss.detach()))
     checked = STATES if engine.stage == 3 else ("gradients", "optimizer", "ema")
     rows = {name: (held[name], memory_plan.device(name)) for name in checked}
-    if engine.stage == 3:  # an upper bound, and not a loose one
+    if engine.stage == 3:  # an upper bound, but a tight one
         limit = memory_plan.device("gathered") + memory_plan.device("persistent")
         assert 0.7 * limit < gathered.bytes <= limit, (gathered.bytes, limit)
     else:
         rows["parameters"] = held["whole"], memory_plan.device("parameters")
-    rows["activations"] = (
-        saved.bytes,
-        memory_plan.device("activations") + memory_plan.device("heads"),
-    )
+    activations = memory_plan.device("activations") + memory_plan.device("heads")
+    rows["activations"] = saved.bytes, activations
     logging.warning("stage %s: %s", engine.stage, rows)
-    assert not apart(rows), apart(rows)
+    assert not deviations(rows), deviations(rows)
     return losses, [p.clone() for p in engine.fp32_partitions()]
 
 
@@ -108,9 +109,9 @@ def main() -> None:
     folder = Path(sys.argv[1]) / str(world.rank)
     folder.mkdir()
     results = [take_steps(config_of(folder, on), world) for on in (False, True)]
-    (plain, weights), (again, same) = results
-    assert plain == again
-    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    (losses, weights), (checkpointed_losses, checkpointed_weights) = results
+    assert losses == checkpointed_losses
+    assert all(torch.equal(a, b) for a, b in zip(weights, checkpointed_weights, strict=True))
     take_steps(config_of(folder, False, stage=2), world)
 
 

@@ -1,4 +1,4 @@
-"""The memory plan of a rehearsal against real ranks, and the rehearsal itself."""
+"""The memory plan against real ranks, and the rehearsal."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.helpers import ROOT, run_ranks
 pytestmark = pytest.mark.distributed
 
 
-def test_two_ranks_hold_what_was_planned(tmp_path):
+def test_two_ranks_use_the_planned_memory(tmp_path):
     code, output = run_ranks(ROOT / "tests/distributed/memory_plan_job.py", 2, str(tmp_path))
     assert code == 0, output
 
@@ -32,40 +32,40 @@ def test_one_process_rehearses_any_number_of_ranks(tmp_path):
         *("--train.deepspeed", str(tmp_path / "zero3.json"), "--train.gather", "block"),
         *("--out", str(out), "--step_tokens", "8"),
     ]
-    done = rehearse(*flags)
-    assert done.returncode == 0, done.stderr
+    process = rehearse(*flags)
+    assert process.returncode == 0, process.stderr
     report = json.loads(out.read_text())
     built = report["built"]
     assert built["applied"]
-    for name, planned in report["built"]["planned"].items():
+    for name, planned in built["planned"].items():
         assert abs(built["held"][name] - planned) <= 0.1 * planned, name
     assert not report["verdict"]["fits"]
-    assert "does not fit" in done.stdout
-    assert "GPU-hours" in done.stdout
+    assert "does not fit" in process.stdout
+    assert "GPU-hours" in process.stdout
 
 
-def test_a_rehearsal_says_what_to_change(tmp_path):
+def test_a_rehearsal_that_does_not_fit_names_the_flag_to_change(tmp_path):
     flags = ["--step_tokens", "0", "--world_size", "4", "--out", str(tmp_path / "r.json")]
-    planned = json.loads(_plan(flags, tmp_path, "80GiB"))["verdict"]
-    assert planned["fits"]
-    less = planned["total"] - 2**20
-    verdict = json.loads(_plan(flags, tmp_path, str(less)))["verdict"]
+    verdict = json.loads(_report(flags, tmp_path, "80GiB"))["verdict"]
+    assert verdict["fits"]
+    less_memory = verdict["total"] - 2**20
+    verdict = json.loads(_report(flags, tmp_path, str(less_memory)))["verdict"]
     assert verdict["remedies"][0] == "--train.activation_checkpointing true"
 
 
-def _plan(flags: list[str], tmp_path, memory: str) -> str:
-    done = rehearse(*flags, "--gpu_memory", memory)
-    assert done.returncode == 0, done.stderr
+def _report(flags: list[str], tmp_path, memory: str) -> str:
+    process = rehearse(*flags, "--gpu_memory", memory)
+    assert process.returncode == 0, process.stderr
     return (tmp_path / "r.json").read_text()
 
 
-def test_mistakes_are_one_line():
+def test_a_wrong_flag_is_refused_in_one_line():
     for flags, message in (
         (("--gpu_memory", "80 apples"), "80 apples"),
         (("--world_size", "0"), "--world_size is 0"),
         (("--world_size", "7"), "not a multiple of 7"),
     ):
-        done = rehearse("--step_tokens", "0", *flags)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+        process = rehearse("--step_tokens", "0", *flags)
+        assert process.returncode == 2
+        assert message in process.stderr
+        assert process.stderr.count("\n") == 1
