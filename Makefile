@@ -6,7 +6,7 @@ export DS_ACCELERATOR ?= cpu
 # a few milliseconds, threads starve each other as soon as another process uses a core.
 export GOMP_SPINCOUNT ?= 5000
 
-.PHONY: setup demo test check format bench learn learn-ablate drill review gpu-check clean
+.PHONY: setup demo test check format bench learn learn-ablate drill review docs gpu-check clean
 
 setup: .venv/.ready
 
@@ -47,6 +47,14 @@ learn-ablate: setup
 bench: setup
 	$(PY) -m tests.benchmarks
 
+docs: .venv/.docs-ready
+	.venv/bin/sphinx-build -W -n --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
+
+.venv/.docs-ready: .venv/.ready
+	.venv/bin/pip install -q -c infra/constraints.txt -e ".[docs]"
+	touch $@
+
 gpu-check: setup
 	$(PY) pipelines/gpu_check.py
 
@@ -54,4 +62,5 @@ drill: setup
 	$(PY) -m tests.drills
 
 clean:
-	rm -rf runs build
+	rm -rf runs build docs/how-to/runbooks docs/reference/api
+	rm -f docs/reference/commands.md docs/reference/configuration.md

@@ -178,7 +178,9 @@ def world_size(folder: Path, undisturbed: Path) -> Iterator[Row]:
     job = paused_run(ranks_folder / "run", options)
     command = job.command().replace("--nproc-per-node 2", "--nproc-per-node 3")
     output = execute("change_of_world_size.md", ENV | {"RUN": str(job.run_dir), "TRAIN": command})
-    survived = job.process.wait(60) == exit_codes.HALTED and "written by 2 ranks and now on 3" in output
+    survived = (
+        job.process.wait(60) == exit_codes.HALTED and "written by 2 ranks and now on 3" in output
+    )
     one, other = read_done(two_ranks), read_done(job.run_dir)
     same = one["order_digest"] == other["order_digest"] and other["world_size"] == 3
     pairs = zip(losses(two_ranks), losses(job.run_dir), strict=True)

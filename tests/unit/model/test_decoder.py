@@ -126,12 +126,12 @@ def test_the_papers_parameters():
     assert whole == 7_611_515_552
 
 
-def test_the_readmes_line_prints_what_it_says():
-    readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r'^python -c "(import torch; from mdm.presets .*)"$', readme, re.M)
+def test_the_documented_line_prints_what_it_says():
+    page = (ROOT / "docs" / "reference" / "presets.md").read_text()
+    (code,) = re.findall(r'^python -c "(import torch; from mdm.presets .*)"$', page, re.M)
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True)
     assert printed.stdout == "7.60 B, 49, 2048\n", printed.stderr
-    assert f"prints `{printed.stdout.strip()}`" in readme
+    assert f"prints `{printed.stdout.strip()}`" in page
 
 
 def test_the_papers_gflops():
