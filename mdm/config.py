@@ -122,12 +122,12 @@ class ObjectiveConfig:
     beta_kl: float = doc(1e-5, "weight of the KL term, beta of Eq. 18")
     se_trajectory: int = doc(6, "candidates from the token's own noisy trajectory")
     se_in_batch: int = doc(32, "candidates from other tokens of the batch")
-    p_text_to_image: float = doc(0.3, "share of samples with clean text, noised picture")
-    p_image_to_text: float = doc(0.15, "share of samples with clean picture, noised text")
+    p_text_to_image: float = doc(0.3, "share of samples with clean text, noised image")
+    p_image_to_text: float = doc(0.15, "share of samples with clean image, noised text")
     p_image: float = doc(0.2, "share with the text dropped: class to image, and no condition")
-    p_text: float = doc(0.05, "share with the picture dropped: text without a condition")
+    p_text: float = doc(0.05, "share with the image dropped: text without a condition")
     condition_noise: float = doc(
-        0.0, "pictures given for their text are noised up to this share of the steps (Ho 2021)"
+        0.0, "images given for their text are noised up to this share of the steps (Ho 2021)"
     )
     p_class: float = doc(0.8, "share of labelled samples of p_image that see their class")
     p_self_condition: float = doc(0.25, "share of steps that also see their own last estimate")
@@ -203,7 +203,7 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = doc((), "name:weight, separated by commas")
     global_batch: int = doc(64, "samples a step, over all ranks; of packed texts, rows")
     window: int = doc(4, "record batches shuffled together")
-    caption_length: int = doc(16, "text tokens beside a picture")
+    caption_length: int = doc(16, "text tokens beside an image")
     dialogue_length: int = doc(48, "text tokens of a text-only sample, or of a row of packed ones")
     texts_per_row: int = doc(1, "text-only samples a row; above 1 they are packed, unpadded")
     stages: tuple[StageConfig, ...] = doc(
@@ -254,9 +254,9 @@ class TrainConfig:
     snapshots: int = doc(
         0, "evenly spaced exports of the averaged weights, for sample grids over training"
     )
-    pictures: int = doc(
+    images: int = doc(
         0,
-        "pictures of each kind that rank 0 draws with every snapshot, on its CPU while the others "
+        "images of each kind that rank 0 draws with every snapshot, on its CPU while the others "
         "wait, for the run's page; 0 for none",
     )
     log_every: int = doc(10, "steps between lines of metrics")
@@ -291,15 +291,15 @@ class TrainConfig:
                 getattr(self, name) > 0,
                 f"train.{name} is {getattr(self, name)}; it must be positive",
             )
-        for name in ("warmup", "weight_decay", "keep_every", "snapshots", "pictures"):
+        for name in ("warmup", "weight_decay", "keep_every", "snapshots", "images"):
             value = getattr(self, name)
             _check(value >= 0, f"train.{name} is {value}; it must not be negative")
         for name in ("ema", "ema2", "beta1", "beta2"):
             value = getattr(self, name)
             _check(0.0 <= value < 1.0, f"train.{name} is {value}; it lies in [0, 1)")
         _check(
-            not self.pictures or self.snapshots > 0,
-            f"train.pictures is {self.pictures}, to be drawn with every snapshot, but "
+            not self.images or self.snapshots > 0,
+            f"train.images is {self.images}, to be drawn with every snapshot, but "
             f"train.snapshots is {self.snapshots}",
         )
 
@@ -348,8 +348,8 @@ class Config:
         )
         for name in ("tokenizer", "autoencoder"):
             _check(
-                not self.train.pictures or bool(getattr(self, name)),
-                f"train.pictures is {self.train.pictures}, but --{name} is missing to draw them",
+                not self.train.images or bool(getattr(self, name)),
+                f"train.images is {self.train.images}, but --{name} is missing to draw them",
             )
 
 

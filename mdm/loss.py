@@ -162,7 +162,7 @@ class Loss(nn.Module):
             None if image is None else image.z_t,
             None if image is None else _log_snr(schedule.IMAGE, levels.t_img),
             estimate_txt=estimate,
-            picture_at=batch.picture_at,
+            image_at=batch.image_at,
             text_of=batch.text_of,
         )
         return prediction

@@ -39,7 +39,7 @@ DEMO = Config(
         ),
         global_batch=64,
         caption_length=10,
-        dialogue_length=28,  # with its two pads as long as a caption and a picture
+        dialogue_length=28,  # with its two pads as long as a caption and an image
     ),
     train=TrainConfig(
         steps=2900,

@@ -1,4 +1,4 @@
-"""Evaluate exported, averaged weights: numbers, sheets of pictures, texts; also to MLflow.
+"""Evaluate exported, averaged weights: numbers, sheets of images, texts; also to MLflow.
 
 `python pipelines/evaluate.py --checkpoint runs/demo/train/export --data s3://mdm-demo/encoded`
 

@@ -1,16 +1,16 @@
-"""Generate with exported weights: pictures from classes or text, text from pictures or dialogue.
+"""Generate with exported weights: images from classes or text, text from images or dialogue.
 
   generate.py --checkpoint runs/demo/train/export --task class-to-image --input 0,1,2,3
   generate.py --checkpoint runs/demo/train/export --task text-to-image --input "handwritten seven"
   generate.py --checkpoint runs/demo/train/export --task image-to-text --input a.png --input b.jpg
   generate.py --checkpoint runs/demo/train/export --task reply --input "How are you?"
-  generate.py --task reply --input "<image> Which digit is this?" --pictures a.png
+  generate.py --task reply --input "<image> Which digit is this?" --images a.png
   generate.py --checkpoint runs/demo/train/export --task joint --n 16
   generate.py --checkpoint runs/demo/train/export --selection 0.5 --selection_map map.png
 
 Repeat --input for several inputs; classes may be separated by commas too, texts and dialogues by
 '|'. Images go to --out, one PNG each and a grid; texts are printed. A dialogue's turns are
-separated by '=>', user first; `<image>` in them marks where each of `--pictures` stands. A step is
+separated by '=>', user first; `<image>` in them marks where each of `--images` stands. A step is
 one evaluation of the network, whatever the solver. `--selection_map` saves which tokens
 had settled at which evaluation: a row a result, a column an evaluation, orange for settled tokens
 of the image and, below it, of the text.

@@ -97,14 +97,14 @@ def replay(config: Config, step: int) -> int:
     return exit_codes.DONE
 
 
-def drawing(pictures: int) -> Draw | None:
-    """What draws so many pictures of each kind with a snapshot; None for none."""
-    if not pictures:
+def drawing(images: int) -> Draw | None:
+    """What draws so many images of each kind with a snapshot; None for none."""
+    if not images:
         return None
     # Imported here: what generates takes seconds to import.
     from mdm.report.samples import draw_samples
 
-    return functools.partial(draw_samples, n=pictures)
+    return functools.partial(draw_samples, n=images)
 
 
 def run(flags: Flags, config: Config, world: World) -> int:
@@ -123,7 +123,7 @@ def run(flags: Flags, config: Config, world: World) -> int:
         leaf_classes=gathered,
         track=flags.tracking,
         profiled=parse_steps(flags.profile),
-        draw=drawing(config.train.pictures),
+        draw=drawing(config.train.images),
     )
 
 

@@ -1,7 +1,7 @@
-"""Train a small AutoencoderKL on the training pictures of one or more data sets.
+"""Train a small AutoencoderKL on the training images of one or more data sets.
 
 Writes a folder in diffusers' format, `autoencoder.json` (figures) and `reconstructions.png`
-(held-out pictures above their reconstructions).
+(held-out images above their reconstructions).
 """
 
 from mdm.launch.job import job

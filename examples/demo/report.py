@@ -29,7 +29,7 @@ TARGETS = (
         "Image → text",
         at_least=0.85,
         beside="classifier_accuracy_reconstructed",
-        note="the classifier on the same pictures",
+        note="the classifier on the same images",
     ),
     Target(
         "t2i_accuracy",
@@ -67,8 +67,8 @@ TARGETS = (
     ),
     Target(
         "nn_distance_ratio",
-        "Distance to the nearest training picture",
-        note="over that of held-out pictures: 1 is new, 0 is copied",
+        "Distance to the nearest training image",
+        note="over that of held-out images: 1 is new, 0 is copied",
     ),
     Target("class_share_min", "Rarest class", beside="class_share_max", note="most frequent class"),
 )
@@ -126,8 +126,8 @@ def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
     lines = read_lines(run / "train" / "metrics.jsonl", {"step": float, "samples_seen": float})
     stages = _stages(run, order)
     training: dict[str, Any] = next(s["report"] for s in stages if s["name"] == "train")
-    with Image.open(run / "autoencoder" / "reconstructions.png") as picture:
-        reconstructions = data_uri(picture.convert("RGB"))
+    with Image.open(run / "autoencoder" / "reconstructions.png") as image:
+        reconstructions = data_uri(image.convert("RGB"))
     metrics = evaluation["metrics"]
     return {
         "metrics": metrics,

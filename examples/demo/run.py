@@ -1,4 +1,4 @@
-"""From published data to a report with pictures: every stage of the demo, each once.
+"""From published data to a report with images: every stage of the demo, each once.
 
 Interrupted anywhere and run again, it goes on: finished stages are skipped, a broken one continues.
 `--review true` serves the MLflow pages of what it tracked instead.
@@ -46,7 +46,7 @@ class Flags:
     ranks: int = doc(2, "training processes")
     tracking: bool = doc(True, "log to MLflow; false: nothing is written for it")
     train_flags: str = doc("", "more flags for the training job, separated by spaces")
-    n: int = doc(500, "pictures of each kind that the evaluation draws")
+    n: int = doc(500, "images of each kind that the evaluation draws")
 
     def __post_init__(self) -> None:
         if self.store not in ("s3", "file"):
@@ -59,8 +59,8 @@ def stages(flags: Flags) -> list[Stage]:
     preset = PRESETS["demo"]
     data, tokenizer, autoencoder = f"{out}/data", f"{out}/tokenizer", f"{out}/autoencoder"
     encoded = f"s3://{BUCKET}/encoded" if flags.store == "s3" else f"{out}/encoded"
-    pictures = [f"--datasets=imagenet={data}/digits", f"--datasets=journeydb={data}/emoji"]
-    texts = [*pictures, f"--datasets=ultrachat={data}/dialogues"]
+    images = [f"--datasets=imagenet={data}/digits", f"--datasets=journeydb={data}/emoji"]
+    texts = [*images, f"--datasets=ultrachat={data}/dialogues"]
     store = ("s3",) if flags.store == "s3" else ()
 
     def job(name: str, *flags: str) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ def stages(flags: Flags) -> list[Stage]:
             "Train the autoencoder",
             job(
                 "train_autoencoder",
-                *(*pictures, "--out", autoencoder, "--steps", "600"),
+                *(*images, "--out", autoencoder, "--steps", "600"),
             ),
             outputs=(autoencoder,),
             report=Path(autoencoder, "autoencoder.json"),

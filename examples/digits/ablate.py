@@ -59,11 +59,11 @@ class Flags:
     seeds: int = doc(3, "seeds of each variant")
     train_steps: int = doc(1000, "optimizer steps of each variant")
     jobs: int = doc(2, "variants at once")
-    guidance: float = doc(0.2, "guidance weight of pictures")
-    joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
+    guidance: float = doc(0.2, "guidance weight of images")
+    joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
     steps: int = doc(20, "solver steps")
-    solver: str = doc("dpmpp2m", f"of pictures: one of {', '.join(SOLVERS)}")
-    text_solver: str = doc("ddpm", "of captions, and of pictures drawn with their captions")
+    solver: str = doc("dpmpp2m", f"of images: one of {', '.join(SOLVERS)}")
+    text_solver: str = doc("ddpm", "of captions, and of images drawn with their captions")
     weights: str = doc("runs/learn/train/export", "long-trained weights, to compare solvers on")
 
     def __post_init__(self) -> None:
@@ -112,8 +112,8 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
         solver=flags.solver,
         text_solver=flags.text_solver,
     )
-    shown = drawn.pictures[: len(learn_data.WORDS)]
-    sheet = save_sheet(shown, folder / "pictures.png", columns=len(shown))
+    shown = drawn.images[: len(learn_data.WORDS)]
+    sheet = save_sheet(shown, folder / "images.png", columns=len(shown))
     rows = read_lines(folder / "train" / "metrics.jsonl", {"loss": float})
     losses = [row["loss"] for row in rows]
     last = losses[-max(1, len(losses) // 10) :]
@@ -123,29 +123,29 @@ def run_one(flags: Flags, setting: Setting, name: str, seed: int) -> dict[str, A
 
 
 def solvers(flags: Flags, setting: Setting) -> dict[str, dict[str, dict[str, Any]]]:
-    """Pictures from captions by every solver, against its evaluations of the network."""
+    """Images from captions by every solver, against its evaluations of the network."""
     generator, ruler = load(Path(flags.weights), setting), setting.ruler
     found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in SOLVERS}
     for name in SOLVERS:
         for n in tqdm(EVALUATIONS, desc=name, unit="count"):
-            pictures = generator.text_to_image(
+            images = generator.text_to_image(
                 ruler.texts, guidance=flags.guidance, steps=n, solver=name
             )
-            found[name][str(n)] = ruler.measure(pictures)[0]
+            found[name][str(n)] = ruler.measure(images)[0]
     return found
 
 
 def selections(flags: Flags, setting: Setting) -> dict[str, dict[str, Any]]:
-    """Pictures from captions with settled tokens frozen and dropped, by threshold in nats."""
+    """Images from captions with settled tokens frozen and dropped, by threshold in nats."""
     generator, ruler = load(Path(flags.weights), setting, compiled=False), setting.ruler
     found = {}
     for threshold in (0.0, *SELECTIONS):
         began = time.perf_counter()
-        pictures = generator.text_to_image(
+        images = generator.text_to_image(
             ruler.texts, guidance=flags.guidance, steps=flags.steps, selection=threshold
         )
         seconds = time.perf_counter() - began
-        found[str(threshold)] = ruler.measure(pictures)[0] | {"seconds": seconds}
+        found[str(threshold)] = ruler.measure(images)[0] | {"seconds": seconds}
     return found
 
 
@@ -176,7 +176,7 @@ def main() -> int:
     print(runs_table(found))
     out = Path(flags.out)
     sheets = {
-        name: rows[0].pop("sheet") | {"file": f"{folder_name(name, 0)}/pictures.png"}
+        name: rows[0].pop("sheet") | {"file": f"{folder_name(name, 0)}/images.png"}
         for name, rows in found.items()
     }
     plain: dict[str, Any] = {"variants": found, "sheets": sheets, "flags": vars(flags)}

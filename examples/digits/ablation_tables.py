@@ -16,9 +16,9 @@ from mdm.report.solver_chart import chart
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 COLUMNS = {
-    "t2i_accuracy": "caption → picture",
+    "t2i_accuracy": "caption → image",
     "t2i_accuracy_unguided": "not guided",
-    "i2t_accuracy": "picture → caption",
+    "i2t_accuracy": "image → caption",
     "joint_agreement": "both at once",
     "recall": "recall",
     "fid64": "FID, 64-d",
@@ -48,7 +48,7 @@ def solver_table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Agreement and distance of every solver, as Markdown."""
     counts = list(next(iter(found.values())))
     lines = [
-        "| caption → picture / FID, evaluations | " + " | ".join(map(str, counts)) + " |",
+        "| caption → image / FID, evaluations | " + " | ".join(map(str, counts)) + " |",
         "|---|" + "---:|" * len(counts),
     ]
     for name, row in found.items():
@@ -59,7 +59,7 @@ def solver_table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 
 def selection_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Agreement, distance and time by threshold, as Markdown."""
-    lines = ["| selection below | caption → picture | FID, 64-d | time |", "|---|---:|---:|---:|"]
+    lines = ["| selection below | caption → image | FID, 64-d | time |", "|---|---:|---:|---:|"]
     off = next(iter(found.values()))
     for threshold, row in found.items():
         name = f"{threshold} nats" if float(threshold) else "off"
@@ -96,7 +96,7 @@ def dot_chart(values: Mapping[str, Sequence[float]], title: str) -> str:
 
 
 def section(ablation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What the page shows of `ablation`, whose first seeds' pictures lie in `folder`."""
+    """What the page shows of `ablation`, whose first seeds' images lie in `folder`."""
     runs: Runs = ablation["variants"]
     found = {
         "flags": ablation["flags"],
@@ -107,7 +107,7 @@ def section(ablation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             }
             for c in CHARTED
         ],
-        "pictures": tiles({name: ablation["sheets"][name] for name in runs}, {}, folder),
+        "images": tiles({name: ablation["sheets"][name] for name in runs}, {}, folder),
         "solvers": [],
         "selections": ablation.get("selections", {}),
     }

@@ -1,6 +1,6 @@
 """The smallest real task: scikit-learn's 8 x 8 digits with captions of several templates.
 
-Writes what the trainer reads (a tokenizer and an encoded data set) and keeps held-out pictures
+Writes what the trainer reads (a tokenizer and an encoded data set) and keeps held-out images
 back. 1,797 handwritten digits (UCI, Alpaydin and Kaynak, CC BY 4.0); a fifth is held out.
 """
 
@@ -33,7 +33,7 @@ TEMPLATES = (
 NAMES = ClassNames(tuple((word, str(numeral)) for numeral, word in enumerate(WORDS)))
 VOCAB_SIZE = 96
 PATCH = 4
-HELD_OUT = 5  # every fifth picture of a class
+HELD_OUT = 5  # every fifth image of a class
 BATCH_ROWS = 128
 
 
@@ -44,14 +44,14 @@ def caption(digit: int, template: int) -> str:
 
 @dataclass(frozen=True)
 class Digits:
-    """Pictures [n, 8, 8] in [0, 1] and their classes i64 [n]."""
+    """Images [n, 8, 8] in [0, 1] and their classes i64 [n]."""
 
     grey: Tensor
     labels: Tensor
 
 
 def split() -> tuple[Digits, Digits]:
-    """Training and held-out pictures; every class gives a fifth of its own."""
+    """Training and held-out images; every class gives a fifth of its own."""
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images / 16.0).float()
     labels = torch.from_numpy(bunch.target).long()
@@ -64,9 +64,9 @@ def split() -> tuple[Digits, Digits]:
 
 
 def write(folder: Path) -> tuple[Digits, Digits, PixelPatches]:
-    """Write `tokenizer.model` and `encoded/digits` into `folder`: each picture with each caption.
+    """Write `tokenizer.model` and `encoded/digits` into `folder`: each image with each caption.
 
-    Returns training pictures, held-out pictures, and the way between pictures and tokens.
+    Returns training images, held-out images, and the way between images and tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train, heldout = split()
@@ -111,7 +111,7 @@ def _corpus() -> list[str]:
 
 def _examples(digits: Digits, pixels: PixelPatches, tokenizer: Tokenizer) -> Examples:
     n, k = len(digits.labels), len(TEMPLATES)
-    # Captions of one picture lie far apart, so that a window of the order holds many pictures.
+    # Captions of one image lie far apart, so that a window of the order holds many images.
     rows = [(i, (i + turn) % k) for turn in range(k) for i in range(n)]
     picks = np.array([i for i, _ in rows])
     latents = to_bfloat16_bits(pixels.encode(digits.grey).flatten(1).numpy())

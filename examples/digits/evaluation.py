@@ -1,6 +1,6 @@
 """What a model has learnt of a small captioned set: both directions, both at once, and how wide.
 
-Shapes: n pictures, 64 feature dimensions of an independent classifier.
+Shapes: n images, 64 feature dimensions of an independent classifier.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,17 +34,17 @@ class Generates(Protocol):
     def joint(
         self, n: int, *, guidance: float, steps: int, seed: int, solver: str
     ) -> tuple[Tensor, list[str]]:
-        """Pictures and captions, drawn together."""
+        """Images and captions, drawn together."""
         ...
 
 
 @dataclass(frozen=True)
 class Task:
-    """The set: held-out pictures as pixels, tokens and classes, as many training pictures."""
+    """The set: held-out images as pixels, tokens and classes, as many training images."""
 
     names: ClassNames
     real: Tensor  # held out, f32 [n, 3, H, W]
-    other: Tensor  # training pictures, f32 [n, 3, H, W]: another real sample of the same size
+    other: Tensor  # training images, f32 [n, 3, H, W]: another real sample of the same size
     latents: Tensor  # of `real`, f32 [n, N, C]
     labels: Tensor  # of `real`, i64 [n]
     captions: Callable[[Sequence[int]], list[str]]  # a caption for each class
@@ -54,17 +54,17 @@ class Task:
 class Drawn:
     """What was drawn, for people to look at."""
 
-    pictures: Tensor  # from captions
+    images: Tensor  # from captions
     captions: list[str]  # that they were drawn from
     seen: list[int]  # what the classifier takes them for
-    described: list[str]  # captions of the held-out pictures
-    joint_pictures: Tensor
+    described: list[str]  # captions of the held-out images
+    joint_images: Tensor
     joint_captions: list[str]
     joint_seen: list[int]
 
 
 class Ruler:
-    """Measures pictures against the held-out ones, all in features of one classifier."""
+    """Measures images against the held-out ones, all in features of one classifier."""
 
     def __init__(self, judge: Classifier, task: Task) -> None:
         self.judge, self.task, self.classes = judge, task, len(task.names)
@@ -74,9 +74,9 @@ class Ruler:
         self.wanted = torch.arange(len(task.labels)) % self.classes
         self.texts = task.captions(self.wanted.tolist())
 
-    def measure(self, pictures: Tensor) -> tuple[dict[str, Any], image.Labels]:
-        """Numbers of as many pictures as are held out, drawn from `texts`; their classes."""
-        seen, features = self.judge.judge(pictures)
+    def measure(self, images: Tensor) -> tuple[dict[str, Any], image.Labels]:
+        """Numbers of as many images as are held out, drawn from `texts`; their classes."""
+        seen, features = self.judge.judge(images)
         features = features / self.unit
         precision, recall = image.precision_recall(self.reference, features)
         shares = image.class_shares(seen, self.classes) * self.classes
@@ -89,7 +89,7 @@ class Ruler:
         }, seen
 
     def floor(self) -> dict[str, float]:
-        """The same of other real pictures."""
+        """The same of other real images."""
         features = self.judge.judge(self.task.other)[1] / self.unit
         precision, recall = image.precision_recall(self.reference, features)
         return {
@@ -111,26 +111,26 @@ def evaluate(
     text_solver: str,
     seed: int = 0,
 ) -> tuple[dict[str, Any], Drawn]:
-    """Numbers beside their floors, and the pictures and texts behind them.
+    """Numbers beside their floors, and the images and texts behind them.
 
-    Pictures are asked for by caption, as many of each class as are held out; every distance is
-    between equally many pictures. `text_solver` draws captions, alone and with their pictures.
+    Images are asked for by caption, as many of each class as are held out; every distance is
+    between equally many images. `text_solver` draws captions, alone and with their images.
     """
     task, wanted, texts = ruler.task, ruler.wanted.numpy(), ruler.texts
-    pictures = generator.text_to_image(
+    images = generator.text_to_image(
         texts, guidance=guidance, steps=steps, seed=seed, solver=solver
     )
-    metrics, seen = ruler.measure(pictures)
+    metrics, seen = ruler.measure(images)
     free = generator.text_to_image(texts, guidance=0.0, steps=steps, seed=seed, solver=solver)
     metrics |= {f"{name}_unguided": value for name, value in ruler.measure(free)[0].items()}
     described = generator.image_to_text(
         task.latents, guidance=0.0, steps=2 * steps, seed=seed, solver=text_solver
     )
     n = len(task.labels)
-    joint_pictures, joint_captions = generator.joint(
+    joint_images, joint_captions = generator.joint(
         n, guidance=joint_guidance, steps=2 * steps, seed=seed, solver=text_solver
     )
-    joint_seen = ruler.judge.judge(joint_pictures)[0]
+    joint_seen = ruler.judge.judge(joint_images)[0]
     named = np.array([task.names.named(text) for text in joint_captions])
     joint_shares = image.class_shares(joint_seen, ruler.classes) * ruler.classes
     metrics |= ruler.floor() | {
@@ -141,11 +141,11 @@ def evaluate(
         "n": n,
     }
     drawn = Drawn(
-        pictures,
+        images,
         texts,
         seen.tolist(),
         described,
-        joint_pictures,
+        joint_images,
         joint_captions,
         joint_seen.tolist(),
     )

@@ -38,11 +38,11 @@ class Flags:
     out: str = doc("runs/learn", "folder for everything it writes")
     ranks: int = doc(2, "training processes")
     train_flags: str = doc("", "more flags for the training job, separated by spaces")
-    guidance: float = doc(0.2, "guidance weight of pictures")
-    joint_guidance: float = doc(1.0, "guidance weight of pictures and captions drawn together")
+    guidance: float = doc(0.2, "guidance weight of images")
+    joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
     steps: int = doc(20, "solver steps")
-    solver: str = doc("dpmpp2m", f"of pictures: one of {', '.join(SOLVERS)}")
-    text_solver: str = doc("ddpm", "of captions, and of pictures drawn with their captions")
+    solver: str = doc("dpmpp2m", f"of images: one of {', '.join(SOLVERS)}")
+    text_solver: str = doc("ddpm", "of captions, and of images drawn with their captions")
     seed: int = doc(0, "of training and of everything drawn")
 
 
@@ -56,7 +56,7 @@ class Setting:
 
 
 def prepare(folder: Path) -> Setting:
-    """Write the data, train the judge on the training pictures."""
+    """Write the data, train the judge on the training images."""
     shutil.rmtree(folder, ignore_errors=True)
     train, heldout, pixels = learn_data.write(folder)
 

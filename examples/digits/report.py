@@ -18,20 +18,20 @@ SHEETS = "sheets.json"
 def targets(metrics: Mapping[str, Any]) -> list[Target]:
     """What the run should reach; floors come from the same run."""
     return [
-        Target("t2i_accuracy", "Caption → picture, guided", at_least=0.95,
-               beside="classifier_accuracy", note="ceiling: real held-out pictures"),
-        Target("t2i_accuracy_unguided", "Caption → picture, not guided"),
+        Target("t2i_accuracy", "Caption → image, guided", at_least=0.95,
+               beside="classifier_accuracy", note="ceiling: real held-out images"),
+        Target("t2i_accuracy_unguided", "Caption → image, not guided"),
         Target("shuffled_control", "The same with captions dealt out anew", at_most=0.2),
-        Target("i2t_accuracy", "Held-out picture → caption", at_least=0.97),
-        Target("joint_agreement", "Both at once: caption names the picture", at_least=0.90),
+        Target("i2t_accuracy", "Held-out image → caption", at_least=0.97),
+        Target("joint_agreement", "Both at once: caption names the image", at_least=0.90),
         Target("class_share_min", "Rarest class, of its even share", at_least=0.5),
         Target("class_share_max", "Commonest class, of its even share", at_most=2.0),
         Target("recall", "Recall, k = 3", at_least=0.75 * metrics["recall_floor"],
-               beside="recall_floor", note="other real pictures of the same number"),
+               beside="recall_floor", note="other real images of the same number"),
         Target("precision", "Precision, k = 3",
-               beside="precision_floor", note="other real pictures of the same number"),
+               beside="precision_floor", note="other real images of the same number"),
         Target("fid64", "Fréchet distance in 64 features", at_most=2 * metrics["fid64_floor"],
-               beside="fid64_floor", note="other real pictures of the same number"),
+               beside="fid64_floor", note="other real images of the same number"),
     ]  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def save_sheets(task: Task, drawn: Drawn, wanted: Sequence[int], folder: Path) -
     named = task.names.named
     parts = {
         "drawn": (
-            drawn.pictures,
+            drawn.images,
             [
                 Label(text, "", seen == c)
                 for text, seen, c in zip(drawn.captions, drawn.seen, wanted, strict=True)
@@ -54,7 +54,7 @@ def save_sheets(task: Task, drawn: Drawn, wanted: Sequence[int], folder: Path) -
             ],
         ),
         "joint": (
-            drawn.joint_pictures,
+            drawn.joint_images,
             [
                 Label(text, "", named(text) == seen)
                 for text, seen in zip(drawn.joint_captions, drawn.joint_seen, strict=True)
@@ -63,8 +63,8 @@ def save_sheets(task: Task, drawn: Drawn, wanted: Sequence[int], folder: Path) -
         "real": (task.real, [Label("") for _ in task.real]),
     }
     found, labels = {}, {}
-    for name, (pictures, marks) in parts.items():
-        found[name] = vars(save_sheet(pictures[:SHOWN], folder / f"{name}.png", columns=10))
+    for name, (images, marks) in parts.items():
+        found[name] = vars(save_sheet(images[:SHOWN], folder / f"{name}.png", columns=10))
         labels[name] = [vars(mark) for mark in marks[:SHOWN]]
     write_json(folder / SHEETS, {"sheets": found, "labels": labels})
 

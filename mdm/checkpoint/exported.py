@@ -146,7 +146,7 @@ tags: [mamba2, diffusion, multimodal, text-to-image, image-to-text]
 # Multi-Modal Diffusion Mamba
 
 One {model.decoder} decoder of {model.n_layer} blocks of width {model.d_model}, {parameters:,}
-numbers in all, for pictures of {model.image_height} x {model.image_width} latent tokens and texts
+numbers in all, for images of {model.image_height} x {model.image_width} latent tokens and texts
 of up to {model.text_length} tokens out of {model.vocab_size:,}.
 
 ## Files
@@ -169,7 +169,7 @@ Data sets and their shares: {sources}.
 from mdm.generate import Generator
 
 model = Generator.from_pretrained("this folder")
-pictures = model.text_to_image(["a caption"])
+images = model.text_to_image(["a caption"])
 ```
 
 Outputs repeat what the training data holds, its errors and biases included; nothing filters them.

@@ -21,7 +21,7 @@ MAY_CHANGE = (
     "train.keep_every",
     "train.keep_best",
     "train.snapshots",
-    "train.pictures",
+    "train.images",
     "data.stages",  # those to come; the loader refuses a change of what was consumed
     "data.root",  # manifests are compared by the loader,
     "tokenizer",  # these two with the manifests,

@@ -1,6 +1,6 @@
 """What the loader hands to the objective.
 
-Shapes: B samples, N image tokens (rows x columns of the grid) of each of K pictures, M text tokens,
+Shapes: B samples, N image tokens (rows x columns of the grid) of each of K images, M text tokens,
 C numbers a latent. Packed texts lie in R rows of M tokens; elsewhere a sample is a row, R = B.
 """
 
@@ -27,12 +27,12 @@ class Batch:
     class_ids: Tensor  # i64 [B], -1 without a class
     tokens: Tensor  # i64 [R, M], text, EOS, then PAD
     prompt: Tensor  # bool [R, M], tokens given as a clean condition, never noised nor predicted
-    # [B, K * N, C] first-stage latents of the pictures' patches, bf16 as they are stored until `to`
+    # [B, K * N, C] first-stage latents of the images' patches, bf16 as they are stored until `to`
     # makes them f32; None for text alone.
     latents: Tensor | None
-    # i64 [B, K] the text token at whose place a picture stands, -1 for one beside the whole text;
+    # i64 [B, K] the text token at whose place an image stands, -1 for one beside the whole text;
     # None: all beside it.
-    picture_at: Tensor | None = None
+    image_at: Tensor | None = None
     # i64 [R, M] which sample a token of packed texts belongs to: counted row by row, each in one
     # row and without a gap, -1 after a row's last. None: row i is sample i.
     text_of: Tensor | None = None
@@ -54,7 +54,7 @@ class Batch:
             k: getattr(self, k).to(device)
             for k in ("keys", "epochs", "class_ids", "tokens", "prompt")
         }
-        for k in ("latents", "picture_at", "text_of"):
+        for k in ("latents", "image_at", "text_of"):
             tensor = getattr(self, k)
             moved[k] = None if tensor is None else tensor.to(device)
         if moved["latents"] is not None:
@@ -84,17 +84,17 @@ class Batch:
             stored = self.latents.dtype == torch.bfloat16
             kind = torch.bfloat16 if stored else torch.float32
             fields["latents"] = ((b, k * n, model.latent_dim), kind)
-            if self.picture_at is not None:
-                fields["picture_at"] = ((b, k), torch.int64)
+            if self.image_at is not None:
+                fields["image_at"] = ((b, k), torch.int64)
             if packed:
                 raise ValueError("text_of tells the places of packed texts but there are latents")
-        elif self.picture_at is not None:
-            raise ValueError("picture_at tells the places of pictures but latents are None")
+        elif self.image_at is not None:
+            raise ValueError("image_at tells the places of images but latents are None")
         self._check_fields(fields, shape, model)
         ranges = {
             "tokens": (0, model.vocab_size - 1, "the vocabulary of another tokenizer?"),
             "class_ids": (-1, model.n_classes - 1, "see model.n_classes"),
-            "picture_at": (-1, shape[1] - 1, "it counts text tokens"),
+            "image_at": (-1, shape[1] - 1, "it counts text tokens"),
             "text_of": (-1, b - 1, "it counts the samples"),
         }
         for name, (low, high, hint) in ranges.items():

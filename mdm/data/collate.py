@@ -114,8 +114,8 @@ class Collator:
             length,
         )
         class_ids = np.concatenate([found.class_ids for found in held])[at].astype(np.int64)
-        pictures = [found.latents for found in held if found.latents is not None]
-        latents = _gathered(pictures, which, rows) if pictures else None
+        images = [found.latents for found in held if found.latents is not None]
+        latents = _gathered(images, which, rows) if images else None
         return _Columns(tokens, prompts, class_ids, latents)
 
     def _packed(self, plans: Sequence[Plan], columns: _Columns) -> list[Batch]:
@@ -192,7 +192,7 @@ def _batches(plans: Sequence[Plan], columns: _Columns) -> list[Batch]:
             class_ids=classes,
             tokens=texts,
             prompt=prompt,
-            latents=pictures,
+            latents=images,
         )
-        for some, keys, epochs, classes, texts, prompt, pictures in parts
+        for some, keys, epochs, classes, texts, prompt, images in parts
     ]

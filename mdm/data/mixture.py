@@ -77,7 +77,7 @@ class Mixture:
         for what in ("tokenizer_sha256", "vocab_size"):
             self._same(what, self.sources)
         for what in ("autoencoder_sha256", "image_grid", "latent_dim"):
-            self._same(what, self.pictures)
+            self._same(what, self.images)
 
     def _check_stages(self, names: Sequence[str]) -> None:
         steps = [s.step for s in self.stages]
@@ -102,7 +102,7 @@ class Mixture:
                 )
 
     @property
-    def pictures(self) -> tuple[Source, ...]:
+    def images(self) -> tuple[Source, ...]:
         """The sources that hold images, of whatever stage."""
         return tuple(s for s in self.sources if s.manifest.task == "image_text")
 
@@ -114,7 +114,7 @@ class Mixture:
     @property
     def autoencoder_sha256(self) -> str | None:
         """The autoencoder that all images were encoded with; None without one."""
-        return next((s.manifest.autoencoder_sha256 for s in self.pictures), None)
+        return next((s.manifest.autoencoder_sha256 for s in self.images), None)
 
     def slots(self, task: str) -> int:
         """Samples that a step of this task consumes."""

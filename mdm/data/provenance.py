@@ -36,7 +36,7 @@ def check_fit(mixture: Mixture, config: Config) -> None:
             f"{config.model.vocab_size}"
         )
     if mixture.autoencoder_sha256 is not None:
-        whose = f"data set {mixture.pictures[0].name!r} was encoded with"
+        whose = f"data set {mixture.images[0].name!r} was encoded with"
         check_autoencoder(config.autoencoder, mixture.autoencoder_sha256, whose)
 
 

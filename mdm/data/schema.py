@@ -21,7 +21,7 @@ MAX_VOCAB_SIZE = 1 << 16  # token ids are stored as uint16
 
 
 def example_schema(image_grid: tuple[int, int] | None, latent_dim: int) -> pa.Schema:
-    """EXAMPLE_SCHEMA: `latents` is there only in data sets with pictures (`image_grid` given)."""
+    """EXAMPLE_SCHEMA: `latents` is there only in data sets with images (`image_grid` given)."""
     fields = [
         _field("id", pa.string(), "the record's id in its data set"),
         _field("origin", pa.string(), "file, or archive::member, below the data set's root"),

@@ -81,19 +81,19 @@ def caption_accuracy(
 
 
 def pair_agreement(
-    names: ClassNames, captions: Sequence[str], picture_classes: Sequence[int]
+    names: ClassNames, captions: Sequence[str], image_classes: Sequence[int]
 ) -> tuple[float, float]:
     """Agreement of generated pairs, and the share of pairs that it was counted over.
 
     Counted are the pairs of which either side is about the classes: the caption speaks of them, or
-    the picture shows one (`picture_classes`, any value outside the classes for none). Such a pair
-    agrees if its caption names the class of its picture.
+    the image shows one (`image_classes`, any value outside the classes for none). Such a pair
+    agrees if its caption names the class of its image.
     """
-    if len(captions) != len(picture_classes) or not captions:
-        raise ValueError(f"{len(captions)} captions for {len(picture_classes)} pictures")
+    if len(captions) != len(image_classes) or not captions:
+        raise ValueError(f"{len(captions)} captions for {len(image_classes)} images")
     counted = [
         (names.named(text), shown)
-        for text, shown in zip(captions, picture_classes, strict=True)
+        for text, shown in zip(captions, image_classes, strict=True)
         if names.concerns(text) or 0 <= shown < len(names)
     ]
     agreed = sum(named == shown and named != NO_CLASS for named, shown in counted)

@@ -1,10 +1,10 @@
-"""An independent judge of small pictures: a CNN trained on real ones, outside the model.
+"""An independent judge of small images: a CNN trained on real ones, outside the model.
 
-Its classes are the data set's own plus one more, "none of them", learnt from other pictures, so
-that a picture of something else is not taken for a class. Its last hidden layer (64 wide) is the
+Its classes are the data set's own plus one more, "none of them", learnt from other images, so
+that an image of something else is not taken for a class. Its last hidden layer (64 wide) is the
 feature space of the distances.
 
-Shapes: B pictures, H = W = 32.
+Shapes: B images, H = W = 32.
 """
 
 import itertools
@@ -75,7 +75,7 @@ class Training:
 
 
 def _augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    # Shift, turn and scale a little, and blur or dim some: generated pictures pass a decoder that
+    # Shift, turn and scale a little, and blur or dim some: generated images pass a decoder that
     # softens strokes, and the judge must read them as it reads sharp ones.
     n = len(x)
 

@@ -1,4 +1,4 @@
-"""What an evaluation compares with: encoded rows, real pictures, prompts."""
+"""What an evaluation compares with: encoded rows, real images, prompts."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Real pictures: `pixels` f32 [n, 3, H, W] in [0, 1], `labels` i64 [n], -1 for none."""
+class Images:
+    """Real images: `pixels` f32 [n, 3, H, W] in [0, 1], `labels` i64 [n], -1 for none."""
 
     pixels: Tensor
     labels: Tensor
@@ -56,11 +56,11 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def halves(self) -> "tuple[Pictures, Pictures]":
+    def halves(self) -> "tuple[Images, Images]":
         """Two disjoint halves with the same share of each class."""
         order = torch.argsort(self.labels, stable=True)
         picks = order[0::2].sort().values, order[1::2].sort().values
-        a, b = (Pictures(self.pixels[p], self.labels[p]) for p in picks)
+        a, b = (Images(self.pixels[p], self.labels[p]) for p in picks)
         return a, b
 
 
@@ -81,7 +81,7 @@ def balanced(class_ids: Tensor, n: int) -> Tensor:
 def load_encoded(
     uri: str, tokenizer: Tokenizer, autoencoder_sha256: str = ""
 ) -> tuple[Encoded, Manifest]:
-    """All rows of the pictures encoded at `uri`, every record batch verified, and the manifest.
+    """All rows of the images encoded at `uri`, every record batch verified, and the manifest.
 
     An `autoencoder_sha256` must be that of the set's autoencoder.
 
@@ -89,7 +89,7 @@ def load_encoded(
     """
     manifest = Manifest.load(uri)
     if manifest.task != "image_text":
-        raise ValueError(f"{uri} holds no pictures")
+        raise ValueError(f"{uri} holds no images")
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise ValueError(
             f"{uri} was encoded with tokenizer {manifest.tokenizer_sha256}; the given one is "
@@ -121,8 +121,8 @@ def counts(manifest: Manifest) -> dict[str, int]:
     return found | {"quarantined": len(manifest.quarantine)} | dict(sorted(reasons.items()))
 
 
-def load_pictures(name: str, root: Path, split: str, size: int) -> Pictures:
-    """The readable pictures of a published split, `size` pixels a side, in the order of their ids.
+def load_images(name: str, root: Path, split: str, size: int) -> Images:
+    """The readable images of a published split, `size` pixels a side, in the order of their ids.
 
     Raises ValueError if there is none, or the split or folder is wrong.
     """
@@ -139,10 +139,10 @@ def load_pictures(name: str, root: Path, split: str, size: int) -> Pictures:
         label = -1 if record.label is None else record.label
         found.append((record.id, torch.from_numpy(array), label))
     if not found:
-        raise ValueError(f"dataset {name}: no usable picture in split {split} of {root}")
+        raise ValueError(f"dataset {name}: no usable image in split {split} of {root}")
     found.sort(key=lambda one: one[0])
     pixels = torch.stack([one[1] for one in found]).float() / 255.0
-    return Pictures(pixels, torch.tensor([one[2] for one in found]))
+    return Images(pixels, torch.tensor([one[2] for one in found]))
 
 
 def load_prompts(root: Path, split: str, most: int) -> tuple[tuple[str, ...], ...]:

@@ -1,8 +1,8 @@
-"""Metrics of generated pictures over the features of an independent classifier.
+"""Metrics of generated images over the features of an independent classifier.
 
-Shapes: n pictures, d feature dimensions (at most 64, so that covariances of a few hundred pictures
+Shapes: n images, d feature dimensions (at most 64, so that covariances of a few hundred images
 are full rank). Every distance is meant to be read beside its floor: the same number between two
-sets of real pictures of the same size.
+sets of real images of the same size.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ Labels = NDArray[np.int64]
 
 
 def agreement(predicted: Labels, wanted: Labels) -> float:
-    """Share of pictures that the classifier takes for the class they were asked to be.
+    """Share of images that the classifier takes for the class they were asked to be.
 
     Raises ValueError if the two differ in length or are empty.
     """
@@ -32,7 +32,7 @@ def shuffled_control(predicted: Labels, wanted: Labels, *, seed: int, repeats: i
 
 
 def class_shares(predicted: Labels, n_classes: int) -> NDArray[np.float64]:
-    """Share of the pictures in each class `[n_classes]`; collapse onto few classes shows here.
+    """Share of the images in each class `[n_classes]`; collapse onto few classes shows here.
 
     Predictions outside `0 … n_classes - 1` (no class) count in the whole but in no share.
     """
@@ -44,7 +44,7 @@ def class_shares(predicted: Labels, n_classes: int) -> NDArray[np.float64]:
 def frechet_distance(a: Features, b: Features) -> float:
     """Fréchet distance of the Gaussians fitted to `a [n, d]` and `b [m, d]` (Heusel et al. 2017).
 
-    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½). It falls with the number of pictures: compare only
+    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½). It falls with the number of images: compare only
     at equal n. Raises ValueError if either has too few rows for its covariance.
     """
     for name, x in (("a", a), ("b", b)):
@@ -100,7 +100,7 @@ def _distances(a: Features, b: Features) -> NDArray[np.float64]:
 def _covered(points: Features, support: Features, k: int) -> float:
     # A point is covered if it lies within the k-nearest-neighbour radius of any support point.
     if len(support) <= k:
-        raise ValueError(f"{len(support)} pictures have no {k} nearest neighbours")
+        raise ValueError(f"{len(support)} images have no {k} nearest neighbours")
     radii = np.sort(_distances(support, support), axis=1)[:, k]  # column 0 is the point itself
     return float(np.mean((_distances(points, support) <= radii[None, :]).any(1)))
 
@@ -123,10 +123,10 @@ def nearest_distances(points: Features, train: Features, *, block: int = 256) ->
 def nn_distance_ratio(generated: Features, heldout: Features, train: Features) -> float:
     """Median distance generated → train over median distance held-out → train.
 
-    About 1: as far from the training pictures as new real ones are; near 0: copies of them.
+    About 1: as far from the training images as new real ones are; near 0: copies of them.
     Give all three the same treatment (all decoded by the autoencoder), or blur distorts it.
     """
     base = float(np.median(nearest_distances(heldout, train)))
     if base == 0.0:
-        raise ValueError("half of the held-out pictures are training pictures: not held out")
+        raise ValueError("half of the held-out images are training images: not held out")
     return float(np.median(nearest_distances(generated, train))) / base

@@ -18,7 +18,7 @@ from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import image
 from mdm.evaluate.caption import ClassNames, caption_accuracy, pair_agreement
 from mdm.evaluate.classifier import Classifier
-from mdm.evaluate.heldout import Encoded, Pictures, balanced
+from mdm.evaluate.heldout import Encoded, Images, balanced
 
 
 class Generates(Protocol):
@@ -58,7 +58,7 @@ class Generates(Protocol):
         seed: int,
         solver: str,
     ) -> tuple[Tensor, list[str]]:
-        """Pictures and captions, drawn together."""
+        """Images and captions, drawn together."""
         ...
 
 
@@ -66,12 +66,12 @@ class Generates(Protocol):
 class Settings:
     """How much is drawn, and how."""
 
-    n: int = doc(500, "pictures of each kind")
+    n: int = doc(500, "images of each kind")
     solver: str = doc("ddpm", f"one of {', '.join(SOLVERS)}")
-    guidance: float = doc(3.0, "guidance weight w of (1 + w) cond - w uncond, pictures")
+    guidance: float = doc(3.0, "guidance weight w of (1 + w) cond - w uncond, images")
     text_guidance: float = doc(1.0, "guidance weight for captions")
-    joint_guidance: float = doc(2.0, "guidance weight of pictures drawn with their captions")
-    steps: int = doc(20, "solver steps of a picture")
+    joint_guidance: float = doc(2.0, "guidance weight of images drawn with their captions")
+    steps: int = doc(20, "solver steps of an image")
     text_steps: int = doc(20, "solver steps of a text")
     joint_steps: int = doc(40, "solver steps of each where both are drawn")
     precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
@@ -83,11 +83,11 @@ class DemoData:
     """What the suite compares with."""
 
     names: ClassNames
-    train: Encoded  # encoded training pictures of the classes
-    heldout: Encoded  # encoded held-out pictures of the classes
-    real: Pictures  # held-out pictures of the classes, as published
+    train: Encoded  # encoded training images of the classes
+    heldout: Encoded  # encoded held-out images of the classes
+    real: Images  # held-out images of the classes, as published
     decode: Callable[[Tensor], Tensor]  # latents [n, N, C] → pixels [n, 3, H, W]
-    others_heldout: Encoded | None = None  # encoded held-out pictures of other things
+    others_heldout: Encoded | None = None  # encoded held-out images of other things
     others_train: Encoded | None = None
     prompts: tuple[tuple[str, ...], ...] = ()  # dialogues, the last turn to be answered
 
@@ -125,12 +125,12 @@ def run_demo(
     """
     suite = _Suite(generator, judge, data, settings)
     parts = {
-        "real pictures": suite.reals,
+        "real images": suite.reals,
         "class to image": suite.class_to_image,
         "text to image": suite.text_to_image,
         "image to text": suite.image_to_text,
         "image and text": suite.joint,
-        "other pictures": suite.others,
+        "other images": suite.others,
         "replies": suite.replies,
     }
     with tqdm(parts.items(), desc="evaluate", unit="part") as bar:
@@ -154,15 +154,15 @@ class _Suite:
         self.train_pixels = data.decode(data.train.latents)
         reference, floor = data.real.halves()
         self.m = min(how.n, len(reference), len(floor))
-        # Features are measured in units of their size on training pictures, a constant of the
+        # Features are measured in units of their size on training images, a constant of the
         # judge, so that distances of two judges can be compared.
         some = self.train_pixels[balanced(data.train.class_ids, 1000)]
         self.unit = float(np.sqrt(np.mean(judge.judge(some)[1] ** 2)))
         self.reference = self._balanced_features(reference)
         self.floor = self._balanced_features(floor)
 
-    def _balanced_features(self, pictures: Pictures) -> image.Features:
-        return self._judge(pictures.pixels[balanced(pictures.labels, self.m)])[1]
+    def _balanced_features(self, images: Images) -> image.Features:
+        return self._judge(images.pixels[balanced(images.labels, self.m)])[1]
 
     def _judge(self, pixels: Tensor) -> tuple[image.Labels, image.Features]:
         seen, features = self.judge.judge(pixels)
@@ -204,7 +204,7 @@ class _Suite:
         )
 
     def reals(self) -> None:
-        """Floors and ceilings: what real pictures score, sharp and through the autoencoder."""
+        """Floors and ceilings: what real images score, sharp and through the autoencoder."""
         real, held = self.data.real, self.data.heldout
         self.metrics["classifier_accuracy"] = image.agreement(
             self._judge(real.pixels)[0], real.labels.numpy()
@@ -250,7 +250,7 @@ class _Suite:
         self._show("class_to_image", pixels[:100], labels)
 
     def text_to_image(self) -> None:
-        """Agreement of pictures drawn from class names, every name of every class in turn."""
+        """Agreement of images drawn from class names, every name of every class in turn."""
         names = self.data.names.names
         texts = [
             names[c][(i // self.n_classes) % len(names[c])]
@@ -266,7 +266,7 @@ class _Suite:
         self._show("text_to_image", pixels[:30], labels)
 
     def image_to_text(self) -> None:
-        """Captions of held-out pictures of the classes."""
+        """Captions of held-out images of the classes."""
         rows = balanced(self.data.heldout.class_ids, self.how.n)
         held = self.data.heldout.take(rows)
         texts = self._describe(held.latents)
@@ -280,7 +280,7 @@ class _Suite:
         self._show("captions", self.heldout_pixels[rows[:30]], labels[:30])
 
     def joint(self) -> None:
-        """Pictures and captions drawn together: does the caption name what is shown?"""
+        """Images and captions drawn together: does the caption name what is shown?"""
         names = self.data.names
         pixels, texts = self.generator.joint(
             self.how.n,
@@ -306,7 +306,7 @@ class _Suite:
         self._show("joint", pixels[:40], labels)
 
     def others(self) -> None:
-        """Pictures of other things, drawn from names and captioned: trained on, and held out."""
+        """Images of other things, drawn from names and captioned: trained on, and held out."""
         for name, rows in (
             ("others_train", self.data.others_train),
             ("others_heldout", self.data.others_heldout),

@@ -1,6 +1,6 @@
-"""The frozen first-stage autoencoder (diffusers' AutoencoderKL): pictures <-> latent tokens.
+"""The frozen first-stage autoencoder (diffusers' AutoencoderKL): images <-> latent tokens.
 
-Shapes: B pictures, H x W pixels, f pixels a latent cell (4 or 8), C latent channels (4),
+Shapes: B images, H x W pixels, f pixels a latent cell (4 or 8), C latent channels (4),
 N = (H / 2f) (W / 2f) tokens of 4C numbers, row after row.
 """
 
@@ -18,7 +18,7 @@ from mdm.storage.tensor_file import open_as_created
 _Kl = cast(Any, AutoencoderKL)  # partly typed by diffusers
 
 # Pixels that a CPU takes at once, so that what lies between two convolutions stays in its caches:
-# 64 pictures of 128 px go through one by one, twice as fast as at once.
+# 64 images of 128 px go through one by one, twice as fast as at once.
 _CPU_PIXELS = 1 << 14
 
 
@@ -27,7 +27,7 @@ def build(
     channels: tuple[int, ...] = (16, 32, 64),
     layers: int = 1,
 ) -> nn.Module:
-    """An untrained AutoencoderKL that halves the picture between its `channels` levels.
+    """An untrained AutoencoderKL that halves the image between its `channels` levels.
 
     ValueError where `image_size` does not come out in whole tokens.
     """
@@ -124,7 +124,7 @@ class Autoencoder:
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Pixels f32 [B, 3, H, W] in [0, 1] of latent tokens [B, N, 4C].
 
-        `grid` gives the rows and columns of tokens (the picture size the model was made for).
+        `grid` gives the rows and columns of tokens (the image size the model was made for).
         ValueError where N is not rows x columns.
         """
         rows, columns = grid or self.grid
@@ -150,11 +150,11 @@ class Autoencoder:
         )
         return ((pixels + 1) / 2).clamp(0, 1)
 
-    def _slices(self, pictures: Tensor, pixels: int) -> tuple[Tensor, ...]:
-        """The batch as the network takes it, pictures of so many pixels."""
+    def _slices(self, images: Tensor, pixels: int) -> tuple[Tensor, ...]:
+        """The batch as the network takes it, images of so many pixels."""
         if self._mean.device.type != "cpu":
-            return (pictures,)
-        slices: tuple[Tensor, ...] = pictures.split(max(1, _CPU_PIXELS // pixels))
+            return (images,)
+        slices: tuple[Tensor, ...] = images.split(max(1, _CPU_PIXELS // pixels))
         return slices
 
 

@@ -1,4 +1,4 @@
-"""Fit a small AutoencoderKL to pictures held in memory, and measure it."""
+"""Fit a small AutoencoderKL to images held in memory, and measure it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -24,7 +24,7 @@ def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
 
 def fit(
     model: nn.Module,
-    pictures: Mapping[str, Tensor],
+    images: Mapping[str, Tensor],
     *,
     steps: int,
     batch: int,
@@ -35,18 +35,18 @@ def fit(
 ) -> Iterator[dict[str, float]]:
     """Train `model` in place; yields a step's loss terms and posterior's mean deviation.
 
-    `pictures` are uint8 [n, 3, H, W] a set; every set gives the same share of a batch, so that a
+    `images` are uint8 [n, 3, H, W] a set; every set gives the same share of a batch, so that a
     small one is not drowned. Matrix products in a resolved `precision`, one-cycle rate.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     vae = cast(Any, model.train())
-    share = max(1, batch // len(pictures))
+    share = max(1, batch // len(images))
     for _ in range(steps):
         picks = [
             part[torch.randint(len(part), (share,), generator=generator)]
-            for part in pictures.values()
+            for part in images.values()
         ]
         target = to_signed(torch.cat(picks))
         with autocast(precision):
@@ -71,13 +71,13 @@ def fit(
 
 @torch.inference_mode()
 def channel_statistics(
-    model: nn.Module, pictures: Tensor, batch: int = 256
+    model: nn.Module, images: Tensor, batch: int = 256
 ) -> tuple[list[float], list[float]]:
     """Mean and deviation of each channel of the posterior's mean over uint8 [n, 3, H, W]."""
     vae = cast(Any, model.eval())
     count = 0
     total = square = torch.zeros((), dtype=torch.float64)
-    for part in _batches(pictures, batch):
+    for part in _batches(images, batch):
         cells = vae.encode(to_signed(part)).latent_dist.mode().double()
         total = total + cells.sum((0, 2, 3))
         square = square + cells.square().sum((0, 2, 3))
@@ -87,22 +87,22 @@ def channel_statistics(
     return mean.tolist(), std.tolist()
 
 
-def reconstruct(autoencoder: Autoencoder, pictures: Tensor, batch: int = 256) -> Tensor:
-    """Pictures f32 [n, 3, H, W] in [0, 1] through the autoencoder and back."""
+def reconstruct(autoencoder: Autoencoder, images: Tensor, batch: int = 256) -> Tensor:
+    """Images f32 [n, 3, H, W] in [0, 1] through the autoencoder and back."""
     grid = (
-        pictures.shape[2] // autoencoder.factor // 2,
-        pictures.shape[3] // autoencoder.factor // 2,
+        images.shape[2] // autoencoder.factor // 2,
+        images.shape[3] // autoencoder.factor // 2,
     )
-    parts = [autoencoder.decode(autoencoder.encode(p), grid) for p in _batches(pictures, batch)]
+    parts = [autoencoder.decode(autoencoder.encode(p), grid) for p in _batches(images, batch)]
     return torch.cat(parts)
 
 
-def _batches(pictures: Tensor, batch: int) -> Iterator[Tensor]:
-    for start in range(0, len(pictures), batch):
-        yield pictures[start : start + batch]
+def _batches(images: Tensor, batch: int) -> Iterator[Tensor]:
+    for start in range(0, len(images), batch):
+        yield images[start : start + batch]
 
 
 def psnr(output: Tensor, target: Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB, both in [0, 1]."""
+    """Mean over images of the peak signal-to-noise ratio in dB, both in [0, 1]."""
     error = functional.mse_loss(output, target, reduction="none").mean((1, 2, 3))
     return float((-10 * error.clamp_min(1e-10).log10()).mean())

@@ -1,4 +1,4 @@
-"""Picture bytes -> pixels, strict about what it refuses."""
+"""Image bytes -> pixels, strict about what it refuses."""
 
 import io
 import re
@@ -14,7 +14,7 @@ from mdm.first_stage.bare import Bare
 from mdm.first_stage.exif import orientation
 from mdm.sources.record import one_record
 
-# Larger pictures are refused by their header, before their pixels are unpacked.
+# Larger images are refused by their header, before their pixels are unpacked.
 MAX_PIXELS = 64 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -25,7 +25,7 @@ _SIGNATURES = {
     re.compile(rb"GIF8.*", re.DOTALL): "GIF",
     re.compile(rb"RIFF....WEBP", re.DOTALL): "WEBP",
 }
-_LONGEST = 8  # sides of a picture whose ends are cut off before it is resized
+_LONGEST = 8  # sides of an image whose ends are cut off before it is resized
 
 # Of EXIF's values 2 to 8: how to turn the pixels upright.
 _TURNS = {
@@ -39,12 +39,12 @@ _TURNS = {
 }
 
 
-@one_record(reason="damaged picture:")
+@one_record(reason="damaged image:")
 def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
     """RGB pixels uint8 [3, size, size]: short side resized to `size`, middle cropped.
 
-    The EXIF orientation is applied, transparency lies over white. ValueError says why a picture is
-    refused: empty, not a picture, truncated, damaged, or of too many pixels. What the pixels do not
+    The EXIF orientation is applied, transparency lies over white. ValueError says why an image is
+    refused: empty, not an image, truncated, damaged, or of too many pixels. What the pixels do not
     need may be damaged, and the orientation is read where it can be.
     """
     # JPEG can be unpacked at a fraction of its size; twice the target keeps all detail.
@@ -58,9 +58,9 @@ def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(rgb, dtype=np.uint8).transpose(2, 0, 1))
 
 
-@one_record(reason="damaged picture:")
+@one_record(reason="damaged image:")
 def thumbnail(data: bytes) -> NDArray[np.uint8]:
-    """The whole picture in 96 bytes: 8 x 8 luma, then 4 x 4 of each chroma; errors as above."""
+    """The whole image in 96 bytes: 8 x 8 luma, then 4 x 4 of each chroma; errors as above."""
     small = _decoded(data, 64).convert("YCbCr")
     luma, blue, red = (
         part.resize(size, Image.Resampling.BOX)
@@ -82,7 +82,7 @@ def _decoded(data: bytes, least: int) -> Image.Image:
         raise ValueError(f"too many pixels: more than {MAX_PIXELS}") from None
     except (OSError, SyntaxError) as error:  # what decoders say
         kind = "truncated" if "truncated" in str(error).lower() else "damaged"
-        raise ValueError(f"{kind} picture: {error}") from None
+        raise ValueError(f"{kind} image: {error}") from None
 
 
 def _bare(data: bytes) -> Bare:
@@ -99,38 +99,38 @@ def _bare(data: bytes) -> Bare:
 
 
 def _upright(file: Bare, least: int) -> Image.Image:
-    picture = Image.open(io.BytesIO(file.data), formats=FORMATS)
-    width, height = picture.size
+    image = Image.open(io.BytesIO(file.data), formats=FORMATS)
+    width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"too many pixels: {width} x {height}, more than {MAX_PIXELS}")
     if min(width, height) < 1:
-        raise ValueError(f"picture of no pixels: {width} x {height}")
-    picture.draft(None, (least, least))
-    picture.load()
-    if picture.format == "JPEG":
+        raise ValueError(f"image of no pixels: {width} x {height}")
+    image.draft(None, (least, least))
+    image.load()
+    if image.format == "JPEG":
         _check_jpeg(file.data)
-    if picture.format == "PNG":
-        _check_png(file.data, picture)
+    if image.format == "PNG":
+        _check_png(file.data, image)
     turn = _TURNS.get(orientation(file.exif, file.xmp))
-    return _rgb(picture if turn is None else picture.transpose(turn))
+    return _rgb(image if turn is None else image.transpose(turn))
 
 
 def _unidentified(data: bytes) -> str:
-    """What stands in the place of a picture."""
+    """What stands in the place of an image."""
     for signature, kind in _SIGNATURES.items():
         if signature.fullmatch(data[:12]):
-            return f"damaged picture: begins as a {kind}, but its header cannot be read"
+            return f"damaged image: begins as a {kind}, but its header cannot be read"
     try:
         with one_record(), Image.open(io.BytesIO(data)) as other:
-            return f"a picture of another kind: {other.format}; read are {', '.join(FORMATS)}"
+            return f"an image of another kind: {other.format}; read are {', '.join(FORMATS)}"
     except ValueError:
         pass
     if not data.strip(b"\0"):
-        return f"not a picture: {len(data)} zero bytes"
+        return f"not an image: {len(data)} zero bytes"
     line = data[:256].strip().split(b"\n")[0].strip()[:32].decode("ascii", "replace")
     if line.isascii() and line.isprintable() and line:  # an error page, a table, a pointer
-        return f"not a picture: begins with {line!r}"
-    return f"not a picture: begins with the bytes {data[:8].hex(' ')}"
+        return f"not an image: begins with {line!r}"
+    return f"not an image: begins with the bytes {data[:8].hex(' ')}"
 
 
 def _check_jpeg(data: bytes) -> None:
@@ -160,35 +160,35 @@ def _decode_strictly(data: bytes) -> None:
             raise OSError(str(error)) from None
 
 
-def _check_png(data: bytes, picture: Image.Image) -> None:
+def _check_png(data: bytes, image: Image.Image) -> None:
     """OSError where pixels are missing, or the end.
 
-    Rows that are not there stay zero: to unpack the pixels once more is for pictures whose last row
+    Rows that are not there stay zero: to unpack the pixels once more is for images whose last row
     is, and for interlaced ones.
     """
     png.check_end(data)
-    width, height = picture.size
-    last = picture.crop((0, height - 1, width, height))
-    if "interlace" in picture.info or not np.asarray(last).any():
+    width, height = image.size
+    last = image.crop((0, height - 1, width, height))
+    if "interlace" in image.info or not np.asarray(last).any():
         png.check_pixels(data)
 
 
-def _middle(picture: Image.Image) -> Image.Image:
-    """The middle of a picture that is much longer than wide: resized whole, it fills the memory."""
-    width, height = picture.size
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of an image that is much longer than wide: resized whole, it fills the memory."""
+    width, height = image.size
     longest = _LONGEST * min(width, height)
     if max(width, height) <= longest:
-        return picture
+        return image
     left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
-    return picture.crop((left, top, width - left, height - top))
+    return image.crop((left, top, width - left, height - top))
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits: PIL would clip them, not scale them
-        sixteen = np.asarray(picture, dtype=np.int64).clip(0, 0xFFFF)
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits: PIL would clip them, not scale them
+        sixteen = np.asarray(image, dtype=np.int64).clip(0, 0xFFFF)
         return Image.fromarray((sixteen >> 8).astype(np.uint8)).convert("RGB")
-    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        picture = picture.convert("RGBA")
-        page = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(page, picture).convert("RGB")
-    return picture.convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        page = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(page, image).convert("RGB")
+    return image.convert("RGB")

@@ -1,6 +1,6 @@
-"""Pixel patches in the autoencoder's place, for pictures so small that they need none.
+"""Pixel patches in the autoencoder's place, for images so small that they need none.
 
-Shapes: B pictures of S x S grey values, P pixels a patch each way, N = (S / P)^2 tokens of P^2.
+Shapes: B images of S x S grey values, P pixels a patch each way, N = (S / P)^2 tokens of P^2.
 """
 
 import torch
@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 class PixelPatches:
-    """Grey pictures <-> tokens of mean 0 and deviation 1, with the decoding side of `Autoencoder`.
+    """Grey images <-> tokens of mean 0 and deviation 1, with the decoding side of `Autoencoder`.
 
     `decode` enlarges to `shown` pixels a side, the size that people and the classifier look at.
     """
 
     def __init__(self, size: int, patch: int, mean: float, std: float, shown: int = 32) -> None:
         if size % patch:
-            raise ValueError(f"pictures of {size} pixels do not come out in patches of {patch}")
+            raise ValueError(f"images of {size} pixels do not come out in patches of {patch}")
         self.patch, self.mean, self.std, self.shown = patch, mean, std, shown
         self.grid = (size // patch, size // patch)
         self.latent_dim = patch * patch

@@ -27,7 +27,7 @@ from mdm.sources.record import RawRecord
 from mdm.utils.files import write_json
 from mdm.utils.precision import describe, resolve
 
-HELD_OUT = 20  # one picture in so many, of sets that publish none held out
+HELD_OUT = 20  # one image in so many, of sets that publish none held out
 
 
 @dataclass(frozen=True)
@@ -41,27 +41,27 @@ class TrainAutoencoderConfig:
     out: str = doc("runs/demo/autoencoder", "folder to write; replaced as a whole")
     image_size: int = doc(32, "pixels of a side; the model makes image_size / 4 latent cells of it")
     steps: int = doc(1200, "optimizer steps")
-    batch: int = doc(32, "pictures a step, an equal share from every set")
+    batch: int = doc(32, "images a step, an equal share from every set")
     lr: float = doc(3e-3, "highest learning rate of the one-cycle schedule")
     kl_weight: float = doc(1e-3, "weight of the KL term beside the reconstruction's L1")
-    pictures: int = doc(20_000, "training pictures held in memory, a set")
+    images: int = doc(20_000, "training images held in memory, a set")
     precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
     seed: int = doc(0, "seed of weights, order and noise")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "lr", "pictures"):
+        for name in ("steps", "batch", "lr", "images"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
         resolve(self.precision)
         sources.parse_datasets(self.datasets)
 
 
-def load_pictures(
+def load_images(
     name: str, root: Path, split: str, size: int, most: int, wanted: Callable[[bytes], bool]
 ) -> tuple[Tensor, int]:
-    """The first `most` pictures of a split, uint8 [n, 3, size, size], and how many were bad.
+    """The first `most` images of a split, uint8 [n, 3, size, size], and how many were bad.
 
-    Of those that are `wanted`; a picture that neighbouring records share counts once.
+    Of those that are `wanted`; an image that neighbouring records share counts once.
     """
     last: bytes | None = None
     found: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
@@ -80,29 +80,27 @@ def load_pictures(
         if len(found) == most:
             break
     if not found:
-        raise ValueError(f"dataset {name}: no usable picture in split {split} of {root}")
+        raise ValueError(f"dataset {name}: no usable image in split {split} of {root}")
     return torch.from_numpy(np.stack(found)), bad
 
 
-def everything(picture: bytes) -> bool:
-    """Every picture."""
+def everything(image: bytes) -> bool:
+    """Every image."""
     return True
 
 
-def is_held_out(picture: bytes) -> bool:
-    """One picture in HELD_OUT, by a hash of its bytes."""
-    return xxhash.xxh3_64_intdigest(picture) % HELD_OUT == 0
+def is_held_out(image: bytes) -> bool:
+    """One image in HELD_OUT, by a hash of its bytes."""
+    return xxhash.xxh3_64_intdigest(image) % HELD_OUT == 0
 
 
-def is_kept(picture: bytes) -> bool:
+def is_kept(image: bytes) -> bool:
     """The others."""
-    return not is_held_out(picture)
+    return not is_held_out(image)
 
 
-def grid_picture(
-    sets: list[tuple[Tensor, Tensor]], columns: int = 16, scale: int = 2
-) -> Image.Image:
-    """Rows of real pictures, each above the row of its reconstructions."""
+def grid_image(sets: list[tuple[Tensor, Tensor]], columns: int = 16, scale: int = 2) -> Image.Image:
+    """Rows of real images, each above the row of its reconstructions."""
     rows = []
     for real, output in sets:
         for part in (real, output):
@@ -127,12 +125,12 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
     for name, root in datasets:
         key = root.name
         split = sources.training_splits(name, root)[0]
-        # A set that publishes none held out is divided by a hash of its pictures.
+        # A set that publishes none held out is divided by a hash of its images.
         other = sources.held_out_split(name, root)
         parts = (everything, everything) if other else (is_kept, is_held_out)
         size = config.image_size
-        train_sets[key], lost = load_pictures(name, root, split, size, config.pictures, parts[0])
-        held_out[key], lost_too = load_pictures(name, root, other or split, size, 1000, parts[1])
+        train_sets[key], lost = load_images(name, root, split, size, config.images, parts[0])
+        held_out[key], lost_too = load_images(name, root, other or split, size, 1000, parts[1])
         bad += lost + lost_too if other else lost
     loaded = time.perf_counter()
     history: list[dict[str, float]] = []
@@ -164,17 +162,17 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
         save(model, partial, mean, std)
         autoencoder = Autoencoder.load(partial)
         shown, quality = [], {}
-        for key, pictures in held_out.items():
-            real = pictures.float() / 255
-            output = fit_autoencoder.reconstruct(autoencoder, pictures)
+        for key, images in held_out.items():
+            real = images.float() / 255
+            output = fit_autoencoder.reconstruct(autoencoder, images)
             quality[key] = round(fit_autoencoder.psnr(output, real), 2)
             picks = torch.linspace(0, len(real) - 1, min(16, len(real))).long()
             shown.append((real[picks], output[picks]))
-        grid_picture(shown).save(partial / "reconstructions.png")
+        grid_image(shown).save(partial / "reconstructions.png")
         report = {
             "sha256": autoencoder.sha256,
             "psnr": quality,
-            "train_pictures": {key: len(part) for key, part in train_sets.items()},
+            "train_images": {key: len(part) for key, part in train_sets.items()},
             "bad_records": bad,
             "steps": config.steps,
             "precision": precision,
@@ -183,7 +181,7 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
                 "train": round(trained - loaded, 1),
                 "all": round(time.perf_counter() - started, 1),
             },
-            "pictures_per_second": round(config.steps * config.batch / (trained - loaded), 1),
+            "images_per_second": round(config.steps * config.batch / (trained - loaded), 1),
             "latents_mean": mean,
             "latents_std": std,
             "losses": list(islice(history, 0, None, max(1, config.steps // 100))) + history[-1:],

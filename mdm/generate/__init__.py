@@ -1,4 +1,4 @@
-"""From exported weights to pictures and text."""
+"""From exported weights to images and text."""
 
 from mdm.generate.generator import Generator
 

@@ -25,7 +25,7 @@ from mdm.model.mdm import MDM, text_logits
 class Drawn(NamedTuple):
     """What the loop returns."""
 
-    latents: Tensor | None  # [b, n, c] of the first stage; None without a picture
+    latents: Tensor | None  # [b, n, c] of the first stage; None without an image
     tokens: Tensor  # i64 [b, m]; PAD after the first EOS
     selected: Selected
 
@@ -286,7 +286,7 @@ class _State:
             image,
             None if image is None else torch.full_like(like, level_img),
             estimate,
-            None if image is None else self.request.picture_at,
+            None if image is None else self.request.image_at,
             keep_txt=keep_txt,
             keep_img=keep_img,
         )
@@ -294,7 +294,7 @@ class _State:
         return v, text_logits(said.text, self.means, self.bias)
 
     def latents(self) -> Tensor | None:
-        """First-stage latents of the picture, [b, n, c]."""
+        """First-stage latents of the image, [b, n, c]."""
         if self.image is None:
             return None
         return self.vae.decode_image(self.vae.denormalize_image(self.image))

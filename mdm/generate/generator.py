@@ -26,8 +26,8 @@ from mdm.utils.precision import AUTO, autocast, resolve
 
 log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
-PICTURE = "<image>"  # in a turn of a dialogue: here stands a picture
-TEXT_DELAY = 0.5  # of joint drawing: captions follow pictures more surely than the reverse
+IMAGE_MARK = "<image>"  # in a turn of a dialogue: here stands an image
+TEXT_DELAY = 0.5  # of joint drawing: captions follow images more surely than the reverse
 
 
 class Options(TypedDict, total=False):
@@ -40,7 +40,7 @@ class Options(TypedDict, total=False):
 
 
 class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
-    """Class, text, picture or nothing in; picture, text or both out.
+    """Class, text, image or nothing in; image, text or both out.
 
     Results depend on `seed` and a sample's place in the call alone, not on the batch size. `steps`
     are evaluations of the network, without those of guidance.
@@ -179,7 +179,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> Tensor:
-        """Pictures of the classes, f32 [b, 3, h, w] in [0, 1]."""
+        """Images of the classes, f32 [b, 3, h, w] in [0, 1]."""
         n_classes = self.config.model.n_classes
         if class_ids and not all(-1 <= c < n_classes for c in class_ids):
             raise ValueError(
@@ -202,7 +202,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> Tensor:
-        """Pictures of the captions, f32 [b, 3, h, w] in [0, 1].
+        """Images of the captions, f32 [b, 3, h, w] in [0, 1].
 
         Captions are cut to the length of those in training, with a warning.
         """
@@ -228,7 +228,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> list[str]:
-        """Captions of pictures given as first-stage latents [b, n, c] (`Autoencoder.encode`)."""
+        """Captions of images given as first-stage latents [b, n, c] (`Autoencoder.encode`)."""
 
         def request(index: Tensor) -> Request:
             none = torch.full_like(index, -1)
@@ -241,7 +241,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         self,
         dialogues: Sequence[Sequence[str]],
         *,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         guidance: float = 0.0,
         steps: int = 40,
         seed: int = 0,
@@ -249,24 +249,24 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     ) -> list[str]:
         """The assistant's next turn in each dialogue (user first, alternating).
 
-        `pictures` are first-stage latents [b, k, n, c] of k pictures a dialogue. The k-th mark
-        `<image>` in a dialogue's turns is where its k-th picture stands; without any, pictures
+        `images` are first-stage latents [b, k, n, c] of k images a dialogue. The k-th mark
+        `<image>` in a dialogue's turns is where its k-th image stands; without any, images
         stand beside the whole dialogue.
 
         Raises:
-            ValueError: pictures or marks that are too many or too few, with both numbers.
+            ValueError: images or marks that are too many or too few, with both numbers.
         """
         data = self.config.data
-        length = data.dialogue_length if pictures is None else data.caption_length
-        k = 0 if pictures is None else pictures.shape[1]
-        if pictures is not None and len(pictures) != len(dialogues):
-            raise ValueError(f"{len(pictures)} sets of pictures for {len(dialogues)} dialogues")
+        length = data.dialogue_length if images is None else data.caption_length
+        k = 0 if images is None else images.shape[1]
+        if images is not None and len(images) != len(dialogues):
+            raise ValueError(f"{len(images)} sets of images for {len(dialogues)} dialogues")
         asked = [self._asked(turns, k, length) for turns in dialogues]
         tokens = _padded([ids for ids, _ in asked], length)
         lengths = torch.tensor([len(ids) for ids, _ in asked])
         places = torch.tensor([at for _, at in asked])
         prompt = torch.arange(length) < lengths.unsqueeze(1)
-        latents = None if pictures is None else pictures.flatten(1, 2)
+        latents = None if images is None else images.flatten(1, 2)
 
         def request(index: Tensor) -> Request:
             return Request(
@@ -275,7 +275,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
                 torch.full_like(index, -1),
                 self._noise(index, seed, 0 if latents is None else latents.shape[1], length),
                 latents=None if latents is None else latents[index],
-                picture_at=None if latents is None else places[index],
+                image_at=None if latents is None else places[index],
                 tokens=tokens[index],
                 prompt=prompt[index],
             )
@@ -287,14 +287,14 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         ]
 
     def _asked(self, turns: Sequence[str], k: int, length: int) -> tuple[list[int], list[int]]:
-        """A dialogue's prompt, cut at its beginning, and where its k pictures stand in it."""
+        """A dialogue's prompt, cut at its beginning, and where its k images stand in it."""
         said: list[str] = []
         places = []
         for turn in turns:
-            if PICTURE not in turn:
+            if IMAGE_MARK not in turn:
                 said.append(turn)
                 continue
-            text, *rest = (part.strip() for part in turn.split(PICTURE))
+            text, *rest = (part.strip() for part in turn.split(IMAGE_MARK))
             for part in rest:
                 # Every turn begins with the mark of who speaks.
                 places.append(sum(1 + len(self.tokenizer.encode(t)) for t in (*said, text)))
@@ -304,7 +304,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         cut = max(len(ids) - (length - 2), 0)
         if places and len(places) != k:
             raise ValueError(
-                f"a dialogue marks {len(places)} places with {PICTURE} but has {k} pictures: "
+                f"a dialogue marks {len(places)} places with {IMAGE_MARK} but has {k} images: "
                 f"{turns!r}"
             )
         return ids[cut:], [max(at - cut, 0) for at in places] or [-1] * k
@@ -320,10 +320,10 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         text_steps: int | None = None,
         **options: Unpack[Options],
     ) -> tuple[Tensor, list[str]]:
-        """`n` pictures f32 [n, 3, h, w] and their captions, made from noise in one loop.
+        """`n` images f32 [n, 3, h, w] and their captions, made from noise in one loop.
 
-        Each modality hears the other at every step; the text trails the picture. `guidance` and
-        `steps` are the picture's, and the text's too where it has none of its own.
+        Each modality hears the other at every step; the text trails the image. `guidance` and
+        `steps` are the image's, and the text's too where it has none of its own.
         """
 
         def request(index: Tensor) -> Request:
@@ -366,7 +366,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     def _noise(
         self, index: Tensor, seed: int, n_image: int | None = None, n_text: int | None = None
     ) -> Callable[[int], noise.Draws]:
-        """Normals of these samples, of a caption and a picture or of the lengths given."""
+        """Normals of these samples, of a caption and an image or of the lengths given."""
         n_image = self.grid[0] * self.grid[1] if n_image is None else n_image
         n_text = self.config.data.caption_length if n_text is None else n_text
         width = self.config.model.latent_dim

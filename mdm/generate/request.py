@@ -23,8 +23,8 @@ class Request:
     text: str
     class_ids: Tensor  # i64 [b], -1 for none
     noise: Callable[[int], Draws]  # normals of number 0, to start from, 1, 2, ...
-    latents: Tensor | None = None  # [b, n, c] first-stage latents of a given picture, or of several
-    picture_at: Tensor | None = None  # i64 [b, pictures], as in `mdm.data.batch.Batch`
+    latents: Tensor | None = None  # [b, n, c] first-stage latents of a given image, or of several
+    image_at: Tensor | None = None  # i64 [b, images], as in `mdm.data.batch.Batch`
     tokens: Tensor | None = None  # i64 [b, m] given text, or text of which `prompt` is given
     prompt: Tensor | None = None  # bool [b, m]
 
@@ -48,7 +48,7 @@ class Sampling:
     text_guidance: float = 0.0
     interval: tuple[float, float] = (-math.inf, math.inf)  # log-SNR between which guidance acts
     solver: str = "dpmpp2m"
-    text_delay: float = 0.0  # of the picture's steps, by which the text trails where both are drawn
+    text_delay: float = 0.0  # of the image's steps, by which the text trails where both are drawn
     text_blocks: int = 1  # of tokens, denoised one after the other
     selection: float = 0.0  # nats below which a token has settled; 0 turns selection off
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 MOVING, SETTLED, ABSENT = (44, 62, 80), (230, 126, 34), (255, 255, 255)  # colours of the map
 SIGNAL = 0.0  # log-SNR from which a token's own noisy latent says more than its noise
-CELL, GAP = 6, 4  # pixels a token's side, and between pictures of the map
+CELL, GAP = 6, 4  # pixels a token's side, and between images of the map
 
 
 class Selected(NamedTuple):
@@ -89,7 +89,7 @@ class Selection:
 
 
 def draw_map(selected: Selected, grid: tuple[int, int]) -> NDArray[np.uint8]:
-    """The map of selected tokens (Fig. 2 h) as a picture, uint8 [height, width, 3].
+    """The map of selected tokens (Fig. 2 h) as an image, uint8 [height, width, 3].
 
     A row a sample, a column an evaluation: the grid of image tokens, and under it the text's tokens
     in lines of the same width. Settled tokens are orange, the others blue.

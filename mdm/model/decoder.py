@@ -1,6 +1,6 @@
 """The diffusion decoder: embed, Mamba-2 blocks under alternating or parallel scans, two heads.
 
-Shapes: b batch, n image tokens of all k pictures, m text tokens, l whole sequence, c latent width,
+Shapes: b batch, n image tokens of all k images, m text tokens, l whole sequence, c latent width,
 d d_model.
 """
 
@@ -111,7 +111,7 @@ class Block(nn.Module):
 def block_scans(config: ModelConfig) -> list[tuple[tuple[int, int], ...]]:
     """(image pattern, text pattern) of every scan of every block."""
     image, text = scan.parse_scans(config.scans)
-    turns = [(p, text[(p - 1) % len(text)]) for p in image]  # the text turns with the picture
+    turns = [(p, text[(p - 1) % len(text)]) for p in image]  # the text turns with the image
     if config.scan_mode == "separate":
         return [(*turns, *((p, p) for p in text))] * config.n_layer
     return [(turns[i % len(turns)],) for i in range(config.n_layer)]
@@ -153,15 +153,15 @@ class Trunk(nn.Module):
         x: Tensor,
         m: int,
         grid: tuple[int, int] | None,
-        pictures: int = 1,
+        images: int = 1,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """[b, l, d] -> [b, l, d], for m text tokens and the image tokens of `pictures` grids.
+        """[b, l, d] -> [b, l, d], for m text tokens and the image tokens of `images` grids.
 
         Tokens outside `keep` bool [b, l] come back as they went in, and no other token hears of
         them: what is left of all samples runs as one packed row.
         """
-        orders = {scans: _order(scans, m, grid, pictures, x.device) for scans in set(self.scans)}
+        orders = {scans: _order(scans, m, grid, images, x.device) for scans in set(self.scans)}
         if keep is None:
             return self._run(x, orders, None)
         sample = keep.nonzero()[:, 0].unsqueeze(0)
@@ -235,7 +235,7 @@ class Decoder(nn.Module):
         z_img: Tensor | None = None,
         level_img: Tensor | None = None,
         estimate_txt: Tensor | None = None,
-        picture_at: Tensor | None = None,
+        image_at: Tensor | None = None,
         keep_txt: Tensor | None = None,
         keep_img: Tensor | None = None,
         text_of: Tensor | None = None,
@@ -247,10 +247,10 @@ class Decoder(nn.Module):
             level_txt: [b] log-SNR of the text tokens outside the prompt.
             prompt: bool [b, m], text tokens that are clean conditions.
             class_ids: [b] labels, -1 for none.
-            z_img: [b, n, c] noisy latents of k pictures, one after the other; None for text alone.
-            level_img: [b, k] log-SNR of each picture's tokens, or [b] for all of them.
+            z_img: [b, n, c] noisy latents of k images, one after the other; None for text alone.
+            level_img: [b, k] log-SNR of each image's tokens, or [b] for all of them.
             estimate_txt: [b, m, c] the last estimate of the clean text, zeros without one.
-            picture_at: i64 [b, k] the text token at whose place a picture stands, -1 for a picture
+            image_at: i64 [b, k] the text token at whose place an image stands, -1 for an image
                 beside the whole text; None: all beside it.
             keep_txt: bool [b, m], text tokens that the blocks read; all of them without it.
             keep_img: bool [b, n], the same of the image; given where `keep_txt` is.
@@ -272,7 +272,7 @@ class Decoder(nn.Module):
             z_img=z_img,
             level_img=level_img,
             estimate_txt=estimate_txt,
-            picture_at=picture_at,
+            image_at=image_at,
             keep_txt=keep_txt,
             keep_img=keep_img,
             text_of=text_of,
@@ -284,7 +284,7 @@ class Decoder(nn.Module):
         if level_img is not None:
             level_img = level_img.view(len(level_img), -1).expand(-1, k)
         x = self.embed(
-            z_txt, estimate_txt, level_txt, prompt, class_ids, z_img, level_img, picture_at
+            z_txt, estimate_txt, level_txt, prompt, class_ids, z_img, level_img, image_at
         )
         m = z_txt.shape[1]
         keep = None if keep_txt is None else sequence_mask(keep_txt, keep_img, k)
@@ -296,8 +296,8 @@ class Decoder(nn.Module):
             text = text + self._eq17(level_txt) * z_txt
         n = self.grid[0] * self.grid[1]
         starts = [start + m + 2 + i * (n + 2) for i in range(k)]
-        pictures = [self.image_out(x[:, s : s + n]) for s in starts]
-        return Prediction(torch.cat(pictures, 1) if pictures else None, text)
+        images = [self.image_out(x[:, s : s + n]) for s in starts]
+        return Prediction(torch.cat(images, 1) if images else None, text)
 
     def _packed(
         self,
@@ -335,9 +335,9 @@ def _order(
     scans: tuple[tuple[int, int], ...],
     m: int,
     grid: tuple[int, int] | None,
-    pictures: int,
+    images: int,
     device: torch.device,
 ) -> Order:
-    found = [scan.joint_scan(N_HEAD, m, grid, *s, pictures) for s in scans]
+    found = [scan.joint_scan(N_HEAD, m, grid, *s, images) for s in scans]
     orders, inverses = zip(*found, strict=True)
     return Order(torch.stack(orders, 1).to(device), torch.stack(inverses, 1).to(device))

@@ -1,6 +1,6 @@
 """Noisy latents to the sequence `[time][class] [pad text pad] [pad image pad]` (Fig. 2 d, e).
 
-A sample may hold several pictures: `[pad image pad]` then stands once for each, in order.
+A sample may hold several images: `[pad image pad]` then stands once for each, in order.
 """
 
 import math
@@ -63,19 +63,19 @@ class Embed(nn.Module):
         class_ids: Tensor,
         z_img: Tensor | None,
         level_img: Tensor | None,
-        picture_at: Tensor | None,
+        image_at: Tensor | None,
     ) -> Tensor:
         """The sequence; see `Decoder.forward` for the arguments."""
         b, m, _ = z_txt.shape
         levels = torch.stack([level_txt, torch.full_like(level_txt, CLEAN)], 1)
         if level_img is not None:
             levels = torch.cat([levels, level_img], 1)
-        embedded = self.level(levels)  # [b, 2 + pictures, d]
+        embedded = self.level(levels)  # [b, 2 + images, d]
         noised, clean = embedded[:, 0:1], embedded[:, 1:2]
 
         text = self.text_in(torch.cat([z_txt, estimate_txt], -1)) + self.text_position[:m]
         text = text + torch.where(prompt.unsqueeze(-1), clean, noised)
-        # The time token tells the level of the last picture: former ones are conditions.
+        # The time token tells the level of the last image: former ones are conditions.
         time = self.time_token + embedded[:, 0] + (embedded[:, -1] if z_img is not None else 0)
         label = self._label(class_ids)
         pads = self.pads.unsqueeze(1).expand(-1, b, -1).unsqueeze(2)  # [4, b, 1, d]
@@ -84,9 +84,9 @@ class Embed(nn.Module):
             # What a few tokens say among many is heard late in training: the label, and the
             # maximum over the text's tokens, which padding does not dilute, join every patch too.
             told = embedded[:, 2:] + label.unsqueeze(1) + self.summary(text.amax(1)).unsqueeze(1)
-            if picture_at is not None:  # a picture stands where the text's token of that place does
-                place = self.text_position[picture_at.clamp(min=0)]
-                told = told + place * (picture_at >= 0).unsqueeze(-1)
+            if image_at is not None:  # an image stands where the text's token of that place does
+                place = self.text_position[image_at.clamp(min=0)]
+                told = told + place * (image_at >= 0).unsqueeze(-1)
             grids = self.image_in(z_img).unflatten(1, (told.shape[1], -1))
             for image in (grids + self.image_position + told.unsqueeze(2)).unbind(1):
                 parts += [pads[2], image, pads[3]]

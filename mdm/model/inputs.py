@@ -1,6 +1,6 @@
 """Whether what the network is given fits it, and fits together.
 
-Shapes: b samples, r rows (b unless texts are packed), m text tokens, k pictures of n tokens, c
+Shapes: b samples, r rows (b unless texts are packed), m text tokens, k images of n tokens, c
 numbers a token.
 """
 
@@ -11,7 +11,7 @@ from mdm.config import ModelConfig
 
 
 def check_inputs(config: ModelConfig, z_txt: Tensor, **others: Tensor | None) -> int:
-    """How many pictures a sample holds.
+    """How many images a sample holds.
 
     Args:
         config: of the network.
@@ -33,9 +33,9 @@ def check_inputs(config: ModelConfig, z_txt: Tensor, **others: Tensor | None) ->
         assert class_ids is not None
         b = len(class_ids)
     n = config.image_height * config.image_width
-    k = _pictures(others, b, n, c)
+    k = _images(others, b, n, c)
     given = others | {"z_txt": z_txt}
-    one_level = level_img is not None and level_img.dim() == 1  # for all pictures of a sample
+    one_level = level_img is not None and level_img.dim() == 1  # for all images of a sample
     floats: dict[str, tuple[int, ...]] = {
         "z_txt": (r, m, c),
         "estimate_txt": (r, m, c),
@@ -43,7 +43,7 @@ def check_inputs(config: ModelConfig, z_txt: Tensor, **others: Tensor | None) ->
         "level_txt": (b,),
         "level_img": (b,) if one_level else (b, k),
     }
-    integers = {"class_ids": (b,), "picture_at": (b, k), "text_of": (r, m)}
+    integers = {"class_ids": (b,), "image_at": (b, k), "text_of": (r, m)}
     masks = {"prompt": (r, m), "keep_txt": (r, m), "keep_img": (b, k * n)}
     for kind, shapes in (("floating point", floats), ("i64", integers), ("bool", masks)):
         for name, shape in shapes.items():
@@ -53,31 +53,31 @@ def check_inputs(config: ModelConfig, z_txt: Tensor, **others: Tensor | None) ->
             if tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"{name} has shape {tuple(tensor.shape)}; z_txt {tuple(z_txt.shape)} and "
-                    f"{k} pictures need {shape}"
+                    f"{k} images need {shape}"
                 )
             if _kind(tensor.dtype) != kind:
                 raise ValueError(f"{name} is {tensor.dtype}; it must be {kind}")
-    for name, end in {"class_ids": config.n_classes, "picture_at": longest, "text_of": b}.items():
+    for name, end in {"class_ids": config.n_classes, "image_at": longest, "text_of": b}.items():
         _check_range(name, given[name], end)
     return k
 
 
-def _pictures(given: dict[str, Tensor | None], b: int, n: int, c: int) -> int:
+def _images(given: dict[str, Tensor | None], b: int, n: int, c: int) -> int:
     z_img, level_img = given["z_img"], given["level_img"]
     if z_img is None:
         return 0
     if given["text_of"] is not None:
-        raise ValueError("text_of tells of packed texts, which have no pictures")
+        raise ValueError("text_of tells of packed texts, which have no images")
     k = z_img.shape[1] // n
     if level_img is None or z_img.shape != (b, max(k, 1) * n, c):
         levels = None if level_img is None else tuple(level_img.shape)
         raise ValueError(
             f"z_img has shape {tuple(z_img.shape)} and level_img {levels}; {b} samples on "
-            f"a grid of {n} tokens need [{b}, pictures x {n}, {c}] and [{b}, pictures]"
+            f"a grid of {n} tokens need [{b}, images x {n}, {c}] and [{b}, images]"
         )
     keeps = [name for name in ("keep_txt", "keep_img") if given[name] is not None]
     if len(keeps) == 1:
-        raise ValueError(f"of keep_txt and keep_img only {keeps[0]} is given; pictures need both")
+        raise ValueError(f"of keep_txt and keep_img only {keeps[0]} is given; images need both")
     return k
 
 

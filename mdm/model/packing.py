@@ -12,7 +12,7 @@ from torch import Tensor
 N_HEAD = 2  # time and class tokens
 
 
-def sequence_mask(keep_txt: Tensor, keep_img: Tensor | None, pictures: int = 1) -> Tensor:
+def sequence_mask(keep_txt: Tensor, keep_img: Tensor | None, images: int = 1) -> Tensor:
     """Which tokens of `[head] [pad text pad] [pad image pad] ...` to keep, bool [b, l].
 
     Head and pads stay, except of a sample that keeps nothing at all.
@@ -20,8 +20,8 @@ def sequence_mask(keep_txt: Tensor, keep_img: Tensor | None, pictures: int = 1) 
     alive = keep_txt.any(1) if keep_img is None else keep_txt.any(1) | keep_img.any(1)
     alive = alive.unsqueeze(1)
     parts = [alive.expand(-1, N_HEAD + 1), keep_txt, alive]
-    for picture in () if keep_img is None else keep_img.chunk(pictures, 1):
-        parts += [alive, picture, alive]
+    for image in () if keep_img is None else keep_img.chunk(images, 1):
+        parts += [alive, image, alive]
     return torch.cat(parts, 1)
 
 

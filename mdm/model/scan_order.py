@@ -71,20 +71,20 @@ def joint_scan(
     grid: tuple[int, int] | None,
     image: int,
     text: int,
-    pictures: int = 1,
+    images: int = 1,
 ) -> Scan:
-    """Order of `[n_head tokens] [pad text pad] [pad image pad]`, the last once a picture.
+    """Order of `[n_head tokens] [pad text pad] [pad image pad]`, the last once an image.
 
     Image patterns 2 and 4 reverse the order of the segments too: information then flows from the
-    picture to the text, which a scan that keeps the text in front never allows.
+    image to the text, which a scan that keeps the text in front never allows.
 
     Args:
         n_head: time and class tokens in front.
         text_length: text tokens, without their two pads.
-        grid: rows and columns of image tokens, None without a picture.
-        image: image pattern 1-4; without a picture 2 and 4 put the head last.
+        grid: rows and columns of image tokens, None without an image.
+        image: image pattern 1-4; without an image 2 and 4 put the head last.
         text: text pattern 1-2.
-        pictures: grids, one after the other, each between its pads; all are read in one pattern.
+        images: grids, one after the other, each between its pads; all are read in one pattern.
 
     Returns:
         (order, inverse), int64 over the whole sequence.
@@ -97,10 +97,10 @@ def joint_scan(
     segments.append(_between_pads(inner, start, reverse))
     start += text_length + 2
     if grid is not None:
-        picture = image_scan(*grid, image)[0]
-        for _ in range(pictures):
-            segments.append(_between_pads(picture, start, reverse))
-            start += picture.numel() + 2
+        grid_order = image_scan(*grid, image)[0]
+        for _ in range(images):
+            segments.append(_between_pads(grid_order, start, reverse))
+            start += grid_order.numel() + 2
     order = torch.cat(segments[::-1] if reverse else segments)
     return order, order.argsort()
 

@@ -50,13 +50,13 @@ class Activations:
         return max(in_block, self.heads_peak - self.heads)
 
 
-def largest_batch(config: Config, samples: int, with_picture: bool = True) -> Batch:
+def largest_batch(config: Config, samples: int, with_image: bool = True) -> Batch:
     """A batch of as many samples, texts as long as the configuration allows."""
     model, data = config.model, config.data
-    m = data.caption_length if with_picture else data.dialogue_length
+    m = data.caption_length if with_image else data.dialogue_length
     keys = torch.arange(samples)
     n = model.image_height * model.image_width
-    latents = torch.randn(samples, n, model.latent_dim) if with_picture else None
+    latents = torch.randn(samples, n, model.latent_dim) if with_image else None
     return Batch(
         ids=tuple(f"sample-{i}" for i in range(samples)),
         keys=keys,
@@ -68,9 +68,9 @@ def largest_batch(config: Config, samples: int, with_picture: bool = True) -> Ba
     )
 
 
-def sequence_length(config: Config, with_picture: bool) -> int:
+def sequence_length(config: Config, with_image: bool) -> int:
     """Tokens of the trunk's sequence for the longest sample of either task."""
-    if not with_picture:
+    if not with_image:
         return N_HEAD + config.data.dialogue_length + 2
     grid = config.model.image_height * config.model.image_width
     return N_HEAD + config.data.caption_length + 2 + grid + 2
@@ -78,30 +78,30 @@ def sequence_length(config: Config, with_picture: bool) -> int:
 
 @lru_cache(maxsize=8)
 def _for_one_and_two(
-    model: ModelConfig, objective: ObjectiveConfig, data: DataConfig, picture: bool, precision: str
+    model: ModelConfig, objective: ObjectiveConfig, data: DataConfig, image: bool, precision: str
 ) -> list[Activations]:
     config = Config(model=model, objective=objective, data=data)
     return [
-        Activations(*_trunk(config, n, picture, precision), *_heads(config, n, picture, precision))
+        Activations(*_trunk(config, n, image, precision), *_heads(config, n, image, precision))
         for n in (1, 2)
     ]
 
 
-def activations(config: Config, samples: int, with_picture: bool, precision: str) -> Activations:
+def activations(config: Config, samples: int, with_image: bool, precision: str) -> Activations:
     """What a step on `samples` samples of one task needs beside states and parameters."""
     key = (config.model, config.objective, config.data)
-    one, two = map(dataclasses.astuple, _for_one_and_two(*key, with_picture, precision))
+    one, two = map(dataclasses.astuple, _for_one_and_two(*key, with_image, precision))
     return Activations(*(a + (b - a) * (samples - 1) for a, b in zip(one, two, strict=True)))
 
 
 def _trunk(
-    config: Config, samples: int, with_picture: bool, precision: str
+    config: Config, samples: int, with_image: bool, precision: str
 ) -> tuple[int, int, int, int]:
     model = config.model
     if model.kernel == "compiled":  # keeps less; counted as what it is compiled from
         model = dataclasses.replace(model, kernel="torch")
-    m = config.data.caption_length if with_picture else config.data.dialogue_length
-    grid = (model.image_height, model.image_width) if with_picture else None
+    m = config.data.caption_length if with_image else config.data.dialogue_length
+    grid = (model.image_height, model.image_width) if with_image else None
     small = dataclasses.replace(
         model,
         n_layer=min(4, model.n_layer),  # every kind of block is among the first four
@@ -113,7 +113,7 @@ def _trunk(
         kernel="torch",
     )
     one = dataclasses.replace(model, n_layer=1, long_skip=False)
-    shape = (samples, sequence_length(config, with_picture), model.d_model)
+    shape = (samples, sequence_length(config, with_image), model.d_model)
     # Scan orders are cached: let them be made here, as real tensors.
     with torch.no_grad():
         Trunk(small)(torch.zeros(1, shape[1], small.d_model), m, grid)
@@ -143,13 +143,13 @@ class _NoTrunk(nn.Module):
         return x
 
 
-def _heads(config: Config, samples: int, with_picture: bool, precision: str) -> tuple[int, int]:
+def _heads(config: Config, samples: int, with_image: bool, precision: str) -> tuple[int, int]:
     tiny = dataclasses.replace(
         config.model, n_layer=1, long_skip=False, scan_mode="alternate", expand=1, d_state=1
     )
     loss = Loss(dataclasses.replace(config, model=tiny))
     loss.network.trunk = _NoTrunk()  # type: ignore[assignment]
-    batch = largest_batch(config, samples, with_picture)
+    batch = largest_batch(config, samples, with_image)
     with _NoProducts(), Live() as live:  # type: ignore[no-untyped-call]
         with autocast(precision), saved_activations(loss) as saved:
             total = loss(batch, 0).total

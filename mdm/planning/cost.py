@@ -36,8 +36,8 @@ def mean_sample(config: Config, text_share: float) -> Sample:
     # A forward pass and twice as much backward; a share of the steps makes an estimate first.
     passes = 3 + config.objective.p_self_condition
     parts = []
-    for picture, share in ((True, 1 - text_share), (False, text_share)):
-        length = sequence_length(config, picture)
+    for image, share in ((True, 1 - text_share), (False, text_share)):
+        length = sequence_length(config, image)
         macs = sum(trunk_macs(config.model, length))
         parts.append((share * length, share * 2 * passes * macs))
     tokens, flops = map(sum, zip(*parts, strict=True))

@@ -232,7 +232,7 @@ def measure(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int) ->
 
 
 def sequences(config: Config, size: int) -> Batch:
-    """Random pictures with captions of the preset's length, on the GPU."""
+    """Random images with captions of the preset's length, on the GPU."""
     model = config.model
     keys = torch.arange(size)
     return Batch(

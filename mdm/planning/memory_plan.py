@@ -158,9 +158,9 @@ def _row(name: str, size: int, on_host: bool, note: str) -> Row:
 
 def _activations(config: Config, world: int, precision: str) -> Iterator[Row]:
     samples, checkpointed = config.data.global_batch // world, config.train.activation_checkpointing
-    tasks = [activations(config, samples, picture, precision) for picture in (True, False)]
+    tasks = [activations(config, samples, image, precision) for image in (True, False)]
     found = max(tasks, key=lambda a: a.kept(checkpointed) + a.work(checkpointed))
-    task = "a picture and its text" if found is tasks[0] else "text alone"
+    task = "an image and its text" if found is tasks[0] else "text alone"
     other = found.trunk if checkpointed else found.trunk_checkpointed
     how = "checkpointed; without that" if checkpointed else "with checkpointing"
     note = f"{samples} samples of {task}, {how} {other / GIB:.1f} GiB"

@@ -65,7 +65,7 @@ def rehearse(
     ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
     gathered = watch_gathered(engine, leaf_classes)
     built = time.perf_counter()
-    batch = shortened(largest_batch(config, 1, with_picture=False), tokens)
+    batch = shortened(largest_batch(config, 1, with_image=False), tokens)
     loss = engine.forward(batch, 0).total
     engine.backward(loss)
     before = held_bytes(engine, ema)

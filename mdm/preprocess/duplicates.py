@@ -36,12 +36,12 @@ _NEAR = np.dtype([("high", "u8"), ("number", "u8")])
 class DuplicateIndex:
     """Collects surveys in files below `folder`, then says what to leave out.
 
-    On disk: 64 bytes a record; with near duplicates 136 more, and 16 a key (4 for a picture, up to
+    On disk: 64 bytes a record; with near duplicates 136 more, and 16 a key (4 for an image, up to
     16 for a text).
     """
 
-    def __init__(self, folder: Path, *, pictures: bool, buckets: int = BUCKETS) -> None:
-        self._pictures = pictures
+    def __init__(self, folder: Path, *, images: bool, buckets: int = BUCKETS) -> None:
+        self._images = images
         self._folder = folder
         self._buckets = buckets
         self._stack = ExitStack()
@@ -172,7 +172,7 @@ class DuplicateIndex:
         leaders = np.zeros((0, group.shape[1]), np.uint8)
         found = []
         for i, one in enumerate(group):
-            if len(leaders) and similar.alike(one, leaders, self._pictures):
+            if len(leaders) and similar.alike(one, leaders, self._images):
                 found.append(i)
             elif len(leaders) < MAX_LEADERS:
                 leaders = np.concatenate([leaders, one[None]])
@@ -187,9 +187,9 @@ def _first_of_group(rows: NDArray[Any]) -> NDArray[np.int64]:
     return np.maximum.accumulate(np.where(np.r_[True, new], np.arange(len(rows)), 0))
 
 
-def left_out(surveys: Sequence[Survey], folder: Path, *, pictures: bool) -> list[dict[int, str]]:
+def left_out(surveys: Sequence[Survey], folder: Path, *, images: bool) -> list[dict[int, str]]:
     """What to leave out of units whose surveys are all at hand."""
-    with DuplicateIndex(folder, pictures=pictures) as index:
+    with DuplicateIndex(folder, images=images) as index:
         for number, found in enumerate(surveys):
             index.add(number, found)
         return index.left_out(len(surveys))

@@ -48,7 +48,7 @@ class Flags:
     near_duplicates: bool = doc(True, "drop near duplicates, not exact ones alone")
     shard_rows: int = doc(8192, "about how many examples a shard holds")
     batch_rows: int = doc(64, "examples in a record batch")
-    encode_batch: int = doc(64, "pictures the autoencoder takes at once")
+    encode_batch: int = doc(64, "images the autoencoder takes at once")
     encoders: int = doc(0, "autoencoders at a time; 0: one a core over encoder_threads, one a GPU")
     encoder_threads: int = doc(1, "threads of an autoencoder")
     device: str = doc("cpu", "where the autoencoder runs: cpu or cuda")
@@ -74,17 +74,17 @@ class TooManyBadError(ValueError):
 def make_recipe(flags: Flags, units: Sequence[Unit]) -> Recipe:
     """What these flags and inputs would give; ValueError names what is missing."""
     tokenizer = Tokenizer(flags.tokenizer)
-    pictures: dict[str, Any] = {
+    images: dict[str, Any] = {
         "autoencoder_sha256": None,
         "image_size": None,
         "image_grid": None,
         "latent_dim": 0,
     }
-    if encoding.has_pictures(units):
+    if encoding.has_images(units):
         if not flags.autoencoder:
-            raise ValueError(f"{flags.dataset} has pictures: --autoencoder is needed")
+            raise ValueError(f"{flags.dataset} has images: --autoencoder is needed")
         autoencoder = describe(flags.autoencoder)
-        pictures = {
+        images = {
             "autoencoder_sha256": autoencoder.sha256,
             "image_size": autoencoder.image_size,
             "image_grid": autoencoder.grid,
@@ -105,7 +105,7 @@ def make_recipe(flags: Flags, units: Sequence[Unit]) -> Recipe:
         encode_batch=flags.encode_batch,
         encoder_threads=flags.encoder_threads,
         device=flags.device,
-        **pictures,
+        **images,
     )
 
 
@@ -237,7 +237,7 @@ def plan_groups(
     sizes, bad = [], 0
     with (
         tempfile.TemporaryDirectory(prefix="mdm-encode-") as folder,
-        DuplicateIndex(Path(folder), pictures=recipe.image_size is not None) as duplicates,
+        DuplicateIndex(Path(folder), images=recipe.image_size is not None) as duplicates,
     ):
         for number in range(len(units)):
             key = survey_key(recipe, number)
@@ -270,7 +270,7 @@ def load_receipts(
             receipt = Receipt.from_bytes(data)
             if all(shards.get(s.key) == s.bytes for s in receipt.shards):
                 found[group.index] = dataclasses.replace(receipt, samples=())
-                samples = lowest([*samples, *receipt.samples])  # their pictures take memory
+                samples = lowest([*samples, *receipt.samples])  # their images take memory
     return found, samples
 
 

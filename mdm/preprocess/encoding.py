@@ -4,7 +4,7 @@ Each stage is a plain function; `mdm.preprocess.ray_executor` decides where it r
 and input give the same bytes, however the work is split, interrupted or retried. An image that
 neighbouring records share is decoded and encoded once.
 
-Shapes: n examples and p pictures of a chunk, H x W pixels, N image tokens, C numbers a latent.
+Shapes: n examples and p images of a chunk, H x W pixels, N image tokens, C numbers a latent.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ from mdm.preprocess.survey import Group
 from mdm.sources.record import BadRecord, RawRecord, Unit, one_record
 from mdm.storage import Store
 
-# A chunk's examples, at most this many for each picture it may hold: dialogues have many turns.
-_EXAMPLES_A_PICTURE = 8
+# A chunk's examples, at most this many for each image it may hold: dialogues have many turns.
+_EXAMPLES_AN_IMAGE = 8
 
 
-def has_pictures(units: Sequence[Unit]) -> bool:
-    """Whether the data set's first readable record has a picture; ValueError if none is."""
+def has_images(units: Sequence[Unit]) -> bool:
+    """Whether the data set's first readable record has an image; ValueError if none is."""
     for unit in units:
         for record in sources.read(unit):
             if isinstance(record, RawRecord):
@@ -44,7 +44,7 @@ def has_pictures(units: Sequence[Unit]) -> bool:
     raise ValueError("not one record of the data set can be read; is --root the right folder?")
 
 
-class PictureEncoder(Protocol):
+class ImageEncoder(Protocol):
     """What encoding needs of `mdm.first_stage.autoencoder.Autoencoder`."""
 
     def encode(self, pixels: Any) -> Any:
@@ -58,7 +58,7 @@ class Chunk:
 
     examples: Examples
     pixels: NDArray[np.uint8] | None  # [p, 3, H, W] until they are encoded
-    pictures: NDArray[np.int64]  # [n] which of the pictures is whose
+    images: NDArray[np.int64]  # [n] which of the images is whose
     quarantine: tuple[Quarantined, ...]
     counts: Counter[str]
     samples: tuple[Sample, ...]
@@ -71,7 +71,7 @@ class _Gathering:
     class_ids: list[int] = field(default_factory=list)
     tokens: list[NDArray[np.uint16]] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     pixels: list[NDArray[np.uint8]] = field(default_factory=list)
     quarantine: list[Quarantined] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -89,7 +89,7 @@ class _Gathering:
                 None,
             ),
             np.stack(self.pixels) if self.pixels else None,
-            np.array(self.pictures, np.int64),
+            np.array(self.images, np.int64),
             tuple(self.quarantine),
             self.counts,
             tuple(self.samples),
@@ -111,7 +111,7 @@ class _Decoder:
         if record.image is None:
             return len(self.now.ids) >= batch
         shared = self._last is not None and self._last[0] == record.image
-        return len(self.now.ids) >= _EXAMPLES_A_PICTURE * batch or (
+        return len(self.now.ids) >= _EXAMPLES_AN_IMAGE * batch or (
             len(self.now.pixels) >= batch and not shared
         )
 
@@ -124,9 +124,9 @@ class _Decoder:
         """Add the record's examples; the reason if it belongs in quarantine instead."""
         if (record.image is None) != (self.recipe.image_size is None):
             return (
-                "no picture in a data set of pictures"
+                "no image in a data set of images"
                 if record.image is None
-                else ("a picture in a data set of texts")
+                else ("an image in a data set of texts")
             )
         counts = Counter[str]()
         try:
@@ -150,12 +150,12 @@ class _Decoder:
             now.class_ids.append(int(label))
             now.tokens.append(tokens)
             now.prompts.append(prompt)
-            now.pictures.append(len(now.pixels) - 1)
+            now.images.append(len(now.pixels) - 1)
         self._keep(sample for sample in samples if sample is not None)
         return None
 
     def _pixels(self, data: bytes) -> NDArray[np.uint8]:
-        """The picture, decoded unless the record before had the same."""
+        """The image, decoded unless the record before had the same."""
         assert self.recipe.image_size is not None
         if self._last is None or self._last[0] != data:
             try:
@@ -201,7 +201,7 @@ class _Decoder:
             return
         if len(record.turns) < 2:
             raise ValueError("a dialogue without a reply")
-        # "2" is a good answer to a question about a picture.
+        # "2" is a good answer to a question about an image.
         least = self.recipe.min_chars if record.image is None else 1
         for k in range(len(record.turns) // 2):
             turns = record.turns[: 2 * k + 2]
@@ -232,7 +232,7 @@ class _Decoder:
 
 
 def decode_group(group: Group, recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Chunk]:
-    """The group's chunks: `encode_batch` pictures, or texts, but the last, which may be empty."""
+    """The group's chunks: `encode_batch` images, or texts, but the last, which may be empty."""
     decoder = _Decoder(recipe, tokenizer)
     for unit, left_out in zip(group.units, group.left_out, strict=True):
         for position, record in enumerate(sources.read(unit)):
@@ -264,11 +264,11 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> Chunk:
+def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: ImageEncoder) -> Chunk:
     """The chunk with latents for pixels.
 
-    A picture that the autoencoder fails on, or whose latents are not finite, is quarantined. The
-    autoencoder always sees `encode_batch` pictures: another batch size may take another path
+    An image that the autoencoder fails on, or whose latents are not finite, is quarantined. The
+    autoencoder always sees `encode_batch` images: another batch size may take another path
     through its kernels and round differently.
     """
     if chunk.pixels is None:
@@ -290,22 +290,22 @@ def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> C
     except ValueError:
         latents, reasons = _one_by_one(latents_of, full, p)
     good: NDArray[np.bool_] = np.asarray(np.isfinite(latents).all(axis=1))
-    kept = np.flatnonzero(good[chunk.pictures])
+    kept = np.flatnonzero(good[chunk.images])
     bad = tuple(
         Quarantined(
             chunk.examples.ids[i],
-            reasons.get(int(chunk.pictures[i]), "latents are not finite"),
+            reasons.get(int(chunk.images[i]), "latents are not finite"),
             chunk.examples.origins[i],
         )
-        for i in np.flatnonzero(~good[chunk.pictures]).tolist()
+        for i in np.flatnonzero(~good[chunk.images]).tolist()
     )
     latents[~good] = 0
-    bits = to_bfloat16_bits(latents)[chunk.pictures[kept]]
+    bits = to_bfloat16_bits(latents)[chunk.images[kept]]
     return dataclasses.replace(
         chunk,
         examples=dataclasses.replace(chunk.examples.take(kept), latents=bits),
         pixels=None,
-        pictures=np.zeros(0, np.int64),
+        images=np.zeros(0, np.int64),
         quarantine=chunk.quarantine + bad,
     )
 
@@ -313,16 +313,16 @@ def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> C
 def _one_by_one(
     latents_of: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
     full: NDArray[np.uint8],
-    pictures: int,
+    images: int,
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
-    """Latents of the pictures of a batch that failed, NaN for those that fail alone, and why.
+    """Latents of the images of a batch that failed, NaN for those that fail alone, and why.
 
-    Where a batch of none fails, too, the autoencoder is at fault and no picture: that goes on.
+    Where a batch of none fails, too, the autoencoder is at fault and no image: that goes on.
     """
     blank = np.zeros_like(full)
-    latents = np.full((pictures, latents_of(blank).shape[1]), np.nan, np.float32)
+    latents = np.full((images, latents_of(blank).shape[1]), np.nan, np.float32)
     reasons: dict[int, str] = {}
-    for i in range(pictures):
+    for i in range(images):
         alone = blank.copy()
         alone[i] = full[i]
         try:

@@ -59,7 +59,7 @@ class _Sampled:
 
     records: int = 0
     examples: int = 0
-    pictures: int = 0
+    images: int = 0
     quarantined: int = 0
     seconds: float = 0.0
 
@@ -81,7 +81,7 @@ def predict(
     if not sum(len(s) for s in surveys.values()):
         raise ValueError("the sampled units hold not one record: nothing can be predicted")
     totals, chunks = _decode([units[n] for n in chosen], list(surveys.values()), recipe, tokenizer)
-    encode_seconds = _time_a_batch(chunks, recipe, autoencoder)  # a picture
+    encode_seconds = _time_a_batch(chunks, recipe, autoencoder)  # an image
 
     sizes = [unit_bytes(unit) for unit in units]
     scale = sum(len(s) for s in surveys.values()) / max(1, sum(sizes[n] for n in chosen))
@@ -99,7 +99,7 @@ def predict(
 
     share = sum(records) / max(1, totals.records)
     seconds = (
-        survey_seconds * grown + totals.seconds * share + encode_seconds * totals.pictures * share
+        survey_seconds * grown + totals.seconds * share + encode_seconds * totals.images * share
     ) / cores
     return Forecast(
         units=len(units),
@@ -135,15 +135,15 @@ def _decode(
 ) -> tuple[_Sampled, list[Chunk]]:
     """What the first DECODED examples of each unit came to."""
     with tempfile.TemporaryDirectory(prefix="mdm-plan-") as folder:
-        pictures = recipe.image_size is not None
-        left_out = duplicates.left_out(surveys, Path(folder), pictures=pictures)
+        images = recipe.image_size is not None
+        left_out = duplicates.left_out(surveys, Path(folder), images=images)
     totals, kept = _Sampled(), list[Chunk]()
     for unit, out in zip(units, left_out, strict=True):
         began, examples = time.perf_counter(), 0
         for chunk in decode_group(Group(0, (unit,), (out,)), recipe, tokenizer):
             kept.append(dataclasses.replace(chunk, samples=()))
             totals.records += chunk.counts["records"]
-            totals.pictures += 0 if chunk.pixels is None else len(chunk.pixels)
+            totals.images += 0 if chunk.pixels is None else len(chunk.pixels)
             totals.quarantined += len(chunk.quarantine)
             examples += len(chunk.examples)
             if examples >= DECODED:
@@ -154,7 +154,7 @@ def _decode(
 
 
 def _time_a_batch(chunks: Sequence[Chunk], recipe: Recipe, folder: str) -> float:
-    """Seconds that the autoencoder takes for a picture, its thread time counted as cores."""
+    """Seconds that the autoencoder takes for an image, its thread time counted as cores."""
     if recipe.image_size is None or not any(c.pixels is not None for c in chunks):
         return 0.0
     import torch

@@ -25,7 +25,7 @@ _HARMLESS = re.compile(r"(.*/)?([._][^/]*|README[^/]*|Thumbs\.db)", re.DOTALL)
 PAGE = "card.html"  # the card for people; nothing reads it
 # How the keys begin that an encode job writes; below its output there may be others' data sets.
 OWN = ("work/", "parts/", "shards/", MANIFEST, CARD, PAGE)
-# What the bytes of pictures, texts and shards come from.
+# What the bytes of images, texts and shards come from.
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
 # Makes the dataset card's page of what was counted and of samples.
 CardPage = Callable[[dict[str, Any], Sequence[Sample]], str]

@@ -28,7 +28,7 @@ from mdm.utils.files import tell
 # Among the counts: the pieces of all texts, without marks, and those of them that are unknown.
 TEXT_TOKENS, UNKNOWN_TOKENS = "text tokens", "unknown tokens"
 SAMPLES = 12  # examples that a dataset card shows
-_SMALL = 64  # pixels: larger pictures are shown as JPEG
+_SMALL = 64  # pixels: larger images are shown as JPEG
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Sample:
     rank: int
     id: str
     text: str
-    picture: str  # base64 of a PNG or JPEG file; "" for texts alone
+    image: str  # base64 of a PNG or JPEG file; "" for texts alone
 
     @staticmethod
     def of(record_id: str, text: str, pixels: NDArray[np.uint8] | None) -> "Sample":
         """An example's sample; pixels are [3, H, W]."""
-        return Sample(sample_rank(record_id), record_id, text, _picture(pixels))
+        return Sample(sample_rank(record_id), record_id, text, _image(pixels))
 
 
 def sample_rank(record_id: str) -> int:
@@ -51,15 +51,15 @@ def sample_rank(record_id: str) -> int:
     return xxhash.xxh3_64_intdigest(record_id.encode("utf-8", "backslashreplace")) >> 11
 
 
-def _picture(pixels: NDArray[np.uint8] | None) -> str:
+def _image(pixels: NDArray[np.uint8] | None) -> str:
     if pixels is None:
         return ""
     file = io.BytesIO()
-    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    if max(picture.size) <= _SMALL:
-        picture.save(file, "PNG", optimize=True)
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    if max(image.size) <= _SMALL:
+        image.save(file, "PNG", optimize=True)
     else:
-        picture.save(file, "JPEG", quality=85)
+        image.save(file, "JPEG", quality=85)
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -1,6 +1,6 @@
 """When two records are nearly the same: signatures, and the keys under which alike ones meet.
 
-Texts: MinHash over runs of three words; alike from an estimated Jaccard similarity of 0.8. Pictures
+Texts: MinHash over runs of three words; alike from an estimated Jaccard similarity of 0.8. Images
 (of records whose labels, or else words, are the same): a thumbnail of 8 x 8 luma and 4 x 4 chroma
 values; alike where no value differs by more than 12 of 255 and the mean one by no more than 2, as
 after another compression or size. Both are functions of the record alone.
@@ -43,7 +43,7 @@ def normalised(text: str) -> list[str]:
 def signature(record: RawRecord) -> tuple[Signature, list[int]]:
     """The record's signature and its keys of 64 bits.
 
-    Two records are compared where they have a key in common. ValueError for a picture that cannot
+    Two records are compared where they have a key in common. ValueError for an image that cannot
     be decoded.
     """
     text = "\n".join(record.turns) if record.turns else record.text or ""
@@ -51,12 +51,12 @@ def signature(record: RawRecord) -> tuple[Signature, list[int]]:
     if record.image is None:
         return _of_text(words)
     said = f"label {record.label}" if record.label is not None else " ".join(words)
-    return _of_picture(thumbnail(record.image), said)
+    return _of_image(thumbnail(record.image), said)
 
 
-def alike(one: Signature, others: NDArray[np.uint8], pictures: bool) -> bool:
+def alike(one: Signature, others: NDArray[np.uint8], images: bool) -> bool:
     """Whether `one` is nearly the same as any of `others` [n, SIGNATURE_BYTES]."""
-    if pictures:
+    if images:
         gaps = np.abs(others[:, :_THUMBNAIL_BYTES].astype(np.int16) - one[:_THUMBNAIL_BYTES])
         small = (gaps.max(1) <= _MAX_DIFFERENCE) & (gaps[:, :64].mean(1) <= _MAX_MEAN_DIFFERENCE)
         return bool(small.any())
@@ -78,7 +78,7 @@ def _of_text(words: list[str]) -> tuple[Signature, list[int]]:
     return found, keys if len(shingles) > 1 else keys[:1]
 
 
-def _of_picture(small: NDArray[np.uint8], said: str) -> tuple[Signature, list[int]]:
+def _of_image(small: NDArray[np.uint8], said: str) -> tuple[Signature, list[int]]:
     coarse = np.concatenate(
         [
             small[:64].reshape(2, 4, 2, 4).mean((1, 3)).reshape(-1),

@@ -1,6 +1,6 @@
 """The first pass of encoding: count records, hash what they hold, plan the groups of work.
 
-It reads every record and, where near duplicates are looked for, decodes pictures as thumbnails.
+It reads every record and, where near duplicates are looked for, decodes images as thumbnails.
 """
 
 import io
@@ -22,7 +22,7 @@ from mdm.sources.record import RawRecord, UnforeseenError, Unit, one_record
 class Survey:
     """What one unit's n good records hold. Positions count all that its reader yields.
 
-    A record whose picture cannot be decoded has no content hash (zeros) and no keys: it is no
+    A record whose image cannot be decoded has no content hash (zeros) and no keys: it is no
     duplicate of anything, so that the second pass says what is wrong with it. One that could not be
     surveyed for a reason that nobody foresaw is among them, and `failed` says why.
     """

@@ -26,8 +26,8 @@ def card_page(card: Mapping[str, Any], samples: Sequence[Sample]) -> str:
             "counts": [(k, f"{v:,}") for k, v in card["counts"].items() if ": " not in k],
             "samples": [
                 {
-                    "src": Markup(f"data:image/{_kind(s.picture)};base64,{s.picture}")
-                    if s.picture
+                    "src": Markup(f"data:image/{_kind(s.image)};base64,{s.image}")
+                    if s.image
                     else "",
                     "text": s.text,
                     "id": s.id,
@@ -59,5 +59,5 @@ def histogram(lengths: Mapping[int, int]) -> tuple[list[int], list[int]]:
     return [low + i * width for i in range(len(heights) + 1)], heights
 
 
-def _kind(picture: str) -> str:
-    return "png" if picture.startswith("iVBOR") else "jpeg"
+def _kind(image: str) -> str:
+    return "png" if image.startswith("iVBOR") else "jpeg"

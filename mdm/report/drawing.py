@@ -29,13 +29,13 @@ class Flags:
     input: tuple[str, ...] = doc(
         (), "class, caption, image file or dialogue turns, as the task needs; repeat it for several"
     )
-    pictures: tuple[str, ...] = doc(
+    images: tuple[str, ...] = doc(
         (), "image file that every dialogue is about, for reply; repeat it for several"
     )
     n: int = doc(1, "results an input (or in all, for joint)")
-    guidance: float = doc(3.0, "how strongly pictures follow their condition; 0 for none")
+    guidance: float = doc(3.0, "how strongly images follow their condition; 0 for none")
     text_guidance: float | None = doc(
-        None, "how strongly captions follow their picture; none, or --guidance for joint"
+        None, "how strongly captions follow their image; none, or --guidance for joint"
     )
     guidance_from: float = doc(-math.inf, "log-SNR below which guidance rests")
     guidance_to: float = doc(math.inf, "log-SNR above which guidance rests")
@@ -47,7 +47,7 @@ class Flags:
     selection_map: str = doc("", "PNG of the tokens that had settled at each step")
     precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
     seed: int = doc(0, "starting noise")
-    out: str = doc("runs/generated", "folder for pictures")
+    out: str = doc("runs/generated", "folder for images")
     tokenizer: str = doc("", "SentencePiece model, if not the run's own")
     autoencoder: str = doc("", "first-stage autoencoder, if not the run's own")
 
@@ -58,8 +58,8 @@ class Flags:
             raise ValueError(f"--n is {self.n}; at least 1 result is needed")
         if not self.input and self.task != "joint":
             raise ValueError(f"--task {self.task} needs --input")
-        if self.pictures and self.task != "reply":
-            raise ValueError(f"--pictures belong to --task reply, not to {self.task}")
+        if self.images and self.task != "reply":
+            raise ValueError(f"--images belong to --task reply, not to {self.task}")
         if self.selection_map and not self.selection:
             raise ValueError(
                 f"--selection_map {self.selection_map} shows nothing with --selection "
@@ -123,12 +123,12 @@ def draw(generator: Generator, flags: Flags) -> list[str]:
         return paired(inputs, texts)
     dialogues = [[turn.strip() for turn in item.split("=>")] for item in inputs]
     shown = None
-    if flags.pictures:
-        latents = encode(generator, flags.pictures)
+    if flags.images:
+        latents = encode(generator, flags.images)
         shown = latents.expand(len(inputs), *latents.shape)
     texts = generator.reply(
         dialogues,
-        pictures=shown,
+        images=shown,
         guidance=flags.text_guidance or 0.0,
         steps=text_steps,
         seed=seed,
@@ -146,13 +146,13 @@ def parts(flags: Flags) -> list[str]:
 
 
 def encode(generator: Generator, files: Sequence[str]) -> Tensor:
-    """First-stage latents [b, n, c] of picture files."""
+    """First-stage latents [b, n, c] of image files."""
     autoencoder = generator.autoencoder
     if not isinstance(autoencoder, Autoencoder):
         raise ValueError("the model was trained on text alone: it takes no images")
     size = autoencoder.image_size
-    pictures = [torch.from_numpy(decode_image(read(i), size)) for i in files]
-    return autoencoder.encode(torch.stack(pictures))
+    images = [torch.from_numpy(decode_image(read(i), size)) for i in files]
+    return autoencoder.encode(torch.stack(images))
 
 
 def read(file: str) -> bytes:
@@ -178,9 +178,9 @@ def save(pixels: Tensor, names: Sequence[str], folder: Path) -> list[str]:
     columns = min(b, 10)
     grid = Image.new("RGB", (columns * width, -(-b // columns) * height), "white")
     for i, (array, name) in enumerate(zip(arrays, names, strict=True)):
-        picture = Image.fromarray(array.numpy())
-        picture.save(folder / f"{i:04d}.png")
-        grid.paste(picture, (i % columns * width, i // columns * height))
+        image = Image.fromarray(array.numpy())
+        image.save(folder / f"{i:04d}.png")
+        grid.paste(image, (i % columns * width, i // columns * height))
         lines.append(f"{folder / f'{i:04d}.png'}: {name}")
     grid.save(folder / "grid.png")
     return [*lines, str(folder / "grid.png")]

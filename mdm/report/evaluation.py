@@ -13,7 +13,7 @@ from tqdm import tqdm
 from mdm.config import Config, doc, from_dict
 from mdm.evaluate import classifier
 from mdm.evaluate.caption import ClassNames
-from mdm.evaluate.heldout import counts, load_encoded, load_pictures, load_prompts
+from mdm.evaluate.heldout import counts, load_encoded, load_images, load_prompts
 from mdm.evaluate.suite import DemoData, Settings, run_demo, snapshot
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ class Flags(Settings):
     checkpoint: str = doc("runs/demo/train/export", "folder of exported weights")
     suite: str = doc("demo", "demo")
     data: str = doc("s3://mdm-demo/encoded", "folder or s3:// prefix that holds the encoded sets")
-    raw: str = doc("runs/demo/data", "folder of the published sets: real pictures and prompts")
+    raw: str = doc("runs/demo/data", "folder of the published sets: real images and prompts")
     judge: str = doc("runs/demo/classifier", "folder of the independent classifier")
     tokenizer: str = doc("runs/demo/tokenizer/tokenizer.model", "SentencePiece .model file")
     autoencoder: str = doc("runs/demo/autoencoder", "folder of the frozen autoencoder")
@@ -70,7 +70,7 @@ def load_data(flags: Flags, autoencoder: Autoencoder) -> tuple[DemoData, dict[st
         names=names,
         train=sets["digits"],
         heldout=sets["digits-val"],
-        real=load_pictures("imagenet", raw / "digits", "val", autoencoder.image_size),
+        real=load_images("imagenet", raw / "digits", "val", autoencoder.image_size),
         decode=decode,
         others_train=sets["emoji"],
         others_heldout=sets["emoji-valid"],

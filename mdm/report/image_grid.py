@@ -1,6 +1,6 @@
-"""Sheets: many small pictures in one PNG, cut apart again by the report.
+"""Sheets: many small images in one PNG, cut apart again by the report.
 
-Shapes: n pictures of H x W pixels, f32 [n, 3, H, W] in [0, 1].
+Shapes: n images of H x W pixels, f32 [n, 3, H, W] in [0, 1].
 """
 
 from collections.abc import Mapping
@@ -26,9 +26,9 @@ class Sheet:
 
 
 def save_sheet(pixels: Tensor, path: Path, *, columns: int) -> Sheet:
-    """Write `pixels` as a sheet to `path`. Raises ValueError if there is no picture."""
+    """Write `pixels` as a sheet to `path`. Raises ValueError if there is no image."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) == 0:
-        raise ValueError(f"pictures have shape {tuple(pixels.shape)}, not [n, 3, H, W]")
+        raise ValueError(f"images have shape {tuple(pixels.shape)}, not [n, 3, H, W]")
     n, _, height, width = pixels.shape
     columns = min(columns, n)
     rows = -(-n // columns)

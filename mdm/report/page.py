@@ -1,6 +1,6 @@
-"""What every report page shares: pictures inside the file, charts of the losses, the template.
+"""What every report page shares: images inside the file, charts of the losses, the template.
 
-A page is one file: pictures, charts and styles are in it, and it asks nothing of any network.
+A page is one file: images, charts and styles are in it, and it asks nothing of any network.
 """
 
 import base64
@@ -28,13 +28,13 @@ TERMS = {
     "rec_txt": "reconstruction, text",
     "kl": "KL",
 }
-TASKS = {"image_text": "Pictures with text", "text": "Text alone"}
+TASKS = {"image_text": "Images with text", "text": "Text alone"}
 CONDITIONINGS = {
-    "class_to_image": ("class → picture", ("eps_img",)),
-    "text_to_image": ("text → picture", ("eps_img",)),
-    "image": ("picture of nothing", ("eps_img",)),
-    "image_to_text": ("picture → text", ("se_txt",)),
-    "answer": ("picture and question → answer", ("se_txt",)),
+    "class_to_image": ("class → image", ("eps_img",)),
+    "text_to_image": ("text → image", ("eps_img",)),
+    "image": ("image of nothing", ("eps_img",)),
+    "image_to_text": ("image → text", ("se_txt",)),
+    "answer": ("image and question → answer", ("se_txt",)),
     "both": ("both at once", ("eps_img", "se_txt")),
 }
 
@@ -76,10 +76,10 @@ class Target:
         }
 
 
-def data_uri(picture: Image.Image) -> str:
-    """A PNG of `picture` as a data: address."""
+def data_uri(image: Image.Image) -> str:
+    """A PNG of `image` as a data: address."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -89,11 +89,11 @@ def tiles(
     """The tiles of every sheet in `folder` with their labels, as the macros take them."""
     found = {}
     for name, plain in sheets.items():
-        pictures = cut_sheet(Sheet(**plain), folder)
-        texts = labels.get(name) or [{}] * len(pictures)
+        images = cut_sheet(Sheet(**plain), folder)
+        texts = labels.get(name) or [{}] * len(images)
         found[name] = [
-            {"src": data_uri(picture), "text": "", "truth": "", "right": None} | text
-            for picture, text in zip(pictures, texts, strict=True)
+            {"src": data_uri(image), "text": "", "truth": "", "right": None} | text
+            for image, text in zip(images, texts, strict=True)
         ]
     return found
 

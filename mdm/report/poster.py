@@ -1,4 +1,4 @@
-"""One picture that shows what a model makes: digits of every class, named pictures, pairs."""
+"""One image that shows what a model makes: digits of every class, named images, pairs."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,9 +19,9 @@ def draw(
 ) -> None:
     """Write the poster of `sheets`, whose files lie in `folder`, to `path`."""
     sections = [
-        ("class to picture", "class_to_image", 3),
-        ("text to picture", "others_train", 2),
-        ("picture and text at once, from noise", "joint", 2),
+        ("class to image", "class_to_image", 3),
+        ("text to image", "others_train", 2),
+        ("image and text at once, from noise", "joint", 2),
     ]
     present = [(title, name, rows) for title, name, rows in sections if name in sheets]
     heights = [

@@ -12,17 +12,17 @@ STEPS, GUIDANCE = 20, 3.0
 
 
 def draw_samples(folder: Path, path: Path, n: int) -> dict[str, Any]:
-    """Draw `n` pictures of classes and, below them, `n` with captions, by the export `folder`.
+    """Draw `n` images of classes and, below them, `n` with captions, by the export `folder`.
 
     All snapshots of a run start from the same noise, so that they can be compared.
 
     Args:
         folder: an export, with its tokenizer; the first stage is the one it names.
-        path: the PNG to write: two rows of `n` pictures.
-        n: pictures a row.
+        path: the PNG to write: two rows of `n` images.
+        n: images a row.
 
     Returns:
-        What each picture shows, by row.
+        What each image shows, by row.
 
     Raises:
         FileNotFoundError: the export is not complete.
@@ -32,7 +32,7 @@ def draw_samples(folder: Path, path: Path, n: int) -> dict[str, Any]:
     config = generator.config
     classes = [i % config.model.n_classes for i in range(n)]
     how: dict[str, Any] = {"guidance": GUIDANCE, "steps": STEPS, "seed": config.seed}
-    pictures = generator.class_to_image(classes, **how)
+    images = generator.class_to_image(classes, **how)
     pairs, captions = generator.joint(n, **how)
-    save_sheet(torch.cat([pictures, pairs]), path, columns=n)
+    save_sheet(torch.cat([images, pairs]), path, columns=n)
     return {"classes": classes, "captions": captions}

@@ -82,7 +82,7 @@ def train(
     """Train `config` to its last step; all ranks call, after `start_ranks`. Returns the exit code.
 
     `resume` is `auto` (continue the newest valid checkpoint of `run_dir`) or `none` (start over).
-    `profiled` steps leave a trace in `run_dir/profile`, `draw` makes pictures with each snapshot.
+    `profiled` steps leave a trace in `run_dir/profile`, `draw` makes images with each snapshot.
     Raises RunError for what the user can mend, OtherRunError where another job writes to the run.
     """
     with only_writer(config, world) as writer:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: exports, pictures that they draw, the done marker, its MLflow run."""
+"""What a run leaves behind: exports, images that they draw, the done marker, its MLflow run."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def export(folder: Path, run: Run, needed: bool = True) -> None:
 
 
 def show(folder: Path, run: Run) -> None:
-    """Have pictures drawn with the export `folder`, and tracked; all ranks must call.
+    """Have images drawn with the export `folder`, and tracked; all ranks must call.
 
     Rank 0 draws on its CPU while the others wait. No random numbers of the training are used up,
     and what cannot be drawn is a warning.
@@ -64,7 +64,7 @@ def show(folder: Path, run: Run) -> None:
             with torch.random.fork_rng(devices=[]):
                 drawn = run.draw(folder, path)
         except (OSError, ValueError, RuntimeError) as error:
-            run.reporter.say(f"warning: no pictures of {folder}: {error}")
+            run.reporter.say(f"warning: no images of {folder}: {error}")
         else:
             link = {"weights": str(folder.absolute()), "step": run.state.step}
             run.tracker.log_artifact(path, "samples")

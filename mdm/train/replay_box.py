@@ -28,9 +28,7 @@ from mdm.utils import files
 from mdm.utils.precision import autocast, resolve
 
 WEIGHTS = "model.safetensors"
-_TENSORS = (
-    *("keys", "epochs", "class_ids", "tokens", "prompt", "latents", "picture_at", "text_of"),
-)
+_TENSORS = (*("keys", "epochs", "class_ids", "tokens", "prompt", "latents", "image_at", "text_of"),)
 
 
 def boxes_of(run_dir: str | Path) -> Path:

@@ -20,7 +20,7 @@ from mdm.train.writer import Writer
 from mdm.utils.ranks import World
 from mdm.utils.tracking import Tracker
 
-# Draws pictures with the weights of an export (the first path) into a PNG (the second) and returns
+# Draws images with the weights of an export (the first path) into a PNG (the second) and returns
 # what they show, as plain JSON values.
 Draw = Callable[[Path, Path], dict[str, Any]]
 

@@ -38,9 +38,9 @@ def peak_tflops(config: Config) -> float:
 
 
 def sequence_length(model: ModelConfig, text: int, image: int) -> int:
-    """Tokens of `[time][class] [pad text pad] [pad image pad]...`: `image` of all pictures."""
-    pictures = image // (model.image_height * model.image_width)
-    return 4 + text + image + 2 * pictures
+    """Tokens of `[time][class] [pad text pad] [pad image pad]...`: `image` of all images."""
+    images = image // (model.image_height * model.image_width)
+    return 4 + text + image + 2 * images
 
 
 @lru_cache(maxsize=64)

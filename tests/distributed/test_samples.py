@@ -26,7 +26,7 @@ def test_images_of_snapshots_are_logged_and_change_no_bit_of_the_run(tmp_path, m
     assert code == 0, output
     code, output = run_training(with_images, draw=True, track=True, **options)
     assert code == 0, output
-    assert "no pictures" not in output
+    assert "no images" not in output
     assert losses(with_images) == losses(plain)
     assert_tensors_equal(weights(with_images / "export"), weights(plain / "export"))
 

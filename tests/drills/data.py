@@ -184,7 +184,7 @@ def loader_kills(setting: Setting) -> Iterator[Row]:
 
 def write_sets(root: str, late: bool = True) -> None:
     """The data sets of the first and, with `late`, of the later mixture stage."""
-    encoded(f"{root}/pictures", [100, 42, 68, 16], part_shards=2)
+    encoded(f"{root}/images", [100, 42, 68, 16], part_shards=2)
     encoded(f"{root}/talk", [180, 140, 66], images=False, part_shards=1)
     if late:
         encoded(f"{root}/late", [80, 120], part_shards=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mdm.evaluate import classifier
 from mdm.evaluate.caption import ClassNames
-from mdm.evaluate.heldout import Encoded, Pictures
+from mdm.evaluate.heldout import Encoded, Images
 from mdm.evaluate.suite import DemoData
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -33,15 +33,15 @@ def decode(latents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Digits:
-    train: Pictures
-    heldout: Pictures
-    spare: Pictures  # real pictures that are in neither
+    train: Images
+    heldout: Images
+    spare: Images  # real images that are in neither
 
     def encoded(self, which: str) -> Encoded:
-        pictures: Pictures = getattr(self, which)
-        texts = tuple(f"handwritten {WORDS[c]}" for c in pictures.labels.tolist())
-        ids = tuple(f"{which}/{i}" for i in range(len(pictures)))
-        return Encoded(ids, encode(pictures.pixels), texts, pictures.labels)
+        images: Images = getattr(self, which)
+        texts = tuple(f"handwritten {WORDS[c]}" for c in images.labels.tolist())
+        ids = tuple(f"{which}/{i}" for i in range(len(images)))
+        return Encoded(ids, encode(images.pixels), texts, images.labels)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def digits() -> Digits:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     pixels, labels = pixels[order], torch.tensor(labels)[order]
     cut = [slice(0, 900), slice(900, 1350), slice(1350, None)]
-    return Digits(*(Pictures(pixels[c], labels[c]) for c in cut))
+    return Digits(*(Images(pixels[c], labels[c]) for c in cut))
 
 
 @pytest.fixture(scope="session")
@@ -76,10 +76,10 @@ def demo_data(digits: Digits) -> DemoData:
 
 
 class Oracle:
-    """Answers with real pictures and true names: what a perfect model would give."""
+    """Answers with real images and true names: what a perfect model would give."""
 
     def __init__(self, digits: Digits, pool: str = "spare", deaf: bool = False) -> None:
-        self.pool: Pictures = getattr(digits, pool)
+        self.pool: Images = getattr(digits, pool)
         self.known = {
             tuple(row): c
             for which in ("heldout", "spare")

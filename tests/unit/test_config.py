@@ -51,12 +51,12 @@ def test_flags_change_nested_fields_of_a_preset():
         (["--preset", "demo", "--data.dialogue_length", "999"], "texts of 999 tokens"),
         (["--preset", "demo", "--data.sources", "a"], "is not name:weight"),
         (
-            ["--preset", "demo", "--train.pictures", "8", "--train.snapshots", "0"],
-            "train.pictures is 8, to be drawn with every snapshot, but train.snapshots is 0",
+            ["--preset", "demo", "--train.images", "8", "--train.snapshots", "0"],
+            "train.images is 8, to be drawn with every snapshot, but train.snapshots is 0",
         ),
         (
-            ["--preset", "demo", "--train.pictures", "8", "--autoencoder", ""],
-            "train.pictures is 8, but --autoencoder is missing to draw them",
+            ["--preset", "demo", "--train.images", "8", "--autoencoder", ""],
+            "train.images is 8, but --autoencoder is missing to draw them",
         ),
         ([], "--preset"),
     ],

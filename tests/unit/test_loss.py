@@ -138,20 +138,20 @@ def with_objective(**changes) -> Loss:
     return made
 
 
-def two_pictures(n: int = 8):
-    """A dialogue with a picture at its second token and another beside the whole of it."""
+def two_images(n: int = 8):
+    """A dialogue with an image at its second token and another beside the whole of it."""
     one = batch(0)
     return dataclasses.replace(
         one,
         latents=torch.cat([one.latents, one.latents.flip(0)], 1),
-        picture_at=torch.tensor([[1, -1]]).expand(n, 2).contiguous(),
+        image_at=torch.tensor([[1, -1]]).expand(n, 2).contiguous(),
     )
 
 
-def test_former_pictures_of_a_dialogue_are_given_or_dropped(objective):
+def test_former_images_of_a_dialogue_are_given_or_dropped(objective):
     n = 4000
     many = dataclasses.replace(
-        two_pictures(),
+        two_images(),
         class_ids=torch.zeros(n, dtype=torch.long),
         latents=torch.zeros(n, 8, 16),
         prompt=torch.zeros(n, 1, dtype=torch.bool),
@@ -166,17 +166,17 @@ def test_former_pictures_of_a_dialogue_are_given_or_dropped(objective):
     assert torch.equal(objective.draw_levels(uniforms, one).t_img[:, 0], last)
 
 
-def test_a_dialogue_with_pictures_trains(objective):
-    terms = objective(two_pictures(), 0)
+def test_a_dialogue_with_images_trains(objective):
+    terms = objective(two_images(), 0)
     terms.total.backward()
     assert terms.eps_img > 0
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
-    moved = dataclasses.replace(two_pictures(), picture_at=torch.full((8, 2), 3))
-    assert objective(moved, 0).eps_img != objective(two_pictures(), 0).eps_img
+    moved = dataclasses.replace(two_images(), image_at=torch.full((8, 2), 3))
+    assert objective(moved, 0).eps_img != objective(two_images(), 0).eps_img
 
 
 def test_a_dropped_text_takes_its_prompt_along():
-    """Of a question with a picture nothing reaches a picture made without them."""
+    """Of a question with an image nothing reaches an image made without them."""
     objective = with_objective(p_image=1.0, p_text_to_image=0.0, p_image_to_text=0.0, p_text=0.0)
     objective.eval()
     asked = dataclasses.replace(batch(0), prompt=torch.eye(8, 6, dtype=torch.bool))
@@ -290,8 +290,8 @@ def test_the_one_hot_target_learns_context_and_theorem_1s_cannot():
         ({"latents": torch.zeros(8, 5, 16)}, r"\(8, 5, 16\).*need torch.float32 \(8, 4, 16\)"),
         ({"latents": torch.zeros(8, 4, 8)}, r"\(8, 4, 8\).*need torch.float32 \(8, 4, 16\)"),
         ({"latents": torch.zeros(8, 4, 16).double()}, "latents is torch.float64"),
-        ({"picture_at": torch.full((8, 1), 6)}, r"has 6 in picture_at; it lies in -1 \.\.\. 5"),
-        ({"latents": None, "picture_at": torch.zeros(8, 1)}, "latents are None"),
+        ({"image_at": torch.full((8, 1), 6)}, r"has 6 in image_at; it lies in -1 \.\.\. 5"),
+        ({"latents": None, "image_at": torch.zeros(8, 1)}, "latents are None"),
     ],
 )
 def test_batches_that_do_not_fit_are_refused(objective, changes, says):

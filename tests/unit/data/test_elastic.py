@@ -22,9 +22,9 @@ from tests.unit.data.elastic_job import LENGTHS, live
 
 RANKS = (1, 2, 3, 8)
 SETTINGS = tuple({"prefetch": p, "threads": t} for p, t in product((1, 8), (1, 4)))
-FIRST = (SourceConfig("pictures", 0.5), SourceConfig("talk", 0.5))
+FIRST = (SourceConfig("images", 0.5), SourceConfig("talk", 0.5))
 LATER = StageConfig(
-    14, (SourceConfig("pictures", 0.25), SourceConfig("talk", 0.4), SourceConfig("late", 0.35))
+    14, (SourceConfig("images", 0.25), SourceConfig("talk", 0.4), SourceConfig("late", 0.35))
 )
 STEPS = 40
 
@@ -32,7 +32,7 @@ STEPS = 40
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("encoded"))
-    encoded(f"{folder}/pictures", [50, 21, 34, 8], part_shards=2)
+    encoded(f"{folder}/images", [50, 21, 34, 8], part_shards=2)
     encoded(f"{folder}/talk", [90, 70, 33], images=False, part_shards=1)
     encoded(f"{folder}/late", [40, 60], part_shards=1)
     return folder
@@ -124,8 +124,8 @@ def test_the_past_cannot_be_changed_and_the_future_can(root: str) -> None:
     moved = replace(data(root, 1), stages=(replace(LATER, step=13),))
     with pytest.raises(ResumeError, match=r"(?s)at step 14: .*'step': 0.*this run.*'step': 13"):
         live(onward | {"data": to_dict(moved)})
-    other = replace(data(root, 1), sources=(SourceConfig("pictures", 0.6), FIRST[1]))
-    with pytest.raises(ResumeError, match=r"(?s)'pictures': 0.5.*'pictures': 0.6"):
+    other = replace(data(root, 1), sources=(SourceConfig("images", 0.6), FIRST[1]))
+    with pytest.raises(ResumeError, match=r"(?s)'images': 0.5.*'images': 0.6"):
         live(onward | {"data": to_dict(other)})
     with pytest.raises(ResumeError, match=r"packing None, this run has .*'texts_per_row': 3"):
         live(onward | {"data": to_dict(data(root, 3))})

@@ -21,12 +21,12 @@ from tests.data_sets import encoded, samples
 
 LENGTHS = {"caption_length": 8, "dialogue_length": 10}
 DATA = DataConfig(
-    sources=(SourceConfig("pictures", 0.75), SourceConfig("talk", 0.25)), global_batch=24, window=2
+    sources=(SourceConfig("images", 0.75), SourceConfig("talk", 0.25)), global_batch=24, window=2
 )
 
 
 def write(root: str) -> Mixture:
-    encoded(join(root, "pictures"), [50, 21])
+    encoded(join(root, "images"), [50, 21])
     encoded(join(root, "talk"), [40], images=False)
     return open_mixture(DataConfig(root, DATA.sources, 24, 2))
 
@@ -53,7 +53,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 def test_batches_hold_what_the_order_says_bit_for_bit(mixture: Mixture) -> None:
-    shards = {"pictures": [samples(50), samples(21, seed=1)], "talk": [samples(40)]}
+    shards = {"images": [samples(50), samples(21, seed=1)], "talk": [samples(40)]}
     with Loader(mixture, 7, **LENGTHS) as loader:
         batches = take(loader, 12)
     assert {b.task for b in batches} == {"image_text", "text"}

@@ -27,19 +27,19 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Config:
     )
 
 
-def source(given: Config, name: str, *, pictures: bool = True, **changes: object) -> Source:
-    first_stage = describe(given.autoencoder).sha256 if pictures else None
+def source(given: Config, name: str, *, images: bool = True, **changes: object) -> Source:
+    first_stage = describe(given.autoencoder).sha256 if images else None
     made = {
         "tokenizer_sha256": Tokenizer(given.tokenizer).sha256,
         "vocab_size": 32,
         "autoencoder_sha256": first_stage,
     }
-    manifest = planned([8], images=pictures)
+    manifest = planned([8], images=images)
     return Source(name, dataclasses.replace(manifest, **(made | changes)))  # type: ignore[arg-type]
 
 
 def test_what_the_data_was_encoded_with_fits_wherever_it_lies(given: Config, tmp_path) -> None:
-    mixture = Mixture((source(given, "a"), source(given, "text", pictures=False)))
+    mixture = Mixture((source(given, "a"), source(given, "text", images=False)))
     check_fit(mixture, given)
     for name in ("tokenizer", "autoencoder"):
         (tmp_path / name).symlink_to(getattr(given, name))
@@ -102,7 +102,7 @@ def test_any_other_autoencoder_is_refused_by_name(given: Config, tmp_path: Path,
         config = folder / "config.json"
         config.unlink() if kind == "half" else config.write_text(config.read_text() + "\n")
     config = dataclasses.replace(given, autoencoder="" if kind == "not given" else str(folder))
-    talk = source(given, "talk", pictures=False)
+    talk = source(given, "talk", images=False)
     with pytest.raises(ValueError, match="autoencoder") as refusal:
         check_fit(Mixture((talk, source(given, "a"))), config)
     said = str(refusal.value)
@@ -117,7 +117,7 @@ def test_any_other_autoencoder_is_refused_by_name(given: Config, tmp_path: Path,
 
 def test_a_data_set_of_a_later_stage_counts_too(given: Config) -> None:
     stages = (Stage(0, (("talk", 1.0),)), Stage(900, (("a", 1.0),)))
-    talk = source(given, "talk", pictures=False)
+    talk = source(given, "talk", images=False)
     without = dataclasses.replace(given, autoencoder="")
     with pytest.raises(ValueError, match="'a' was encoded with the autoencoder"):
         check_fit(Mixture((talk, source(given, "a")), stages=stages), without)

@@ -26,7 +26,7 @@ def remote(s3: str, monkeypatch: pytest.MonkeyPatch) -> Mixture:
     """50 + 21 rows on S3, in batches of 8; an extent is three of them."""
     manifest = encoded(s3, [50, 21])
     monkeypatch.setattr(reader, "EXTENT", 3 * manifest.shards[0].batches[0].length)
-    return Mixture((Source("pictures", manifest, 1.0),), global_batch=24, window=2)
+    return Mixture((Source("images", manifest, 1.0),), global_batch=24, window=2)
 
 
 class Counted(S3Store):
@@ -110,7 +110,7 @@ def _read_all(location: str, folder: str, extent: int) -> int:
     """What a rank does: reads everything through the node's cache; its requests."""
     reader.EXTENT = extent
     manifest = reader.Manifest.load(location)
-    mixture = Mixture((Source("pictures", manifest, 1.0),), global_batch=24, window=2)
+    mixture = Mixture((Source("images", manifest, 1.0),), global_batch=24, window=2)
     made, store = counted(mixture, NodeCache(folder, 10**6))
     with ThreadPoolExecutor(4) as pool:
         every = [(s, [b]) for s, b, _ in manifest.batches()]
@@ -197,7 +197,7 @@ def test_a_damaged_record_batch_costs_its_neighbours_nothing(tmp_path: Path) -> 
     data = bytearray(path.read_bytes())
     data[info.batches[1].offset + info.batches[1].length // 2] ^= 0x10
     path.write_bytes(data)
-    mixture = Mixture((Source("pictures", manifest, 1.0),), global_batch=24, window=2)
+    mixture = Mixture((Source("images", manifest, 1.0),), global_batch=24, window=2)
     cache = RowCache(open_readers(mixture, None, 10**6), 10**6, 1, 2)
     one, two, three = cache.ask(first_shard(0, 1, 2)).values()
     assert [len(cache.wait(pending)) for pending in (one, three)] == [8, 8]

@@ -30,10 +30,10 @@ def test_latents_that_are_not_finite_are_refused() -> None:
         to_bfloat16_bits(np.array([1.0, np.nan], np.float32))
 
 
-@pytest.mark.parametrize("pictures", [True, False])
-def test_a_shard_gives_back_every_bit_from_ranges_alone(pictures: bool) -> None:
-    rows = samples(21, images=pictures)
-    schema = example_schema((2, 2) if pictures else None, 16)
+@pytest.mark.parametrize("images", [True, False])
+def test_a_shard_gives_back_every_bit_from_ranges_alone(images: bool) -> None:
+    rows = samples(21, images=images)
+    schema = example_schema((2, 2) if images else None, 16)
     data, info = write_shard(rows, schema, 8)
     assert [b.rows for b in info.batches] == [8, 8, 5]
     assert (info.rows, info.bytes) == (21, len(data))
@@ -49,7 +49,7 @@ def test_a_shard_gives_back_every_bit_from_ranges_alone(pictures: bool) -> None:
         assert np.array_equal(read.prompt_lengths, rows.prompt_lengths[span])
         for i in range(batch.rows):
             assert np.array_equal(read.text(i), rows.tokens[first + i])
-        if pictures:
+        if images:
             assert np.array_equal(read.latents.reshape(batch.rows, -1), rows.latents[span])
         first += batch.rows
 

@@ -52,7 +52,7 @@ def test_pairs_of_other_things_do_not_count_but_mixed_pairs_count_as_wrong() -> 
     shown = [1, 3, 10, 4, 10]
     agreed, counted = pair_agreement(NAMES, captions, shown)
     assert (agreed, counted) == (0.25, 0.8)
-    # A caption of no class beside a picture of no class is not an agreement either.
+    # A caption of no class beside an image of no class is not an agreement either.
     assert pair_agreement(NAMES, ["handwritten"], [-1]) == (0.0, 1.0)
     assert pair_agreement(NAMES, ["apple"], [10]) == (0.0, 0.0)
 

@@ -76,7 +76,7 @@ def test_scatter_loses_precision() -> None:
     assert precision < 0.05
 
 
-def test_nearest_neighbours_tell_copies_from_new_pictures() -> None:
+def test_nearest_neighbours_tell_copies_from_new_images() -> None:
     train, heldout, fresh = normal(500, 8, 0), normal(100, 8, 1), normal(100, 8, 2)
     assert nn_distance_ratio(fresh, heldout, train) == pytest.approx(1.0, abs=0.15)
     assert nn_distance_ratio(train[:100], heldout, train) == pytest.approx(0.0, abs=1e-6)
@@ -92,7 +92,7 @@ def test_shuffling_scores_chance() -> None:
     assert shuffled_control(np.zeros(500, int), wanted, seed=0) == pytest.approx(0.1)
 
 
-def test_shares_count_pictures_of_no_class_in_the_whole() -> None:
+def test_shares_count_images_of_no_class_in_the_whole() -> None:
     assert class_shares(np.array([0, 0, 1, 2]), 2).tolist() == [0.5, 0.25]
 
 

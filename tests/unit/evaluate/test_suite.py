@@ -42,7 +42,7 @@ def test_a_perfect_generator_scores_the_floors(
     assert result.replies[1]["turns"] == ["how are you?", "fine", "good"]
 
 
-def test_a_deaf_generator_scores_chance_though_its_pictures_are_real(
+def test_a_deaf_generator_scores_chance_though_its_images_are_real(
     digits: Digits, judge: Classifier, demo_data: DemoData
 ) -> None:
     m = run_demo(Oracle(digits, deaf=True), judge, demo_data, SETTINGS).metrics

@@ -17,7 +17,7 @@ def test_captions_name_their_digit_in_every_template():
             assert learn_data.NAMES.named(learn_data.caption(digit, template)) == digit
 
 
-def test_held_out_pictures_are_a_fifth_of_every_class_and_not_trained_on():
+def test_held_out_images_are_a_fifth_of_every_class_and_not_trained_on():
     train, heldout = learn_data.split()
     assert len(train.labels) + len(heldout.labels) == 1797
     for c in range(10):

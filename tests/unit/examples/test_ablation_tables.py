@@ -47,7 +47,7 @@ def test_a_dot_chart_has_a_dot_a_seed_and_escapes_names() -> None:
     assert "<b>" not in svg
 
 
-def test_the_page_shows_variants_solvers_and_pictures(tmp_path: Path) -> None:
+def test_the_page_shows_variants_solvers_and_images(tmp_path: Path) -> None:
     sheet = vars(save_sheet(torch.rand(3, 3, 8, 8), tmp_path / "a" / "p.png", columns=3))
     ablation = {
         "variants": RUNS,

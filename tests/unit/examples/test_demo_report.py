@@ -47,7 +47,7 @@ def run(
         result.plain()
         | {"sheets": {name: vars(sheet) for name, sheet in sheets.items()}}
         | {"snapshots": shots, "settings": vars(settings), "samples_seen": 19_200}
-        | {"counts": {"digits": {"examples": 3990, "quarantined: truncated picture": 7}}},
+        | {"counts": {"digits": {"examples": 3990, "quarantined: truncated image": 7}}},
     )
     lines = []
     for step in range(10, 301, 10):
@@ -105,7 +105,7 @@ def test_json_has_metrics_and_totals_at_the_top(run: Path, page: str) -> None:
     "heading",
     [
         *("Targets", "Learning", "Loss", "Real beside generated", "Captions", "Replies", "Stages"),
-        *("From text to picture", "Picture and caption at once", "What the model reads"),
+        *("From text to image", "Image and caption at once", "What the model reads"),
         *("Where the data came from", "Exactly how"),
     ],
 )
@@ -123,7 +123,7 @@ def test_page_is_self_contained_and_names_no_folder_of_this_machine(page: str, r
 
 
 def test_page_shows_counts_sources_and_escapes_what_a_model_wrote(page: str) -> None:
-    assert "quarantined: truncated picture" in page
+    assert "quarantined: truncated image" in page
     assert "Someone &amp; others" in page
     assert "&lt;b&gt;hello&lt;/b&gt;" in page
     assert "<b>hello</b>" not in page

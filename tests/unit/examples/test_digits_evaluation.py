@@ -27,7 +27,7 @@ def ruler(digits: Digits, judge: Classifier) -> Ruler:
     return Ruler(judge, task)
 
 
-def test_real_pictures_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: Path) -> None:
+def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: Path) -> None:
     metrics, drawn = evaluate(Oracle(digits), ruler, **HOW)
     assert metrics["t2i_accuracy"] > 0.9
     assert metrics["i2t_accuracy"] == 1.0
@@ -45,7 +45,7 @@ def test_real_pictures_reach_every_target(ruler: Ruler, digits: Digits, tmp_path
     wanted = {"class_share_min", "class_share_max", "recall", "fid64", "joint_agreement"}
     assert wanted <= {name for name, ok in plain["targets"].items() if ok}
     page = (tmp_path / "report.html").read_text()
-    for title in ("Does it learn?", "Targets", "Captions of held-out pictures", "Loss"):
+    for title in ("Does it learn?", "Targets", "Captions of held-out images", "Loss"):
         assert title in page
     assert page.count("data:image/png;base64,") >= 300
     assert str(tmp_path) not in page
@@ -55,4 +55,4 @@ def test_a_model_that_ignores_its_condition_is_at_chance(ruler: Ruler, digits: D
     metrics, _ = evaluate(Oracle(digits, deaf=True), ruler, **HOW)
     assert metrics["t2i_accuracy"] < 0.2
     assert metrics["i2t_accuracy"] < 0.2
-    assert metrics["fid64"] < 2 * metrics["fid64_floor"], "its pictures are as real as any"
+    assert metrics["fid64"] < 2 * metrics["fid64_floor"], "its images are as real as any"

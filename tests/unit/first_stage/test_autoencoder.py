@@ -63,7 +63,7 @@ def test_decode_undoes_the_normalisation_and_the_patches(folder, pixels):
     torch.testing.assert_close(autoencoder.decode(autoencoder.encode(pixels)), expected)
 
 
-def test_a_picture_wider_than_high(folder):
+def test_an_image_wider_than_high(folder):
     autoencoder = Autoencoder.load(folder)
     latents = autoencoder.encode(torch.rand(1, 3, 8, 24))
     assert latents.shape == (1, 3, 16)
@@ -121,17 +121,17 @@ def test_broken_folders_and_shapes_are_value_errors(folder, tmp_path, pixels):
 def test_fit_lowers_the_loss_and_the_figures_normalise(tmp_path):
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, 2, (64, 3, 2, 2), generator=generator) * 255
-    pictures = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3).byte()
+    images = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3).byte()
     torch.manual_seed(0)
     model = build(16, (8, 16, 16))
     options = {"batch": 16, "lr": 1e-2, "kl_weight": 1e-4, "seed": 0, "precision": "fp32"}
-    losses = list(fit_autoencoder.fit(model, {"solid": pictures}, steps=80, **options))
+    losses = list(fit_autoencoder.fit(model, {"solid": images}, steps=80, **options))
     first, last = (
         sum(term["reconstruction"] for term in part) for part in (losses[:5], losses[-5:])
     )
     assert last < 0.7 * first
-    save(model, tmp_path / "ae", *fit_autoencoder.channel_statistics(model, pictures))
-    latents = Autoencoder.load(tmp_path / "ae").encode(pictures).view(-1, 4)
+    save(model, tmp_path / "ae", *fit_autoencoder.channel_statistics(model, images))
+    latents = Autoencoder.load(tmp_path / "ae").encode(images).view(-1, 4)
     torch.testing.assert_close(latents.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std(0), torch.ones(4), atol=1e-2, rtol=0)
 

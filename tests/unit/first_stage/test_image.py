@@ -12,9 +12,9 @@ from mdm.first_stage.image import decode_image
 from tests.unit.sources.damage import chunk, png_of_rows
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     out = io.BytesIO()
-    picture.save(out, kind, **options)
+    image.save(out, kind, **options)
     return out.getvalue()
 
 
@@ -43,12 +43,12 @@ def test_every_mode_becomes_rgb_over_white(data, colour):
 
 
 def test_short_side_is_resized_and_the_middle_kept():
-    picture = Image.new("RGB", (90, 30), "black")
-    picture.paste("white", (30, 0, 60, 30))
-    assert decode_image(encoded(picture), 30).min() == 255
+    image = Image.new("RGB", (90, 30), "black")
+    image.paste("white", (30, 0, 60, 30))
+    assert decode_image(encoded(image), 30).min() == 255
 
 
-def test_large_jpeg_and_small_picture_come_in_the_asked_size():
+def test_large_jpeg_and_small_image_come_in_the_asked_size():
     gradient = np.tile(np.linspace(0, 255, 1200, dtype=np.uint8)[None, :, None], (900, 1, 3))
     pixels = decode_image(encoded(Image.fromarray(gradient), "JPEG"), 32)
     assert pixels.shape == (3, 32, 32)
@@ -57,11 +57,11 @@ def test_large_jpeg_and_small_picture_come_in_the_asked_size():
 
 
 def test_exif_orientation_is_applied():
-    picture = Image.new("RGB", (32, 32), "black")
-    picture.paste("white", (0, 0, 32, 16))
+    image = Image.new("RGB", (32, 32), "black")
+    image.paste("white", (0, 0, 32, 16))
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    pixels = decode_image(encoded(picture, "JPEG", exif=exif, quality=95), 32)
+    pixels = decode_image(encoded(image, "JPEG", exif=exif, quality=95), 32)
     assert pixels[:, :12].mean() < 10
     assert pixels[:, 20:].mean() > 245
 
@@ -79,13 +79,13 @@ PHOTO = encoded(Image.fromarray(NOISE), "JPEG")
     ("data", "reason"),
     [
         (b"", "empty file"),
-        (b"<html>not found", "not a picture: begins with '<html>not found'"),
-        (PHOTO[: len(PHOTO) // 2], "truncated picture"),
-        (PHOTO[:30], "picture"),
+        (b"<html>not found", "not an image: begins with '<html>not found'"),
+        (PHOTO[: len(PHOTO) // 2], "truncated image"),
+        (PHOTO[:30], "image"),
         (bomb(9000, 9000), "too many pixels: 9000 x 9000"),
         (bomb(10_000, 10_000), "too many pixels"),
         (bomb(60_000, 60_000), "too many pixels"),
-        (bomb(64, 64), "picture"),
+        (bomb(64, 64), "image"),
     ],
 )
 def test_refusals_say_why(data, reason):
@@ -137,7 +137,7 @@ def test_bytes_changed_among_a_jpegs_pixels_are_told(mode, options):
             decode_image(bytes(data), 32)
         except ValueError as error:
             told.append(str(error).split(":")[0])
-    assert set(told) <= {"damaged picture", "truncated picture"}
+    assert set(told) <= {"damaged image", "truncated image"}
     assert len(told) >= 34  # where the decoder finds its way again in time, nothing can be told
 
 
@@ -163,7 +163,7 @@ def test_zeros_behind_coded_pixels_are_no_damage(mode, options):
             assert np.array_equal(decode_image(padded, 32), wanted)
         lost = good[: at - 40] + bytes(740)  # of a progressive one, zeros may be pixels as well
         for damaged in (good[:at] + b"\1" * 9, *([] if "progressive" in options else [lost])):
-            with pytest.raises(ValueError, match=r"damaged picture|truncated picture"):
+            with pytest.raises(ValueError, match=r"damaged image|truncated image"):
                 decode_image(damaged + good[at:], 32)
 
 
@@ -171,7 +171,7 @@ def test_a_jpeg_whose_header_says_more_rows_than_there_are_is_truncated():
     good = grainy()
     at = good.index(b"\xff\xc0") + 5
     taller = good[:at] + struct.pack(">H", 1200) + good[at + 2 :]
-    with pytest.raises(ValueError, match="truncated picture: file is truncated"):
+    with pytest.raises(ValueError, match="truncated image: file is truncated"):
         decode_image(taller, 32)
 
 
@@ -185,7 +185,7 @@ def test_a_png_that_lacks_any_of_its_rows_is_damaged(depth, colours, adam7):
     whole = png_of_rows(rows, depth=depth, colours=colours, adam7=adam7)
     assert decode_image(whole, 8).shape == (3, 8, 8)
     # The decoder itself gives up where next to nothing is there.
-    reason = r"damaged picture: \d+ bytes of pixels, but|truncated picture: image file is truncated"
+    reason = r"damaged image: \d+ bytes of pixels, but|truncated image: image file is truncated"
     for there in range(rows):
         data = png_of_rows(there, depth=depth, colours=colours, adam7=adam7)
         with pytest.raises(ValueError, match=reason):
@@ -193,7 +193,7 @@ def test_a_png_that_lacks_any_of_its_rows_is_damaged(depth, colours, adam7):
 
 
 def test_the_rows_that_are_there_may_hold_anything():
-    """Rows cut from a picture's data by a tool that knows only its length."""
+    """Rows cut from an image's data by a tool that knows only its length."""
     noise = np.random.default_rng(2).integers(1, 255, (40, 30, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise))
     packed = zlib.compress(zlib.decompress(data[41 : data.index(b"IEND") - 8])[: 39 * 91])

@@ -4,7 +4,7 @@ import torch
 from mdm.first_stage.pixel_patches import PixelPatches, fitted
 
 
-def test_patches_are_normalised_and_come_back_as_the_picture():
+def test_patches_are_normalised_and_come_back_as_the_image():
     grey = torch.rand(6, 8, 8, generator=torch.Generator().manual_seed(0))
     pixels = fitted(grey, 4)
     tokens = pixels.encode(grey)
@@ -17,7 +17,7 @@ def test_patches_are_normalised_and_come_back_as_the_picture():
     torch.testing.assert_close(back[:, 0], grey)
 
 
-def test_a_patch_is_a_place_of_the_picture():
+def test_a_patch_is_a_place_of_the_image():
     grey = torch.zeros(1, 8, 8)
     grey[0, 0:4, 4:8] = 1.0
     tokens = PixelPatches(8, 4, 0.0, 1.0).encode(grey)

@@ -117,7 +117,7 @@ def test_each_modality_has_its_own_guidance(model):
         assert len(calls) == expected
 
 
-def test_text_trails_by_a_share_of_the_pictures_steps(model):
+def test_text_trails_by_a_share_of_the_images_steps(model):
     calls = seen_by(model.network)
     how = Sampling(image_steps=4, text_steps=6, text_delay=0.5)
     drawn = denoise(model, request("asked", "asked"), how)
@@ -182,7 +182,7 @@ def test_what_has_settled_keeps_its_value_and_leaves_the_scans(model):
             assert args[9].all(1).tolist() == (~settled.all(1)).tolist()
 
 
-def test_a_picture_that_has_settled_needs_no_more_evaluations(model):
+def test_an_image_that_has_settled_needs_no_more_evaluations(model):
     how = Sampling(image_steps=9, selection=1e9)
     drawn = denoise(model, request("asked", "absent"), how)
     # Levels -9, -7, ..., 7: the first above 0 is the sixth.
@@ -194,7 +194,7 @@ def test_nothing_is_dropped_while_the_other_modality_has_to_hear_it(model):
     calls = seen_by(model.network)
     how = Sampling(image_steps=9, text_steps=9, text_delay=0.8, selection=1e9)
     drawn = denoise(model, request("asked", "asked"), how)
-    # The picture is above log-SNR 0 from evaluation 5 on; the text is drawn from 7 on.
+    # The image is above log-SNR 0 from evaluation 5 on; the text is drawn from 7 on.
     assert (drawn.selected.image == 5).all()
     assert drawn.selected.text.min() > 6
     assert all(args[9] is None or args[9].all() for args in calls)

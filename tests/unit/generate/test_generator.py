@@ -106,7 +106,7 @@ def test_saved_and_loaded_by_the_hubs_own_methods(generator, tmp_path):
     assert torch.equal(again.class_to_image([1], steps=2), pixels)
 
 
-def test_pictures_have_the_autoencoders_size(generator):
+def test_images_have_the_autoencoders_size(generator):
     pixels = generator.class_to_image([0, 1, 2, -1], steps=3)
     assert pixels.shape == (4, 3, 16, 16)
     assert pixels.min() >= 0
@@ -120,7 +120,7 @@ def test_seed_decides_and_conditions_matter(generator):
     assert not torch.equal(one, generator.text_to_image(["two", "one"], steps=3, seed=1))
 
 
-def test_guidance_changes_pictures(generator):
+def test_guidance_changes_images(generator):
     plain = generator.class_to_image([0], steps=3, guidance=0.0)
     assert not torch.equal(plain, generator.class_to_image([0], steps=3, guidance=2.0))
 
@@ -183,30 +183,30 @@ def test_mistakes_name_both_values(generator, export, tmp_path):
         Generator.from_pretrained(tmp_path)
 
 
-def test_a_reply_hears_pictures_and_where_they_stand(generator):
+def test_a_reply_hears_images_and_where_they_stand(generator):
     """Weights here are random: what is given must change what the network says, not make sense."""
-    pictures = torch.randn(1, 2, 4 * 4, 16, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, 2, 4 * 4, 16, generator=torch.Generator().manual_seed(0))
     heard = []
 
     def asked(turns, shown):
         heard.clear()
-        generator.reply([turns], pictures=shown, steps=2)
+        generator.reply([turns], images=shown, steps=2)
         return [v.clone() for v in heard]
 
     hook = generator.model.network.register_forward_hook(
         lambda module, args, said: heard.append(said.text)
     )
     try:
-        beside = asked(("o t",), pictures)
-        assert not torch.equal(beside[0], asked(("o t",), pictures.flip(1))[0])
-        first = asked(("<image> o <image> t",), pictures)
+        beside = asked(("o t",), images)
+        assert not torch.equal(beside[0], asked(("o t",), images.flip(1))[0])
+        first = asked(("<image> o <image> t",), images)
         assert not torch.equal(beside[0], first[0])
-        assert not torch.equal(first[0], asked(("o <image> t <image>",), pictures)[0])
+        assert not torch.equal(first[0], asked(("o <image> t <image>",), images)[0])
     finally:
         hook.remove()
 
 
-def test_places_of_pictures_count_tokens(generator):
+def test_places_of_images_count_tokens(generator):
     pieces = generator.tokenizer
     turns = ("one <image>", "two", "<image> three")
     ids, places = generator._asked(turns, 2, 40)
@@ -219,10 +219,10 @@ def test_places_of_pictures_count_tokens(generator):
     assert generator._asked(("one",), 2, 40)[1] == [-1, -1]
 
 
-def test_marks_without_pictures_are_refused(generator):
-    with pytest.raises(ValueError, match="marks 2 places with <image> but has 1 pictures"):
-        generator.reply([("<image> one <image>",)], pictures=torch.zeros(1, 1, 16, 16))
-    with pytest.raises(ValueError, match="marks 1 places with <image> but has 0 pictures"):
+def test_marks_without_images_are_refused(generator):
+    with pytest.raises(ValueError, match="marks 2 places with <image> but has 1 images"):
+        generator.reply([("<image> one <image>",)], images=torch.zeros(1, 1, 16, 16))
+    with pytest.raises(ValueError, match="marks 1 places with <image> but has 0 images"):
         generator.reply([("<image> one",)])
-    with pytest.raises(ValueError, match="1 sets of pictures for 2 dialogues"):
-        generator.reply([("one",), ("two",)], pictures=torch.zeros(1, 1, 16, 16))
+    with pytest.raises(ValueError, match="1 sets of images for 2 dialogues"):
+        generator.reply([("one",), ("two",)], images=torch.zeros(1, 1, 16, 16))

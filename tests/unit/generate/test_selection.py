@@ -75,13 +75,13 @@ def test_a_settled_token_stays_settled():
 def test_map_has_a_row_a_sample_and_a_column_an_evaluation():
     image = torch.tensor([[0, -1, -1, 2], [-1, -1, -1, -1]])
     text = torch.tensor([[-1, 1, -1], [-1, -1, -1]])
-    picture = draw_map(Selected(image, text, 3), (2, 2))
+    drawn = draw_map(Selected(image, text, 3), (2, 2))
     side = 2 * CELL + GAP
-    assert picture.shape == (2 * 2 * side, 3 * side, 3)
+    assert drawn.shape == (2 * 2 * side, 3 * side, 3)
 
     def colour(sample, evaluation, row, column, below=0):
         y = sample * 2 * side + below * side + row * CELL
-        return tuple(picture[y + 1, evaluation * side + column * CELL + 1].tolist())
+        return tuple(drawn[y + 1, evaluation * side + column * CELL + 1].tolist())
 
     assert colour(0, 0, 0, 0) == SETTLED
     assert colour(0, 1, 1, 1) == MOVING

@@ -1,4 +1,4 @@
-"""The decoder: information crosses between text and picture, presets have the paper's sizes."""
+"""The decoder: information crosses between text and image, presets have the paper's sizes."""
 
 import dataclasses
 import re
@@ -174,7 +174,7 @@ def test_long_skips_join_mirrored_blocks():
     torch.testing.assert_close(skipping(x, 5, (2, 3)), y)
 
 
-def test_several_pictures_hear_each_other_and_their_place():
+def test_several_images_hear_each_other_and_their_place():
     torch.manual_seed(0)
     network = Decoder(SMALL)
     torch.nn.init.normal_(network.image_out.weight)
@@ -186,9 +186,9 @@ def test_several_pictures_hear_each_other_and_their_place():
     (grad,) = torch.autograd.grad(said[:, 8].sum(), z_img, retain_graph=True)
     assert (grad.abs().amax(-1) > 0).all()
     places = torch.tensor([[0, 3], [1, 3]])
-    placed = call(network, z_txt, z_img, level_img=levels, picture_at=places)
-    moved = call(network, z_txt, z_img, level_img=levels, picture_at=places.flip(1))
-    beside = call(network, z_txt, z_img, level_img=levels, picture_at=torch.full((2, 2), -1))
+    placed = call(network, z_txt, z_img, level_img=levels, image_at=places)
+    moved = call(network, z_txt, z_img, level_img=levels, image_at=places.flip(1))
+    beside = call(network, z_txt, z_img, level_img=levels, image_at=torch.full((2, 2), -1))
     assert not torch.allclose(placed.text, moved.text)
     assert not torch.allclose(placed.text, beside.text)
     torch.testing.assert_close(beside.image, said)
@@ -221,14 +221,14 @@ def test_shapes_that_do_not_fit_are_refused():
     text, image = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
     with pytest.raises(ValueError, match=r"z_txt has shape \(2, 6, 16\).*1 \.\.\. 5 tokens"):
         call(network, torch.randn(2, 6, 16), image)
-    with pytest.raises(ValueError, match=r"z_img has shape \(2, 7, 16\).*pictures x 6"):
+    with pytest.raises(ValueError, match=r"z_img has shape \(2, 7, 16\).*images x 6"):
         call(network, text, torch.randn(2, 7, 16))
     with pytest.raises(ValueError, match=r"z_img has shape \(2, 6, 16\) and level_img None"):
         call(network, text, image, level_img=None)
     with pytest.raises(ValueError, match=r"prompt has shape \(2, 4\).*need \(2, 5\)"):
         call(network, text, image, prompt=torch.zeros(2, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"picture_at has shape \(2, 2\).*need \(2, 1\)"):
-        call(network, text, image, picture_at=torch.zeros(2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"image_at has shape \(2, 2\).*need \(2, 1\)"):
+        call(network, text, image, image_at=torch.zeros(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match=r"estimate_txt has shape \(1, 5, 16\).*need \(2, 5, 16\)"):
         call(network, text, image, estimate_txt=text[:1])
     with pytest.raises(ValueError, match=r"only keep_txt is given"):

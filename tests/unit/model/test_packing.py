@@ -53,7 +53,7 @@ def test_head_and_pads_stay_unless_a_sample_is_done():
     assert mask[0] == [1, 1, 1, 1, 0, 1, 1, 0, 1, 0, 1]
     assert mask[1] == [1, 1, 1, 0, 0, 1, 1, 0, 1, 0, 1]
     assert mask[2] == [0] * 11
-    two = sequence_mask(keep_txt, keep_img[:, [0, 1, 1, 2]], pictures=2).int().tolist()
+    two = sequence_mask(keep_txt, keep_img[:, [0, 1, 1, 2]], images=2).int().tolist()
     assert two[0] == [1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1, 0, 1]
     assert sequence_mask(keep_txt, None).int().tolist()[:2] == [[1, 1, 1, 1, 0, 1], [0] * 6]
 

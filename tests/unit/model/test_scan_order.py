@@ -27,10 +27,10 @@ def test_text_scan_then_inverse_is_the_identity(length, pattern):
 
 
 @given(sides, sides, st.integers(1, 20), st.integers(1, 4), st.integers(1, 2), st.integers(0, 3))
-def test_joint_scan_then_inverse_is_the_identity(h, w, length, image, text, pictures):
-    grid = (h, w) if pictures else None
-    order, inverse = joint_scan(2, length, grid, image, text, pictures)
-    total = 2 + length + 2 + pictures * (h * w + 2)
+def test_joint_scan_then_inverse_is_the_identity(h, w, length, image, text, images):
+    grid = (h, w) if images else None
+    order, inverse = joint_scan(2, length, grid, image, text, images)
+    total = 2 + length + 2 + images * (h * w + 2)
     assert sorted(order.tolist()) == list(range(total))
     assert torch.equal(order[inverse], torch.arange(total))
 
@@ -42,12 +42,12 @@ def test_patterns_of_a_small_grid():
     assert image_scan(2, 3, 4)[0].tolist() == [5, 2, 4, 1, 3, 0]
 
 
-def test_a_reversed_scan_puts_the_picture_before_the_text():
+def test_a_reversed_scan_puts_the_image_before_the_text():
     order, _ = joint_scan(2, 3, (2, 2), 2, 2)
     assert order.tolist() == list(range(13))[::-1]
 
 
-def test_every_picture_is_read_in_the_same_pattern():
+def test_every_image_is_read_in_the_same_pattern():
     one, two = joint_scan(2, 3, (2, 3), 3, 1)[0], joint_scan(2, 3, (2, 3), 3, 1, 2)[0]
     assert torch.equal(two[: len(one)], one)
     assert torch.equal(two[len(one) :] - 8, one[-8:])

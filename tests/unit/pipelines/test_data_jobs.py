@@ -59,7 +59,7 @@ def test_questions_do_not_straddle_the_split(tmp_path):
     assert not asked["train"] & asked["test"]
 
 
-def test_pictures_are_dark_on_white(demo):
+def test_images_are_dark_on_white(demo):
     path = next((demo / "digits" / "train" / "n00000003").iterdir())
     digit = Image.open(io.BytesIO(path.read_bytes()))
     assert (digit.size, digit.mode) == ((32, 32), "RGB")
@@ -100,10 +100,10 @@ def test_autoencoder_job(demo, tmp_path):
     autoencoder = Autoencoder.load(out)
     assert report["sha256"] == autoencoder.sha256
     assert set(report["psnr"]) == {"digits", "emoji"}
-    assert report["train_pictures"]["digits"] == 50
+    assert report["train_images"]["digits"] == 50
     assert autoencoder.encode(torch.rand(2, 3, 32, 32)).shape == (2, 16, 16)
-    with Image.open(out / "reconstructions.png") as picture:
-        assert picture.size == (1024, 256)
+    with Image.open(out / "reconstructions.png") as image:
+        assert image.size == (1024, 256)
     assert [path.name for path in tmp_path.iterdir()] == ["ae"]
 
 
@@ -121,7 +121,7 @@ def test_autoencoder_job(demo, tmp_path):
         (
             train_autoencoder,
             ["--datasets", "ultrachat={demo}/dialogues"],
-            "no usable picture in split train",
+            "no usable image in split train",
         ),
         (
             train_autoencoder,

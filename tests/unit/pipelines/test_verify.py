@@ -28,7 +28,7 @@ def run(monkeypatch, capsys):
 
 
 def records(name: str, count: int) -> list[Quarantined]:
-    reason = 'damaged picture: "é" \\ \n in 2 lines'
+    reason = 'damaged image: "é" \\ \n in 2 lines'
     return [
         Quarantined(f"{name}/train/漢 {i}", reason, f"a.json@{i}, {i}.png") for i in range(count)
     ]

@@ -49,17 +49,17 @@ def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Autoencoder:
 
 
 def recipe(dataset: str, tokenizer: Tokenizer, **changes: object) -> Recipe:
-    pictures = dataset != "ultrachat"
+    images = dataset != "ultrachat"
     base = Recipe(
         dataset=dataset,
         split="train",
         inputs_sha256="",
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
-        autoencoder_sha256="a" if pictures else None,
-        image_size=16 if pictures else None,
-        image_grid=(2, 2) if pictures else None,
-        latent_dim=16 if pictures else 0,
+        autoencoder_sha256="a" if images else None,
+        image_size=16 if images else None,
+        image_grid=(2, 2) if images else None,
+        latent_dim=16 if images else 0,
         text_length=24,
         min_chars=2,
         shard_rows=16,
@@ -95,7 +95,7 @@ def encode(
 def planned(found: Sequence[Unit], made: Recipe) -> list[Group]:
     surveys = [survey(u, near=made.near_duplicates) for u in found]
     with TemporaryDirectory() as folder:
-        out = left_out(surveys, Path(folder), pictures=made.image_size is not None)
+        out = left_out(surveys, Path(folder), images=made.image_size is not None)
     return plan(found, [len(s) for s in surveys], out, made.shard_rows)
 
 
@@ -127,7 +127,7 @@ def test_of_like_records_the_first_stays_and_the_rest_is_told_apart(tmp_path: Pa
         surveyed((0, "c", "x"), (1, "a", "z"), (2, "d", "w"), (3, "d", "w")),
         surveyed((0, "e", ""), (1, "f", ""), (2, "e", "")),
     ]
-    out = left_out(surveys, tmp_path, pictures=True)
+    out = left_out(surveys, tmp_path, images=True)
     assert out == [{}, {0: DUPLICATE, 1: ID_TAKEN, 3: DUPLICATE}, {2: ID_TAKEN}]
     assert Survey.from_bytes(surveys[0].to_bytes()).ids.tolist() == surveys[0].ids.tolist()
 
@@ -141,14 +141,14 @@ def test_groups_hold_every_unit_once_and_enough_records() -> None:
     assert plan(units(20), [10] * 20, [{}] * 20, 35) == groups
 
 
-def test_pictures_become_rows_and_bad_ones_are_quarantined_with_reasons(
+def test_images_become_rows_and_bad_ones_are_quarantined_with_reasons(
     tmp_path: Path, tokenizer_path: Path, autoencoder: Autoencoder, uri: str
 ) -> None:
     root = write_imagenet(tmp_path / "raw", 9)
     folder = root / "train" / "n00000000"
     good = (folder / "n00000000_1.JPEG").read_bytes()
     (folder / "n00000000_2.JPEG").write_bytes(good[: len(good) // 2])
-    (folder / "n00000000_3.JPEG").write_bytes(b"<html>no picture</html>")
+    (folder / "n00000000_3.JPEG").write_bytes(b"<html>no image</html>")
     (folder / "n00000000_4.JPEG").write_bytes(b"")
     (folder / "n00000000_5.JPEG").write_bytes(good)  # again under another name
     tokenizer = Tokenizer(tokenizer_path)
@@ -157,7 +157,7 @@ def test_pictures_become_rows_and_bad_ones_are_quarantined_with_reasons(
     assert manifest.counts["dropped: duplicate"] == 1
     reasons = {Path(q.origin).name: q.reason for q in manifest.quarantine}
     assert "truncated" in reasons["n00000000_2.JPEG"].lower()
-    assert "not a picture" in reasons["n00000000_3.JPEG"]
+    assert "not an image" in reasons["n00000000_3.JPEG"]
     assert "empty" in reasons["n00000000_4.JPEG"]
     assert manifest.rows == 36 - 1 - 3
     assert str(tmp_path) not in manifest.to_bytes().decode()
@@ -267,7 +267,7 @@ def test_verify_names_the_damaged_shard(tmp_path: Path, tokenizer_path: Path) ->
 
 def test_a_set_without_a_readable_record_is_refused() -> None:
     with pytest.raises(ValueError, match="not one record"):
-        encoding.has_pictures([])
+        encoding.has_images([])
 
 
 def test_settings_are_checked(tokenizer_path: Path) -> None:
@@ -289,9 +289,9 @@ def test_an_autoencoder_is_described_without_loading_it(
         describe(tmp_path)
 
 
-def saved(picture: Image.Image, kind: str, **more: int) -> bytes:
+def saved(image: Image.Image, kind: str, **more: int) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **more)
+    image.save(file, kind, **more)
     return file.getvalue()
 
 
@@ -301,7 +301,7 @@ def landscape(seed: int) -> Image.Image:
     return Image.fromarray(coarse).resize((96, 72), Image.Resampling.BICUBIC)
 
 
-def test_near_duplicates_of_pictures_are_found_and_others_are_left(tmp_path: Path) -> None:
+def test_near_duplicates_of_images_are_found_and_others_are_left(tmp_path: Path) -> None:
     folder = tmp_path / "raw" / "train" / "n00000000"
     folder.mkdir(parents=True)
     (tmp_path / "raw" / "LOC_synset_mapping.txt").write_text("n00000000 one\n")
@@ -324,7 +324,7 @@ def test_near_duplicates_of_pictures_are_found_and_others_are_left(tmp_path: Pat
         surveys = [survey(u, near=True) for u in found]
         folder = tmp_path / f"index{unit_bytes}"
         folder.mkdir()
-        with DuplicateIndex(folder, pictures=True, buckets=3) as index:
+        with DuplicateIndex(folder, images=True, buckets=3) as index:
             for number, one in reversed(list(enumerate(surveys))):  # in whatever order
                 index.add(number, one)
             out = index.left_out(len(found))
@@ -356,7 +356,7 @@ def test_near_duplicates_of_texts_are_found_and_others_are_left(tmp_path: Path) 
     assert len(found) > 2
     surveys = [survey(u, near=True) for u in found]
     (tmp_path / "index").mkdir()
-    out = left_out(surveys, tmp_path / "index", pictures=False)
+    out = left_out(surveys, tmp_path / "index", images=False)
     gone = [
         record.id.rpartition("/")[2]
         for number, unit in enumerate(found)
@@ -366,18 +366,18 @@ def test_near_duplicates_of_texts_are_found_and_others_are_left(tmp_path: Path) 
     assert gone == ["6", "7", "10"]
     exact = [survey(u, near=False) for u in found]
     (tmp_path / "exact").mkdir()
-    assert left_out(exact, tmp_path / "exact", pictures=False) == [{}] * len(found)
+    assert left_out(exact, tmp_path / "exact", images=False) == [{}] * len(found)
 
 
-def test_questions_about_one_picture_decode_and_encode_it_once(
+def test_questions_about_one_image_decode_and_encode_it_once(
     tmp_path: Path, tokenizer_path: Path, autoencoder: Autoencoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = Tokenizer(tokenizer_path)
     random = np.random.default_rng(0)
-    pictures = [jpeg(random) for _ in range(5)] + [b"broken"]
+    images = [jpeg(random) for _ in range(5)] + [b"broken"]
     records = [
-        RawRecord(f"{p}.{q}", "s", "train", "o", picture, turns=("one", f"two {q}"))
-        for p, picture in enumerate(pictures)
+        RawRecord(f"{p}.{q}", "s", "train", "o", image, turns=("one", f"two {q}"))
+        for p, image in enumerate(images)
         for q in range(4)
     ]
 
@@ -395,13 +395,13 @@ def test_questions_about_one_picture_decode_and_encode_it_once(
     made = recipe("imagenet", tokenizer, encode_batch=3)
     group = Group(0, (units(1)[0],), ({},))
     chunks = list(decode_group(group, made, tokenizer))
-    assert decoded == pictures
+    assert decoded == images
     assert [len(c.pixels) for c in chunks if c.pixels is not None] == [3, 2]
     done = [encode_chunk(c, made, autoencoder) for c in chunks]
     assert [len(c.examples) for c in done] == [12, 8]
     for chunk, before in zip(done, chunks, strict=True):
         rows = chunk.examples.latents
-        for row, which in zip(rows, before.pictures, strict=True):
+        for row, which in zip(rows, before.images, strict=True):
             assert (row == rows[4 * which]).all()
     assert len({row.tobytes() for c in done for row in c.examples.latents}) == 5
     assert [q.id for c in done for q in c.quarantine] == [f"5.{q}" for q in range(4)]
@@ -419,7 +419,7 @@ def test_a_card_shows_samples_lengths_drops_and_lineage(
     encode(root, made, tokenizer, autoencoder, str(tmp_path / "out"))
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["dropped"] == {"duplicate": 1}
-    assert card["quarantined"] == {"not a picture": 1}
+    assert card["quarantined"] == {"not an image": 1}
     assert sum(card["token_lengths"].values()) == card["counts"]["examples"] == 31
     assert card["lineage"]["recipe"]["tokenizer_sha256"] == tokenizer.sha256
     assert "pillow" in card["lineage"]["versions"]
@@ -430,7 +430,7 @@ def test_a_card_shows_samples_lengths_drops_and_lineage(
     assert page.count("data:image/png;base64,") == 12
     assert all(s["id"] in page for s in card["samples"])
     assert "<rect" in page
-    assert "not a picture" in page
+    assert "not an image" in page
     assert str(tmp_path) not in page
     assert "http" not in page.replace("http://www.w3.org", "")
 

@@ -79,7 +79,7 @@ def test_stray_entries_in_imagenet_folders_are_reported(tmp_path: Path) -> None:
     (folder / "folder.JPEG").mkdir()
     expected["n00000000/folder.JPEG"] = "a folder in place of an image"
     (folder / "Thumbs.txt").write_bytes(b"junk")
-    expected["n00000000/Thumbs.txt"] = "not a picture: begins with 'junk'"
+    expected["n00000000/Thumbs.txt"] = "not an image: begins with 'junk'"
     (train / "README").write_bytes(b"hello")
     expected["/README"] = "image outside a class's tar or folder"
     (train / "n99999999").mkdir()

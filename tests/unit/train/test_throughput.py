@@ -34,7 +34,7 @@ def test_rates_are_of_all_ranks_and_mfu_of_one(tmp_path):
         config, model=dataclasses.replace(config.model, image_height=2, image_width=2)
     )
     work, loader = Throughput(config, World(0, 2)), MemoryLoader(config, World(0, 2))
-    for _ in range(3):  # the third has no pictures
+    for _ in range(3):  # the third has no images
         work.add(next(loader))
     rates = work.rates(2.0)
     assert rates["tokens_per_second"] == 8 * (12 + 4 + 12 + 4 + 12) / 2
