@@ -45,7 +45,7 @@ learn-ablate: setup
 	$(PY) examples/digits/ablate.py
 
 bench: setup
-	$(PY) -m tests.benchmarks
+	$(PY) -m benchmarks
 
 docs: .venv/.docs-ready
 	.venv/bin/sphinx-build -W -n --keep-going -q -b html docs build/docs

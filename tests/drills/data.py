@@ -21,7 +21,11 @@ from mdm.data.mixture import open_mixture
 from mdm.data.reader import open_cache
 from mdm.storage import StoreError, open_store
 from mdm.storage.server import S3Server
-from tests.chaos.encode_job import (
+from tests.data_sets import encoded
+from tests.drills.drill import Row, Setting
+from tests.drills.loader_life import SEED, Step, walk
+from tests.drills.runbook import execute
+from tests.faults.encode_job import (
     Job,
     check_complete,
     count_receipts,
@@ -29,12 +33,8 @@ from tests.chaos.encode_job import (
     result_of,
     wait_for,
 )
-from tests.chaos.faults import TARGETS, environment, kill, wrong_clock
-from tests.chaos.proxy import KINDS, FaultProxy
-from tests.data_sets import encoded
-from tests.drills.drill import Row, Setting
-from tests.drills.loader_life import SEED, Step, walk
-from tests.drills.runbook import execute
+from tests.faults.faults import TARGETS, environment, kill, wrong_clock
+from tests.faults.proxy import KINDS, FaultProxy
 from tests.unit.data.test_elastic import FIRST, LATER, RANKS, SETTINGS, check, data
 
 SHARES = (0.01, 0.1)

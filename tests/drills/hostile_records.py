@@ -11,8 +11,8 @@ from mdm.data.schema import Rows
 from mdm.preprocess.verify import verify
 from mdm.storage import open_store
 from tests import hostile
-from tests.chaos.encode_job import Job, error_line
 from tests.drills.drill import Row, Setting
+from tests.faults.encode_job import Job, error_line
 
 IMAGES, ANNOTATIONS = 1500, 500
 CLASSES = 4

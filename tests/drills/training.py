@@ -13,9 +13,6 @@ from typing import Any
 
 from mdm.checkpoint.checkpoints import MANIFEST, MARKER
 from mdm.storage.server import S3Server
-from tests.chaos.faults import environment
-from tests.chaos.mlflow_server import MlflowServer
-from tests.chaos.proxy import FaultProxy
 from tests.drills.drill import Row, Setting
 from tests.drills.runbook import execute
 from tests.drills.training_job import (
@@ -27,6 +24,9 @@ from tests.drills.training_job import (
     read_done,
     unfinished,
 )
+from tests.faults.faults import environment
+from tests.faults.mlflow_server import MlflowServer
+from tests.faults.proxy import FaultProxy
 
 TARGETS = ("rank", "launcher", "supervisor")
 SIGNALS = ("SIGKILL", "SIGSTOP", "SIGTERM", "SIGUSR1")

@@ -13,7 +13,6 @@ from typing import Any
 from mdm.checkpoint.checkpoints import Checkpoints
 from mdm.train import heartbeat
 from mdm.utils import exit_codes
-from tests.chaos.encode_job import Job as EncodeJob
 from tests.drills.data import small_disk
 from tests.drills.drill import Row, Setting
 from tests.drills.runbook import execute
@@ -27,6 +26,7 @@ from tests.drills.training_job import (
     open_gate_when,
     read_done,
 )
+from tests.faults.encode_job import Job as EncodeJob
 
 TRAIN = {"steps": 24, "checkpoint_every": 5, "snapshots": 0, "keep": 3, "hang_seconds": 6.0}
 

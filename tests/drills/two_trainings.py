@@ -15,9 +15,9 @@ from mdm.checkpoint.checkpoints import Checkpoints
 from mdm.storage.server import S3Server
 from mdm.train.writer import RUN_LEASE
 from mdm.utils import exit_codes
-from tests.chaos.faults import environment
 from tests.drills.drill import Row, Setting
 from tests.drills.training_job import ENV, JOB, equal_runs
+from tests.faults.faults import environment
 from tests.helpers import ROOT
 
 ROUNDS = 20

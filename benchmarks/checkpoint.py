@@ -9,8 +9,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from benchmarks.timing import Result
 from mdm.storage.server import S3Server
-from tests.benchmarks.timing import Result
 from tests.helpers import ROOT, run_ranks
 
 JOB = ROOT / "tests" / "benchmarks" / "checkpoint_job.py"

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.benchmarks.loader_samples import (
+from benchmarks.loader_samples import (
     BATCH,
     CHANNELS,
     CLASSES,

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.timing import THREADS, Result
 from mdm.config import ModelConfig
 from mdm.model.decoder import Decoder
-from tests.benchmarks.timing import THREADS, Result
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # image tokens; the text adds a dozen
 TEXT = 8
@@ -126,7 +126,7 @@ def run() -> Result:
     points: dict[str, list[dict[str, float]]] = {name: [] for name in both}
     for length in LENGTHS:
         for name in both:
-            command = [sys.executable, "-m", "tests.benchmarks.decoder_scaling", name, str(length)]
+            command = [sys.executable, "-m", "benchmarks.decoder_scaling", name, str(length)]
             output = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
             points[name].append(json.loads(output.splitlines()[-1]))
     plot(points)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.encode_job import Job
+from tests.faults.encode_job import Job
 
 
 @pytest.fixture(scope="session")

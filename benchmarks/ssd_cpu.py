@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
+from benchmarks.shapes import CHUNK, SHAPES, Shape, scan_products
+from benchmarks.timing import THREADS, Result, matmul_floor, milliseconds, worst
 from mdm.kernels.ssd import ssd, ssd_reference
-from tests.benchmarks.shapes import CHUNK, SHAPES, Shape, scan_products
-from tests.benchmarks.timing import THREADS, Result, matmul_floor, milliseconds, worst
 
 
 def segsum(x: Tensor) -> Tensor:

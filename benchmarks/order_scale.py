@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.timing import Result
 from mdm.data import resume
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Mixture, Source
 from mdm.data.order import Order, layout_of
-from tests.benchmarks.timing import Result
 from tests.data_sets import vast
 
 SIZES = (10**7, 10**9, 10**10)

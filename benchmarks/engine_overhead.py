@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks.timing import Result
+from benchmarks.timing import Result
 from tests.helpers import run_ranks
 
 

@@ -9,7 +9,7 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.benchmarks.timing import Result
+from benchmarks.timing import Result
 from tests.helpers import ROOT
 
 HERE = ROOT / "tests" / "benchmarks"

@@ -1,4 +1,4 @@
-"""Runs the named benchmarks, or all of them: `python -m tests.benchmarks [names]`.
+"""Runs the named benchmarks, or all of them: `python -m benchmarks [names]`.
 
 Each prints its results and writes `runs/bench/<name>.json`.
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-import tests.benchmarks as package
+import benchmarks as package
+from benchmarks import timing
 from mdm.utils.command_line import fail
 from mdm.utils.precision import describe, resolve
-from tests.benchmarks import timing
 
 HELPERS = {
     "__main__",
@@ -41,7 +41,7 @@ def main(names: list[str]) -> None:
     machine = f"precision auto: {describe(resolve('auto'))}"
     print(machine, flush=True)
     for name in names or known:
-        result: timing.Result = importlib.import_module(f"tests.benchmarks.{name}").run()
+        result: timing.Result = importlib.import_module(f"benchmarks.{name}").run()
         print(result.line(), flush=True)
         values = result.to_dict() | {"machine": machine}
         (OUT / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")

@@ -18,7 +18,7 @@ from mdm.storage import open_store
 from mdm.storage.lease import LEASE
 from mdm.storage.server import S3Server
 from pipelines import encode
-from tests.chaos.encode_job import Job, check_complete, count_receipts, wait_for
+from tests.faults.encode_job import Job, check_complete, count_receipts, wait_for
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 

@@ -5,9 +5,9 @@ from files in the page cache. Ours also verifies every byte and computes ids, no
 order digest.
 """
 
-from tests.benchmarks.loader_samples import BATCH, SAMPLES
-from tests.benchmarks.loading import data_folder, in_turn, result
-from tests.benchmarks.timing import Result
+from benchmarks.loader_samples import BATCH, SAMPLES
+from benchmarks.loading import data_folder, in_turn, result
+from benchmarks.timing import Result
 
 FORMATS = {
     "ours": "arrow",

@@ -18,11 +18,11 @@ import pytest
 from mdm.data.manifest import MANIFEST, Manifest
 from mdm.storage import StoreOptions, open_store
 from pipelines import verify
-from tests.chaos.encode_job import ROOT, Job, check_complete, error_line
-from tests.chaos.faults import environment, wrong_clock
-from tests.chaos.proxy import KINDS, FaultProxy
 from tests.drills.data import damage_shards, equal_batches, load, write_mixture
 from tests.drills.drill import Setting
+from tests.faults.encode_job import ROOT, Job, check_complete, error_line
+from tests.faults.faults import environment, wrong_clock
+from tests.faults.proxy import KINDS, FaultProxy
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 QUICK = StoreOptions(attempts=10, backoff=0.01, backoff_cap=0.05, read_timeout=0.5)

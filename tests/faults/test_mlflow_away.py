@@ -6,8 +6,8 @@ import time
 import pytest
 
 from mdm.utils.tracking import MlflowTracker
-from tests.chaos.mlflow_server import MlflowServer
-from tests.chaos.proxy import FaultProxy
+from tests.faults.mlflow_server import MlflowServer
+from tests.faults.proxy import FaultProxy
 
 pytestmark = pytest.mark.chaos
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from benchmarks.shapes import SHAPES, Shape, projections, scan_products
+from benchmarks.timing import THREADS, Result, matmul_floor, milliseconds, worst
 from mdm.model.decoder import Block, Order
 from mdm.utils.precision import autocast, is_bf16_fast
-from tests.benchmarks.shapes import SHAPES, Shape, projections, scan_products
-from tests.benchmarks.timing import THREADS, Result, matmul_floor, milliseconds, worst
 
 
 def peer(shape: Shape, chunk_size: int) -> Mamba2Mixer:

@@ -14,6 +14,8 @@ from typing import Any
 import ray
 import torch
 
+from benchmarks.encoding import Inputs
+from benchmarks.timing import Result
 from mdm import sources
 from mdm.preprocess import ray_executor as encode_on_ray
 from mdm.preprocess.encoding import Chunk, decode_group, encode_chunk
@@ -22,8 +24,6 @@ from mdm.preprocess.recipe import Recipe
 from mdm.preprocess.survey import Group, plan
 from mdm.sources.record import Unit
 from mdm.storage import StoreOptions
-from tests.benchmarks.encoding import Inputs
-from tests.benchmarks.timing import Result
 
 IMAGES = 6000
 LOAD = 1.6  # encoder seconds for each second of decoding on all cores

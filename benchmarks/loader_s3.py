@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.loader_samples import BATCH, SAMPLES
+from benchmarks.loading import data_folder, in_turn, result
+from benchmarks.timing import Result
 from mdm.storage import open_store
 from mdm.storage.server import S3Server
-from tests.benchmarks.loader_samples import BATCH, SAMPLES
-from tests.benchmarks.loading import data_folder, in_turn, result
-from tests.benchmarks.timing import Result
 
 FORMATS = {
     "ours": "arrow",

@@ -21,6 +21,8 @@ import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
 
+from benchmarks.encoding import SIZE, Inputs
+from benchmarks.timing import Result
 from mdm import sources
 from mdm.data.schema import Examples, example_schema, to_bfloat16_bits, write_shard
 from mdm.first_stage.autoencoder import PATCH, Autoencoder, to_signed
@@ -30,8 +32,6 @@ from mdm.preprocess import encode
 from mdm.report.card import card_page
 from mdm.sources.record import RawRecord
 from mdm.storage import open_store
-from tests.benchmarks.encoding import SIZE, Inputs
-from tests.benchmarks.timing import Result
 
 IMAGES = 12_000
 LOOPED = 4000  # images that the plain loops encode

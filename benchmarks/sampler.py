@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.timing import Result
 from mdm.diffusion import schedule
 from mdm.diffusion.sampler import make_solver
 from mdm.report.solver_chart import Curves, chart, curves
-from tests.benchmarks.timing import Result
 from tests.mixture import Mixture, normal_quantiles
 
 N, AT = 65_536, 20

@@ -1,1 +1,0 @@
-"""Benchmarks, one module each with a `run()`: `python -m tests.benchmarks [names]`."""
