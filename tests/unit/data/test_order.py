@@ -55,19 +55,19 @@ def test_a_shuffle_is_the_same_with_every_numpy() -> None:
 
 @given(SHAPES, st.integers(1, 9), st.integers(1, 3))
 @settings(max_examples=50, deadline=None)
-def test_blocks_hold_each_row_once_and_locate_finds_it(
+def test_shuffled_batches_hold_each_row_once_and_locate_finds_it(
     shape: list[int], size: int, part_shards: int
 ) -> None:
     manifest = planned(shape, batch_rows=size, part_shards=part_shards)
     layout = RowLayout(manifest)
     found = []
     for part in range(layout.parts):
-        blocks = [layout.block(part, i) for i in range(layout.part(part).blocks)]
-        assert all(len(b) == size for b in blocks[:-1])
-        for i, block in enumerate(blocks):
+        batches = [layout.batch(part, i) for i in range(layout.part(part).batches)]
+        assert all(len(b) == size for b in batches[:-1])
+        for i, batch in enumerate(batches):
             first = layout.part_start[part]
-            assert {layout.part(part).block_of(row - first) for row in block.tolist()} == {i}
-        found += blocks
+            assert {layout.part(part).batch_of(row - first) for row in batch.tolist()} == {i}
+        found += batches
     rows = np.concatenate(found)
     assert sorted(rows.tolist()) == list(range(sum(shape)))
     starts = np.cumsum([0, *shape])
@@ -291,11 +291,11 @@ def test_stages_that_make_no_sense_are_refused(stages, message: str) -> None:
 
 def test_the_order_of_a_run_in_progress_stays() -> None:
     stages = (
-        MixtureStage(0, (("images", 0.75), ("talk", 0.25))),
-        MixtureStage(21, (("talk", 0.5), ("images", 0.5))),
+        MixtureStage(0, (("pictures", 0.75), ("talk", 0.25))),
+        MixtureStage(21, (("talk", 0.5), ("pictures", 0.5))),
     )
     sources = (
-        Source("images", planned([50, 21]), 0.75),
+        Source("pictures", planned([50, 21]), 0.75),
         Source("talk", planned([40], images=False), 0.25),
     )
     order = SampleOrder(Mixture(sources, global_batch=24, shuffle_window=2, stages=stages), 7)
