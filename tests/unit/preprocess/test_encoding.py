@@ -183,31 +183,36 @@ def test_latents_are_the_autoencoders(
     found = sources.get("imagenet").units(root, "train")
     (group,) = planned(found, dataclasses.replace(made, shard_rows=100))
     chunks = list(decode_group(group, made, tokenizer))
-    assert [len(c.examples) for c in chunks] == [8, 4]
+    assert [len(c.samples) for c in chunks] == [8, 4]
     for chunk in chunks:
-        latents = encode_chunk(chunk, made, autoencoder).examples.latents
+        latents = encode_chunk(chunk, made, autoencoder).samples.latents
         expected = autoencoder.encode(torch.from_numpy(chunk.pixels)).numpy()
         error = np.abs(from_bfloat16_bits(latents) - expected.reshape(len(latents), -1))
         assert (error <= np.abs(expected.reshape(len(latents), -1)) * 2**-8 + 1e-5).all()
 
 
 def test_latents_that_are_not_finite_go_to_quarantine(
-    tmp_path: Path, tokenizer_path: Path, autoencoder: Autoencoder
+    tmp_path: Path,
+    tokenizer_path: Path,
+    autoencoder: Autoencoder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Overflows:
-        def encode(self, pixels):
-            latents = autoencoder.encode(pixels).clone()
-            latents[1] = float("inf")
-            return latents
+    encode = autoencoder.encode
 
+    def overflow(pixels):
+        latents = encode(pixels).clone()
+        latents[1] = float("inf")
+        return latents
+
+    monkeypatch.setattr(autoencoder, "encode", overflow)
     tokenizer = Tokenizer(tokenizer_path)
     made = recipe("imagenet", tokenizer)
     found = sources.get("imagenet").units(write_imagenet(tmp_path, 1), "train")
     chunk = next(decode_group(planned(found, made)[0], made, tokenizer))
-    done = encode_chunk(chunk, made, Overflows())
-    assert len(done.examples) == 3
+    done = encode_chunk(chunk, made, autoencoder)
+    assert len(done.samples) == 3
     assert [(q.id, q.reason) for q in done.quarantine] == [
-        (chunk.examples.ids[1], "latents are not finite")
+        (chunk.samples.ids[1], "latents are not finite")
     ]
 
 
@@ -221,14 +226,14 @@ def test_a_dialogue_gives_one_example_a_reply_and_forgets_its_beginning(
     found = sources.get("ultrachat").units(root, "train")
     (group,) = planned(found, dataclasses.replace(made, shard_rows=100))
     chunks = list(decode_group(group, made, tokenizer))
-    examples = chunks[0].examples
-    assert [i.rpartition("/")[2] for i in examples.ids] == ["0#t0", "0#t1", "0#t2"]
-    for tokens, prompt, k in zip(examples.tokens, examples.prompt_lengths, range(3), strict=True):
+    samples = chunks[0].samples
+    assert [i.rpartition("/")[2] for i in samples.ids] == ["0#t0", "0#t1", "0#t2"]
+    for tokens, prompt, k in zip(samples.tokens, samples.prompt_lengths, range(3), strict=True):
         assert len(tokens) <= 10
         assert tokens[-1] == EOS
         assert tokens[prompt - 1] == ASSISTANT
         assert tokenizer.decode(tokens[prompt:].tolist()) == turns[2 * k + 1]
-    assert examples.tokens[0][0] == USER
+    assert samples.tokens[0][0] == USER
     counts = chunks[0].counts
     assert counts["dropped: duplicate"] == 1
     assert counts["dropped: low-quality text: no letter or digit"] == 1
@@ -398,12 +403,12 @@ def test_questions_about_one_image_decode_and_encode_it_once(
     assert decoded == images
     assert [len(c.pixels) for c in chunks if c.pixels is not None] == [3, 2]
     done = [encode_chunk(c, made, autoencoder) for c in chunks]
-    assert [len(c.examples) for c in done] == [12, 8]
+    assert [len(c.samples) for c in done] == [12, 8]
     for chunk, before in zip(done, chunks, strict=True):
-        rows = chunk.examples.latents
+        rows = chunk.samples.latents
         for row, which in zip(rows, before.images, strict=True):
             assert (row == rows[4 * which]).all()
-    assert len({row.tobytes() for c in done for row in c.examples.latents}) == 5
+    assert len({row.tobytes() for c in done for row in c.samples.latents}) == 5
     assert [q.id for c in done for q in c.quarantine] == [f"5.{q}" for q in range(4)]
 
 
@@ -500,7 +505,7 @@ def test_a_card_and_the_job_tell_the_share_of_unknown_tokens(
     rows = [
         row.tolist()
         for chunk in decode_group(planned(found, made)[0], made, tokenizer)
-        for row in chunk.examples.tokens
+        for row in chunk.samples.tokens
     ]
     pieces = [token for row in rows for token in row if token not in (EOS, USER, ASSISTANT)]
     share = pieces.count(UNK) / len(pieces)
@@ -531,9 +536,9 @@ def test_code_in_a_reply_keeps_its_lines_and_indentation(tmp_path: Path) -> None
     (chunk,) = decode_group(group, made, tokenizer)
     replies = [
         tokenizer.decode(tokens[prompt:].tolist())
-        for tokens, prompt in zip(chunk.examples.tokens, chunk.examples.prompt_lengths, strict=True)
+        for tokens, prompt in zip(chunk.samples.tokens, chunk.samples.prompt_lengths, strict=True)
     ]
     assert replies == [code, " four \n"]
-    prompt = chunk.examples.tokens[0][: chunk.examples.prompt_lengths[0]]
+    prompt = chunk.samples.tokens[0][: chunk.samples.prompt_lengths[0]]
     assert tokenizer.decode(prompt.tolist()) == "one\n  two"
-    assert chunk.samples[0].text.endswith(code)
+    assert chunk.card_samples[0].text.endswith(code)

@@ -18,8 +18,7 @@ from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.exif import orientation
 from mdm.first_stage.image import decode_image, thumbnail
 from mdm.first_stage.tokenizer import Tokenizer
-from mdm.preprocess import encoding, similar, survey
-from mdm.preprocess import ray_executor as encode_on_ray
+from mdm.preprocess import encoding, ray_executor, similar, survey
 from mdm.sources import annotated, coco, imagenet, packed, record, ultrachat
 from mdm.sources.record import BadRecord, RawRecord, one_record
 from tests import hostile
@@ -337,29 +336,33 @@ def test_an_error_in_an_annotation_costs_that_entry_alone(
 
 
 def test_an_image_that_the_autoencoder_fails_on_costs_that_record_alone(
-    tmp_path: Path, tokenizer: Tokenizer, autoencoder: Autoencoder
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    autoencoder: Autoencoder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = write_imagenet(tmp_path / "raw", 3)
     spoilt = decode_image((root / "train/n00000001/n00000001_2.JPEG").read_bytes(), 16)
 
-    class Fails:
-        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-            if any(torch.equal(one, torch.from_numpy(spoilt)) for one in pixels):
-                raise RuntimeError("no such kernel")
-            return autoencoder.encode(pixels)
+    real = autoencoder.encode
+
+    def fail_on_one(pixels: torch.Tensor) -> torch.Tensor:
+        if any(torch.equal(one, torch.from_numpy(spoilt)) for one in pixels):
+            raise RuntimeError("no such kernel")
+        return real(pixels)
+
+    def fail(pixels: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no GPU")
 
     made = recipe("imagenet", tokenizer)
-    manifest = encode(root, made, tokenizer, Fails(), str(tmp_path / "out"))
-    check(manifest, 12, RuntimeError(), "train/n00000001/n00000001_2.JPEG")
     whole = encode(root, made, tokenizer, autoencoder, str(tmp_path / "whole"))
     assert whole.rows == 12
-
-    class Broken:
-        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("no GPU")
-
-    with pytest.raises(ValueError, match="RuntimeError: no GPU"):  # no record's fault
-        encode(root, made, tokenizer, Broken(), str(tmp_path / "broken"))
+    monkeypatch.setattr(autoencoder, "encode", fail_on_one)
+    manifest = encode(root, made, tokenizer, autoencoder, str(tmp_path / "out"))
+    check(manifest, 12, RuntimeError(), "train/n00000001/n00000001_2.JPEG")
+    monkeypatch.setattr(autoencoder, "encode", fail)
+    with pytest.raises(ValueError, match="RuntimeError: no GPU"):  # no record is at fault
+        encode(root, made, tokenizer, autoencoder, str(tmp_path / "broken"))
 
 
 def test_a_reader_that_fails_is_told_and_what_came_before_is_kept(
@@ -394,7 +397,7 @@ def test_what_the_machine_lacks_is_no_records_fault_and_its_file_is_named(
     full = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space left") as caught, one_record("train/a.JPEG"):
         raise full
-    assert encode_on_ray._root_cause(caught.value).endswith(", at train/a.JPEG")
+    assert ray_executor._root_cause(caught.value).endswith(", at train/a.JPEG")
     with pytest.raises(ValueError, match="failed with MemoryError: 9 PB"), one_record():
         raise MemoryError("9 PB")
 
@@ -403,9 +406,9 @@ def test_what_the_machine_lacks_is_no_records_fault_and_its_file_is_named(
 
     monkeypatch.setattr(record.mmap, "mmap", none_left)
     unit = record.Unit("imagenet", "train", 0, "/", "files", ("train/b.JPEG",), "")
-    with pytest.raises(MemoryError) as caught_too, encode_on_ray._named([unit]), one_record():
+    with pytest.raises(MemoryError) as caught_too, ray_executor._named([unit]), one_record():
         raise MemoryError
-    assert encode_on_ray._root_cause(caught_too.value) == "MemoryError, at train/b.JPEG"
+    assert ray_executor._root_cause(caught_too.value) == "MemoryError, at train/b.JPEG"
 
 
 def test_warnings_turned_into_errors_cost_no_image() -> None:
