@@ -1,4 +1,4 @@
-"""Where rows lie: row number <-> (shard, record batch, row in it), and how a part is cut to shuffle.
+"""Where rows lie: row number <-> (shard, record batch, row in it), and the batches to shuffle.
 
 The rows of a data set are numbered in storage order. For shuffling, the rows of a manifest part are
 cut into batches of equal size: first its full record batches, then merged batches, which join the

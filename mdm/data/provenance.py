@@ -1,15 +1,16 @@
 """Whether a run's tokenizer and autoencoder are those that its data was encoded with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mdm.config import Config
 from mdm.data.mixture import Mixture, Source
-from mdm.first_stage.folder import PIXELS, describe
+from mdm.first_stage.folder import PIXELS, FirstStage, describe
 from mdm.first_stage.tokenizer import Tokenizer
+
+F = TypeVar("F", Tokenizer, FirstStage)
 
 
 @dataclass(frozen=True)
@@ -58,46 +59,30 @@ def check_tokenizer(path: str, sha256: str, owner: str) -> Tokenizer:
 
     `owner` begins the message: `data set 'a' was encoded with`.
     """
-    if not path:
-        raise ValueError(
-            f"{owner} the tokenizer of sha256 {sha256}, but none is given; give it as --tokenizer"
-        )
-    try:
-        tokenizer = Tokenizer(path)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; {owner} the one of sha256 {sha256}, give that file as --tokenizer"
-        ) from None
-    if tokenizer.sha256 != sha256:
-        raise ValueError(
-            f"tokenizer {path} has sha256 {tokenizer.sha256}, but {owner} {sha256}; "
-            "give that file as --tokenizer"
-        )
-    return tokenizer
+    return _checked("tokenizer", path, sha256, owner, Tokenizer)
 
 
 def check_autoencoder(folder: str, sha256: str, owner: str) -> None:
     """ValueError unless `folder` holds the autoencoder of the sha256 that `owner` requires."""
-    if sha256 == PIXELS:
-        if folder:
-            raise ValueError(
-                f"autoencoder {folder} is given, but {owner} pixel patches, which need none; "
-                'give --autoencoder ""'
-            )
-        return
-    if not folder:
+    if sha256 != PIXELS:
+        _checked("autoencoder", folder, sha256, owner, describe)
+    elif folder:
         raise ValueError(
-            f"{owner} the autoencoder of sha256 {sha256}, but none is given; "
-            "give its folder as --autoencoder"
+            f"autoencoder {folder} is given, but {owner} pixel patches, which need none; "
+            'give --autoencoder ""'
         )
+
+
+def _checked(kind: str, path: str, sha256: str, owner: str, load: Callable[[str], F]) -> F:
+    advice = f"give that {'file' if kind == 'tokenizer' else 'folder'} as --{kind}"
+    if not path:
+        raise ValueError(f"{owner} the {kind} of sha256 {sha256}, but none is given; {advice}")
     try:
-        given = describe(Path(folder)).sha256
+        loaded = load(path)
     except ValueError as error:
+        raise ValueError(f"{error}; {owner} the one of sha256 {sha256}, {advice}") from None
+    if loaded.sha256 != sha256:
         raise ValueError(
-            f"{error}; {owner} the one of sha256 {sha256}, give that folder as --autoencoder"
-        ) from None
-    if given != sha256:
-        raise ValueError(
-            f"autoencoder {folder} has sha256 {given}, but {owner} {sha256}; "
-            "give that folder as --autoencoder"
+            f"{kind} {path} has sha256 {loaded.sha256}, but {owner} {sha256}; {advice}"
         )
+    return loaded

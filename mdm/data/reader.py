@@ -113,7 +113,9 @@ class SourceReader:
         with cache.lock(name):  # one rank of this node fetches it
             if (parts := _from_cache(cache, name, first, wanted)) is not None:
                 return parts
-            fetched = [_raised(part) for part in self._fetch(shard, list(file))]
+            fetched: list[bytes | memoryview] = []
+            for part in self._fetch(shard, list(file)):
+                fetched.append(_raised(part))
             cache.put(name, fetched)
         # Copies: a view would keep the whole file in memory.
         return [bytes(fetched[n - start]) for n in run]

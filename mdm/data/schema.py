@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -83,27 +83,25 @@ class Samples:
 
     def take(self, indices: NDArray[np.int64]) -> "Samples":
         """The samples at these indices, in this order."""
-        return Samples(
-            [self.ids[i] for i in indices],
-            [self.origins[i] for i in indices],
-            self.class_ids[indices],
-            [self.tokens[i] for i in indices],
-            self.prompt_lengths[indices],
-            None if self.latents is None else self.latents[indices],
-        )
+        return Samples(*(_taken(column, indices) for column in vars(self).values()))
 
     @staticmethod
     def concatenate(parts: Sequence["Samples"]) -> "Samples":
         """All parts in a row; at least one."""
-        latents = [p.latents for p in parts if p.latents is not None]
-        return Samples(
-            [i for p in parts for i in p.ids],
-            [o for p in parts for o in p.origins],
-            np.concatenate([p.class_ids for p in parts]),
-            [t for p in parts for t in p.tokens],
-            np.concatenate([p.prompt_lengths for p in parts]),
-            np.concatenate(latents) if latents else None,
-        )
+        return Samples(*map(_joined, zip(*(vars(p).values() for p in parts), strict=True)))
+
+
+def _taken(column: Any, indices: NDArray[np.int64]) -> Any:
+    if column is None or isinstance(column, np.ndarray):
+        return None if column is None else column[indices]
+    return [column[i] for i in indices]
+
+
+def _joined(columns: Sequence[Any]) -> Any:
+    given = [column for column in columns if column is not None]
+    if not given or isinstance(given[0], np.ndarray):
+        return np.concatenate(given) if given else None
+    return [value for column in given for value in column]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Encode one split of a published data set: survey, plan, encode on Ray, publish."""
 
 import dataclasses
+import math
 import os
 import sys
 import tempfile
@@ -28,12 +29,6 @@ from mdm.preprocess.survey import Group, Survey, plan
 from mdm.sources.record import Unit
 from mdm.storage import Store, StoreError, StoreOptions, open_store
 from mdm.storage.lease import Lease, hold
-
-# Flags that determine the bytes, as fields of `Recipe`.
-_RECIPE_FLAGS = (
-    "dataset split text_length min_chars text_filters near_duplicates shard_rows batch_rows "
-    "encode_batch encoder_threads device"
-).split()
 
 
 @dataclass(frozen=True)
@@ -84,6 +79,7 @@ def make_recipe(flags: Flags, units: Sequence[Unit]) -> Recipe:
         if not flags.autoencoder:
             raise ValueError(f"{flags.dataset} has images: --autoencoder is needed")
         autoencoder = describe(flags.autoencoder)
+    shared = {f.name for f in dataclasses.fields(Recipe)} & vars(flags).keys()
     return Recipe(
         inputs_sha256=inputs_sha256(units),
         tokenizer_sha256=tokenizer.sha256,
@@ -92,7 +88,7 @@ def make_recipe(flags: Flags, units: Sequence[Unit]) -> Recipe:
         image_size=autoencoder.image_size if autoencoder else None,
         image_grid=autoencoder.grid if autoencoder else None,
         latent_dim=autoencoder.latent_dim if autoencoder else 0,
-        **{name: getattr(flags, name) for name in _RECIPE_FLAGS},
+        **{name: getattr(flags, name) for name in shared},
     )
 
 
@@ -208,7 +204,7 @@ def survey_all(
     if not todo:
         return 0.0
     seconds = ray_executor.survey_units(todo, place, recipe.near_duplicates, 2 * decoders)
-    return sum(tqdm(seconds, "survey", len(todo), unit=" units", leave=False))
+    return math.fsum(tqdm(seconds, "survey", len(todo), unit=" units", leave=False))
 
 
 def plan_groups(

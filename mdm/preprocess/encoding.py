@@ -144,8 +144,10 @@ class _Decoder:
             return str(error)
         now = self.now
         now.counts.update(counts)
-        place = {"origin": below(record.origin, None), "image": len(now.pixels) - 1}
-        now.samples += [text._replace(class_id=int(label), **place) for text in texts]
+        origin, image = below(record.origin, None), len(now.pixels) - 1
+        now.samples += [
+            text._replace(origin=origin, class_id=int(label), image=image) for text in texts
+        ]
         for sample in card_samples:
             if self._may_be_shown(sample.rank):
                 self._ranks = sorted([*self._ranks, sample.rank])[:SAMPLES]

@@ -45,7 +45,9 @@ def open_store(uri: str, options: StoreOptions | None = None) -> Store:
     if uri.startswith("s3://"):
         return S3Store(uri, options or StoreOptions.from_environment())
     if not uri.startswith(FILE_URI) and "://" in uri:
-        raise ValueError(f"{uri!r} is not a store; use s3://bucket/prefix, file:///folder or a folder")
+        raise ValueError(
+            f"{uri!r} is not a store; use s3://bucket/prefix, file:///folder or a folder"
+        )
     return LocalStore(Path(folder_of(uri)))
 
 

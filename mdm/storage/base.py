@@ -88,7 +88,7 @@ class Store(ABC):
 
     @abstractmethod
     def replace(self, key: str, data: bytes, etag: str) -> str | None:
-        """Replaces the object if it has this ETag; returns its new ETag, or None if not replaced."""
+        """Replaces the object if it has this ETag; returns its new ETag, or None if it differs."""
 
     @abstractmethod
     def read(self, key: str) -> tuple[bytes, str]:

@@ -89,7 +89,7 @@ class S3Requests:
 
     @property
     def client(self) -> Any:
-        """boto3's client, shared by all stores of this process with equal options and environment."""
+        """boto3's client, shared by all stores of this process with these options and variables."""
         environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
         with _CLIENTS_LOCK:
             return _client(os.getpid(), self.options, environment)

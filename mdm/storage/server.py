@@ -19,15 +19,29 @@ from mdm.utils.files import read_json
 
 HOST = "127.0.0.1"
 # SeaweedFS serves S3 at the first port; the others are for its parts.
-_PORTS = (
-    "s3.port s3.port.grpc master.port master.port.grpc volume.port volume.port.grpc filer.port "
-    "filer.port.grpc"
-).split()
-_OPTIONS = (
-    "-master.telemetry=false -master.volumeSizeLimitMB=1024 -volume.max=0 -volume.preStopSeconds=0 "
-    "-volume.minFreeSpace=1 -filer -s3 -s3.iam=false -s3.autoCreateBucket=false "
-    "-s3.port.iceberg=0 -s3.port.lance=0"
-).split()
+_PORTS = [
+    "s3.port",
+    "s3.port.grpc",
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+]
+_OPTIONS = [
+    "-master.telemetry=false",
+    "-master.volumeSizeLimitMB=1024",
+    "-volume.max=0",
+    "-volume.preStopSeconds=0",
+    "-volume.minFreeSpace=1",
+    "-filer",
+    "-s3",
+    "-s3.iam=false",
+    "-s3.autoCreateBucket=false",
+    "-s3.port.iceberg=0",
+    "-s3.port.lance=0",
+]
 
 
 def _keys_in(plain: dict[str, Any]) -> tuple[str, str] | None:

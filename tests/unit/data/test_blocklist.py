@@ -33,7 +33,9 @@ def test_no_samples_left_is_an_error():
     order = SampleOrder(mixture(), seed=0)
     text = next(s for s in range(50) if order.draw(s).task == "text")
     everything = frozenset(i for s in range(2000) for i in order.draw(s).ids)
-    with pytest.raises(ValueError, match="are on the blocklist, and so are all possible substitutes"):
+    with pytest.raises(
+        ValueError, match="are on the blocklist, and so are all possible substitutes"
+    ):
         substituted(order, text, everything)
 
 

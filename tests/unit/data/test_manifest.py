@@ -96,7 +96,10 @@ def test_quarantine_lies_in_parts() -> None:
     assert len(manifest.quarantine) == 10
     assert list(manifest.quarantine) == records
     assert manifest.quarantine[7].id == "7"
-    assert dataclasses.replace(manifest, quarantine=quarantine_parts(records)).sha256 != manifest.sha256
+    assert (
+        dataclasses.replace(manifest, quarantine=quarantine_parts(records)).sha256
+        != manifest.sha256
+    )
 
 
 def test_shards_whose_batches_do_not_add_up_are_refused() -> None:

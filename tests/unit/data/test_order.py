@@ -13,8 +13,8 @@ from mdm.data.mixture import (
     QUOTA_PERIOD,
     Interleaving,
     Mixture,
-    Source,
     MixtureStage,
+    Source,
     exact_quotas,
     interleave,
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mdm.config import Config, ModelConfig
-from mdm.data.mixture import Mixture, Source, MixtureStage
+from mdm.data.mixture import Mixture, MixtureStage, Source
 from mdm.data.provenance import Provenance, check_fit
 from mdm.first_stage.folder import PIXELS, describe
 from mdm.first_stage.tokenizer import Tokenizer, train_model

@@ -157,15 +157,24 @@ def test_a_cache_below_the_working_set_is_refused_with_both_sizes(
     ),
     st.integers(2, 9),
 )
-def test_fitting_all_is_fitting_each(texts: list[tuple[list[int], int]], length: int) -> None:
+def test_texts_keep_their_end_and_the_reply_before_the_prompt(
+    texts: list[tuple[list[int], int]], length: int
+) -> None:
     prompts = np.array([min(p, len(t) - 1) for t, p in texts])
     offsets = np.cumsum([0, *(len(t) for t, _ in texts)])
     tokens = np.array([i for t, _ in texts for i in t], np.uint16)
-    found, kept = fit_all(tokens, offsets[:-1], offsets[1:], prompts, length)
+    fitted, kept = fit_all(tokens, offsets[:-1], offsets[1:], prompts, length)
     for row, ((text, _), prompt) in enumerate(zip(texts, prompts.tolist(), strict=True)):
-        expected, left = fit(np.array(text, np.uint16), prompt, length)
-        assert found[row].tolist() == [*expected.tolist(), *[PAD] * (length - len(expected))]
-        assert kept[row] == left
+        reply, given = text[prompt:], text[:prompt]
+        if len(text) > length:
+            longest = length - bool(given)
+            reply = reply if len(reply) <= longest else [*reply[: longest - 1], reply[-1]]
+            given = given[len(given) - (length - len(reply)) :] if given else []
+        expected = [*given, *reply]
+        assert fitted[row].tolist() == [*expected, *[PAD] * (length - len(expected))]
+        assert kept[row] == len(given)
+        one, left = fit(np.array(text, np.uint16), prompt, length)
+        assert (one.tolist(), left) == (expected, len(given))
 
 
 def first_shard(*batches: int) -> list[int]:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from mdm.data.schema import (
     RecordBatch,
     checksum,
-    sample_schema,
     from_bfloat16_bits,
+    sample_schema,
     to_bfloat16_bits,
     write_shard,
 )
