@@ -45,8 +45,8 @@ def plan(lengths: Sequence[int], length: int, rows: int) -> list[list[int]]:
 
 def share(packs: list[list[int]], rank: int, ranks: int) -> list[list[int]]:
     """One rank's consecutive rows; all ranks have equally many, some of them maybe empty."""
-    own = packs[rank * len(packs) // ranks : (rank + 1) * len(packs) // ranks]
-    return own + [[]] * (-(-len(packs) // ranks) - len(own))
+    rows = packs[rank * len(packs) // ranks : (rank + 1) * len(packs) // ranks]
+    return rows + [[]] * (-(-len(packs) // ranks) - len(rows))
 
 
 class PackedRows(NamedTuple):

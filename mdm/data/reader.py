@@ -68,7 +68,7 @@ class SourceReader:
     def runs(self, shard: int, batches: list[int]) -> list[list[int]]:
         """Groups record batches of a shard by the request that brings them.
 
-        A request may bring more record batches than were asked for.
+        A request may bring more record batches than these.
         """
         if self.cache is not None and not self.cache.is_full:
             files = groupby(sorted(batches), key=lambda batch: batch // self._per_file)

@@ -1,4 +1,4 @@
-"""A loader's state: what was consumed, of which data, in which shares; and who may continue it."""
+"""A loader's state: what was consumed, of which data, in which shares, and what may change."""
 
 from typing import Any
 

@@ -18,17 +18,9 @@ from mdm.storage import S3Store, StoreError, StoreOptions
 from mdm.utils.files import read_json
 
 HOST = "127.0.0.1"
-# SeaweedFS serves S3 at the first port; the others are for its parts.
-_PORTS = [
-    "s3.port",
-    "s3.port.grpc",
-    "master.port",
-    "master.port.grpc",
-    "volume.port",
-    "volume.port.grpc",
-    "filer.port",
-    "filer.port.grpc",
-]
+# The ports of SeaweedFS's services; S3 is served at the first one.
+_SERVICES = ("s3", "master", "volume", "filer")
+_PORTS = [f"{service}.port{kind}" for service in _SERVICES for kind in ("", ".grpc")]
 _OPTIONS = [
     "-master.telemetry=false",
     "-master.volumeSizeLimitMB=1024",

@@ -9,27 +9,27 @@ from tests.unit.data.test_loader import Loader, local, take  # noqa: F401 - a fi
 from tests.unit.data.test_order import mixture
 
 
-def test_others_take_the_places_and_the_rest_stays():
+def test_substitutes_take_the_places_of_blocked_samples_and_the_others_stay():
     order = SampleOrder(mixture(), seed=3)
     for step in range(12):
         draw = order.draw(step)
         bad = frozenset(draw.ids[:5])
-        found = substituted(order, step, bad)
-        assert not bad & set(found.ids)
-        assert found.task == draw.task
-        for i, name in enumerate(draw.ids):  # a small set may stand in a batch more than once
+        changed = substituted(order, step, bad)
+        assert not bad & set(changed.ids)
+        assert changed.task == draw.task
+        for i, name in enumerate(draw.ids):  # a batch may hold a sample twice
             if name in bad:
-                assert found.epochs[i] >= LATER
+                assert changed.epochs[i] >= LATER
             else:
-                assert (found.ids[i], found.epochs[i]) == (name, draw.epochs[i])
-        places = zip(found.sources, found.rows, strict=True)
-        assert [f"{order.mixture.sources[s].name}:{r}" for s, r in places] == found.ids
+                assert (changed.ids[i], changed.epochs[i]) == (name, draw.epochs[i])
+        places = zip(changed.sources, changed.rows, strict=True)
+        assert [f"{order.mixture.sources[s].name}:{r}" for s, r in places] == changed.ids
         again = substituted(SampleOrder(mixture(), seed=3), step, bad)
-        assert again.ids == found.ids
+        assert again.ids == changed.ids
     assert substituted(order, 1, frozenset()).ids == order.draw(1).ids
 
 
-def test_no_samples_left_is_an_error():
+def test_a_blocklist_without_substitutes_is_an_error():
     order = SampleOrder(mixture(), seed=0)
     text = next(s for s in range(50) if order.draw(s).task == "text")
     everything = frozenset(i for s in range(2000) for i in order.draw(s).ids)
@@ -39,8 +39,8 @@ def test_no_samples_left_is_an_error():
         substituted(order, text, everything)
 
 
-def test_loaders_agree_whatever_their_number_and_when_they_were_told(local):  # noqa: F811
-    """Two ranks and one; told before, and resumed from a state that was told."""
+def test_loaders_agree_at_any_number_of_ranks_and_after_a_resume(local):  # noqa: F811
+    """Two ranks and one; with a blocklist given while running, and one from a restored state."""
 
     def loader(world: World) -> Loader:
         return Loader(local, 5, world, caption_length=8, dialogue_length=12)

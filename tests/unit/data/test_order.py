@@ -81,7 +81,7 @@ LARGER = st.lists(st.integers(1, 20), min_size=1, max_size=40)
 
 @given(LARGER, st.integers(1, 9), st.integers(1, 5), st.integers(0, 3), st.integers(1, 2))
 @settings(max_examples=40, deadline=None)
-def test_every_epoch_has_each_row_once_and_each_row_knows_when(
+def test_every_epoch_has_each_row_once_and_the_turn_of_a_row_is_computed(
     shape: list[int], size: int, window: int, seed: int, part_shards: int
 ) -> None:
     layout = RowLayout(planned(shape, batch_rows=size, part_shards=part_shards))
@@ -96,7 +96,7 @@ def test_every_epoch_has_each_row_once_and_each_row_knows_when(
             assert order.rows(epoch * n + place, epoch * n + place + 1)[0] == rows[place]
 
 
-def test_epochs_seeds_and_names_are_shuffled_apart() -> None:
+def test_epochs_seeds_and_names_have_independent_orders() -> None:
     layout = RowLayout(planned([64] * 200, batch_rows=8))
     orders = [
         SourceOrder("a", layout, 0, 4).rows(0, layout.rows)[0],
@@ -113,7 +113,7 @@ def test_epochs_seeds_and_names_are_shuffled_apart() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_the_ranks_share_one_global_batch_whatever_their_number(size: int) -> None:
+def test_the_ranks_share_one_global_batch_at_any_world_size(size: int) -> None:
     for step in (0, 1, 7, 100, 12_345_678):
         parts = [sample_ids(mixture(), 5, step, World(rank=r, size=size)) for r in range(size)]
         assert {len(p) for p in parts} == {24 // size}
@@ -188,18 +188,18 @@ def test_quotas_are_exact_and_spread(weights: list[float]) -> None:
 
 @given(st.integers(0, 5 * QUOTA_PERIOD))
 @settings(max_examples=30, deadline=None)
-def test_turns_are_counted_by_arithmetic(slot: int) -> None:
+def test_turns_before_a_slot_are_computed(slot: int) -> None:
     turns = Interleaving((7059, 2941))
     counted = np.bincount(turns.turns(0, slot), minlength=2)
     assert counted.tolist() == turns.before(slot).tolist()
 
 
-def test_a_share_too_small_to_be_exact_is_refused() -> None:
+def test_a_weight_too_small_for_an_exact_share_is_refused() -> None:
     with pytest.raises(ValueError, match="'b' has weight 1e-06"):
         exact_quotas([1.0, 1e-6], ["a", "b"])
 
 
-def test_sources_that_do_not_fit_together_are_refused_with_both_values() -> None:
+def test_incompatible_sources_are_refused_with_both_values() -> None:
     other = planned([10])
     object.__setattr__(other, "tokenizer_sha256", "other")
     with pytest.raises(ValueError, match="tokenizer_sha256 is tokenizer and other"):
@@ -223,7 +223,7 @@ SECOND = (37, {"digits": 0.1, "extra": 0.7, "dialogues": 0.2})
 THIRD = (90, {"emoji": 1.0})
 
 
-def test_a_stage_leaves_what_was_consumed_and_goes_on_from_there() -> None:
+def test_a_mixture_stage_continues_from_what_was_consumed() -> None:
     before, after = SampleOrder(staged(FIRST), 3), SampleOrder(staged(FIRST, SECOND, THIRD), 3)
     for step in range(37):
         assert after.draw(step).ids == before.draw(step).ids
@@ -244,7 +244,7 @@ def test_a_stage_leaves_what_was_consumed_and_goes_on_from_there() -> None:
         assert whole <= seen.keys()
 
 
-def test_shares_are_exact_in_each_stage() -> None:
+def test_shares_are_exact_in_each_mixture_stage() -> None:
     order = SampleOrder(staged(FIRST, (10_000, SECOND[1])), 3)
     names = [s.name for s in order.mixture.sources]
     first = dict(zip(names, order.consumed(10_000).tolist(), strict=True))
@@ -269,7 +269,7 @@ def test_the_steps_of_a_sample_are_found_without_drawing_them(texts_per_row: int
             assert found == used.get(f"{source.name}:{row}", [])
 
 
-def test_the_names_order_in_the_configuration_moves_nothing() -> None:
+def test_the_order_of_sources_in_the_configuration_does_not_matter() -> None:
     one = staged(FIRST)
     other = staged((0, dict(reversed(FIRST[1].items()))))
     other = replace(other, sources=tuple(reversed(other.sources)))
@@ -284,12 +284,12 @@ def test_the_names_order_in_the_configuration_moves_nothing() -> None:
         ([(0, {"digits": -1.0})], "weight of 'digits' from step 0 on is -1"),
     ],
 )
-def test_stages_that_make_no_sense_are_refused(stages, message: str) -> None:
+def test_invalid_mixture_stages_are_refused(stages, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         staged(*stages)
 
 
-def test_the_order_of_a_run_in_progress_stays() -> None:
+def test_the_sample_order_of_earlier_versions_is_unchanged() -> None:
     stages = (
         MixtureStage(0, (("pictures", 0.75), ("talk", 0.25))),
         MixtureStage(21, (("talk", 0.5), ("pictures", 0.5))),
@@ -302,7 +302,7 @@ def test_the_order_of_a_run_in_progress_stays() -> None:
     digest = ""
     for step in range(60):
         digest = extend_digest(digest, order.draw(step).ids)
-    # Of the first version that had stages, and so had its noise keys.
+    # Of the first version with mixture stages; source names are part of the digest.
     assert digest == "19caa3358671946cb75a11ee4e42965c"
     assert sample_key("bench:12345") == 3309121811503889601
     assert sample_keys(["a:0", "bench:12345"]).tolist() == [sample_key("a:0"), 3309121811503889601]

@@ -1,4 +1,4 @@
-"""Ten billion samples: what is fetched and held does not grow with their number."""
+"""Ten billion samples: neither fetches nor memory grow with their number."""
 
 import json
 import tracemalloc
@@ -16,7 +16,7 @@ ROWS = 10**10
 
 
 def order(uri: Path) -> SampleOrder:
-    layout_of.cache_clear()  # as a new process begins
+    layout_of.cache_clear()  # as in a new process
     manifest = Manifest.load(str(uri))
     assert manifest.shards.fetched == 0
     return SampleOrder(Mixture((Source("web", manifest),), global_batch=256), 5)
@@ -32,7 +32,7 @@ def test_ten_billion_samples_are_opened_drawn_resumed_and_traced_by_arithmetic(
     fetched = first.sources[0].layout.manifest.shards
     draw = first.draw(0)
     assert len(set(draw.ids)) == 256
-    # The steps that are drawn together begin in one pool of parts, and may end in the next.
+    # Steps drawn together begin in one shuffle pool and may end in the next.
     assert fetched.fetched <= 2 * POOL_PARTS
     state = json.dumps(resume.state_dict(first, 0, deep, "digest"))
 
@@ -53,7 +53,7 @@ def test_ten_billion_samples_are_opened_drawn_resumed_and_traced_by_arithmetic(
     for step in range(deep + 1, deep + 100):
         second.draw(step)
     parts = second.sources[0].layout.manifest.shards
-    pools = 5  # those of the deep step, of three former epochs, and one more if it ends there
+    pools = 5  # of the deep step, of three earlier epochs, and one more in case a pool ends there
     assert parts.fetched <= pools * POOL_PARTS
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -31,7 +31,7 @@ def test_latents_that_are_not_finite_are_refused() -> None:
 
 
 @pytest.mark.parametrize("images", [True, False])
-def test_a_shard_gives_back_every_bit_from_ranges_alone(images: bool) -> None:
+def test_every_bit_of_a_shard_is_read_back_from_byte_ranges(images: bool) -> None:
     rows = samples(21, images=images)
     schema = sample_schema((2, 2) if images else None, 16)
     data, info = write_shard(rows, schema, 8)
@@ -64,6 +64,6 @@ def test_a_shard_is_a_plain_arrow_file_with_units() -> None:
     assert all(b"unit" in f.metadata for f in schema)
 
 
-def test_the_same_rows_are_the_same_bytes() -> None:
+def test_equal_samples_give_equal_bytes() -> None:
     schema = sample_schema((2, 2), 16)
     assert write_shard(samples(21), schema, 8) == write_shard(samples(21), schema, 8)
