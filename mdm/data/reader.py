@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,6 @@ from mdm.data.mixture import Mixture, Source
 from mdm.data.schema import BatchInfo, RecordBatch, checksum
 from mdm.storage import LocalStore, Store, StoreError
 
-T = TypeVar("T")
 Data = bytes | memoryview | StoreError  # a record batch's bytes, or why there are none
 
 REQUEST_BYTES = 8 << 20  # that a request brings into a cache: smaller requests make S3 slow
@@ -115,7 +113,9 @@ class SourceReader:
                 return parts
             fetched: list[bytes | memoryview] = []
             for part in self._fetch(shard, list(file)):
-                fetched.append(_raised(part))
+                if isinstance(part, StoreError):
+                    raise part
+                fetched.append(part)
             cache.put(name, fetched)
         # Copies: a view would keep the whole file in memory.
         return [bytes(fetched[n - start]) for n in run]
@@ -168,10 +168,10 @@ def _from_cache(
     return parts
 
 
-def _raised(result: T | StoreError) -> T:
-    if isinstance(result, StoreError):
-        raise result
-    return result
+def _raised(batch: RecordBatch | StoreError) -> RecordBatch:
+    if isinstance(batch, StoreError):
+        raise batch
+    return batch
 
 
 class _Inline:
