@@ -17,7 +17,7 @@ import torch
 from benchmarks.encoding import Inputs
 from benchmarks.timing import Result
 from mdm import sources
-from mdm.preprocess import ray_executor as encode_on_ray
+from mdm.preprocess import ray_executor
 from mdm.preprocess.encoding import Chunk, decode_group, encode_chunk
 from mdm.preprocess.ray_executor import GroupEncoder, Place
 from mdm.preprocess.recipe import Recipe
@@ -90,7 +90,7 @@ def run() -> Result:
         seconds = LOAD * decode / cores
         groups = plan(units, [IMAGES // len(units)] * len(units), [{}] * len(units), 512)
         place = Place(str(folder / "out"), StoreOptions(), str(inputs.tokenizer), "")
-        with encode_on_ray.cluster():
+        with ray_executor.cluster():
             fake: Any = ray.remote(num_cpus=0)(FakeEncoder).remote(recipe, seconds)
             encoder = GroupEncoder(recipe, place, cores, lambda: fake)
             for _ in encoder.run(groups, IMAGES, lambda _: None):

@@ -18,7 +18,7 @@ from mdm.utils.command_line import parse_cli
 os.environ.pop("RAY_ADDRESS", None)
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-from mdm.preprocess import ray_executor as encode_on_ray
+from mdm.preprocess import ray_executor
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Flags:
     """This job has no flags: it takes all cores."""
 
 
-@job("ray_server", encode_on_ray.RayFailedError)
+@job("ray_server", ray_executor.RayFailedError)
 def main() -> int:
     """Serve until SIGINT or SIGTERM."""
     parse_cli(Flags, description=__doc__ or "", default=Flags())
-    with suppress(KeyboardInterrupt), encode_on_ray.cluster():
+    with suppress(KeyboardInterrupt), ray_executor.cluster():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray has put its own there
-        print(f"export RAY_ADDRESS={encode_on_ray.address()}")
+        print(f"export RAY_ADDRESS={ray_executor.address()}")
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
             print(f"export {name}={os.environ[name]}")
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Encode one split of a published data set: survey, plan, encode on Ray, publish."""
 
 import dataclasses
+import math
 import os
 import sys
 import tempfile
@@ -19,11 +20,10 @@ from mdm.config import doc
 from mdm.data.manifest import Manifest
 from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import Tokenizer
-from mdm.preprocess import encoding, forecast, publish
-from mdm.preprocess import ray_executor as encode_on_ray
+from mdm.preprocess import encoding, forecast, publish, ray_executor
 from mdm.preprocess.duplicates import DuplicateIndex
 from mdm.preprocess.ray_executor import GroupEncoder, Place
-from mdm.preprocess.receipt import Receipt, Sample, get_sealed, lowest, receipt_key, survey_key
+from mdm.preprocess.receipt import CardSample, Receipt, get_sealed, lowest, receipt_key, survey_key
 from mdm.preprocess.recipe import Recipe, inputs_sha256
 from mdm.preprocess.survey import Group, Survey, plan
 from mdm.sources.record import Unit
@@ -45,11 +45,11 @@ class Flags:
     text_length: int = doc(512, "longest text in tokens, EOS included")
     min_chars: int = doc(2, "captions and replies of fewer characters are dropped")
     text_filters: bool = doc(True, "drop low-quality texts")
-    near_duplicates: bool = doc(True, "drop near duplicates, not exact ones alone")
-    shard_rows: int = doc(8192, "about how many examples a shard holds")
-    batch_rows: int = doc(64, "examples in a record batch")
-    encode_batch: int = doc(64, "images the autoencoder takes at once")
-    encoders: int = doc(0, "autoencoders at a time; 0: one a core over encoder_threads, one a GPU")
+    near_duplicates: bool = doc(True, "drop near duplicates, not only exact ones")
+    shard_rows: int = doc(8192, "about how many samples a shard holds")
+    batch_rows: int = doc(64, "samples in a record batch")
+    encode_batch: int = doc(64, "images that the autoencoder encodes at once")
+    encoders: int = doc(0, "autoencoders at a time; 0: cores / encoder_threads, or one a GPU")
     encoder_threads: int = doc(1, "threads of an autoencoder")
     device: str = doc("cpu", "where the autoencoder runs: cpu or cuda")
     decoders: int = doc(0, "groups decoded at a time; 0: one a core")
@@ -68,44 +68,27 @@ class Flags:
 
 
 class TooManyBadError(ValueError):
-    """The data set is broken, or read wrongly."""
+    """The data set is broken, or its layout is not the given one."""
 
 
 def make_recipe(flags: Flags, units: Sequence[Unit]) -> Recipe:
-    """What these flags and inputs would give; ValueError names what is missing."""
+    """The recipe of these flags and inputs; ValueError names what is missing."""
     tokenizer = Tokenizer(flags.tokenizer)
-    images: dict[str, Any] = {
-        "autoencoder_sha256": None,
-        "image_size": None,
-        "image_grid": None,
-        "latent_dim": 0,
-    }
+    autoencoder = None
     if encoding.has_images(units):
         if not flags.autoencoder:
             raise ValueError(f"{flags.dataset} has images: --autoencoder is needed")
         autoencoder = describe(flags.autoencoder)
-        images = {
-            "autoencoder_sha256": autoencoder.sha256,
-            "image_size": autoencoder.image_size,
-            "image_grid": autoencoder.grid,
-            "latent_dim": autoencoder.latent_dim,
-        }
+    shared = {f.name for f in dataclasses.fields(Recipe)} & vars(flags).keys()
     return Recipe(
-        dataset=flags.dataset,
-        split=flags.split,
         inputs_sha256=inputs_sha256(units),
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
-        text_length=flags.text_length,
-        min_chars=flags.min_chars,
-        text_filters=flags.text_filters,
-        near_duplicates=flags.near_duplicates,
-        shard_rows=flags.shard_rows,
-        batch_rows=flags.batch_rows,
-        encode_batch=flags.encode_batch,
-        encoder_threads=flags.encoder_threads,
-        device=flags.device,
-        **images,
+        autoencoder_sha256=autoencoder.sha256 if autoencoder else None,
+        image_size=autoencoder.image_size if autoencoder else None,
+        image_grid=autoencoder.grid if autoencoder else None,
+        latent_dim=autoencoder.latent_dim if autoencoder else 0,
+        **{name: getattr(flags, name) for name in shared},
     )
 
 
@@ -119,9 +102,14 @@ def check_bad(bad: Counter[str], total: int, share: float) -> None:
 
 
 def run(flags: Flags, card_page: publish.CardPage) -> dict[str, Any]:
-    """The whole job; its summary, or with `plan` the prediction.
+    """The whole job.
 
-    `card_page` makes the dataset card's page of what it counted and of samples.
+    Args:
+        flags: what to encode, how and where to.
+        card_page: renders the dataset card from its facts and samples.
+
+    Returns:
+        A summary, or with `flags.plan` the forecast.
     """
     began = time.perf_counter()
     reader = sources.get(flags.dataset)
@@ -132,41 +120,37 @@ def run(flags: Flags, card_page: publish.CardPage) -> dict[str, Any]:
     recipe = make_recipe(flags, units)
     if flags.plan:
         cores = flags.decoders or os.cpu_count() or 1
-        return forecast.predict(
-            units, recipe, Tokenizer(flags.tokenizer), flags.autoencoder, cores
-        ).to_json()
+        tokenizer = Tokenizer(flags.tokenizer)
+        return forecast.predict(units, recipe, tokenizer, flags.autoencoder, cores).to_json()
+    tell = partial(tqdm.write, file=sys.stderr)
     store = open_store(flags.out)
-    publish.finished(
-        store, recipe, write=False
-    )  # another recipe's output is refused before anything else
+    publish.finished(store, recipe, write=False)  # refuses the output of another recipe first
     resumed, seconds = 0, dict[str, float]()
     with hold(store, f"recipe {recipe.hash[:16]}") as lease:
         manifest = publish.finished(store, recipe)
         lost = [] if manifest is None else publish.missing(store, manifest)
         if lost:
-            tqdm.write(
-                f"{flags.out} lacks {len(lost)} objects: writing them again", file=sys.stderr
-            )
-        for key in lost:  # one that is cut short would be taken for what is to be written
+            tell(f"{flags.out} lacks {len(lost)} objects: writing them again")
+        for key in lost:  # a truncated object would count as written
             store.delete(key)
         if manifest is None or lost:
-            with encode_on_ray.cluster():
+            with ray_executor.cluster():
                 receipts, resumed, seconds = _encode(flags, units, store, recipe, lease)
             lease.confirm()
             manifest = publish.finish(store, recipe, receipts, class_names, card_page)
         else:
-            tqdm.write(f"{flags.out} is already encoded with this recipe", file=sys.stderr)
+            tell(f"{flags.out} is already encoded with this recipe")
         publish.clean(store, manifest)
     if warning := publish.unknown_warning(publish.unknown_share(manifest.counts)):
-        tqdm.write(f"encode: {flags.dataset}/{flags.split}: {warning}", file=sys.stderr)
+        tell(f"encode: {flags.dataset}/{flags.split}: {warning}")
     return _summary(flags, manifest, resumed, seconds, time.perf_counter() - began)
 
 
 def _encode(
     flags: Flags, units: Sequence[Unit], store: Store, recipe: Recipe, lease: Lease
 ) -> tuple[list[Receipt], int, dict[str, float]]:
-    """Receipts of all groups in order, how many were there before, and seconds by stage."""
-    cores = encode_on_ray.cores()
+    """Receipts of all groups in order, how many existed before, and seconds by job stage."""
+    cores = max(1, ray_executor.resource("CPU"))
     decoders = flags.decoders or cores
     place = Place(
         flags.out,
@@ -175,16 +159,15 @@ def _encode(
         str(Path(flags.autoencoder).absolute()) if flags.autoencoder else "",
     )
     # The first encoder loads its network during the survey.
-    if recipe.image_size is None:
-        encoder = GroupEncoder(recipe, place, decoders)
-    else:
-        encoders = flags.encoders or (
-            encode_on_ray.gpus()
-            if flags.device == "cuda"
-            else max(1, cores // flags.encoder_threads)
-        )
-        start = partial(encode_on_ray.start_encoder, recipe, place.autoencoder)
-        encoder = GroupEncoder(recipe, place, decoders, start, encoders)
+    start, encoders = None, flags.encoders
+    if recipe.image_size is not None:
+        start = partial(ray_executor.start_encoder, recipe, place.autoencoder)
+        if not encoders and flags.device == "cuda":
+            encoders = ray_executor.resource("GPU")
+            if not encoders:
+                raise ValueError("--device cuda: Ray sees no GPU here; use --device cpu")
+        encoders = encoders or max(1, cores // flags.encoder_threads)
+    encoder = GroupEncoder(recipe, place, decoders, start, encoders)
     began = time.perf_counter()
     encoder.seconds["survey"] = survey_all(units, store, recipe, place, decoders)
     groups, total, bad = plan_groups(units, store, recipe)
@@ -214,25 +197,22 @@ def _kind(reason: str) -> str:
 def survey_all(
     units: Sequence[Unit], store: Store, recipe: Recipe, place: Place, decoders: int
 ) -> float:
-    """See that every unit's survey lies in the store; the seconds that the missing ones took."""
+    """Surveys the units whose survey is not in the store; returns the core seconds it took."""
     known = store.listing(f"{recipe.work}/survey/")
     keys = [survey_key(recipe, number) for number in range(len(units))]
     todo = [(unit, key) for unit, key in zip(units, keys, strict=True) if key not in known]
     if not todo:
         return 0.0
-    found = encode_on_ray.survey_units(todo, place, recipe.near_duplicates, 2 * decoders)
-    taken = 0.0
-    for _, _, seconds in tqdm(found, "survey", len(todo), unit=" units", leave=False):
-        taken += seconds
-    return taken
+    seconds = ray_executor.survey_units(todo, place, recipe.near_duplicates, 2 * decoders)
+    return math.fsum(tqdm(seconds, "survey", len(todo), unit=" units", leave=False))
 
 
 def plan_groups(
     units: Sequence[Unit], store: Store, recipe: Recipe
 ) -> tuple[list[Group], int, int]:
-    """The groups of work, and the records and bad records of all units.
+    """The groups of work, and the numbers of records and bad records in all units.
 
-    Surveys come one by one and go to files: memory does not grow with them.
+    Surveys are read one at a time and spill to files: memory does not grow with their number.
     """
     sizes, bad = [], 0
     with (
@@ -245,33 +225,33 @@ def plan_groups(
             if data is None:
                 store.delete(key)
                 raise StoreError(f"{store.uri}/{key} is damaged, and was removed; run it again")
-            found = Survey.from_bytes(data)
-            duplicates.add(number, found)
-            sizes.append(len(found))
-            bad += found.bad
+            survey = Survey.from_bytes(data)
+            duplicates.add(number, survey)
+            sizes.append(len(survey))
+            bad += survey.bad
         left_out = duplicates.left_out(len(units))
     return plan(units, sizes, left_out, recipe.shard_rows), sum(sizes), bad
 
 
 def load_receipts(
     store: Store, recipe: Recipe, groups: Sequence[Group]
-) -> tuple[dict[int, Receipt], tuple[Sample, ...]]:
-    """Receipts of groups that are done, by group index, and the lowest samples of all of them.
+) -> tuple[dict[int, Receipt], tuple[CardSample, ...]]:
+    """Receipts of finished groups by group index, and the lowest-ranked card samples of all.
 
-    One whose shards are gone counts not.
+    A receipt whose shards are missing is ignored.
     """
     known = store.listing(f"{recipe.work}/group/")
     shards = store.listing("shards/") if known else {}
-    found: dict[int, Receipt] = {}
-    samples: tuple[Sample, ...] = ()
+    receipts: dict[int, Receipt] = {}
+    samples: tuple[CardSample, ...] = ()
     for group in groups:
         key = receipt_key(recipe, group.index)
         if key in known and (data := get_sealed(store, key)) is not None:
             receipt = Receipt.from_bytes(data)
             if all(shards.get(s.key) == s.bytes for s in receipt.shards):
-                found[group.index] = dataclasses.replace(receipt, samples=())
+                receipts[group.index] = dataclasses.replace(receipt, samples=())
                 samples = lowest([*samples, *receipt.samples])  # their images take memory
-    return found, samples
+    return receipts, samples
 
 
 def _summary(

@@ -1,22 +1,22 @@
-"""The one door to Ray: the stages of the encode job as a graph of tasks with backpressure.
+"""The one door to Ray: the job stages of encoding as a graph of tasks with backpressure.
 
-Decoding, the autoencoder and writing each run on their own; only references pass through this
-process. A task is retried where its worker died; an error of ours ends the job with its message.
+Decoding, the autoencoder and writing run independently; only references pass through this process.
+A task is retried if its worker died; an error of our own ends the job with its message.
 """
 
+import logging
 import os
 import secrets
-import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 if os.environ.get("RAY_ADDRESS", "127.0.0.1").startswith(("127.", "localhost:")):
-    # Read when ray is imported; otherwise it takes the machine's own address for 127.0.0.1: it
-    # listens to the whole network, and does not find a Ray that listens on loopback alone.
+    # Read when ray is imported. Otherwise it replaces 127.0.0.1 by the machine's own address: it
+    # listens to the whole network and does not find a Ray that listens on loopback alone.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
@@ -31,13 +31,15 @@ from mdm.sources.record import Unit, describe_fully
 from mdm.storage import StoreOptions, open_store
 from mdm.utils.sockets import socket_folder
 
-# Chunks under way to each encoder: what it works on, what waits for it, and some more where the
-# next chunks come unevenly.
+log = logging.getLogger("mdm")
+
+# Chunks in flight to each encoder: the one it works on, those that wait for it, and a few more
+# because chunks arrive unevenly.
 _CHUNKS_AN_ENCODER = 4
-_WORTH_SECONDS = 15.0  # of work ahead, for another encoder to be started: that takes seconds
-_STARTS = 6  # of a Ray of our own: its 30 s are few where the machine is busy
+_WORTH_SECONDS = 15.0  # of remaining work that justify another encoder, which starts in seconds
+_STARTS = 6  # attempts to start a Ray of our own: a busy machine may take longer than its 30 s
 _LONGEST_NOTE = 300  # characters
-_RETRIES = 3  # of work whose process died; a fourth death has a reason that stays
+_RETRIES = 3  # of work whose process died; a fourth death has a lasting cause
 
 
 class RayFailedError(RuntimeError):
@@ -46,17 +48,17 @@ class RayFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Place:
-    """Where workers find what is not in the recipe."""
+    """What workers need beside the recipe."""
 
     out: str
-    options: StoreOptions  # of the driver: workers may have another environment
+    options: StoreOptions  # of the driver: workers may have a different environment
     tokenizer: str
     autoencoder: str
 
 
 @contextmanager
 def _named(units: Sequence[Unit]) -> Iterator[None]:
-    """An error that escapes names the record it met, or else the files that were being read."""
+    """Notes in an error the files that were being read, unless it names its record."""
     try:
         yield
     except Exception as error:
@@ -67,18 +69,18 @@ def _named(units: Sequence[Unit]) -> Iterator[None]:
 
 
 @ray.remote(num_cpus=1, max_retries=_RETRIES)
-def _survey(unit: Unit, key: str, place: Place, near: bool) -> tuple[int, int, float]:
-    """Records and bad records of a unit; the rest goes to the store."""
+def _survey(unit: Unit, key: str, place: Place, near: bool) -> float:
+    """Puts the survey of a unit into the store; returns the seconds it took."""
     began = time.process_time()
     with _named([unit]):
-        found = survey(unit, near=near)
-    put_sealed(open_store(place.out, place.options), key, found.to_bytes())
-    return len(found), found.bad, time.process_time() - began
+        surveyed = survey(unit, near=near)
+    put_sealed(open_store(place.out, place.options), key, surveyed.to_bytes())
+    return time.process_time() - began
 
 
 @ray.remote(num_cpus=1, max_retries=_RETRIES)
 def _decode(group: Group, recipe: Recipe, place: Place) -> Iterator[Chunk | tuple[int, float]]:
-    """Each chunk, then how many records and seconds it took: the driver reads these alone."""
+    """Each chunk, then its number of records and seconds: the driver reads only these."""
     began = time.process_time()
     tokenizer = Tokenizer(place.tokenizer)
     with _named(group.units):
@@ -116,13 +118,12 @@ class _Encoder:
 @ray.remote(num_cpus=1, max_retries=_RETRIES)
 def _write(group: Group, recipe: Recipe, place: Place, *chunks: Chunk) -> tuple[Receipt, float]:
     began = time.process_time()
-    store = open_store(place.out, place.options)
-    receipt = encoding.write_chunks(store, group, recipe, chunks)
+    receipt = encoding.write_chunks(open_store(place.out, place.options), group, recipe, chunks)
     return receipt, time.process_time() - began
 
 
 def start_encoder(recipe: Recipe, folder: str) -> Any:
-    """An actor that holds the autoencoder. On CPUs no core is set aside for it: it takes turns."""
+    """An actor that holds the autoencoder. On CPUs it reserves no core but competes for one."""
     remote = ray.remote(
         num_cpus=0,
         num_gpus=1 if recipe.device == "cuda" else 0,
@@ -136,10 +137,11 @@ def start_encoder(recipe: Recipe, folder: str) -> Any:
 def cluster() -> Iterator[None]:
     """Ray: the cluster of RAY_ADDRESS, or a small one of our own on loopback.
 
-    RayFailedError says what went wrong in a task, or with Ray.
+    Raises:
+        RayFailedError: a task or Ray itself failed; the message says how.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # One failed task ends the job with its message; Ray would print the others' stacks after it.
+    # One failed task ends the job with its message; Ray would print the stacks of others after it.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -154,37 +156,29 @@ def cluster() -> Iterator[None]:
 
 
 def _start() -> None:
-    """Ray gives its own processes 30 s to come up, which a busy machine may not give them."""
-    for left in reversed(range(_STARTS)):
+    options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    attempts = 1
+    if not os.environ.get("RAY_ADDRESS"):
+        attempts = _STARTS
+        if not os.access(os.path.expanduser("~"), os.W_OK):  # Ray would keep its token there
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        options |= {
+            "num_cpus": os.cpu_count() or 1,
+            "object_store_memory": 300 << 20,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+            "_temp_dir": socket_folder(),
+        }
+    for attempt in range(1, attempts + 1):
         try:
-            _connect()
+            ray.init(**options)
             return
-        except RayFailedError as error:
-            if not left or os.environ.get("RAY_ADDRESS"):
-                raise
-            sys.stderr.write(f"{error}; trying again\n")
+        except Exception as error:  # noqa: BLE001 - what Ray raises here has no type of its own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if attempt < attempts:
+            log.warning("Ray did not start: %s; trying again", reason)
             ray.shutdown()
-
-
-def _connect() -> None:
-    quiet: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-    try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            if not os.access(os.path.expanduser("~"), os.W_OK):  # Ray would keep its token there
-                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            ray.init(
-                num_cpus=os.cpu_count() or 1,
-                object_store_memory=300 << 20,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=socket_folder(),
-                **quiet,
-            )
-    except Exception as error:  # noqa: BLE001 what Ray raises here has no type of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RayFailedError(f"Ray did not start: {reason}") from None
+    raise RayFailedError(f"Ray did not start: {reason}")
 
 
 def address() -> str:
@@ -192,41 +186,29 @@ def address() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-def cores() -> int:
-    """CPUs of the cluster."""
-    return max(1, _resource("CPU"))
-
-
-def _resource(name: str) -> int:
-    resources: Any = ray  # untyped there
-    return int(resources.cluster_resources().get(name, 0))
-
-
-def gpus() -> int:
-    """GPUs of the cluster; ValueError without any."""
-    found = _resource("GPU")
-    if not found:
-        raise ValueError("--device cuda: Ray sees no GPU here; use --device cpu")
-    return found
+def resource(name: str) -> int:
+    """Number of `CPU` or `GPU` of the cluster."""
+    untyped: Any = ray
+    return int(untyped.cluster_resources().get(name, 0))
 
 
 def _root_cause(error: BaseException) -> str:
-    """The innermost error's one line, with the file that it met.
-
-    Ray wraps what happened in a worker, task by task.
-    """
+    """One line on the innermost error, and its file; Ray wraps an error once a task."""
     while isinstance(cause := getattr(error, "cause", None), BaseException) and cause is not error:
         error = cause
     lines = str(error).strip().splitlines()
     known = isinstance(error, ValueError | OSError) or type(error).__module__.startswith("mdm.")
-    said = lines[-1] if lines and known else describe_fully(error)
-    return ", ".join([said, *getattr(error, "__notes__", [])])
+    reason = lines[-1] if lines and known else describe_fully(error)
+    return ", ".join([reason, *getattr(error, "__notes__", [])])
 
 
 def survey_units(
     todo: Iterable[tuple[Unit, str]], place: Place, near: bool, limit: int
-) -> Iterator[tuple[int, int, float]]:
-    """(records, bad records, core seconds) of units as they are surveyed; `limit` at a time."""
+) -> Iterator[float]:
+    """Surveys units and puts the results under their keys, `limit` at a time.
+
+    Yields the core seconds of each unit when it is done.
+    """
     waiting = deque(todo)
     running: set[Any] = set()
     while waiting or running:
@@ -234,9 +216,8 @@ def survey_units(
             unit, key = waiting.popleft()
             running.add(_survey.remote(unit, key, place, near))
         ready, _ = ray.wait(list(running), num_returns=1)
-        for ref in ready:
-            running.remove(ref)
-            yield ray.get(ref)
+        running.difference_update(ready)
+        yield from ray.get(ready)
 
 
 @dataclass
@@ -244,19 +225,19 @@ class _Running:
     group: Group
     chunks: Any  # Ray's generator of references
     parts: list[Any] = field(default_factory=list)
-    decoded: bool = False
     encoding: int = 0
+    decoded: bool = False
 
 
 class GroupEncoder:
-    """Decodes, encodes and writes groups.
+    """Decodes, encodes and writes groups, each job stage held back by the next one.
 
-    Each stage is held back by the next one: a decoder stops behind a few chunks that nobody took,
-    chunks are taken while the encoders have few, and groups are begun while few are being written.
-    `seconds` says what the stages took: of a core, or of the GPU with the autoencoder.
+    A decoder stops behind a few chunks that were not taken, chunks are taken while encoders have
+    few, and groups are begun while few are being written. `seconds` sums up each job stage: core
+    seconds, for an autoencoder on a GPU the GPU's.
 
-    `start` gives an actor with the autoencoder; None for texts alone. One is started at once, up to
-    `encoders` of them where the work ahead is worth it.
+    `start` returns an actor with the autoencoder; None for text alone. One is started at once, up
+    to `encoders` of them if the remaining work is worth it.
     """
 
     def __init__(
@@ -277,30 +258,25 @@ class GroupEncoder:
         self._start = start
         self._most = encoders
         self._encoders = [start()] if start is not None else []
-        self._pending = [0] * len(self._encoders)
         self._decoding: list[_Running] = []
-        self._encoding: dict[Any, tuple[_Running, int, int]] = {}
+        self._encoding: dict[Any, tuple[_Running, int, int]] = {}  # group, records, which encoder
         self._writing: dict[Any, _Running] = {}
         self._advance: Callable[[int], object] = lambda _: None
-        self._records = 0  # ahead
-        self._pace: tuple[float, int] | None = None  # when the first chunk came back, records then
+        self._records = 0  # that remain
+        self._pace: tuple[float, int] | None = None  # time of the first chunk, records then
 
     def run(
         self, groups: Sequence[Group], records: int, advance: Callable[[int], object]
     ) -> Iterator[tuple[Group, Receipt]]:
-        """Each group with its receipt, as they are done; `advance` hears of records done.
+        """Encodes groups of `records` records; yields each with its receipt when it is done.
 
-        `records` of them lie in the groups.
+        `advance` is called with the number of records of each finished chunk.
         """
         self._advance, self._records = advance, records
         waiting = deque(groups)
         while waiting or self._decoding or self._encoding or self._writing:
-            # What is being written still fills the object store: do not run far ahead of it.
-            while (
-                waiting
-                and len(self._decoding) < self.decoders
-                and len(self._writing) < self.decoders
-            ):
+            # Chunks being written still fill the object store: do not run far ahead of them.
+            while waiting and max(len(self._decoding), len(self._writing)) < self.decoders:
                 group = waiting.popleft()
                 chunks = self._decode.remote(group, self.recipe, self.place)
                 self._decoding.append(_Running(group, chunks))
@@ -315,10 +291,9 @@ class GroupEncoder:
                     self.seconds["write"] += seconds
                     yield group, receipt
                 elif event in self._encoding:
-                    run, records, at = self._encoding.pop(event)
-                    self._pending[at] -= 1
+                    run, records, _ = self._encoding.pop(event)
                     run.encoding -= 1
-                    self._done(records)
+                    self._finish(records)
                     self._add_encoders()
                     self._write_if_complete(run)
                 else:
@@ -336,24 +311,24 @@ class GroupEncoder:
         self.seconds["decode"] += seconds
         if not self._encoders:
             run.parts.append(chunk)
-            self._done(records)
+            self._finish(records)
             return
-        at = self._pending.index(min(self._pending))
-        run.parts.append(self._encoders[at].encode.remote(chunk))
+        load = Counter(encoder for *_, encoder in self._encoding.values())
+        idlest = min(range(len(self._encoders)), key=lambda encoder: load[encoder])
+        run.parts.append(self._encoders[idlest].encode.remote(chunk))
         run.encoding += 1
-        self._pending[at] += 1
-        self._encoding[run.parts[-1]] = (run, records, at)
+        self._encoding[run.parts[-1]] = (run, records, idlest)
 
-    def _done(self, records: int) -> None:
+    def _finish(self, records: int) -> None:
         self._records -= records
         self._advance(records)
 
     def _add_encoders(self) -> None:
-        """Start those that the work ahead is worth, told from the pace of the first one."""
+        """Starts as many as the remaining work is worth at the pace of the first one."""
         missing = self._most - len(self._encoders)
         if not missing or self._start is None:
             return
-        if self._pace is None:  # before, it loaded its network
+        if self._pace is None:  # until now it was loading its network
             self._pace = time.perf_counter(), self._records
             return
         since, before = self._pace
@@ -362,7 +337,6 @@ class GroupEncoder:
         seconds = self._records * (time.perf_counter() - since) / done
         wanted = min(missing, int(seconds / _WORTH_SECONDS))
         self._encoders += [self._start() for _ in range(wanted)]
-        self._pending += [0] * wanted
 
     def _write_if_complete(self, run: _Running) -> None:
         if run.decoded and not run.encoding:

