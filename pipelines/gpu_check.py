@@ -31,7 +31,7 @@ from mdm.utils.command_line import parse_cli
 @job("gpu_check")
 def main() -> int:
     """Check, measure, report; 1 if a kernel differs."""
-    flags = parse_cli(Flags, description=__doc__ or "", default=Flags())
+    flags = parse_cli(Flags, description=__doc__ or "")
     if not torch.cuda.is_available():
         print("not run: no CUDA device")
         return 0

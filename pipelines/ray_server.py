@@ -29,7 +29,7 @@ class Flags:
 @job("ray_server", encode_on_ray.RayFailedError)
 def main() -> int:
     """Serve until SIGINT or SIGTERM."""
-    parse_cli(Flags, description=__doc__ or "", default=Flags())
+    parse_cli(Flags, description=__doc__ or "")
     with suppress(KeyboardInterrupt), encode_on_ray.cluster():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray has put its own there
         print(f"export RAY_ADDRESS={encode_on_ray.address()}")

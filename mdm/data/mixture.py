@@ -218,7 +218,7 @@ def interleave(quotas: Sequence[int]) -> NDArray[np.int64]:
 
 def open_mixture(config: DataConfig) -> Mixture:
     """The mixture that a run's configuration names; ManifestError if a data set is missing."""
-    stages = [(0, config.sources), *((s.step, s.sources) for s in config.stages)]
+    stages = [(0, config.sources), *((s.step, s.sources) for s in config.mixture_stages)]
     first: dict[str, float] = {}
     for _, sources in stages:
         for source in sources:
@@ -229,7 +229,7 @@ def open_mixture(config: DataConfig) -> Mixture:
             for name, weight in first.items()
         ),
         global_batch=config.global_batch,
-        window=config.window,
+        window=config.shuffle_window,
         stages=tuple(
             Stage(step, tuple((s.name, s.weight) for s in sources)) for step, sources in stages
         )

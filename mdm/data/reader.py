@@ -267,7 +267,7 @@ def open_cache(mixture: Mixture, config: DataConfig) -> NodeCache:
         raise ValueError(
             f"data.cache_gb is {config.cache_gb:g} ({limit} bytes) but two windows of "
             f"{mixture.window} record batches of each of {len(mixture.sources)} sources take "
-            f"{needed} bytes: raise data.cache_gb or lower data.window"
+            f"{needed} bytes: raise data.cache_gb or lower data.shuffle_window"
         )
     return NodeCache(config.cache_dir, limit)
 

@@ -22,7 +22,7 @@ def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
     shares = gather_to_all((own, batch.nonfinite(), batch.to("cpu")))
     broken = sorted(i for _, bad, _ in shares for i in bad)
     weights = None
-    if run.config.guard.black_boxes and not guard.history.recent:  # the first of its trouble
+    if run.config.guard.replay_boxes and not guard.history.recent:  # the first of its trouble
         weights = run.engine.gather(run.engine.fp32_partitions())
     if run.world.is_main:
         said = _blame(step, reason, shares)

@@ -71,7 +71,7 @@ def write(
     if weights is not None:
         files.write_json(folder / "config.json", to_dict(config))
         save_tensors(folder / WEIGHTS, weights)
-        _forget_weights(run_dir, config.guard.black_boxes)
+        _forget_weights(run_dir, config.guard.replay_boxes)
     facts = report | {
         "step": step,
         "samples": [

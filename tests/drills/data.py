@@ -118,7 +118,7 @@ def write_mixture(root: str, times: int = 1) -> DataConfig:
     encoded(f"{root}/images", [200 * times, 160 * times], batch_rows=8 * times)
     encoded(f"{root}/talk", [120 * times], images=False, batch_rows=8 * times)
     sources = (SourceConfig("images", 0.7), SourceConfig("talk", 0.3))
-    return DataConfig(root=root, sources=sources, global_batch=16, window=2)
+    return DataConfig(root=root, sources=sources, global_batch=16, shuffle_window=2)
 
 
 def load(config: DataConfig, setting: Setting, steps: int) -> Iterator[Batch]:
