@@ -1,0 +1,64 @@
+"""How the values of flags are written where tyro's own way is not enough."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+from mdm.config import SourceConfig, StageConfig
+from mdm.utils.uri import folder_of
+
+
+def read_sources(text: str) -> tuple[SourceConfig, ...]:
+    """The data sets of `name:weight,name:weight`; ValueError if it is not written so."""
+    # A name may contain commas and colons: it ends where a weight and a comma follow.
+    pairs = re.findall(r"(.+?):([^:,]*)(?:,|$)", text, re.DOTALL)
+    if sum(len(name) + len(weight) + 2 for name, weight in pairs) < len(text):
+        raise ValueError(f"{text!r} is not name:weight,name:weight")
+    return tuple(SourceConfig(name, float(weight)) for name, weight in pairs)
+
+
+def read_stages(text: str) -> tuple[StageConfig, ...]:
+    """The mixture stages of `step=name:weight,...;step=...`; ValueError if it is not written so."""
+    stages = [item.partition("=") for item in re.split(r";(?=\s*\d+=|\s*$)", text) if item]
+    if not all(step.strip().isdigit() and equals for step, equals, _ in stages):
+        raise ValueError(f"{text!r} is not step=name:weight,name:weight;step=...")
+    return tuple(StageConfig(int(step), read_sources(sources)) for step, _, sources in stages)
+
+
+def show_sources(sources: Iterable[SourceConfig]) -> str:
+    """The text that `read_sources` reads."""
+    return ",".join(f"{source.name}:{source.weight:g}" for source in sources)
+
+
+def show_stages(stages: Iterable[StageConfig]) -> str:
+    """The text that `read_stages` reads."""
+    return ";".join(f"{stage.step}={show_sources(stage.sources)}" for stage in stages)
+
+
+def _spec(
+    nargs: Literal[1, "*"],
+    metavar: str,
+    read: Callable[[list[str]], Any],
+    show: Callable[[Any], list[str]],
+) -> PrimitiveConstructorSpec[Any]:
+    return PrimitiveConstructorSpec(nargs, metavar, read, lambda _: True, show)
+
+
+# Type of a field -> how tyro reads and shows it. A file:// URI is the folder that it names.
+SPECS: dict[Any, PrimitiveConstructorSpec[Any]] = {
+    str: _spec(1, "STR", lambda words: folder_of(words[0]), lambda text: [text]),
+    tuple[str, ...]: _spec(
+        "*", "STR", lambda words: tuple(folder_of(word) for word in words if word), list
+    ),
+    tuple[SourceConfig, ...]: _spec(
+        1, "NAME:WEIGHT,...", lambda words: read_sources(words[0]), lambda s: [show_sources(s)]
+    ),
+    tuple[StageConfig, ...]: _spec(
+        1,
+        "STEP=NAME:WEIGHT,...;...",
+        lambda words: read_stages(words[0]),
+        lambda s: [show_stages(s)],
+    ),
+}
