@@ -54,7 +54,7 @@ class Flags:
     strikes: int = doc(3, "failures that began on a node before it is left out")
 
     def __post_init__(self) -> None:
-        if bool(self.hostfile) != bool(self.meet):
+        if bool(self.hostfile) != bool(self.rendezvous):
             raise ValueError(
                 "--hostfile and --rendezvous belong together: both are for several nodes"
             )
