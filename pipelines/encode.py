@@ -2,7 +2,7 @@
 
 Interrupt it anywhere and run it again: it goes on from its receipts and gives the same manifest.
 On a cluster set RAY_ADDRESS; without, Ray runs on this machine for the length of the job.
-`--plan true` predicts what a run would write and how long it would take, and writes nothing.
+`--plan` predicts what a run would write and how long it would take, and writes nothing.
 """
 
 from mdm.launch.job import job

@@ -1,4 +1,4 @@
-"""What follows from the guard's verdicts: skipped steps and their black boxes, rollbacks."""
+"""What follows from the guard's verdicts: skipped steps and their replay boxes, rollbacks."""
 
 import math
 from typing import Any
@@ -39,9 +39,9 @@ def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
         try:
             whole = blackbox.join([part for *_, part in shares])
             folder = blackbox.write(run.dir, run.config, step, report, whole, weights)
-            said += f"; black box: {folder}"
+            said += f"; replay box: {folder}"
         except OSError as error:  # a full disk costs the box, not the run
-            said += f"; no black box: {error.strerror}"
+            said += f"; no replay box: {error.strerror}"
         run.reporter.say(said)
         run.reporter.note("skipped", run.state, reason=said)
     if broken:  # they are nobody's doubt: whatever the weights, nothing finite comes of them

@@ -25,6 +25,8 @@ from mdm.utils.flag_values import SPECS
 
 T = TypeVar("T")
 
+BOOLEANS = ("true", "false")  # after a flag that needs no value
+
 
 def fail(message: str) -> NoReturn:
     """End a job over a user's mistake: one line on stderr, exit code 2."""
@@ -58,12 +60,11 @@ def _respell(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
             values += [value] if equals else []
             while words and not words[0].startswith("--"):
                 values.append(words.popleft())
-        elif types.get(key) is bool and (equals or {*list(words)[:1]} & {"true", "false"}):
-            value = value if equals else words.popleft()
+        elif types.get(key) is bool and (equals or (words and words[0].lower() in BOOLEANS)):
+            value = (value if equals else words.popleft()).lower()
             section, dot, name = key.rpartition(".")
-            plain.append(
-                {"true": f"--{key}", "false": f"--{section}{dot}no_{name}"}.get(value, word)
-            )
+            spellings = {"true": f"--{key}", "false": f"--{section}{dot}no_{name}"}
+            plain.append(spellings.get(value, word))
         else:
             plain += [f"--{key}", value] if key == "preset" and equals else [word]
     for key, values in lists.items():

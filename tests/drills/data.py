@@ -416,11 +416,11 @@ def added_mid_run(setting: Setting) -> Row:
     variables = {
         "DATA": root,
         "SOURCES": next(shares),
-        "STAGES": f"{LATER.step}={next(shares)}",
+        "MIXTURE_STAGES": f"{LATER.step}={next(shares)}",
         "STEP": str(LATER.step),
         "SEED": str(SEED),
         "GLOBAL_BATCH": str(config.global_batch),
-        "WINDOW": str(config.window),
+        "SHUFFLE_WINDOW": str(config.shuffle_window),
     }
     output = execute("add_a_data_set_mid_run.md", variables)
     before, _, first = output.partition(f"step {LATER.step}: ")

@@ -159,7 +159,7 @@ def lost_node(folder: Path, undisturbed: Path) -> Iterator[Row]:
     time.sleep(15)  # until the other node has missed its heartbeat
     execute(
         "lost_node.md",
-        ENV | {"MEET": str(meet), "RUN": str(first.run_dir), "TRAIN": second.command()},
+        ENV | {"RENDEZVOUS": str(meet), "RUN": str(first.run_dir), "TRAIN": second.command()},
     )
     first.finish()
     # An attempt called before the loss is noticed never begins to train, and is not counted.

@@ -68,7 +68,7 @@ def test_flags_change_nested_fields_of_a_preset():
         ("--plan", (True, False)),
         ("--plan --no_plan --train.keep-best", (False, True)),
         ("--train.keep_best --train.no_keep_best --plan", (True, False)),
-        ("--plan true --train.keep_best=true", (True, True)),
+        ("--plan True --train.keep_best=true", (True, True)),
         ("--plan --plan false --train.keep_best --train.keep_best=false", (False, False)),
     ],
 )
