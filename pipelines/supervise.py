@@ -10,7 +10,7 @@ starts the next one. `--restarts` limits the failures in a row without progress.
 On several machines, start the same line on each of them with the same hostfile and a shared
 rendezvous folder. An attempt runs on the nodes that are present, at least `--min_nodes`:
 
-    srun python pipelines/supervise.py --hostfile hosts --rendezvous /shared/mdm --min_nodes 3 -- ...
+    srun python pipelines/supervise.py --hostfile hosts --rendezvous /nfs/mdm --min_nodes 3 -- ...
 
 To stop: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to this process (all ranks save, then 75), or a file
 named STOP in the run's folder (all ranks save, then 3).

@@ -43,6 +43,12 @@ def flag_types(cls: Any, prefix: str = "") -> dict[str, Any]:
     return types
 
 
+def negative(key: str) -> str:
+    """The flag that turns the boolean flag `key` off."""
+    section, dot, name = key.rpartition(".")
+    return f"{section}{dot}no_{name}"
+
+
 def _key(word: str) -> str:
     """The name of the flag in `--name`, `--na-me` or `--name=value`; "" if it is no flag."""
     return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
@@ -62,9 +68,7 @@ def _respell(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
                 values.append(words.popleft())
         elif types.get(key) is bool and (equals or (words and words[0].lower() in BOOLEANS)):
             value = (value if equals else words.popleft()).lower()
-            section, dot, name = key.rpartition(".")
-            spellings = {"true": f"--{key}", "false": f"--{section}{dot}no_{name}"}
-            plain.append(spellings.get(value, word))
+            plain.append({"true": f"--{key}", "false": f"--{negative(key)}"}.get(value, word))
         else:
             plain += [f"--{key}", value] if key == "preset" and equals else [word]
     for key, values in lists.items():
