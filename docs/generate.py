@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mdm.utils.command_line import flag_types, negative
+from mdm.utils.flags import flag_types, negative
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent

@@ -3,7 +3,7 @@
 `python pipelines/export.py --checkpoint runs/demo/train/checkpoints/step-00003600 --out DIR`
 
 The checkpoint may lie in S3. `--out` gets config.json, model.safetensors, the tokenizer and a model
-card, and loads with `MDM.from_pretrained(DIR)`, without DeepSpeed.
+card, and loads with `Generator.from_pretrained(DIR)`, without DeepSpeed.
 """
 
 from mdm.launch.job import job

@@ -6,12 +6,11 @@ spelling `--plan true` is accepted), and a flag with several values may be repea
 the job with one line that names the value and the choices, and exit code 2.
 """
 
-import dataclasses
 import functools
+import itertools
 import re
 import sys
 import typing
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -21,11 +20,9 @@ from tyro import _errors as errors  # no public hook; pyproject.toml pins the ve
 from tyro.constructors import ConstructorRegistry
 
 from mdm.config import RENAMED, suggest
-from mdm.utils.flag_values import SPECS
+from mdm.utils.flags import SPECS, flag_types, key_of, respell
 
 T = TypeVar("T")
-
-BOOLEANS = ("true", "false")  # after a flag that needs no value
 
 
 def fail(message: str) -> NoReturn:
@@ -34,52 +31,10 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def flag_types(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """The name of each flag, without its hyphens -> the type of its field."""
-    types: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        nested = dataclasses.is_dataclass(kind)
-        types |= flag_types(kind, f"{prefix}{name}.") if nested else {prefix + name: kind}
-    return types
-
-
-def negative(key: str) -> str:
-    """The flag that turns the boolean flag `key` off."""
-    section, dot, name = key.rpartition(".")
-    return f"{section}{dot}no_{name}"
-
-
-def _key(word: str) -> str:
-    """The name of the flag in `--name`, `--na-me` or `--name=value`; "" if it is no flag."""
-    return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
-
-
-def _respell(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
-    """`args` as tyro expects them: no value after a boolean, all values of a list together."""
-    words, plain = deque(args), list[str]()
-    lists: dict[str, list[str]] = {}
-    while words:
-        word = words.popleft()
-        key, (_, equals, value) = _key(word), word.partition("=")
-        if types.get(key) == tuple[str, ...]:
-            values = lists.setdefault(key, [])
-            values += [value] if equals else []
-            while words and not words[0].startswith("--"):
-                values.append(words.popleft())
-        elif types.get(key) is bool and (equals or (words and words[0].lower() in BOOLEANS)):
-            value = (value if equals else words.popleft()).lower()
-            plain.append({"true": f"--{key}", "false": f"--{negative(key)}"}.get(value, word))
-        else:
-            plain += [f"--{key}", value] if key == "preset" and equals else [word]
-    for key, values in lists.items():
-        plain += [f"--{key}={values[0]}" if values else f"--{key}", *values[1:]]
-    return plain
-
-
 def _explain(event: errors.ParseErrorEvent, types: Mapping[str, Any]) -> None:
     """End the job with one line in place of tyro's box."""
     unknown: list[str] = getattr(event, "tokens", getattr(event, "unrecognized_tokens", []))
-    key = next(filter(None, map(_key, unknown)), "")
+    key = next(filter(None, map(key_of, unknown)), "")
     if RENAMED.get(key) in types:
         message = f"--{key} is now --{RENAMED[key]}"
     elif key:
@@ -122,19 +77,19 @@ def parse_cli(
     """
     prog, types = Path(sys.argv[0]).name, flag_types(cls)
     words = sys.argv[1:] if argv is None else argv
-    args = _respell([w for w in words if not re.match("--local[_-]rank=", w)], types)  # DeepSpeed's
+    args = respell([w for w in words if not re.match("--local[_-]rank=", w)], types)  # DeepSpeed's
     default: Any = tyro.MISSING_NONPROP
     if presets is not None:
-        name = next((args[i] for i in range(1, len(args)) if args[i - 1] == "--preset"), "")
+        name = "".join([b for a, b in itertools.pairwise(args) if a == "--preset"][-1:])
         if name not in presets and not {"-h", "--help"} & set(args):
             problem = f"unknown preset {name!r}{suggest(name, presets)}" if name else "no --preset"
             fail(f"{prog}: {problem} (presets: {', '.join(presets)})")
         if name in presets:
-            default = cls(**vars(presets[name]), preset=name)
+            default = typing.cast(Any, cls)(**vars(presets[name]), preset=name)
     registry = ConstructorRegistry()
     registry.primitive_rule(lambda info: SPECS.get(info.type))
     with errors.on_parse_error(functools.partial(_explain, types=types)):
-        return tyro.cli(
+        flags: T = tyro.cli(
             cls,
             args=args,
             prog=prog,
@@ -143,3 +98,4 @@ def parse_cli(
             use_underscores=True,
             registry=registry,
         )
+    return flags

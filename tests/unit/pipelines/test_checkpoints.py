@@ -79,7 +79,7 @@ def test_a_living_runs_checkpoints_are_listed_and_verified_and_not_changed(tmp_p
             assert said.startswith(
                 f"checkpoints: {tmp_path} is being written by another job (process {os.getpid()} "
             )
-            assert "run /runs/a): wait for it, or have it end first" in said
+            assert "run /runs/a): wait for it, or stop it first" in said
             assert said.count("\n") == 1
         assert len(run("list")[1].splitlines()) == 3
         assert run("verify")[0] == 0

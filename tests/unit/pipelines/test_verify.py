@@ -54,7 +54,7 @@ def test_the_quarantine_is_listed_as_a_line_of_json_a_record(uri, run):
     # Without the flag the same data set is re-read, and its shard is missing.
     code, out, _ = run("--data", f"{uri}/two")
     assert code == 1
-    assert "to repair: verify.py with --discard" in out
+    assert "to repair: verify.py --discard" in out
 
 
 def test_what_is_no_data_set_is_one_line(tmp_path, run):

@@ -1,13 +1,60 @@
-"""How the values of flags are written where tyro's own way is not enough."""
+"""How flags are spelled, and their values where tyro's own way is not enough."""
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterable
+import typing
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
 from mdm.config import SourceConfig, StageConfig
 from mdm.utils.uri import folder_of
+
+BOOLEANS = ("true", "false")  # values of the former spelling, `--plan true`
+
+
+def flag_types(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """The name of each flag, without its hyphens -> the type of its field."""
+    types: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        nested = dataclasses.is_dataclass(kind)
+        types |= flag_types(kind, f"{prefix}{name}.") if nested else {prefix + name: kind}
+    return types
+
+
+def negative(key: str) -> str:
+    """The flag that turns the boolean flag `key` off."""
+    section, dot, name = key.rpartition(".")
+    return f"{section}{dot}no_{name}"
+
+
+def key_of(word: str) -> str:
+    """The name of the flag in `--name`, `--na-me` or `--name=value`; "" if it is no flag."""
+    return word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
+
+
+def respell(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+    """`args` as tyro expects them: no value after a boolean, all values of a list together."""
+    words, plain = deque(args), list[str]()
+    lists: dict[str, list[str]] = {}
+    while words:
+        word = words.popleft()
+        key, (_, equals, value) = key_of(word), word.partition("=")
+        if types.get(key) == tuple[str, ...]:
+            values = lists.setdefault(key, [])
+            values += [value] if equals else []
+            while words and not words[0].startswith("--"):
+                values.append(words.popleft())
+        elif types.get(key) is bool and (equals or (words and words[0].lower() in BOOLEANS)):
+            value = (value if equals else words.popleft()).lower()
+            plain.append({"true": f"--{key}", "false": f"--{negative(key)}"}.get(value, word))
+        else:
+            plain += [f"--{key}", value] if key == "preset" and equals else [word]
+    for key, values in lists.items():
+        plain += [f"--{key}={values[0]}" if values else f"--{key}", *values[1:]]
+    return plain
 
 
 def read_sources(text: str) -> tuple[SourceConfig, ...]:
