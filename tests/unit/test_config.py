@@ -260,9 +260,3 @@ def test_a_checkpoint_with_former_keys_continues_and_its_changes_are_found():
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=9))
     with pytest.raises(ValueError, match=r"data\.shuffle_window was 4 and is 9"):
         check_resumable(state, other, "step-1")
-
-
-@pytest.mark.parametrize("former", [name for name in RENAMED if "." in name])
-def test_a_former_flag_ends_with_the_present_one(former, capsys):
-    err = mistake(capsys, "--preset", "demo", f"--{former}", "1")
-    assert f"--{former} is now --{RENAMED[former]}" in err
