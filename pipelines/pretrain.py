@@ -29,7 +29,7 @@ from mdm.launch.rank import run_rank
 from mdm.presets import PRESETS
 from mdm.train.engine import start_ranks
 from mdm.train.pretraining import check_machines, pretrain, replay_skipped_step
-from mdm.train.profiling import parse_steps
+from mdm.train.profiling import parse_steps, record_memory
 from mdm.train.run import Draw
 from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import check_fields, one_of
@@ -80,13 +80,14 @@ def run(world: World) -> int:
         if world.is_main:
             print(table)
         return 0 if passed else 1
+    if flags.memory_history:
+        record_memory()
     return pretrain(
         config,
         world,
         resume=flags.resume,
         track=flags.tracking,
         profiled=parse_steps(flags.profile),
-        memory_history=flags.memory_history,
         draw=drawing(config.train.images),
     )
 

@@ -16,7 +16,7 @@ from mdm.storage import StoreError
 from mdm.train import replay_box
 from mdm.train.engine import device_of_rank
 from mdm.train.loop import train
-from mdm.train.profiling import explain_out_of_memory, record_memory
+from mdm.train.profiling import explain_out_of_memory
 from mdm.train.run import Draw
 from mdm.utils.ranks import World
 
@@ -48,29 +48,19 @@ def pretrain(
     config: Config,
     world: World,
     *,
-    resume: str = "auto",
-    track: bool = True,
-    profiled: range = range(0),
-    memory_history: bool = False,
-    draw: Draw | None = None,
+    resume: str,
+    track: bool,
+    profiled: range,
+    draw: Draw | None,
 ) -> int:
     """Train to the last step; all ranks call, after `start_ranks`. Returns the exit code.
 
-    Args:
-        config: The run.
-        world: This rank's place.
-        resume: `auto` continues the newest valid checkpoint; `none` starts over.
-        track: Whether to log to MLflow.
-        profiled: Steps to trace into `run_dir/profile`.
-        memory_history: Whether to record CUDA's allocations, for a snapshot should they fail.
-        draw: Draws images with each snapshot of the weights.
+    The arguments are those of `mdm.train.loop.train`.
 
     Raises:
-        RunError: The same on every rank: something that the user can mend.
+        RunError: The same on every rank: something that the user can fix.
         RankError: This rank ran out of GPU memory.
     """
-    if memory_history:
-        record_memory()
     try:
         return train(
             config,

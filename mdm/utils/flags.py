@@ -4,7 +4,7 @@ import dataclasses
 import re
 import typing
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
@@ -79,25 +79,15 @@ def show_sources(sources: Iterable[SourceConfig]) -> str:
     return ",".join(f"{source.name}:{source.weight:g}" for source in sources)
 
 
-def show_stages(stages: Iterable[StageConfig]) -> str:
-    """The text that `read_stages` reads."""
-    return ";".join(f"{stage.step}={show_sources(stage.sources)}" for stage in stages)
-
-
-def _spec(
-    nargs: Literal[1, "*"],
-    metavar: str,
-    read: Callable[[list[str]], Any],
-    show: Callable[[Any], list[str]],
-) -> PrimitiveConstructorSpec[Any]:
+def _spec(nargs: Literal[1, "*"], metavar: str, read: Any, show: Any) -> Any:
     return PrimitiveConstructorSpec(nargs, metavar, read, lambda _: True, show)
 
 
 # Type of a field -> how tyro reads and shows it. A file:// URI is the folder that it names.
-SPECS: dict[Any, PrimitiveConstructorSpec[Any]] = {
+SPECS: dict[Any, Any] = {
     str: _spec(1, "STR", lambda words: folder_of(words[0]), lambda text: [text]),
     tuple[str, ...]: _spec(
-        "*", "STR", lambda words: tuple(folder_of(word) for word in words if word), list
+        "*", "STR", lambda words: tuple(map(folder_of, filter(None, words))), list
     ),
     tuple[SourceConfig, ...]: _spec(
         1, "NAME:WEIGHT,...", lambda words: read_sources(words[0]), lambda s: [show_sources(s)]
@@ -106,6 +96,6 @@ SPECS: dict[Any, PrimitiveConstructorSpec[Any]] = {
         1,
         "STEP=NAME:WEIGHT,...;...",
         lambda words: read_stages(words[0]),
-        lambda s: [show_stages(s)],
+        lambda stages: [";".join(f"{s.step}={show_sources(s.sources)}" for s in stages)],
     ),
 }
