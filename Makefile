@@ -36,7 +36,7 @@ format: setup
 	.venv/bin/ruff check --fix .
 
 review: setup
-	$(PY) examples/demo/run.py --review true
+	$(PY) examples/demo/run.py --review
 
 learn: setup
 	$(PY) examples/digits/learn.py

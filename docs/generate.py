@@ -17,44 +17,33 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from mdm.utils.flags import flag_types, negative
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 PACKAGE = "mdm"
-JOB_FOLDERS = ("pipelines", "examples", "benchmarks")
-
-
-def job_modules() -> dict[str, str]:
-    """Path -> dotted name of every module that can be started and has flags."""
-    found = {}
-    for folder in JOB_FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            source = path.read_text(encoding="utf-8")
-            if '__name__ == "__main__"' in source and "@dataclass" in source:
-                place = path.relative_to(ROOT)
-                found[str(place)] = ".".join(place.with_suffix("").parts)
-    return found
-
-
-def flags_class(module: types.ModuleType) -> Any:
-    """The dataclass whose fields are a job's flags; None if it has none."""
-    own = [
-        value
-        for value in vars(module).values()
-        if dataclasses.is_dataclass(value) and getattr(value, "__module__", "") == module.__name__
-    ]
-    named = [c for c in own if getattr(c, "__name__", "") == "Flags"]
-    configs = [c for c in own if getattr(c, "__name__", "").endswith("Config")]
-    return next(iter([*named, *configs]), None)
+JOB_FOLDERS = ("pipelines", "examples")
 
 
 def jobs() -> dict[str, Any]:
-    """Path -> dataclass of flags of every job."""
-    found = {}
+    """Path -> dataclass of flags of every job: what its module passes to `parse_cli`."""
+    classes = {}
     with mock.patch.dict(os.environ):  # a job may set its process up when it is imported
-        for path, name in job_modules().items():
-            if (flags := flags_class(importlib.import_module(name))) is not None:
-                found[path] = flags
-    return found
+        for folder in JOB_FOLDERS:
+            for path in sorted((ROOT / folder).rglob("*.py")):
+                source = path.read_text(encoding="utf-8")
+                parsed = re.search(r"parse_cli\((\w+)", source)
+                if parsed and '__name__ == "__main__"' in source:
+                    place = path.relative_to(ROOT)
+                    module = importlib.import_module(".".join(place.with_suffix("").parts))
+                    classes[str(place)] = getattr(module, parsed[1])
+    return classes
+
+
+def flag_names(cls: Any) -> set[str]:
+    """All spellings of a job's flags, without their hyphens."""
+    types = flag_types(cls)
+    return {*types, *(negative(name) for name, kind in types.items() if kind is bool)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +54,12 @@ class Flag:
     kind: str
     default: str
     help: str
+
+    @property
+    def spelling(self) -> str:
+        """How it is written, a boolean in both ways."""
+        both = self.kind == "nothing"
+        return f"`--{self.name}`, `--{negative(self.name)}`" if both else f"`--{self.name}`"
 
 
 def flags_of(cls: Any, prefix: str = "") -> Iterator[Flag]:
@@ -90,7 +85,7 @@ def _kind(kind: Any) -> str:
         return "list"
     if isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]
-    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(
+    return {"str": "text", "int": "integer", "float": "number", "bool": "nothing"}.get(
         getattr(kind, "__name__", ""), "text"
     )
 
@@ -130,7 +125,7 @@ def _cell(text: str) -> str:
 
 def flag_table(flags: list[Flag]) -> list[str]:
     """Flags with their meaning."""
-    rows = [[f"`--{f.name}`", f.help, f.default, f.kind] for f in flags]
+    rows = [[f.spelling, f.help, f.default, f.kind] for f in flags]
     return table(["flag", "meaning", "default", "takes"], rows)
 
 
@@ -141,10 +136,11 @@ def commands_page() -> str:
     lines = [
         "# Command lines",
         "",
-        "Every job answers `--help` with what stands here: its flags are the fields of a typed",
-        "dataclass, and this page is generated from them. [Exit codes](exit_codes.md) are the",
-        "same for all jobs. A flag that takes several folders or files is repeated, since their",
-        "names may hold commas. Where a flag takes a folder, it takes its `file://` URI too.",
+        "This page is generated from the typed dataclasses that also make each job's `--help`.",
+        "Hyphens may stand for underscores. A boolean flag takes no value: `--plan` turns it on,",
+        "`--no_plan` off. A flag that takes several folders or files is repeated, since their",
+        "names may contain commas. Where a flag takes a folder, it also takes its `file://` URI.",
+        "[Exit codes](exit_codes.md) are the same for all jobs.",
         "",
     ]
     for path, cls in jobs().items():
@@ -153,7 +149,6 @@ def commands_page() -> str:
         lines += [f"## {path}", "", "```{eval-rst}", f".. automodule:: {dotted}"]
         lines += ["   :no-index:", "```", ""]  # its docstring alone
         if issubclass(cls, config):
-            lines += ["`--preset NAME` is required and picks the values that other flags change."]
             lines += ["Every field of the [configuration](configuration.md) is a flag, and:", ""]
         lines += flag_table(own) if own else ["It has no flags of its own.", ""]
     return "\n".join(lines)
@@ -192,6 +187,10 @@ def configuration_page() -> str:
     ]
     lines += ["## What each preset changes", "", "An empty cell is the default."]
     lines += table(["field", "default", *(f"`{name}`" for name in values)], rows)
+    renamed = importlib.import_module(f"{PACKAGE}.config").RENAMED
+    lines += ["## Former names", "", "Files that contain a former key are read; a former flag is"]
+    lines += ["refused with the present one."]
+    lines += table(["former", "present"], [[f"`{a}`", f"`{b}`"] for a, b in renamed.items()])
     return "\n".join(lines)
 
 

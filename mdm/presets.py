@@ -90,7 +90,7 @@ LEARN = Config(
         root="runs/learn/data/encoded",
         sources=(SourceConfig("digits", 1.0),),
         global_batch=64,
-        window=16,
+        shuffle_window=16,
         caption_length=10,
         dialogue_length=10,
     ),

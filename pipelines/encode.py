@@ -1,8 +1,8 @@
 """Encode a published data set into verified Arrow shards and a manifest, on Ray.
 
-Interrupt it anywhere and run it again: it goes on from its receipts and gives the same manifest.
-On a cluster set RAY_ADDRESS; without, Ray runs on this machine for the length of the job.
-`--plan true` predicts what a run would write and how long it would take, and writes nothing.
+Interrupted anywhere, the same command continues from its receipts and writes the same manifest.
+On a cluster, set RAY_ADDRESS; without it, Ray runs on this machine while the job runs.
+`--plan` predicts what a run would write and how long it would take, and writes nothing.
 """
 
 from mdm.launch.job import job
@@ -23,7 +23,7 @@ from mdm.utils.command_line import fail, parse_cli
 
 @job("encode", ManifestError, StoreError, ValueError, advice=": run it again to go on from here")
 def main() -> int:
-    """Encode, print the summary as one line of JSON."""
+    """Encode and print the summary as one line of JSON."""
     flags = parse_cli(Flags, description=__doc__)
     try:
         summary = run(flags, card_page)

@@ -1,9 +1,9 @@
-"""Evaluate exported, averaged weights: numbers, sheets of images, texts; also to MLflow.
+"""Evaluate exported weights: numbers, sheets of images and texts, which MLflow gets too.
 
 `python pipelines/evaluate.py --checkpoint runs/demo/train/export --data s3://mdm-demo/encoded`
 
-`--data` holds the encoded sets `digits`, `digits-val`, `emoji`, `emoji-valid`. Writes
-`metrics.json`, `evaluation.json` and the sheets into `--out`.
+`--data` holds the encoded data sets `digits`, `digits-val`, `emoji` and `emoji-valid`. The job
+writes `metrics.json`, `evaluation.json` and the sheets into `--out`.
 """
 
 from mdm.launch.job import job

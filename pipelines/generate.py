@@ -8,12 +8,12 @@
   generate.py --checkpoint runs/demo/train/export --task joint --n 16
   generate.py --checkpoint runs/demo/train/export --selection 0.5 --selection_map map.png
 
-Repeat --input for several inputs; classes may be separated by commas too, texts and dialogues by
-'|'. Images go to --out, one PNG each and a grid; texts are printed. A dialogue's turns are
-separated by '=>', user first; `<image>` in them marks where each of `--images` stands. A step is
-one evaluation of the network, whatever the solver. `--selection_map` saves which tokens
-had settled at which evaluation: a row a result, a column an evaluation, orange for settled tokens
-of the image and, below it, of the text.
+Repeat --input for several inputs; commas also separate classes, and '|' separates texts and
+dialogues. Images are written to --out, one PNG each and a grid; texts are printed. '=>' separates
+the turns of a dialogue, user first; `<image>` marks the place of each of `--images`. A step is one
+evaluation of the network, whatever the solver. `--selection_map` shows which tokens had settled at
+each evaluation: one row per result, one column per evaluation, with settled tokens in orange, those
+of the image above those of the text.
 """
 
 from mdm.launch.job import job

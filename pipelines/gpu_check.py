@@ -1,10 +1,11 @@
 """Check and measure the CUDA kernels: `make gpu-check`, on a machine with a GPU.
 
-Installs the extra `gpu`, compares the fused kernels with torch's in fp32 and bf16, and measures one
-block and a few training steps of `mdm_1b` and `mdm_7b`, with as many layers as fit, against a stack
-of stock `mamba_ssm.Mamba2`. Without a CUDA device it says so and exits with 0.
+Installs the extra `gpu`, compares the fused kernels with the torch reference in fp32 and bf16, and
+measures one block and a few training steps of `mdm_1b` and `mdm_7b`, with as many layers as fit,
+against a stack of stock `mamba_ssm.Mamba2` blocks. Without a CUDA device it prints one line and
+exits with 0.
 
-**Not run** so far beyond that sentence: no machine with a GPU was at hand.
+**Not run** beyond that line so far: no machine with a GPU was available.
 """
 
 from mdm.launch.job import job
@@ -31,7 +32,7 @@ from mdm.utils.command_line import parse_cli
 @job("gpu_check")
 def main() -> int:
     """Check, measure, report; 1 if a kernel differs."""
-    flags = parse_cli(Flags, description=__doc__ or "", default=Flags())
+    flags = parse_cli(Flags, description=__doc__ or "")
     if not torch.cuda.is_available():
         print("not run: no CUDA device")
         return 0

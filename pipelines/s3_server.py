@@ -1,6 +1,6 @@
 """A real S3 server (SeaweedFS) on loopback, for the demo, the tests and a first try.
 
-`python pipelines/s3_server.py --dir DIR` serves until interrupted and prints the lines to export.
+`python pipelines/s3_server.py --dir DIR` prints variables to export and serves until interrupted.
 """
 
 from mdm.launch.job import job
@@ -20,9 +20,9 @@ from mdm.utils.command_line import parse_cli
 class Flags:
     """Flags of this job."""
 
-    dir: str = field(metadata={"help": "folder that keeps the objects"})
+    dir: str = field(metadata={"help": "folder of the objects"})
     port: int = doc(0, "port of the S3 endpoint; 0 picks a free one")
-    bucket: str = doc("mdm-demo", "bucket that is made at the start")
+    bucket: str = doc("mdm-demo", "bucket to create")
 
 
 @job("s3_server", StoreError)

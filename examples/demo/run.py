@@ -1,7 +1,7 @@
 """From published data to a report with images: every stage of the demo, each once.
 
 Interrupted anywhere and run again, it goes on: finished stages are skipped, a broken one continues.
-`--review true` serves the MLflow pages of what it tracked instead.
+`--review` serves the MLflow pages of what it tracked instead.
 """
 
 from mdm.launch.job import job
@@ -82,7 +82,7 @@ def stages(flags: Flags) -> list[Stage]:
         return Stage(f"encode-{target}", title, command, (), (where, report), needs, Path(report))
 
     train = f"{out}/train"
-    untracked = () if flags.tracking else ("--tracking", "false")
+    untracked = () if flags.tracking else ("--no_tracking",)
     launcher = str(Path(PYTHON).parent / "deepspeed")
     return [
         Stage(

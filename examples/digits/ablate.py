@@ -36,7 +36,7 @@ VARIANTS = {
     "score entropy 0": "--objective.se_image 0",
     "score entropy 0.3": "--objective.se_image 0.3",
     "target of Theorem 1": "--objective.target theorem1 --objective.eps_image 0",
-    "latents not detached": "--objective.detach_latents false --objective.normalize_latents false",
+    "latents not detached": "--objective.no_detach_latents --objective.no_normalize_latents",
     "beta 0": "--objective.beta_kl 0",
     "beta 1e-3": "--objective.beta_kl 1e-3",
     "lambda 0.1": "--objective.lambda_se 0.1",

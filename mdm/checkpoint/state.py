@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from mdm.config import Config, to_dict
+from mdm.config import Config, rename_keys, to_dict
 from mdm.utils.exit_codes import GAVE_UP, MISTAKE
 from mdm.utils.precision import AUTO, BF16, resolve
 from mdm.utils.ranks import from_main
@@ -22,7 +22,7 @@ MAY_CHANGE = (
     "train.keep_best",
     "train.snapshots",
     "train.images",
-    "data.stages",  # those to come; the loader refuses a change of what was consumed
+    "data.mixture_stages",  # those to come; the loader refuses a change of what was consumed
     "data.root",  # manifests are compared by the loader,
     "tokenizer",  # these two with the manifests,
     "autoencoder",
@@ -79,7 +79,8 @@ class TrainState:
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
         """The state that `to_json` wrote, in whatever version; what it lacks has its default."""
         # Before `train.precision` was recorded, every shipped configuration trained in bf16.
-        values.get("config", {}).get("train", {}).setdefault("precision", BF16)
+        values = values | {"config": rename_keys(values.get("config", {}))}
+        values["config"].get("train", {}).setdefault("precision", BF16)
         known = {f.name for f in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 

@@ -228,7 +228,7 @@ def open_mixture(config: DataConfig) -> Mixture:
         ManifestError: a data set is missing or damaged.
         ValueError: the data sets do not fit together.
     """
-    stages = [(0, config.sources), *((s.step, s.sources) for s in config.stages)]
+    stages = [(0, config.sources), *((s.step, s.sources) for s in config.mixture_stages)]
     first: dict[str, float] = {}
     for _, sources in stages:
         for source in sources:
@@ -239,7 +239,7 @@ def open_mixture(config: DataConfig) -> Mixture:
             for name, weight in first.items()
         ),
         global_batch=config.global_batch,
-        shuffle_window=config.window,
+        shuffle_window=config.shuffle_window,
         stages=tuple(
             MixtureStage(step, tuple((s.name, s.weight) for s in sources))
             for step, sources in stages

@@ -278,7 +278,7 @@ def open_cache(mixture: Mixture, config: DataConfig) -> NodeCache:
         raise ValueError(
             f"data.cache_gb is {config.cache_gb:g} ({limit} bytes) but two shuffle windows of "
             f"{mixture.shuffle_window} record batches of each of {len(mixture.sources)} sources "
-            f"take {needed} bytes: raise data.cache_gb or lower data.window"
+            f"take {needed} bytes: raise data.cache_gb or lower data.shuffle_window"
         )
     return NodeCache(config.cache_dir, limit)
 

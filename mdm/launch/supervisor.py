@@ -47,15 +47,17 @@ class Flags:
     longest_backoff: float = doc(300.0, "seconds before a restart at most")
     grace: float = doc(600.0, "seconds that ranks get to save when told to stop")
     hostfile: str = doc("", "DeepSpeed's hostfile (`name slots=N` a line), the same on every node")
-    meet: str = doc("", "shared folder in which the supervisors of all nodes meet")
+    rendezvous: str = doc("", "shared folder in which the supervisors of all nodes meet")
     min_nodes: int = doc(0, "nodes that an attempt needs; 0: all of the hostfile")
     join: float = doc(120.0, "seconds to wait for nodes beyond min_nodes")
     node: str = doc("", "this node's name in the hostfile; empty: found by the host's name")
     strikes: int = doc(3, "failures that began on a node before it is left out")
 
     def __post_init__(self) -> None:
-        if bool(self.hostfile) != bool(self.meet):
-            raise ValueError("--hostfile and --meet belong together: both are for several nodes")
+        if bool(self.hostfile) != bool(self.rendezvous):
+            raise ValueError(
+                "--hostfile and --rendezvous belong together: both are for several nodes"
+            )
         for name in ("restarts", "backoff", "grace", "min_nodes", "join"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must not be negative")
@@ -157,8 +159,8 @@ class Supervisor:
     job: str = field(default_factory=lambda: secrets.token_hex(8))  # of all attempts
 
     def __post_init__(self) -> None:
-        if self.flags.meet:  # the supervisors of all nodes
-            self.job = str(Path(self.flags.meet).resolve())
+        if self.flags.rendezvous:  # the supervisors of all nodes
+            self.job = str(Path(self.flags.rendezvous).resolve())
 
     def run(self) -> int:
         """The job's exit code."""
@@ -194,7 +196,13 @@ class Supervisor:
             fail(f"supervise: this node is {own}, the hostfile has {', '.join(hosts)}; see --node")
         least = self.flags.min_nodes or len(hosts)
         return Rendezvous(
-            Path(self.flags.meet), hosts, own, least, self.flags.join, self.flags.strikes, free_port
+            Path(self.flags.rendezvous),
+            hosts,
+            own,
+            least,
+            self.flags.join,
+            self.flags.strikes,
+            free_port,
         )
 
     def _judge(self, outcome: Outcome) -> int | None:

@@ -178,7 +178,7 @@ def remedies(config: Config, world_size: int, memory: int) -> list[str]:
     base, flag = config, ""
     if not config.train.activation_checkpointing:
         base = _with_train(config, activation_checkpointing=True)
-        flag = "--train.activation_checkpointing true"
+        flag = "--train.activation_checkpointing"
         if _fits(base, world_size, memory):
             found.append(flag)
     offload = _with_train(base, deepspeed="deepspeed_configs/zero3_offload.json")

@@ -92,7 +92,7 @@ def ways_out(config: Config, world_size: int) -> list[str]:
     """Values to change, those first that leave the training as it is."""
     ways = []
     if not config.train.activation_checkpointing:
-        ways.append("set --train.activation_checkpointing true")
+        ways.append("set --train.activation_checkpointing")
     if config.train.gather == "trunk":
         ways.append("set --train.gather block")
     if config.train.deepspeed != OFFLOAD:

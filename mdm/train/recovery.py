@@ -1,4 +1,4 @@
-"""What follows from the guard's verdicts: skipped steps and their black boxes, rollbacks."""
+"""What follows from the guard's verdicts: skipped steps and their replay boxes, rollbacks."""
 
 import math
 from typing import Any
@@ -22,7 +22,7 @@ def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
     shares = gather_to_all((own, batch.nonfinite(), batch.to("cpu")))
     broken = sorted(i for _, bad, _ in shares for i in bad)
     weights = None
-    if run.config.guard.black_boxes and not guard.history.recent:  # the first of its trouble
+    if run.config.guard.replay_boxes and not guard.history.recent:  # the first of its trouble
         weights = run.engine.gather(run.engine.fp32_partitions())
     if run.world.is_main:
         said = _blame(step, reason, shares)
@@ -39,9 +39,9 @@ def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
         try:
             whole = blackbox.join([part for *_, part in shares])
             folder = blackbox.write(run.dir, run.config, step, report, whole, weights)
-            said += f"; black box: {folder}"
+            said += f"; replay box: {folder}"
         except OSError as error:  # a full disk costs the box, not the run
-            said += f"; no black box: {error.strerror}"
+            said += f"; no replay box: {error.strerror}"
         run.reporter.say(said)
         run.reporter.note("skipped", run.state, reason=said)
     if broken:  # they are nobody's doubt: whatever the weights, nothing finite comes of them

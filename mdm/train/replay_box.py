@@ -32,12 +32,12 @@ _TENSORS = (*("keys", "epochs", "class_ids", "tokens", "prompt", "latents", "ima
 
 
 def boxes_of(run_dir: str | Path) -> Path:
-    """The folder of a run's black boxes."""
+    """The folder of a run's replay boxes."""
     return Path(run_dir) / "blackbox"
 
 
 def box_of(run_dir: str | Path, step: int) -> Path:
-    """The black box of step `step`."""
+    """The replay box of step `step`."""
     return boxes_of(run_dir) / f"step-{step:08d}"
 
 
@@ -71,7 +71,7 @@ def write(
     if weights is not None:
         files.write_json(folder / "config.json", to_dict(config))
         save_tensors(folder / WEIGHTS, weights)
-        _forget_weights(run_dir, config.guard.black_boxes)
+        _forget_weights(run_dir, config.guard.replay_boxes)
     facts = report | {
         "step": step,
         "samples": [
@@ -115,7 +115,7 @@ def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
         have = [p.parent.name.removeprefix("step-") for p in boxes_of(run_dir).glob("*/" + WEIGHTS)]
         known = ", ".join(str(int(h)) for h in sorted(have)) or "none"
         raise RunError(
-            f"step {step} has no black box with weights in {boxes_of(run_dir)}; there are: {known}"
+            f"step {step} has no replay box with weights in {boxes_of(run_dir)}; there are: {known}"
         )
     try:
         return folder, files.load_json(folder / "report.json")

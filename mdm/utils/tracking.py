@@ -223,7 +223,7 @@ class MlflowTracker:
             self._journal.withdraw()
             log.warning(
                 "tracking is off: mlflow cannot be imported (%s: %s); install it, or say "
-                "--tracking false",
+                "--no_tracking",
                 type(error).__name__,
                 first_line(error),
             )

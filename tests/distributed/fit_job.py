@@ -4,10 +4,11 @@ import functools
 import json
 import sys
 
+from mdm.train import pretraining
 from pipelines import pretrain
 
 if __name__ == "__main__":
-    pretrain.train = functools.partial(pretrain.train, track=False)
+    pretraining.train = functools.partial(pretraining.train, track=False)
     for line in sys.stdin:
         sys.argv = ["pretrain.py", *json.loads(line)]
         code = pretrain.main()

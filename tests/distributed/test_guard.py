@@ -79,7 +79,7 @@ def test_spikes_roll_back_and_extend_the_blocklist_with_and_without_a_kill(tmp_p
 def test_endless_spikes_end_the_run_with_one_line(tmp_path):
     """From step 8 on, every image is a spike, whatever the sample: a rollback does not help."""
     options = {
-        "guard": GUARD | {"rollbacks": 1, "black_boxes": 0},
+        "guard": GUARD | {"rollbacks": 1, "replay_boxes": 0},
         "train": {"steps": 40, "checkpoint_every": 5, "snapshots": 0},
         "explode_from": 8,
     }

@@ -9,7 +9,7 @@ from mdm.planning.preflight import judge_rates
 from tests.helpers import ROOT, run_ranks
 
 pytestmark = pytest.mark.distributed
-FLAGS = ("--preset", "demo", "--preflight", "true", "--train.threads", "1")
+FLAGS = ("--preset", "demo", "--preflight", "--train.threads", "1")
 
 
 def checks_of(output: str) -> dict[str, str]:

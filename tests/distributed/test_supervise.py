@@ -115,7 +115,14 @@ def test_a_lost_node_rejoins_the_job(undisturbed, tmp_path):
     command = ["--", str(BIN / "deepspeed"), "--no_local_rank"]
 
     def node(name: str) -> "subprocess.Popen[str]":
-        arguments = ["--hostfile", str(hosts), "--meet", str(tmp_path / "meet"), "--node", name]
+        arguments = [
+            "--hostfile",
+            str(hosts),
+            "--rendezvous",
+            str(tmp_path / "meet"),
+            "--node",
+            name,
+        ]
         return start([*arguments, *command], run_dir, options)
 
     first, second = node("node-a"), node("node-b")

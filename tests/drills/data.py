@@ -118,7 +118,7 @@ def write_mixture(root: str, times: int = 1) -> DataConfig:
     encoded(f"{root}/images", [200 * times, 160 * times], batch_rows=8 * times)
     encoded(f"{root}/talk", [120 * times], images=False, batch_rows=8 * times)
     sources = (SourceConfig("images", 0.7), SourceConfig("talk", 0.3))
-    return DataConfig(root=root, sources=sources, global_batch=16, window=2)
+    return DataConfig(root=root, sources=sources, global_batch=16, shuffle_window=2)
 
 
 def load(config: DataConfig, setting: Setting, steps: int) -> Iterator[Batch]:
@@ -416,11 +416,11 @@ def added_mid_run(setting: Setting) -> Row:
     variables = {
         "DATA": root,
         "SOURCES": next(shares),
-        "STAGES": f"{LATER.step}={next(shares)}",
+        "MIXTURE_STAGES": f"{LATER.step}={next(shares)}",
         "STEP": str(LATER.step),
         "SEED": str(SEED),
         "GLOBAL_BATCH": str(config.global_batch),
-        "WINDOW": str(config.window),
+        "SHUFFLE_WINDOW": str(config.shuffle_window),
     }
     output = execute("add_a_data_set_mid_run.md", variables)
     before, _, first = output.partition(f"step {LATER.step}: ")

@@ -1,15 +1,13 @@
 """The drill runner, and the runbooks: sections, links and flags. Drills execute the commands."""
 
-import dataclasses
-import importlib
 import json
 import re
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from docs.generate import flag_names, jobs
 from tests.drills import __main__ as runner
 from tests.drills import runbook
 from tests.drills.drill import Row, Setting
@@ -58,38 +56,34 @@ def test_links_of_a_runbook_lead_to_pages(page: str) -> None:
         assert (runbook.RUNBOOKS / target).is_file(), target
 
 
-def flags_of(config_class: type, prefix: str = "") -> set[str]:
-    """The flags that a dataclass gives a job: its fields, nested ones joined by a dot."""
-    hints = typing.get_type_hints(config_class)
-    flags: set[str] = set()
-    for field in dataclasses.fields(config_class):
-        name, kind = prefix + field.name, hints[field.name]
-        flags |= flags_of(kind, f"{name}.") if dataclasses.is_dataclass(kind) else {f"--{name}"}
-    return flags
-
-
-def job_flags(job: str) -> set[str]:
-    """All flags of `pipelines/<job>.py`."""
-    return flags_of(importlib.import_module(f"pipelines.{job}").Flags) | {"--preset"}
+@pytest.fixture(scope="module")
+def flags() -> dict[str, set[str]]:
+    """Name of each job of `pipelines` -> its flags."""
+    return {
+        Path(path).stem: {f"--{name}" for name in flag_names(cls)}
+        for path, cls in jobs().items()
+        if path.startswith("pipelines/")
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_in_a_runbook_has_the_flags_that_its_job_knows(page: str) -> None:
+def test_every_command_in_a_runbook_has_flags_that_its_job_knows(
+    page: str, flags: dict[str, set[str]]
+) -> None:
     commands = runbook.read_page(page).replace("\\\n", " ").splitlines()
     for command in commands:
         command = command.replace("infra/slurm/pretrain.sbatch", "pipelines/pretrain.py")
         for job, arguments in re.findall(r"pipelines/(\w+)\.py(.*?)(?= -- |$)", command):
-            unknown = set(re.findall(r"(?<= )--[\w.-]+", arguments)) - job_flags(job)
+            unknown = set(re.findall(r"(?<= )--[\w.-]+", arguments)) - flags[job]
             assert not unknown, f"{job}.py has no flag {', '.join(unknown)}"
 
 
-def test_every_flag_named_in_a_runbook_belongs_to_some_job() -> None:
-    jobs = ("checkpoints", "encode", "explain", "export", "generate", "pretrain", "supervise")
-    known = set().union(*map(job_flags, (*jobs, "rehearse", "verify")))
+def test_every_flag_named_in_a_runbook_belongs_to_some_job(flags: dict[str, set[str]]) -> None:
+    known = set().union(*flags.values())
     for page in PAGES:
         for code in runbook.inline_code(page):
-            flags = re.findall(r"^--[\w.]+|(?<= )--[\w.]+", code)
-            assert known.issuperset(flags), f"{page}: {code}"
+            names = re.findall(r"^--[\w.]+|(?<= )--[\w.]+", code)
+            assert known.issuperset(names), f"{page}: {code}"
 
 
 def test_blocks_run_in_order_and_a_failing_block_fails_the_page(

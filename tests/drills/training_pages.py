@@ -149,7 +149,7 @@ def lost_node(folder: Path, undisturbed: Path) -> Iterator[Row]:
     options = {"train": TRAIN | {"hang_seconds": 60.0}, "pace": 0.3}
 
     def node(name: str) -> Job:
-        flags = ("--hostfile", str(hosts), "--meet", str(meet), "--node", name)
+        flags = ("--hostfile", str(hosts), "--rendezvous", str(meet), "--node", name)
         return Job(lost_folder / "run", options, ranks=1, node=flags)
 
     began = time.monotonic()
@@ -159,7 +159,7 @@ def lost_node(folder: Path, undisturbed: Path) -> Iterator[Row]:
     time.sleep(15)  # until the other node has missed its heartbeat
     execute(
         "lost_node.md",
-        ENV | {"MEET": str(meet), "RUN": str(first.run_dir), "TRAIN": second.command()},
+        ENV | {"RENDEZVOUS": str(meet), "RUN": str(first.run_dir), "TRAIN": second.command()},
     )
     first.finish()
     # An attempt called before the loss is noticed never begins to train, and is not counted.

@@ -102,7 +102,7 @@ def test_verify_names_the_damage_and_encoding_again_restores_what_is_missing(
     damage_shards(str(out))
     (out / "card.json").unlink()
     (out / "notes.txt").write_text("hello")
-    code, output = run_verify(out, "--discard", "true")
+    code, output = run_verify(out, "--discard")
     assert code == 1
     for problem in (
         f"{out / keys[0]} does not exist",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.generate import flags_of, jobs
+from docs.generate import flag_names, jobs
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ("docs/reference/api/", "docs/how-to/runbooks/")
@@ -40,10 +40,7 @@ def page(path: Path) -> str:
 @pytest.fixture(scope="session")
 def flags() -> dict[str, set[str]]:
     """Path of each job -> the names of its flags."""
-    known = {path: {flag.name for flag in flags_of(cls)} for path, cls in jobs().items()}
-    for path in ("pipelines/pretrain.py", "pipelines/rehearse.py"):
-        known[path].add("preset")
-    return known
+    return {path: flag_names(cls) for path, cls in jobs().items()}
 
 
 def blocks(text: str) -> list[str]:

@@ -21,7 +21,9 @@ from tests.data_sets import encoded, samples
 
 LENGTHS = {"caption_length": 8, "dialogue_length": 10}
 DATA = DataConfig(
-    sources=(SourceConfig("images", 0.75), SourceConfig("talk", 0.25)), global_batch=24, window=2
+    sources=(SourceConfig("images", 0.75), SourceConfig("talk", 0.25)),
+    global_batch=24,
+    shuffle_window=2,
 )
 
 

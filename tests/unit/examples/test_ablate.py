@@ -4,11 +4,13 @@ import pytest
 
 from examples.digits import data as learn_data
 from examples.digits.ablate import ONE_SEED, VARIANTS, Flags, folder_name
+from mdm.config import config_of
 from mdm.data.loader import build_loader
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.presets import LEARN, PRESETS
 from mdm.utils.command_line import parse_cli
 from mdm.utils.ranks import World
+from pipelines import pretrain
 
 
 def test_captions_name_their_digit_in_every_template():
@@ -44,7 +46,7 @@ def test_the_trainers_loader_reads_what_is_written(tmp_path):
 def test_every_variant_is_flags_of_the_training_job():
     for name, flags in VARIANTS.items():
         argv = ["--preset", "learn", *flags.split()]
-        changed = parse_cli(type(LEARN), argv, presets=PRESETS)
+        changed = config_of(parse_cli(pretrain.Flags, argv, presets=PRESETS))
         assert (changed == LEARN) == (name == "as shipped"), name
     assert set(ONE_SEED) < set(VARIANTS)
     assert len({folder_name(name, 0) for name in VARIANTS}) == len(VARIANTS)

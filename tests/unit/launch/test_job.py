@@ -51,7 +51,7 @@ def test_what_a_terminal_cannot_show_is_replaced(
 ) -> None:
     at = tmp_path / "é 漢"
     publish_quarantine(str(at), records("some", 3))
-    out, err = start("verify", "--data", str(at), "--quarantine=true", **env).communicate()
+    out, err = start("verify", "--data", str(at), "--quarantine", **env).communicate()
     assert err == b""
     rows = [json.loads(line) for line in out.decode(encoding).splitlines()]
     shown = "漢".encode(encoding, "replace").decode(encoding)
@@ -106,7 +106,7 @@ sys.exit(main())
 
 def test_a_pipe_that_nobody_reads_ends_a_job_silently(tmp_path: Path) -> None:
     publish_quarantine(str(tmp_path), records("some", 30))
-    with start("verify", "--data", str(tmp_path), "--quarantine=true") as job:
+    with start("verify", "--data", str(tmp_path), "--quarantine") as job:
         assert job.stdout is not None
         assert job.stderr is not None
         job.stdout.close()
@@ -196,7 +196,7 @@ def test_encoding_works_with_a_tmpdir_that_is_long_and_not_ascii_and_without_a_h
     job = start(
         "encode",
         *("--dataset=ultrachat", f"--root={raw}", "--split=train", f"--tokenizer={model}"),
-        *(f"--out={out.as_uri()}", "--near_duplicates=false"),
+        *(f"--out={out.as_uri()}", "--no_near_duplicates"),
         **(
             {"TMPDIR": str(temporary), "HOME": "/nonexistent", "PYTHONIOENCODING": "latin-1"} | IN_C
         ),

@@ -4,6 +4,8 @@ import json
 import pytest
 import torch
 
+from mdm.launch import rank
+from mdm.train import pretraining
 from mdm.train.profiling import Profile, parse_steps
 from mdm.utils.ranks import World
 from pipelines import pretrain
@@ -64,9 +66,11 @@ def run_out_of_memory(tmp_path, monkeypatch, capsys, *flags: str) -> str:
             "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has 79.1 GiB in all."
         )
 
-    monkeypatch.setattr(pretrain, "train", train)
+    monkeypatch.setattr(pretraining, "train", train)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(pretrain, "start_ranks", lambda threads: World(rank=3, size=8))
-    monkeypatch.setattr(pretrain, "stop_ranks", lambda: None)
+    monkeypatch.setattr(rank, "stop_ranks", lambda: None)
     argv = ["pretrain.py", "--preset", "mdm_7b", "--run_dir", str(tmp_path), *flags]
     monkeypatch.setattr("sys.argv", argv)
     assert pretrain.main() == 2
@@ -74,16 +78,16 @@ def run_out_of_memory(tmp_path, monkeypatch, capsys, *flags: str) -> str:
 
 
 def test_memory_that_runs_out_names_the_value_to_change(tmp_path, monkeypatch, capsys):
-    off = ("--train.activation_checkpointing", "false")
-    told = run_out_of_memory(tmp_path, monkeypatch, capsys, *off)
+    off = "--train.no_activation_checkpointing"
+    told = run_out_of_memory(tmp_path, monkeypatch, capsys, off)
     assert told.startswith(
-        "pretrain: rank 3: CUDA out of memory; set --train.activation_checkpointing true, or set "
+        "pretrain: rank 3: CUDA out of memory; set --train.activation_checkpointing, or set "
         "--train.deepspeed deepspeed_configs/zero3_offload.json, or use more than 8 ranks"
     )
     assert told.count("\n") == 1
     told = run_out_of_memory(
         *(tmp_path, monkeypatch, capsys),
-        *("--train.activation_checkpointing", "true"),
+        "--train.activation_checkpointing",
         *("--train.deepspeed", "deepspeed_configs/zero3_offload.json"),
         *("--data.global_batch", "8"),
     )

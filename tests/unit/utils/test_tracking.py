@@ -288,7 +288,7 @@ def test_without_mlflow_nothing_waits(tmp_path, monkeypatch, caplog):
     assert list(tmp_path.iterdir()) == []
     (said,) = [r.getMessage() for r in caplog.records if r.name == "mdm"]
     assert "tracking is off" in said
-    assert "--tracking false" in said
+    assert "--no_tracking" in said
 
 
 def test_an_outage_in_the_middle_costs_nothing_and_shows_no_stack_trace(
