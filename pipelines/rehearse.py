@@ -18,11 +18,11 @@ from mdm.checkpoint.state import RunError
 from mdm.config import Config, doc, fields_of
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
+from mdm.planning.cost import Cluster
 from mdm.planning.gpu_check import peak_flops
 from mdm.planning.memory_plan import GIB, plan
 from mdm.planning.rehearsal import rehearse
 from mdm.planning.rehearsal_report import (
-    Cluster,
     built_text,
     costs,
     costs_text,
