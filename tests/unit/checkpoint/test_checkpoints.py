@@ -26,16 +26,15 @@ def checkpoints(uri) -> Checkpoints:
     return Checkpoints.at(uri)
 
 
-def test_newest_committed_is_found(checkpoints):
-    assert checkpoints.latest_valid() == (None, [])
+def test_committed_checkpoints_are_listed_newest_first(checkpoints):
+    assert checkpoints.newest_first() == ([], [])
     commit(checkpoints, 1)
     commit(checkpoints, 2)
     checkpoints.claim(3)
-    found, passed = checkpoints.latest_valid()
-    assert found is not None
-    assert found.step == 2
-    assert found.state.step == 2
-    assert passed == [("step-00000003", "it was never committed")]
+    records, skipped = checkpoints.newest_first()
+    assert [record.step for record in records] == [2, 1]
+    assert records[0].state.step == 2
+    assert skipped == [("step-00000003", "it was never committed")]
 
 
 def test_every_object_is_covered(checkpoints):

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from mdm.checkpoint.state import RunError, TrainState, check_resumable, flatten, settled
+from mdm.checkpoint.state import RunError, TrainState, check_resumable, flatten, resolve_precision
 from mdm.config import to_dict
 from tests.helpers import small_config
 
@@ -74,14 +74,14 @@ def test_auto_is_the_precision_that_a_run_began_in(began_in, tmp_path):
     state = TrainState(config=to_dict(began))
     auto = small_config(tmp_path, precision="auto")
     for device_type in ("cpu", "cuda"):
-        assert settled(auto, state, device_type) == began
-        check_resumable(state, settled(auto, state, device_type), "x")
+        assert resolve_precision(auto, state, device_type) == began
+        check_resumable(state, resolve_precision(auto, state, device_type), "x")
 
 
 def test_a_given_precision_is_never_replaced_but_compared(tmp_path):
     state = TrainState(config=to_dict(small_config(tmp_path, precision="bf16")))
     given = small_config(tmp_path, precision="fp32")
-    assert settled(given, None, "cpu") is given
-    assert settled(given, state, "cpu") is given
+    assert resolve_precision(given, None, "cpu") is given
+    assert resolve_precision(given, state, "cpu") is given
     with pytest.raises(RunError, match=r"train\.precision was 'bf16' and is 'fp32'"):
         check_resumable(state, given, "x")
