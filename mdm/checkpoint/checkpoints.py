@@ -107,10 +107,10 @@ class Checkpoints:
         """The checkpoints in a folder or below `s3://bucket/prefix`."""
         return cls(open_store(uri))
 
-    def contents(self) -> dict[str, set[str]]:
+    def contents(self, prefix: str = "step-") -> dict[str, set[str]]:
         """Keys by checkpoint, newest first, valid or not; other objects are left out."""
         keys: dict[str, set[str]] = {}
-        for key in self.store.listing("step-"):
+        for key in self.store.listing(prefix):
             name, _, rest = key.partition("/")
             if _NAME.fullmatch(name) and _KEY.fullmatch(rest):
                 keys.setdefault(name, set()).add(rest)
@@ -173,12 +173,14 @@ class Checkpoints:
     def claim(self, step: int) -> str:
         """Reserve a name for a checkpoint of `step` that was never written to."""
         self.confirm()
-        base, n, when = f"step-{step:08d}", 0, str(int(time.time())).encode()
-        while True:
-            name = f"{base}.{n}" if n else base
-            if not self._keys_of(name) and self.store.put(f"{name}/{CLAIM}", when, if_absent=True):
-                return name
+        now = str(int(time.time())).encode()
+        name, n = f"step-{step:08d}", 0
+        while self.contents(f"{name}/") or not self.store.put(
+            f"{name}/{CLAIM}", now, if_absent=True
+        ):
             n += 1
+            name = f"step-{step:08d}.{n}"
+        return name
 
     def commit(self, name: str, manifest: dict[str, Any]) -> None:
         """Write the manifest, then the marker, which makes the checkpoint valid."""
@@ -202,13 +204,8 @@ class Checkpoints:
         """Delete a checkpoint, its marker first: half-removed, it must not look valid."""
         self.confirm()
         self.store.delete(f"{name}/{MARKER}")
-        for key in self._keys_of(name):
+        for key in self.contents(f"{name}/").get(name, ()):
             self.store.delete(f"{name}/{key}")
-
-    def _keys_of(self, name: str) -> list[str]:
-        """The keys of one checkpoint, below its name."""
-        keys = (key.removeprefix(f"{name}/") for key in self.store.listing(f"{name}/"))
-        return [key for key in keys if _KEY.fullmatch(key)]
 
     def prune(self, keep: Keep, *, asides: bool = False) -> list[str]:
         """Remove what `keep` does not keep, and what was never committed; returns the names.

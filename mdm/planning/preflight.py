@@ -186,17 +186,14 @@ def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
     on_cpu = device.type == "cpu"
     n = 512 if on_cpu else 8192
     a = torch.randn(n, n, device=device, dtype=torch.float32 if on_cpu else torch.bfloat16)
+
+    def multiply() -> None:
+        (a @ a)[0, 0].item()  # waits for the device
+
     for _ in range(3):
-        a @ a
-    _wait(device)
+        multiply()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        a @ a
-        _wait(device)
+        multiply()
         count += 1
     return 2 * n**3 * count / (time.perf_counter() - start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":  # not run: no GPU
-        torch.cuda.synchronize(device)
