@@ -217,8 +217,10 @@ class Supervisor:
 
     def attempt(self, attempt: Attempt, rendezvous: Rendezvous) -> Outcome:
         """Run the command once; none of its processes and files is left afterwards."""
-        folder = Path(tempfile.mkdtemp(prefix=f"{HEARTBEATS}{os.getpid()}-"))
-        try:
+        with tempfile.TemporaryDirectory(
+            prefix=f"{HEARTBEATS}{os.getpid()}-", ignore_cleanup_errors=True
+        ) as name:
+            folder = Path(name)
             env = os.environ | {
                 heartbeat.FOLDER: str(folder),
                 heartbeat.SUPERVISOR: str(os.getpid()),
@@ -240,8 +242,6 @@ class Supervisor:
             for path in clear_shared_memory(self.shared):
                 say(f"removed {path}")
             return outcome
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _watch(
         self,

@@ -97,7 +97,8 @@ def _memory(config: Config, world: World, device: torch.device) -> Check:
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = psutil.virtual_memory().total // gather_to_all(host).count(host)
-    return judge_memory(plan(config, world.size), *min(gather_to_all((memory, host))), on_gpu)
+    memory, host = min(gather_to_all((memory, host)))
+    return judge_memory(plan(config, world.size), memory, host, on_gpu)
 
 
 def judge_memory(memory_plan: MemoryPlan, memory: int, host: str, on_gpu: bool) -> Check:
