@@ -138,10 +138,7 @@ def _heads(config: Config, samples: int, with_image: bool, precision: str) -> tu
 
 
 @lru_cache(maxsize=8)
-def _for_one_and_two(*key: Any) -> list[tuple[int, ...]]:
-    model, objective, caption, dialogue, with_image, precision = key
-    data = DataConfig(caption_length=caption, dialogue_length=dialogue)
-    config = Config(model=model, objective=objective, data=data)
+def _for_one_and_two(config: Config, with_image: bool, precision: str) -> list[tuple[int, ...]]:
     return [
         _trunk(config, n, with_image, precision) + _heads(config, n, with_image, precision)
         for n in (1, 2)
@@ -151,9 +148,9 @@ def _for_one_and_two(*key: Any) -> list[tuple[int, ...]]:
 def activations(config: Config, samples: int, with_image: bool, precision: str) -> Activations:
     """What a step on `samples` samples of one task needs beside states and parameters."""
     # Only what the sizes depend on, so that the cache serves other batches and ranks as well.
-    data = config.data
-    key = (config.model, config.objective, data.caption_length, data.dialogue_length)
-    one, two = _for_one_and_two(*key, with_image, precision)
+    lengths = {name: getattr(config.data, name) for name in ("caption_length", "dialogue_length")}
+    sizes = Config(model=config.model, objective=config.objective, data=DataConfig(**lengths))
+    one, two = _for_one_and_two(sizes, with_image, precision)
     return Activations(*(a + (b - a) * (samples - 1) for a, b in zip(one, two, strict=True)))
 
 
