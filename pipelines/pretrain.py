@@ -44,7 +44,9 @@ class Flags(Config):
     resume: str = doc(
         "auto", "continue from the newest valid checkpoint, or start over", one_of("auto", "none")
     )
-    preflight: bool = doc(False, "check storage, disk, versions, network and speed; train nothing")
+    preflight: bool = doc(
+        False, "check memory, storage, disk, versions, network, speed; train nothing"
+    )
     profile: str = doc("", "steps to trace into run_dir/profile: 10:13 for 10, 11 and 12")
     memory_history: bool = doc(False, "record CUDA's allocations, for a snapshot should they fail")
     tracking: bool = doc(True, "log to MLflow")

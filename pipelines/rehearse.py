@@ -7,7 +7,6 @@ cost; then builds the real model as one rank of the run with the real ZeRO engin
 from mdm.launch.job import job
 
 import dataclasses
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -19,21 +18,22 @@ from mdm.checkpoint.state import RunError
 from mdm.config import Config, config_of, doc
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
+from mdm.planning.cost import Cluster
 from mdm.planning.gpu_check import peak_flops
 from mdm.planning.memory_plan import GIB, plan
-from mdm.planning.rehearsal import rehearse
-from mdm.planning.rehearsal_report import (
-    Cluster,
+from mdm.planning.rehearsal import (
     built_text,
     costs,
     costs_text,
     judge,
     plan_text,
+    rehearse,
     report,
 )
 from mdm.presets import PRESETS
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.fields import NOT_NEGATIVE, POSITIVE, SHARE, check_fields
+from mdm.utils.files import write_json
 
 UNITS = {"": 1, "GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 2**20}
 
@@ -92,12 +92,8 @@ def main() -> int:
         classes = (Block, AttentionBlock)
         built = rehearse(config, flags.world_size, flags.step_tokens, classes)
         print(f"\n{built_text(built)}")
-    out = Path(flags.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps(report(memory_plan, verdict, runs, built), indent=1), encoding="utf-8"
-    )
-    print(f"\n{out}")
+    write_json(Path(flags.out), report(memory_plan, verdict, runs, built))
+    print(f"\n{flags.out}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """How one rank of a run ends: its exit code, one line that says why, a report to its supervisor."""
 
-from mdm.launch.job import told
+from mdm.launch.job import one_line
 
 import sys
 import time
@@ -31,7 +31,7 @@ def run_rank(name: str, world: World, run: Callable[[], int]) -> int:
     except RankError as error:
         return _end_alone(name, world, MISTAKE, str(error))
     except (StoreError, OSError) as error:  # in the middle of the run
-        return _end_alone(name, world, GAVE_UP, told(error))
+        return _end_alone(name, world, GAVE_UP, one_line(error))
     except (RunError, ResumeError, SystemExit) as error:  # the same on every rank
         if isinstance(error, SystemExit) and not error.code:  # --help
             raise

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mdm.checkpoint.checkpoints import Checkpoints, Keep, uri_of
-from mdm.checkpoint.state import RunError, TrainState, check_resumable, settled
+from mdm.checkpoint.state import RunError, TrainState, check_resumable, resolve_precision
 from mdm.config import Config, to_dict
 from mdm.storage import open_store
 from mdm.train import recovery
@@ -107,7 +107,7 @@ def _train(
     checkpoints = Checkpoints(open_store(uri_of(config)), writer.confirm)
     candidates, passed = find(checkpoints, resume, world)
     newest = candidates[0].state if candidates else None
-    config = settled(config, newest, device_of_rank().type)
+    config = resolve_precision(config, newest, device_of_rank().type)
     said: list[str] = []
     path = ""
     if newest:

@@ -176,22 +176,22 @@ class Reporter:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if fresh:
             for old in (self._path, self.attempts, self._events):
-                files.make_way(old)
+                files.set_folder_aside(old)
                 old.unlink(missing_ok=True)
         attempt: dict[str, Any] = {"started": self._started, "step": state.step}
         if self.attempts.is_file():
             attempt["former_ended"] = self.attempts.stat().st_mtime  # the watch touches it
         self._drop_lines(state.step)
-        files.mend_lines(self._events, _EVENT)
-        former = files.mend_lines(self.attempts, _ATTEMPT)
+        files.read_lines(self._events, _EVENT, repair=True)
+        former = files.read_lines(self.attempts, _ATTEMPT, repair=True)
         for line in former:
-            if files.misfit(line, {"former_ended": float}):
+            if files.mismatch(line, {"former_ended": float}):
                 line.pop("former_ended", None)
         self._attempts = [*former, attempt]
         try:
             files.append_line(self.attempts, attempt)
         except OSError as error:
-            files.tell(f"warning: {self.attempts} lacks this attempt: {error}")
+            files.warn_once(f"warning: {self.attempts} lacks this attempt: {error}")
         self._before, self._samples_before = None, state.samples_seen
         self._bar = tqdm(
             total=self._steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=1.0
@@ -199,7 +199,7 @@ class Reporter:
 
     def _drop_lines(self, step: int) -> None:
         """Drop the lines of metrics after `step`, and those that are damaged."""
-        lines = files.mend_lines(self._path, _METRICS)
+        lines = files.read_lines(self._path, _METRICS, repair=True)
         kept = [line for line in lines if line["step"] <= step]
         if len(kept) < len(lines):
             try:

@@ -122,9 +122,9 @@ def _export_again(config: Config, checkpoints: Checkpoints, newest: Record) -> b
             uri = join(checkpoints.store.uri, newest.name)
             export_checkpoint(uri, folder, newest.averages, config=config)
         except RunError as error:  # the checkpoint is damaged: the run goes on from one before
-            files.tell(f"{folder} lacks {', '.join(missing)}, and {error}")
+            files.warn_once(f"{folder} lacks {', '.join(missing)}, and {error}")
             return False
-        files.tell(f"{folder} lacked {', '.join(missing)}: made anew from {newest.name}")
+        files.warn_once(f"{folder} lacked {', '.join(missing)}: made anew from {newest.name}")
     return True
 
 
@@ -133,7 +133,7 @@ def forget_former(run_dir: Path, track: bool) -> None:
 
     With `track`, its MLflow run is closed by the new one's tracker.
     """
-    files.make_way(run_dir / DONE)
+    files.set_folder_aside(run_dir / DONE)
     (run_dir / DONE).unlink(missing_ok=True)
     _forget_tracking(run_dir, track)
 
@@ -141,7 +141,7 @@ def forget_former(run_dir: Path, track: bool) -> None:
 def _forget_tracking(run_dir: Path, track: bool) -> None:
     former = files.read_json(run_dir / TRACKING, _TRACKING).get("run_id", "")
     key = read_key(run_dir / JOURNAL)
-    files.make_way(run_dir / TRACKING)
+    files.set_folder_aside(run_dir / TRACKING)
     (run_dir / TRACKING).unlink(missing_ok=True)
     shutil.rmtree(run_dir / JOURNAL, ignore_errors=True)
     if track and (former or key):
@@ -190,7 +190,7 @@ def deliver(config: Config, state: TrainState) -> None:
     try:
         journal = Journal(waiting)
     except OSError as error:
-        files.tell(f"{waiting} cannot be read: {error}")
+        files.warn_once(f"{waiting} cannot be read: {error}")
         return
     left = len(journal)
     journal.close()

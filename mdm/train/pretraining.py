@@ -11,12 +11,12 @@ from mdm.data.provenance import check_fit
 from mdm.loss import Loss
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block, Trunk
+from mdm.planning.memory_advice import explain_out_of_memory
 from mdm.planning.preflight import preflight, table
 from mdm.storage import StoreError
 from mdm.train import replay_box
 from mdm.train.engine import device_of_rank
 from mdm.train.loop import train
-from mdm.train.profiling import explain_out_of_memory
 from mdm.train.run import Draw
 from mdm.utils.ranks import World
 

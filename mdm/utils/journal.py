@@ -30,11 +30,11 @@ class Journal:
         self._path, self._note = folder / "journal.jsonl", folder / "taken"
         self._misfit = misfit
         self._lock = threading.Lock()
-        files.make_way(self._path)
+        files.set_folder_aside(self._path)
         self._file = self._path.open("a+b", buffering=0)
         self._end = self._file.seek(0, 2)
         # After half a line the next entry needs one of its own.
-        self._gap = b"" if files.ends_a_line(self._file.fileno(), self._end) else b"\n"
+        self._gap = b"" if _ends_a_line(self._file.fileno(), self._end) else b"\n"
         self._taken = self._read_note()
         self._told = self._taken  # damage before it was told of
         self.backlog = self._end  # the position before which entries are of former processes
@@ -51,10 +51,10 @@ class Journal:
             wrong = "is not a number"
             if re.fullmatch(rb"\d{1,18}\s*", text):
                 taken = int(text)
-                if taken <= self._end and files.ends_a_line(self._file.fileno(), taken):
+                if taken <= self._end and _ends_a_line(self._file.fileno(), taken):
                     return taken
                 wrong = f"{taken} is no end of a line of {self._path.name}"
-        files.tell(f"{self._note}: {wrong}; all entries of the journal are brought again")
+        files.warn_once(f"{self._note}: {wrong}; all entries of the journal are brought again")
         return 0
 
     def append(self, entry: dict[str, Any]) -> bool:
@@ -93,7 +93,7 @@ class Journal:
                     damage.append((begin, wrong))
             self._told = max(self._told, file.tell())
             after = file.tell()
-        files.tell_of_lines(self._path, damage, "at byte")
+        files.warn_of_lines(self._path, damage, "at byte")
         if not found and after > start:
             self.take(after)
         return found
@@ -112,7 +112,7 @@ class Journal:
                     self._write_note(end)
 
     def _write_note(self, taken: int) -> None:
-        files.make_way(self._note)
+        files.set_folder_aside(self._note)
         temporary = self._note.with_suffix(".part")
         temporary.write_text(str(taken), encoding="utf-8")
         temporary.replace(self._note)
@@ -142,3 +142,8 @@ class Journal:
         """Close the file."""
         with self._lock:
             self._file.close()
+
+
+def _ends_a_line(handle: int, end: int) -> bool:
+    """Whether what is appended at `end` begins a line: it does not after half a line."""
+    return end == 0 or os.pread(handle, 1, end - 1) == b"\n"

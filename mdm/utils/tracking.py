@@ -312,17 +312,17 @@ def read_key(journal: Path) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        files.tell(f"{path} cannot be read: {error.strerror or error}; it is passed over")
+        files.warn_once(f"{path} cannot be read: {error.strerror or error}; it is ignored")
         return ""
     if re.fullmatch(rb"[0-9a-f]{32}", text):
         return text.decode()
-    files.tell(f"{path} is damaged: not a key of 32 digits; it is passed over")
+    files.warn_once(f"{path} is damaged: not a key of 32 digits; it is ignored")
     return ""
 
 
 def _misfit(entry: dict[str, Any]) -> str:
     shape = _SHAPES.get(entry["kind"])
-    return f"unknown kind {entry['kind']!r}" if shape is None else files.misfit(entry, shape)
+    return f"unknown kind {entry['kind']!r}" if shape is None else files.mismatch(entry, shape)
 
 
 def _text(value: Any) -> str:
