@@ -117,7 +117,7 @@ class Heartbeat:
 
     def __init__(self, run_dir: Path, rank: int, size: int, hang_seconds: float) -> None:
         self.run_dir, self.rank, self.size, self.hang_seconds = run_dir, rank, size, hang_seconds
-        self.pulse: Path | None = None  # a file whose time of change says when the run last lived
+        self.log: Path | None = None  # its modification time tells when the run was last alive
         self._asked = 0
         self._interrupted = 0.0  # when the first Ctrl-C came
         self._step, self._steps_taken, self._step_began, self._mean = 0, 0, 0.0, 0.0
@@ -203,9 +203,9 @@ class Heartbeat:
                 self._asked = self._asked or REQUEUE
             if (self.run_dir / STOP_FILE).exists():
                 self._asked = HALTED
-            if self.pulse is not None:
+            if self.log is not None:
                 with contextlib.suppress(OSError):
-                    os.utime(self.pulse)
+                    os.utime(self.log)
             if self._beat.overdue(time.monotonic()) > 0:
                 self._hang()
 

@@ -6,7 +6,6 @@ command continues it.
 """
 
 import functools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from mdm.train.guard import Guard
 from mdm.train.heartbeat import STOP_FILE, Heartbeat, report_end
 from mdm.train.metrics import Clock, Reporter, Window
 from mdm.train.outcome import (
+    DONE,
     EXPORT,
     SNAPSHOTS,
     done_before,
@@ -132,27 +132,34 @@ def _train(
         begun.loader.load_state_dict(found.manifest["loader"])
 
     writer.agree()  # loading may have taken long
-    tracker = start_tracking(config, state, track and world.is_main)
-    reporter = Reporter(run_dir, config.train.steps, world, tracker, writer.has_folder)
+    reporter = Reporter(run_dir, config.train.steps, world, writer.has_folder)
     reporter.start(state, fresh=found is None)
+    tracker = start_tracking(config, state, track and world.is_main)
     if world.is_main:
-        heartbeat.pulse = reporter.attempts
+        heartbeat.log = reporter.events
     for line in [*said, *begun.said, *saver.beginning(found, passed + damaged)]:
         reporter.say(line)
     reporter.say(f"precision: {describe(config.train.precision, engine.device.type)}")
     run = Run(
-        *(config, world, engine, ema, begun.loader, state, tracker, reporter),
-        Clock(state.seconds, heartbeat.enter),
-        Window(world, state.window),
-        saver,
-        Guard(config.guard, state.guard),
-        heartbeat,
-        Throughput(config, world),
-        Ranks(engine.device),
-        Profile(profiled, run_dir / "profile", world),
-        writer,
-        draw,
-        begun.tokenizer,
+        config=config,
+        world=world,
+        engine=engine,
+        ema=ema,
+        loader=begun.loader,
+        state=state,
+        tracker=tracker,
+        reporter=reporter,
+        clock=Clock(state.seconds, heartbeat.enter),
+        window=Window(world, state.window),
+        saver=saver,
+        guard=Guard(config.guard, state.guard),
+        heartbeat=heartbeat,
+        work=Throughput(config, world),
+        ranks=Ranks(engine.device),
+        profile=Profile(profiled, run_dir / "profile", world),
+        writer=writer,
+        draw=draw,
+        tokenizer=begun.tokenizer,
     )
     code = _run(run)
     torch.distributed.barrier()  # a launcher ends all ranks once one is gone
@@ -182,14 +189,15 @@ def _run(run: Run) -> int:
         return code
     except Exception as error:  # told at once: what follows may take a while
         if run.writer.lost:  # the run's MLflow entries are the other job's now
-            run.tracker = run.reporter.tracker = NullTracker()
+            run.tracker = NullTracker()
         report_end(getattr(error, "code", GAVE_UP), _first_line(error))
         raise
     finally:
         run.heartbeat.enter("end")
         run.saver.wait()
         tell_saved(run)
-        run.reporter.note("ended", run.state, status=status)
+        artifacts = {DONE: DONE} if status == "FINISHED" else {}
+        run.reporter.note("ended", run.state, status=status, artifacts=artifacts)
         run.reporter.close()
         run.tracker.finish(status)
         run.heartbeat.close()
@@ -206,7 +214,7 @@ def take_steps(run: Run) -> int:
         state = run.state
         if first:
             first = False
-            run.reporter.first_step(state)
+            run.reporter.first_step()
         if run.guard.must_roll_back:
             recovery.roll_back(run)
             continue
@@ -295,9 +303,10 @@ def tell_saved(run: Run) -> None:
     step = run.saver.saved_step
     if run.world.is_main and step > run.linked_step:
         run.linked_step = step
-        run.reporter.note("saved", run.state, saved_step=step, **run.saver.figures)
         link = {"uri": run.saver.checkpoints.store.uri, "step": step}
-        run.tracker.log_text(json.dumps(link, indent=1), f"checkpoints/step-{step:08d}.json")
+        artifacts = {f"checkpoints/step-{step:08d}.json": link}
+        figures = run.saver.figures
+        run.reporter.note("saved", run.state, saved_step=step, **figures, artifacts=artifacts)
 
 
 def _first_line(error: Exception) -> str:

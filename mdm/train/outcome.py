@@ -1,8 +1,6 @@
 """What a run leaves behind: exports, images that they draw, the done marker, its MLflow run."""
 
 import contextlib
-import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -17,17 +15,23 @@ from mdm.storage import StoreError, join
 from mdm.train.run import Run
 from mdm.utils import files
 from mdm.utils.exit_codes import GAVE_UP
-from mdm.utils.journal import Journal
+from mdm.utils.progress import (
+    EVENTS,
+    METRICS,
+    TRACKING,
+    Progress,
+    adopt_old_journal,
+    unsent_bytes,
+)
 from mdm.utils.ranks import World, from_main
-from mdm.utils.tracking import MlflowTracker, NullTracker, Tracker, read_key
+from mdm.utils.tracking import MlflowTracker, NullTracker
 
-DONE, TRACKING, JOURNAL = "done.json", "tracking.json", "tracking"
+DONE = "done.json"
 EXPORT, SNAPSHOTS, SAMPLES = "export", "snapshots", "samples"  # folders
 _DONE: files.Shape = {
     **{"step": int, "samples_seen": int},
     **{"wall_seconds": float, "goodput": float, "samples_per_second": float},
 }
-_TRACKING: files.Shape = {"run_id": str, "config": str}
 
 
 def export(folder: Path, run: Run, needed: bool = True) -> None:
@@ -67,8 +71,9 @@ def show(folder: Path, run: Run) -> None:
             run.reporter.say(f"warning: no images of {folder}: {error}")
         else:
             link = {"weights": str(folder.absolute()), "step": run.state.step}
-            run.tracker.log_artifact(path, "samples")
-            run.tracker.log_text(json.dumps(link | drawn, indent=1), f"samples/{name}.json")
+            png = f"{SAMPLES}/{name}.png"
+            artifacts = {png: png, f"{SAMPLES}/{name}.json": link | drawn}
+            run.reporter.note("drew", run.state, artifacts=artifacts)
     torch.distributed.barrier()
 
 
@@ -82,7 +87,6 @@ def mark_done(run: Run) -> None:
             files.write_json(run.dir / DONE, totals)
         except OSError as error:
             raise StoreError(f"cannot write {run.dir / DONE}: {error.strerror}") from error
-        run.tracker.log_artifact(run.dir / DONE)
 
 
 def done_before(
@@ -129,9 +133,9 @@ def _export_again(config: Config, checkpoints: Checkpoints, newest: Record) -> b
 
 
 def forget_former(run_dir: Path, track: bool) -> None:
-    """Have nothing of an earlier run in this folder taken for the new one's.
+    """Remove what would make the former run in this folder be taken for the new one.
 
-    With `track`, its MLflow run is closed by the new one's tracker.
+    With `track`, the new run's tracker closes the former MLflow run.
     """
     files.make_way(run_dir / DONE)
     (run_dir / DONE).unlink(missing_ok=True)
@@ -139,60 +143,50 @@ def forget_former(run_dir: Path, track: bool) -> None:
 
 
 def _forget_tracking(run_dir: Path, track: bool) -> None:
-    former = files.read_json(run_dir / TRACKING, _TRACKING).get("run_id", "")
-    key = read_key(run_dir / JOURNAL)
+    adopt_old_journal(run_dir)
+    former = Progress.read(run_dir)
     files.make_way(run_dir / TRACKING)
     (run_dir / TRACKING).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / JOURNAL, ignore_errors=True)
-    if track and (former or key):
+    if track and (former.run_id or former.key):
         with contextlib.suppress(OSError):
-            journal = Journal(run_dir / JOURNAL)
-            journal.append({"kind": "former", "run_id": former, "key": key})
-            journal.close()
+            Progress(former=[*former.former, [former.run_id, former.key]]).write(run_dir)
 
 
-def start_tracking(config: Config, state: TrainState, wanted: bool) -> Tracker:
-    """One MLflow run a job across its attempts, also of those killed before their first checkpoint.
+def start_tracking(config: Config, state: TrainState, wanted: bool) -> MlflowTracker | NullTracker:
+    """Track all attempts at a run, also those killed before a checkpoint, as one MLflow run.
 
-    The id stands in the checkpoint, and beside it as soon as it is known.
+    Its id is in the checkpoint, and in `tracking.json` as soon as it is known.
     """
     if not wanted:
         return NullTracker()
-    tracker = _tracker(config, state)
-    tracker.log_params(flatten(to_dict(config)) | {"world_size": state.world_size})
-    return tracker
+    run_dir = Path(config.run_dir)
+    adopt_old_journal(run_dir)
+    former = Progress.read(run_dir)
+    if not state.step and former.config not in ("", fingerprint(config)):  # it never saved
+        _forget_tracking(run_dir, track=True)
+    return _tracker(config, state)
 
 
 def _tracker(config: Config, state: TrainState) -> MlflowTracker:
     run_dir = Path(config.run_dir)
-    key, note = fingerprint(config), run_dir / TRACKING
-    former = files.read_json(note, _TRACKING)
-    if former and not state.step and former["config"] != key:  # it never came to a checkpoint
-        _forget_tracking(run_dir, track=True)
-        former = {}
-
-    def remember(started: str) -> None:
-        files.write_json(note, {"run_id": started, "config": key})
-
     return MlflowTracker(
-        *(config.experiment, run_dir.name),
-        run_id=former.get("run_id") or state.tracking_id,
-        on_start=remember,
-        journal=run_dir / JOURNAL,
+        run_dir,
+        config.experiment,
+        run_dir.name,
+        params=flatten(to_dict(config)) | {"world_size": state.world_size},
+        run_id=state.tracking_id or "",
+        config=fingerprint(config),
     )
 
 
 def deliver(config: Config, state: TrainState) -> None:
-    """Bring to MLflow what a finished run could not, its server being away."""
-    waiting = Path(config.run_dir) / JOURNAL
-    if not waiting.is_dir():
+    """Send to MLflow what a finished run could not, because the server was down."""
+    run_dir = Path(config.run_dir)
+    adopt_old_journal(run_dir)
+    if not (run_dir / TRACKING).exists():  # it was not tracked
         return
-    try:
-        journal = Journal(waiting)
-    except OSError as error:
-        files.tell(f"{waiting} cannot be read: {error}")
-        return
-    left = len(journal)
-    journal.close()
-    if left:
+    for name in (METRICS, EVENTS):  # reports damaged lines
+        files.mend_lines(run_dir / name)
+    progress = Progress.read(run_dir)
+    if progress.status != "FINISHED" or unsent_bytes(run_dir, progress):
         _tracker(config, state).finish("FINISHED", timeout=300.0)

@@ -18,7 +18,7 @@ from mdm.train.saver import Saver
 from mdm.train.throughput import Ranks, Throughput
 from mdm.train.writer import Writer
 from mdm.utils.ranks import World
-from mdm.utils.tracking import Tracker
+from mdm.utils.tracking import MlflowTracker, NullTracker
 
 # Draws images with the weights of an export (the first path) into a PNG (the second) and returns
 # what they show, as plain JSON values.
@@ -66,7 +66,7 @@ class Run:
     ema: EMA
     loader: Loader
     state: TrainState
-    tracker: Tracker
+    tracker: MlflowTracker | NullTracker
     reporter: Reporter
     clock: Clock
     window: Window

@@ -11,7 +11,6 @@ from mdm.train.loop import learning_rate, snapshot_steps
 from mdm.train.metrics import PARTS, Clock, Reporter, Window
 from mdm.train.throughput import Throughput
 from mdm.utils.ranks import World
-from mdm.utils.tracking import NullTracker
 from tests.helpers import small_config
 
 
@@ -104,7 +103,7 @@ def test_clock_covers_all_time():
 
 
 def test_the_wait_for_data_is_a_metric(tmp_path):
-    reporter = Reporter(tmp_path, 10, World(), NullTracker())
+    reporter = Reporter(tmp_path, 10, World())
     state, clock = TrainState(), Clock({})
     reporter.start(state, fresh=True)
     clock.seconds |= {"data": 10.0, "forward": 30.0}
@@ -119,7 +118,7 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
     """Also a line that a kill cut short."""
     lines = [json.dumps({"step": s, "loss": 1.0}) for s in (2, 4, 6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "lo')
-    reporter = Reporter(tmp_path, 10, World(), NullTracker())
+    reporter = Reporter(tmp_path, 10, World())
     state = TrainState(step=4, samples_seen=32)
     reporter.start(state, fresh=False)
     state.step, state.samples_seen = 6, 48
