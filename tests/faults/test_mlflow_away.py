@@ -1,7 +1,6 @@
 """A real MLflow server is killed and restarted: nothing blocks, nothing is lost or duplicated."""
 
 import logging
-import time
 
 import pytest
 
