@@ -55,7 +55,7 @@ class RepeatedBatch:
             prompt=torch.zeros(b, m, dtype=torch.bool),
             latents=torch.randn(b, n, config.model.latent_dim, generator=draw),
         )
-        self.quarantined: frozenset[str] = frozenset()
+        self.blocklist: frozenset[str] = frozenset()
         self.wait_seconds, self.order_digest = 0.0, ""
 
     def __next__(self) -> Batch:

@@ -1,6 +1,6 @@
 """What is kept of a skipped step, and replaying it alone, sample by sample.
 
-run_dir/blackbox/step-00000123/
+run_dir/replay_boxes/step-00000123/
   report.json          why, losses of every rank, norm, statistics, sample ids and noise keys
   batch.pt             the global batch
   model.safetensors    the weights and buffers that the step began with (the newest boxes only)
