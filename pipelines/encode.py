@@ -19,6 +19,7 @@ from mdm.sources.record import describe_fully
 from mdm.storage import StoreError
 from mdm.storage.lease import OtherJobError
 from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.files import write_json
 
 
 @job("encode", ManifestError, StoreError, ValueError, advice=": run it again to go on from here")
@@ -34,11 +35,9 @@ def main() -> int:
         fail(f"encode: {', '.join([describe_fully(error), *getattr(error, '__notes__', [])])}")
     except RayFailedError as error:
         fail(f"encode: {error}; run it again to go on from here")
-    line = json.dumps(summary)
-    print(line)
+    print(json.dumps(summary))
     if flags.report:
-        Path(flags.report).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.report).write_text(line + "\n", encoding="utf-8")
+        write_json(Path(flags.report), summary)
     return 0
 
 

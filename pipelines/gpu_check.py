@@ -9,7 +9,6 @@ of stock `mamba_ssm.Mamba2`. Without a CUDA device it says so and exits with 0.
 
 from mdm.launch.job import job
 
-import json
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from mdm.planning.gpu_check import (
     table,
 )
 from mdm.utils.command_line import parse_cli
+from mdm.utils.files import write_json
 
 
 @job("gpu_check")
@@ -47,8 +47,7 @@ def main() -> int:
     measured = [line for name in MEASURED for line in check_preset(name, flags, peak)]
     print(table(measured))
     report = {"device": device, "torch": torch.__version__, "parity": compared, "speed": measured}
-    Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(flags.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(Path(flags.out), report)
     return 0 if all(line["passed"] for line in compared) else 1
 
 

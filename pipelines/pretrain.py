@@ -35,6 +35,7 @@ from mdm.data.provenance import check_fit
 from mdm.loss import Loss
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block, Trunk
+from mdm.planning.memory_advice import explain_out_of_memory
 from mdm.planning.preflight import preflight, table
 from mdm.presets import PRESETS
 from mdm.storage import StoreError
@@ -42,7 +43,7 @@ from mdm.train import heartbeat
 from mdm.train import replay_box as blackbox
 from mdm.train.engine import device_of_rank, start_ranks, stop_ranks
 from mdm.train.loop import train
-from mdm.train.profiling import explain_out_of_memory, parse_steps, record_memory
+from mdm.train.profiling import parse_steps, record_memory
 from mdm.train.run import Draw
 from mdm.utils import exit_codes
 from mdm.utils.command_line import parse_cli
@@ -54,7 +55,9 @@ class Flags(Config):
     """A run's configuration and how to begin it."""
 
     resume: str = doc("auto", "auto: continue run_dir's newest valid checkpoint; none: start over")
-    preflight: bool = doc(False, "check storage, disk, versions, network and speed; train nothing")
+    preflight: bool = doc(
+        False, "check memory, storage, disk, versions, network and speed; train nothing"
+    )
     profile: str = doc("", "steps to trace into run_dir/profile: 10:13 for 10, 11 and 12")
     memory_history: bool = doc(False, "record CUDA's allocations, for a snapshot should they fail")
     tracking: bool = doc(True, "log to MLflow; false: nothing is written for it")

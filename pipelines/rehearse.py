@@ -7,7 +7,6 @@ as one rank of the run with the real ZeRO engine and takes a step, and says what
 from mdm.launch.job import job
 
 import dataclasses
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from mdm.checkpoint.state import RunError
 from mdm.config import Config, doc, fields_of
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
+from mdm.planning.cost import Cluster
 from mdm.planning.gpu_check import peak_flops
 from mdm.planning.memory_plan import GIB, plan
 from mdm.planning.rehearsal import rehearse
 from mdm.planning.rehearsal_report import (
-    Cluster,
     built_text,
     costs,
     costs_text,
@@ -33,6 +32,7 @@ from mdm.planning.rehearsal_report import (
 )
 from mdm.presets import PRESETS
 from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.files import write_json
 
 UNITS = {"": 1, "GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 2**20}
 
@@ -100,12 +100,8 @@ def main() -> int:
         classes = (Block, AttentionBlock)
         built = rehearse(config, flags.world_size, flags.step_tokens, classes)
         print(f"\n{built_text(built)}")
-    out = Path(flags.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
-        json.dumps(report(memory_plan, verdict, runs, built), indent=1), encoding="utf-8"
-    )
-    print(f"\n{out}")
+    write_json(Path(flags.out), report(memory_plan, verdict, runs, built))
+    print(f"\n{flags.out}")
     return 0
 
 

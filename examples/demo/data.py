@@ -34,7 +34,7 @@ from tqdm import tqdm
 from mdm.config import doc
 from mdm.sources.journeydb import ANNOTATIONS
 from mdm.utils.command_line import fail, parse_cli
-from mdm.utils.files import make_way, read_json, write_bytes
+from mdm.utils.files import read_json, set_folder_aside, write_json
 
 VERSION = 1  # of what is written; part of the marker, so that older folders are written anew
 MARKER = "SOURCES.json"
@@ -284,7 +284,7 @@ def write(out: Path, limit: int) -> dict[str, Any]:
     known = read_json(marker, {"request": dict, "sets": dict})
     if known.get("request") == request:
         return known
-    make_way(marker)
+    set_folder_aside(marker)
     marker.unlink(missing_ok=True)
     report: dict[str, Any] = {"request": request, "sets": {}}
     for name, writer, facts in _sets():
@@ -294,8 +294,7 @@ def write(out: Path, limit: int) -> dict[str, Any]:
             "records": counts,
             "sha256": listing_sha256(out / name),
         }
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    write_bytes(marker, text.encode())
+    write_json(marker, report)
     return report
 
 

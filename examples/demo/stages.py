@@ -172,7 +172,7 @@ def end_leftovers(folder: Path) -> int:
     ours = []
     for path in sorted(folder.glob("*.attempt.json")):
         for recorded in read_json(path, {"processes": list}).get("processes", []):
-            if files.misfit(recorded, _PROCESS) or recorded["pid"] < 1:
+            if files.mismatch(recorded, _PROCESS) or recorded["pid"] < 1:
                 continue
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
                 process = psutil.Process(recorded["pid"])
@@ -272,7 +272,7 @@ class Runner:
                 self.say(f"> {stage.title}: changed, starts anew")
             else:
                 self.say(f"> {stage.title}")
-            files.make_way(marker)
+            files.set_folder_aside(marker)
             marker.unlink(missing_ok=True)
             for output in stage.outputs:
                 self.remove(output)

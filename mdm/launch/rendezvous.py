@@ -8,7 +8,6 @@ The leader is the first node of the hostfile that is alive. Nobody compares cloc
 for as long as others see its counter move.
 """
 
-import json
 import socket
 import threading
 import time
@@ -118,8 +117,9 @@ class Rendezvous:
     def _write(self) -> None:
         with self._writing:
             self._count += 1
-            note = {"count": self._count, "state": self._state, "done": self._done}
-            _write_json(self._path(self.own), note | {"address": _address(self.own)})
+            note: dict[str, Any] = {"count": self._count, "state": self._state, "done": self._done}
+            note["address"] = _address(self.own)
+            files.write_json(self._path(self.own), note, sync=False)
 
     def alive(self) -> dict[str, dict[str, Any]]:
         """The notes of the nodes whose counters move, in the hostfile's order."""
@@ -183,11 +183,9 @@ class Rendezvous:
             return
         number = max([current.get("number", 0), *(note["done"] for note in alive.values())]) + 1
         attempt = Attempt(number, tuple(fit), alive[fit[0]]["address"], self._port())
-        note = asdict(attempt)
-        _write_json(
-            self.folder / "attempt.json",
-            {k: note[k] for k in ("number", "nodes", "address", "port")},
-        )
+        fields = asdict(attempt)
+        # Not synced to the disk, like all of these files: none matters after a power cut.
+        files.write_json(self.folder / "attempt.json", {k: fields[k] for k in _ATTEMPT}, sync=False)
 
     def broken(self, attempt: Attempt) -> str:
         """Which other node has left a running attempt, if one has; to be asked again and again."""
@@ -207,9 +205,8 @@ class Rendezvous:
         if self.hosts and hurt:
             # Each node writes its own line at its own time: a lost strike costs one more restart.
             strikes = self._strikes()
-            _write_json(
-                self.folder / "strikes.json", strikes | {self.own: strikes.get(self.own, 0) + 1}
-            )
+            strikes[self.own] = strikes.get(self.own, 0) + 1
+            files.write_json(self.folder / "strikes.json", strikes, sync=False)
 
 
 def _address(name: str) -> str:
@@ -220,11 +217,3 @@ def _address(name: str) -> str:
         except OSError:
             continue
     return "127.0.0.1"
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    # Not flushed to the disk: a note is of no use after the machine has been down.
-    part = path.with_name(f"{path.name}.{socket.gethostname()}.part")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    files.make_way(path)
-    part.replace(path)

@@ -1,7 +1,8 @@
-"""What only a GPU can show: kernels against their references, and speed beside the stock model."""
+"""Checks that need a GPU: kernels against their references, speed against stock mamba_ssm."""
 
 import dataclasses
 import importlib
+import itertools
 import statistics
 import subprocess
 import sys
@@ -14,46 +15,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mdm.config import Config, ModelConfig, doc
-from mdm.data.batch import Batch
 from mdm.kernels import conv, fused
 from mdm.kernels import ssd as torch_ssd
 from mdm.loss import Loss
 from mdm.model.count import trunk_macs
 from mdm.model.decoder import Trunk, block_scans
-from mdm.model.packing import N_HEAD
+from mdm.planning.activations import largest_batch, sequence_length
 from mdm.presets import PRESETS
+from mdm.train.throughput import PEAKS
 from mdm.utils.command_line import fail
 from mdm.utils.precision import BF16, autocast
 
 DEVICE = "cuda"
-
-
 MEASURED = ("mdm_1b", "mdm_7b")
-
-
-# Dense bf16 tensor-core peaks as the makers publish them, in TFLOP/s.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.0,
-}
-
-
 # Largest error as a share of the largest value. Triton multiplies fp32 in TF32, of 10 bits.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
-
-
 COLUMNS = ("what", "layers", "ms", "tokens/s", "MFU", "GiB")
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
-    """Flags of this job."""
+    """How to measure, and where to."""
 
     batch: int = doc(8, "sequences a step")
     steps: int = doc(10, "measured steps, after three that do not count")
@@ -62,10 +44,10 @@ class Flags:
 
 
 def peak_flops(name: str, given_tflops: float) -> float | None:
-    """FLOP/s that the device `name` could reach; None if it is neither given nor known."""
+    """Peak FLOP/s of the device `name`: as given, else from the table; None if it is not there."""
     if given_tflops > 0:
         return 1e12 * given_tflops
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def layers_that_fit(budget: int, two: int, four: int, n_layer: int) -> int:
@@ -77,14 +59,14 @@ def layers_that_fit(budget: int, two: int, four: int, n_layer: int) -> int:
 def row(
     what: str, layers: int, seconds: float, tokens: int, flops: int, peak: float | None, memory: int
 ) -> dict[str, Any]:
-    """One measured line: a step of `tokens` whose forward pass has `flops`."""
+    """One line of the table: a step on `tokens` whose forward pass takes `flops`."""
     mfu = None if peak is None else 3 * flops / seconds / peak  # backward costs two forwards
     values = (what, layers, 1e3 * seconds, tokens / seconds, mfu, memory / 2**30)
     return dict(zip(COLUMNS, values, strict=True))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text; None is a dash."""
+    """Rows as aligned text, with a dash for None."""
 
     def show(value: Any) -> str:
         if value is None:
@@ -103,7 +85,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def install() -> None:
-    """The extra `gpu`, built for this machine; what `make setup` left without CUDA is replaced."""
+    """Build the extra `gpu` for this machine, replacing what `make setup` built without CUDA."""
     probe = [sys.executable, "-c", "import causal_conv1d, mamba_ssm"]
     if subprocess.run(probe, stderr=subprocess.DEVNULL).returncode == 0:
         return
@@ -121,7 +103,7 @@ def install() -> None:
 def compare(
     name: str, dtype: torch.dtype, ours: Sequence[Tensor], theirs: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """The worst difference between two lists of tensors, each relative to its largest value."""
+    """The largest difference of two lists of tensors, relative to each tensor's largest value."""
     errors = [
         (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-12)
         for a, b in zip(ours, theirs, strict=True)
@@ -137,7 +119,7 @@ def compare(
 
 
 def outputs_and_gradients(run: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What `run` returns for `inputs`, then the gradient of every input."""
+    """The outputs of `run` for `inputs`, then the gradient of each input."""
     leaves = [t.detach().to(DEVICE, copy=True).requires_grad_() for t in inputs]
     results = run(*leaves)
     outputs = list(results) if isinstance(results, tuple) else [results]
@@ -150,7 +132,7 @@ def outputs_and_gradients(run: Callable[..., Any], inputs: Sequence[Tensor]) -> 
 
 
 def parity(dtype: torch.dtype, packed: bool) -> list[dict[str, Any]]:
-    """Scan and convolution, fused against torch, on the same inputs."""
+    """Compares scan and convolution, fused and torch, on the same inputs."""
     torch.manual_seed(0)
     b, length, h, p, n = 2, 300, 8, 64, 128
     seq_idx = None
@@ -192,7 +174,7 @@ def parity(dtype: torch.dtype, packed: bool) -> list[dict[str, Any]]:
 
 
 class StockStack(nn.Module):
-    """What a user of mamba_ssm would stack: x + the mean of a block's mixers over RMSNorm(x)."""
+    """A plain stack of mamba_ssm's blocks: x + the mean of a block's mixers over RMSNorm(x)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -214,7 +196,7 @@ class StockStack(nn.Module):
 
 
 def measure(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int) -> tuple[float, int]:
-    """Median seconds of a training step in bf16 autocast with AdamW, and bytes at the peak."""
+    """Median seconds of a training step in bf16 autocast with AdamW, and its peak bytes."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     torch.cuda.reset_peak_memory_stats()
     taken = []
@@ -231,55 +213,33 @@ def measure(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int) ->
     return statistics.median(taken[3:]), torch.cuda.max_memory_allocated()
 
 
-def sequences(config: Config, size: int) -> Batch:
-    """Random images with captions of the preset's length, on the GPU."""
-    model = config.model
-    keys = torch.arange(size)
-    return Batch(
-        ids=tuple(str(i) for i in range(size)),
-        keys=keys,
-        epochs=torch.zeros_like(keys),
-        class_ids=keys % model.n_classes,
-        tokens=torch.randint(4, model.vocab_size, (size, config.data.caption_length)),
-        prompt=torch.zeros(size, config.data.caption_length, dtype=torch.bool),
-        latents=torch.randn(size, model.image_height * model.image_width, model.latent_dim),
-    ).to(DEVICE)
-
-
-def train_ours(config: Config, model: ModelConfig, flags: Flags, steps: int) -> tuple[float, int]:
+def train_loss(config: Config, model: ModelConfig, flags: Flags, steps: int) -> tuple[float, int]:
     """Seconds and peak bytes of a step of `Loss` with the sizes of `model`."""
     loss = Loss(dataclasses.replace(config, model=model)).to(DEVICE).train()
-    batch = sequences(config, flags.batch)
-    step = iter(range(10**9))
+    batch = largest_batch(config, flags.batch).to(DEVICE)
+    step = itertools.count()
     return measure(lambda: loss(batch, next(step)).total, list(loss.parameters()), steps)
 
 
-def train_block(
-    model: ModelConfig, text: int, shape: tuple[int, ...], steps: int
+def train_blocks(
+    blocks: nn.Module, shape: tuple[int, ...], steps: int, *arguments: Any
 ) -> tuple[float, int]:
-    """Seconds and peak bytes of a step of our blocks alone, in the orders of their own scans."""
-    trunk = Trunk(model).to(DEVICE).train()
-    x, grid = torch.randn(shape, device=DEVICE), (model.image_height, model.image_width)
-    return measure(lambda: _loss(trunk(x, text, grid)), list(trunk.parameters()), steps)
-
-
-def train_stock(model: ModelConfig, shape: tuple[int, ...], steps: int) -> tuple[float, int]:
-    """Seconds and peak bytes of a step of stock mixers."""
-    stack = StockStack(model).to(DEVICE).train()
+    """Seconds and peak bytes of a step of blocks alone, on a random sequence of `shape`."""
+    blocks = blocks.to(DEVICE).train()
     x = torch.randn(shape, device=DEVICE)
-    return measure(lambda: _loss(stack(x)), list(stack.parameters()), steps)
 
+    def loss() -> Tensor:
+        y: Tensor = blocks(x, *arguments)
+        return y.float().square().mean()
 
-def _loss(y: Tensor) -> Tensor:
-    return y.float().square().mean()
+    return measure(loss, list(blocks.parameters()), steps)
 
 
 def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, Any]]:
-    """One block and a few training steps of a preset, ours and stock."""
+    """Rows for one block and for training steps of a preset, with our blocks and stock ones."""
     config = PRESETS[name]
     model = dataclasses.replace(config.model, kernel="fused")
-    text = config.data.caption_length
-    length = N_HEAD + text + 2 + model.image_height * model.image_width + 2
+    length = sequence_length(config, with_image=True)
     shape = (flags.batch, length, model.d_model)
     rows: list[dict[str, Any]] = []
 
@@ -298,19 +258,21 @@ def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, 
         sizes = dataclasses.replace(model, n_layer=n_layer)
         add(what, sizes, lambda: ours(sizes))
         plain = dataclasses.replace(sizes, long_skip=False)
-        add(f"{what}, stock mixers", plain, lambda: train_stock(plain, shape, flags.steps))
+        stock = f"{what}, stock mixers"
+        add(stock, plain, lambda: train_blocks(StockStack(plain), shape, flags.steps))
 
-    add_both("block", 1, lambda sizes: train_block(sizes, text, shape, flags.steps))
+    layout = (config.data.caption_length, (model.image_height, model.image_width))
+    add_both("block", 1, lambda sizes: train_blocks(Trunk(sizes), shape, flags.steps, *layout))
 
     peaks = []
     for n_layer in (2, 4):
         sizes = dataclasses.replace(model, n_layer=n_layer)
-        peaks.append(train_ours(config, sizes, flags, 1)[1])
+        peaks.append(train_loss(config, sizes, flags, 1)[1])
         torch.cuda.empty_cache()
     budget = int(0.92 * torch.cuda.get_device_properties(0).total_memory)
     fit = layers_that_fit(budget, peaks[0], peaks[1], model.n_layer)
     if fit == 0:
         tqdm.write(f"{name}: not even one layer fits at batch {flags.batch}; lower --batch")
         return rows
-    add_both("training", fit, lambda sizes: train_ours(config, sizes, flags, flags.steps))
+    add_both("training", fit, lambda sizes: train_loss(config, sizes, flags, flags.steps))
     return rows

@@ -1,7 +1,7 @@
-"""One rank of a large run on one CPU: the real model in the real engine, with nobody else there.
+"""One rank of a large run on one CPU: the real model in the real engine, without other ranks.
 
-The kernels are torch's, the blocks are checkpointed and `auto` is this CPU's precision, whatever
-the preset says, so that a step fits here; what the preset needs of a GPU is in the memory plan.
+So that a step fits, kernels are torch's, blocks are checkpointed and `auto` means this CPU's
+precision, whatever the preset says; the memory plan says what the preset needs on a GPU.
 """
 
 import dataclasses
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from mdm.config import Config
-from mdm.data.batch import Batch
 from mdm.loss import Loss
 from mdm.planning.activations import largest_batch
-from mdm.planning.footprint import held_bytes, watch_gathered
+from mdm.planning.footprint import count_gathered, held_bytes
 from mdm.planning.memory_plan import MemoryPlan, plan
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, pretend_ranks, stop_ranks
@@ -25,20 +24,20 @@ from mdm.utils import precision
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one rank held and took."""
+    """Memory and time of one rank."""
 
-    memory_plan: MemoryPlan  # planned for the configuration as it was run here
+    memory_plan: MemoryPlan  # for the configuration as it was run here
     held: dict[str, int]  # bytes by the names of `held_bytes`
-    gathered: int  # bytes of parameters whole at once, at the most
+    gathered: int  # peak bytes of whole parameters
     build_seconds: float
     step_seconds: float
     loss: float
     applied: bool  # whether the step changed the weights
-    peak_rss: int  # bytes of this process at the most
+    peak_rss: int  # peak bytes of this process
 
 
 def runnable_here(config: Config) -> Config:
-    """`config` as a CPU can run it: same shapes, states and engine."""
+    """`config` as a CPU can run it, with the same shapes, states and engine."""
     model = dataclasses.replace(config.model, kernel="torch")
     train = dataclasses.replace(
         config.train,
@@ -56,24 +55,26 @@ def rehearse(
 ) -> Rehearsal:
     """Build `config` as one of `world_size` ranks and take a step on one text of `tokens` tokens.
 
-    The process must be in no group before, and is in none after. Raises RunError for settings that
-    the engine refuses.
+    The process must not have joined a process group; it leaves the one that this makes. Raises
+    RunError for settings that the engine refuses.
     """
     config = runnable_here(config)
     start = time.perf_counter()
     engine = Engine(lambda: Loss(config), config, pretend_ranks(world_size), leaf_classes)
     ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
-    gathered = watch_gathered(engine, leaf_classes)
+    gathered = count_gathered(engine, leaf_classes)
     built = time.perf_counter()
-    batch = shortened(largest_batch(config, 1, with_image=False), tokens)
+    tokens = min(tokens, config.data.dialogue_length)
+    text = dataclasses.replace(config.data, dialogue_length=tokens)
+    batch = largest_batch(dataclasses.replace(config, data=text), 1, with_image=False)
     loss = engine.forward(batch, 0).total
     engine.backward(loss)
     before = held_bytes(engine, ema)
     engine.step(config.train.lr)
     ema.update(engine.fp32_partitions())
-    # Adam's moments are made by the step; gradients and buckets are whole before it.
+    # The step makes Adam's moments, and frees gradients and buckets.
     held = before | {"optimizer": held_bytes(engine, ema)["optimizer"]}
-    found = Rehearsal(
+    result = Rehearsal(
         memory_plan=plan(config, world_size),
         held=held,
         gathered=gathered.bytes,
@@ -86,10 +87,4 @@ def rehearse(
     )
     del engine, loss
     stop_ranks()
-    return found
-
-
-def shortened(batch: Batch, tokens: int) -> Batch:
-    """Texts of `batch` cut to `tokens` tokens."""
-    short = slice(None), slice(0, tokens)
-    return dataclasses.replace(batch, tokens=batch.tokens[short], prompt=batch.prompt[short])
+    return result

@@ -23,7 +23,7 @@ from mdm.first_stage.tokenizer import ASSISTANT, UNK
 from mdm.preprocess.recipe import Recipe
 from mdm.preprocess.survey import Group
 from mdm.storage import MissingObjectError, Store
-from mdm.utils.files import tell
+from mdm.utils.files import warn_once
 
 # Among the counts: the pieces of all texts, without marks, and those of them that are unknown.
 TEXT_TOKENS, UNKNOWN_TOKENS = "text tokens", "unknown tokens"
@@ -109,7 +109,7 @@ def get_sealed(store: Store, key: str) -> bytes | None:
             return None
         if xxhash.xxh3_128_digest(data[16:]) == data[:16]:
             return data[16:]
-    tell(f"{store.uri}/{key} is damaged; it is passed over")
+    warn_once(f"{store.uri}/{key} is damaged; it is ignored")
     return None
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mdm.storage import S3Store, StoreError, StoreOptions
-from mdm.utils.files import make_way, read_json
+from mdm.utils.files import read_json, set_folder_aside
 
 HOST = "127.0.0.1"
 
@@ -78,7 +78,7 @@ class S3Server:
             aside = path.with_suffix(".new")
             aside.touch(mode=0o600)
             aside.write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
-            make_way(path)
+            set_folder_aside(path)
             aside.replace(path)
         return keys
 

@@ -178,18 +178,18 @@ class Reporter:
         old_attempts = self.run_dir / _OLD_ATTEMPTS
         if fresh:
             for path in (self._metrics, self.events, old_attempts):
-                files.make_way(path)
+                files.set_folder_aside(path)
                 path.unlink(missing_ok=True)
         # A running attempt updates the modification time: see `Heartbeat.log`.
         ends = [p.stat().st_mtime for p in (self.events, old_attempts) if p.is_file()]
         self._drop_lines(state.step)
         rows = [
             *files.read_lines(old_attempts, _ATTEMPT),
-            *(row for row in files.mend_lines(self.events, _EVENT) if row["event"] == "started"),
+            *(row for row in files.read_lines(self.events, _EVENT, repair=True) if row["event"] == "started"),
         ]
-        former = [row for row in rows if not files.misfit(row, _ATTEMPT)]
+        former = [row for row in rows if not files.mismatch(row, _ATTEMPT)]
         for row in former:
-            if files.misfit(row, {"former_ended": float}):
+            if files.mismatch(row, {"former_ended": float}):
                 row.pop("former_ended", None)
         attempt = {"started": self._started} | ({"former_ended": max(ends)} if ends else {})
         self._attempts = [*former, attempt]
@@ -201,7 +201,7 @@ class Reporter:
 
     def _drop_lines(self, step: int) -> None:
         """Drop the lines of metrics after `step`, and damaged ones."""
-        rows = files.mend_lines(self._metrics, _METRICS)
+        rows = files.read_lines(self._metrics, _METRICS, repair=True)
         kept = [row for row in rows if row["step"] <= step]
         if len(kept) < len(rows):
             try:
@@ -270,7 +270,7 @@ class Reporter:
             try:
                 files.append_line(self.events, row)
             except OSError as error:  # a full disk costs the line, not the run
-                files.tell(f"warning: {self.events} lacks events: {error}")
+                files.warn_once(f"warning: {self.events} lacks events: {error}")
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""

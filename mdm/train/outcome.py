@@ -126,9 +126,9 @@ def _export_again(config: Config, checkpoints: Checkpoints, newest: Record) -> b
             uri = join(checkpoints.store.uri, newest.name)
             export_checkpoint(uri, folder, newest.averages, config=config)
         except RunError as error:  # the checkpoint is damaged: the run goes on from one before
-            files.tell(f"{folder} lacks {', '.join(missing)}, and {error}")
+            files.warn_once(f"{folder} lacks {', '.join(missing)}, and {error}")
             return False
-        files.tell(f"{folder} lacked {', '.join(missing)}: made anew from {newest.name}")
+        files.warn_once(f"{folder} lacked {', '.join(missing)}: made anew from {newest.name}")
     return True
 
 
@@ -137,7 +137,7 @@ def forget_former(run_dir: Path, track: bool) -> None:
 
     With `track`, the new run's tracker closes the former MLflow run.
     """
-    files.make_way(run_dir / DONE)
+    files.set_folder_aside(run_dir / DONE)
     (run_dir / DONE).unlink(missing_ok=True)
     _forget_tracking(run_dir, track)
 
@@ -145,7 +145,7 @@ def forget_former(run_dir: Path, track: bool) -> None:
 def _forget_tracking(run_dir: Path, track: bool) -> None:
     adopt_old_journal(run_dir)
     former = Progress.read(run_dir)
-    files.make_way(run_dir / TRACKING)
+    files.set_folder_aside(run_dir / TRACKING)
     (run_dir / TRACKING).unlink(missing_ok=True)
     if track and (former.run_id or former.key):
         with contextlib.suppress(OSError):
@@ -186,7 +186,7 @@ def deliver(config: Config, state: TrainState) -> None:
     if not (run_dir / TRACKING).exists():  # it was not tracked
         return
     for name in (METRICS, EVENTS):  # reports damaged lines
-        files.mend_lines(run_dir / name)
+        files.read_lines(run_dir / name, repair=True)
     progress = Progress.read(run_dir)
     if progress.status != "FINISHED" or unsent_bytes(run_dir, progress):
         _tracker(config, state).finish("FINISHED", timeout=300.0)

@@ -19,6 +19,7 @@ from mdm.utils.ranks import World, exchange
 # Dense bf16 peak of one device in 1e12 FLOP/s, by a part of its name; from the makers' data sheets.
 PEAKS = {
     "B200": 2250.0,
+    "GH200": 989.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,
@@ -26,6 +27,7 @@ PEAKS = {
     "L40S": 362.0,
     "L4": 121.0,
     "V100": 125.0,
+    "RTX 4090": 165.0,
 }
 
 

@@ -54,8 +54,8 @@ class Progress:
         note = files.read_json(path, _PROGRESS)
         progress = cls(note.get("run_id", ""), note.get("config", ""))
         if "key" in note:
-            if wrong := files.misfit(note, _POSITIONS):
-                files.tell(f"{path} is damaged: {wrong}; its other entries are used")
+            if wrong := files.mismatch(note, _POSITIONS):
+                files.warn_once(f"{path} is damaged: {wrong}; its other entries are used")
             else:
                 progress.key, progress.status = note["key"], note["status"]
                 progress.former = [pair for pair in note["former"] if _is_pair(pair)]
@@ -83,7 +83,7 @@ def unsent_lines(
     """The whole lines after a position, each with its own; None for a damaged one.
 
     If the line before the position is another one, the file was rewritten: it is read from the
-    first line. The damage was reported by `files.mend_lines` when the attempt began.
+    first line. The damage was reported by `files.read_lines` when the attempt began.
     """
     with suppress(FileNotFoundError, IsADirectoryError), path.open("rb") as file:
         file.seek(max(after.end - after.length, 0))
@@ -110,7 +110,7 @@ def adopt_old_journal(run_dir: Path) -> None:
     entries = _waiting_entries(folder)
     for entry in entries:
         kind = entry["kind"]
-        if kind not in _OLD_ENTRIES or files.misfit(entry, _OLD_ENTRIES[kind]):
+        if kind not in _OLD_ENTRIES or files.mismatch(entry, _OLD_ENTRIES[kind]):
             continue
         if kind == "artifact":
             artifacts[f"{entry['folder']}/{Path(entry['path']).name}".lstrip("/")] = entry["path"]
@@ -133,7 +133,7 @@ def adopt_old_journal(run_dir: Path) -> None:
         progress.write(run_dir)
         shutil.rmtree(folder)
     except OSError as error:
-        files.tell(f"{folder} is not sent to MLflow: {error}")
+        files.warn_once(f"{folder} is not sent to MLflow: {error}")
 
 
 def _waiting_entries(folder: Path) -> list[dict[str, Any]]:

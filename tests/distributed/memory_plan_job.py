@@ -14,7 +14,7 @@ from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
 from mdm.loss import Loss
 from mdm.model.decoder import Block
 from mdm.planning.activations import largest_batch
-from mdm.planning.footprint import STATES, held_bytes, saved_activations, watch_gathered
+from mdm.planning.footprint import STATES, count_gathered, held_bytes, saved_activations
 from mdm.planning.memory_plan import plan
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, start_ranks, stop_ranks
@@ -77,7 +77,7 @@ def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
         for name, value in Loss(config).state_dict().items():
             assert torch.equal(whole[name], value), name
     ema = EMA(engine.fp32_partitions(), 0.99)
-    gathered = watch_gathered(engine, (Block,))
+    gathered = count_gathered(engine, (Block,))
     memory_plan, losses = plan(config, world.size), []
     torch.manual_seed(world.rank)
     batch = largest_batch(config, GLOBAL_BATCH // world.size)

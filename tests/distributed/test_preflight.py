@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from mdm.planning.preflight import judge_rates
 from tests.helpers import ROOT, run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -14,7 +13,7 @@ FLAGS = ("--preset", "demo", "--preflight", "true", "--train.threads", "1")
 
 def checks_of(output: str) -> dict[str, str]:
     """The line of the table for each check, by name."""
-    rows = [line for line in output.splitlines() if line.startswith(("ok ", "FAILED "))]
+    rows = [line for line in output.splitlines() if line.startswith(("ok ", "WARNING ", "FAILED "))]
     return {re.split(r"\s{2,}", row)[1]: row for row in rows}
 
 
@@ -22,7 +21,7 @@ def test_all_checks_pass_on_a_healthy_machine(tmp_path, s3):
     flags = (*FLAGS, "--data.root", s3, "--run_dir", str(tmp_path / "run"))
     code, output = run_ranks(ROOT / "pipelines/pretrain.py", 2, *flags)
     checks = checks_of(output)
-    assert len(checks) == 7, output
+    assert len(checks) == 8, output
     for name, row in checks.items():
         assert row.startswith("ok") or name.startswith("slow"), row
     assert code == (0 if checks["slow nodes"].startswith("ok") else 1)
@@ -42,11 +41,3 @@ def test_preflight_names_a_slow_rank_and_missing_storage(tmp_path, s3):
     assert storage.startswith("FAILED"), storage
     assert "rank 0: " in storage
     assert "rank 1: " in storage
-
-
-def test_a_rank_far_below_the_median_rate_is_slow():
-    rates = [(1.0e12, "a"), (0.95e12, "b"), (0.5e12, "c"), (1.1e12, "d")]
-    check = judge_rates(rates)
-    assert not check.passed
-    assert check.detail == "median 1.000 TFLOP/s a rank; rank 2 on c reaches 50% of that"
-    assert judge_rates(rates[:2]).passed

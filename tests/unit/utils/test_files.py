@@ -1,5 +1,6 @@
-"""Bookkeeping as disks leave it: what is read of it, what is said, and how it is written."""
+"""Small JSON files after crashes: what is read, what is warned of, and how they are written."""
 
+import io
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from mdm.utils import files
 
 
-def said(caplog) -> list[str]:
+def warnings(caplog) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "mdm"]
 
 
@@ -35,7 +36,7 @@ def test_a_damaged_object_is_passed_over_with_one_line(tmp_path, caplog, data, w
     path.write_bytes(data)
     for _ in range(3):
         assert files.read_json(path, {"a": float}) == {}
-    assert said(caplog) == [f"{path} is damaged: {wrong}; it is passed over"]
+    assert warnings(caplog) == [f"{path} is damaged: {wrong}; it is ignored"]
     with pytest.raises(files.DamagedFileError, match=str(path)):
         files.load_json(path, {"a": float})
 
@@ -43,7 +44,7 @@ def test_a_damaged_object_is_passed_over_with_one_line(tmp_path, caplog, data, w
 def test_a_file_that_is_not_there_is_no_damage(tmp_path, caplog):
     assert files.read_json(tmp_path / "none.json") == {}
     assert files.read_lines(tmp_path / "none.jsonl") == []
-    assert said(caplog) == []
+    assert warnings(caplog) == []
 
 
 def test_undamaged_lines_are_kept_and_damaged_ones_are_counted(tmp_path, caplog):
@@ -51,21 +52,43 @@ def test_undamaged_lines_are_kept_and_damaged_ones_are_counted(tmp_path, caplog)
     good = [json.dumps({"a": n}).encode() for n in range(5)]
     bad = [b'{"a": 1, "b', bytes(4096), b'{"a": "\xfe"}', b"7", b'{"b": 1}']
     data = b"\n".join(x for pair in zip(bad, good, strict=True) for x in pair)
-    path.write_bytes(data + b"\n" + bytes(512) + b'{"a": 5}')  # written on after a power cut
+    path.write_bytes(data + b"\n" + bytes(512) + b'{"a": 5}\n')  # appended after a power cut
     assert files.read_lines(path, {"a": int}) == [{"a": n} for n in range(6)]
-    line = f"{path}: 6 damaged lines passed over; line 1: cut short, or not JSON"
-    assert said(caplog) == [line]
-    assert files.mend_lines(path, {"a": int}) == [{"a": n} for n in range(6)]
+    line = f"{path}: 6 damaged lines skipped; line 1: cut short, or not JSON"
+    assert warnings(caplog) == [line]
+    assert files.read_lines(path, {"a": int}, repair=True) == [{"a": n} for n in range(6)]
     assert path.read_bytes() == b"".join(json.dumps({"a": n}).encode() + b"\n" for n in range(6))
 
 
-@pytest.mark.parametrize("tail", [b'{"a": 1', b'{"a": 1}', bytes(64), b"\xff"])
-def test_what_is_added_after_half_a_line_has_a_line_of_its_own(tmp_path, tail):
+@pytest.mark.parametrize("tail", [b'{"a": 1', b'{"a": 1}', bytes(10_000), b"\xff"])
+@pytest.mark.parametrize("whole", [b"", b'{"a": 0}\n'])
+def test_appending_cuts_a_torn_last_line(tmp_path, tail, whole):
     path = tmp_path / "lines.jsonl"
-    path.write_bytes(b'{"a": 0}\n' + tail)
+    path.write_bytes(whole + tail)
     files.append_line(path, {"a": 2})
-    assert files.read_lines(path)[-1] == {"a": 2}
-    assert path.read_bytes().startswith(b'{"a": 0}\n' + tail + b"\n")
+    assert path.read_bytes() == whole + b'{"a": 2}\n'
+
+
+def test_a_last_line_without_its_newline_is_not_read(tmp_path, caplog):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"a": 0}\n{"a": 12}')  # perhaps of {"a": 123}
+    assert files.read_lines(path) == [{"a": 0}]
+    assert warnings(caplog) == [f"{path}: 1 damaged line skipped; line 2: cut short"]
+
+
+def test_a_record_that_finds_no_room_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "lines.jsonl"
+    files.append_line(path, {"a": 0})
+
+    class FullDisk(io.FileIO):
+        def write(self, data) -> int:
+            return super().write(data[:4])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "open", lambda self, *args, **options: FullDisk(self, "a+"))
+        with pytest.raises(OSError, match="No space left"):
+            files.append_line(path, {"a": 1})
+    assert path.read_bytes() == b'{"a": 0}\n'
 
 
 def test_a_folder_in_a_files_place_is_set_aside(tmp_path, caplog):
@@ -78,7 +101,7 @@ def test_a_folder_in_a_files_place_is_set_aside(tmp_path, caplog):
     assert files.read_json(tmp_path / "one.json") == {"a": 1}
     assert files.read_lines(tmp_path / "two.jsonl") == [{"a": 1}]
     assert (tmp_path / "one.json.folder-1" / "inside").is_dir()
-    assert len(said(caplog)) == 4
+    assert len(warnings(caplog)) == 4
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
