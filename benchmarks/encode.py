@@ -24,7 +24,7 @@ from einops import rearrange
 from benchmarks.encoding import SIZE, Inputs
 from benchmarks.timing import Result
 from mdm import sources
-from mdm.data.schema import Examples, example_schema, to_bfloat16_bits, write_shard
+from mdm.data.schema import Samples, sample_schema, to_bfloat16_bits, write_shard
 from mdm.first_stage.autoencoder import PATCH, Autoencoder, to_signed
 from mdm.first_stage.image import decode_image
 from mdm.first_stage.tokenizer import EOS
@@ -61,9 +61,9 @@ def loop(inputs: Inputs, out: Path, threads: int, kind: type[Plain] | None = Pla
     units = sources.get("imagenet").units(inputs.root, "train", unit_bytes=flags.unit_bytes)
     ours, tokenizer = Autoencoder.load(inputs.autoencoder), inputs.tokens()
     model = ours if kind is None else kind(inputs.autoencoder)
-    schema = example_schema(ours.grid, ours.latent_dim)
+    schema = sample_schema(ours.grid, ours.latent_dim)
     store = open_store(str(out))
-    parts: list[Examples] = []
+    parts: list[Samples] = []
     batch: list[tuple[RawRecord, np.ndarray]] = []
 
     def flush() -> None:
@@ -71,7 +71,7 @@ def loop(inputs: Inputs, out: Path, threads: int, kind: type[Plain] | None = Pla
             return
         latents = model.encode(torch.from_numpy(np.stack([p for _, p in batch])))
         parts.append(
-            Examples(
+            Samples(
                 [r.id for r, _ in batch],
                 [r.origin for r, _ in batch],
                 np.array([r.label for r, _ in batch], np.int32),
@@ -84,7 +84,7 @@ def loop(inputs: Inputs, out: Path, threads: int, kind: type[Plain] | None = Pla
 
     def write() -> None:
         if parts:
-            data, info = write_shard(Examples.concatenate(parts), schema, flags.batch_rows)
+            data, info = write_shard(Samples.concatenate(parts), schema, flags.batch_rows)
             store.put(info.key, data)
             parts.clear()
 

@@ -66,17 +66,17 @@ def collate(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def write_ours(to: str) -> None:
     from mdm.data.manifest import CARD, Manifest, canonical, publish
-    from mdm.data.manifest_parts import shard_parts
-    from mdm.data.schema import Examples, example_schema, write_shard
+    from mdm.data.manifest_parts import quarantine_parts, shard_parts
+    from mdm.data.schema import Samples, sample_schema, write_shard
     from mdm.preprocess.encode import Flags
     from mdm.storage import open_store
 
     flags = {f: Flags.__dataclass_fields__[f].default for f in ("batch_rows", "shard_rows")}
-    store, schema, shards = open_store(to), example_schema((16, 16), CHANNELS), []
+    store, schema, shards = open_store(to), sample_schema((16, 16), CHANNELS), []
     all_samples = list(samples())
     for start in range(0, SAMPLES, flags["shard_rows"]):
         rows = all_samples[start : start + flags["shard_rows"]]
-        examples = Examples(
+        examples = Samples(
             [f"record-{number}" for number, *_ in rows],
             [f"file-{number}" for number, *_ in rows],
             np.array([label for *_, label in rows], np.int32),
@@ -102,7 +102,7 @@ def write_ours(to: str) -> None:
             class_names=tuple(map(str, range(CLASSES))),
             batch_rows=flags["batch_rows"],
             shards=shard_parts(shards, flags["batch_rows"]),
-            quarantine=(),
+            quarantine=quarantine_parts(),
             counts={"examples": SAMPLES, "quarantined": 0},
             card_sha256="bench",
         ),
@@ -129,7 +129,7 @@ class Ours(Contestant):
 
         self.close()
         source = Source("bench", Manifest.load(self.at))
-        mixture = Mixture((source,), global_batch=BATCH, window=self.window)
+        mixture = Mixture((source,), global_batch=BATCH, shuffle_window=self.window)
         self.loader = Loader(mixture, SEED, caption_length=LENGTH, dialogue_length=LENGTH)
         return self.loader
 
@@ -190,7 +190,7 @@ class PlainIpc(Contestant):
     def open(self, number: int) -> Batches:
         import xxhash
 
-        from mdm.data.schema import Rows
+        from mdm.data.schema import RecordBatch
 
         store, random = self.manifest.store(), np.random.default_rng(number)
         places = list(self.manifest.batches())
@@ -203,7 +203,7 @@ class PlainIpc(Contestant):
                 data = store.read_range(self.manifest.shards[shard].key, info.offset, info.length)
                 if xxhash.xxh3_64_hexdigest(data) != info.xxh3:
                     raise RuntimeError("damaged")
-                rows = Rows(data, self.manifest.schema)
+                rows = RecordBatch(data, self.manifest.schema)
                 latents = rows.latents.view(np.int16)
                 window += [
                     {"tokens": rows.text(i), "latents": latents[i], "class_id": rows.class_ids[i]}

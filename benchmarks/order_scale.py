@@ -19,17 +19,17 @@ from benchmarks.timing import Result
 from mdm.data import resume
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Mixture, Source
-from mdm.data.order import Order, layout_of
+from mdm.data.order import SampleOrder, layout_of
 from tests.data_sets import vast
 
 SIZES = (10**7, 10**9, 10**10)
 GLOBAL_BATCH, SEED, ROUNDS = 256, 5, 7
 
 
-def _order(uri: str) -> Order:
+def _order(uri: str) -> SampleOrder:
     layout_of.cache_clear()  # as in a new process
     manifest = Manifest.load(uri)
-    return Order(Mixture((Source("web", manifest),), GLOBAL_BATCH), SEED)
+    return SampleOrder(Mixture((Source("web", manifest),), GLOBAL_BATCH), SEED)
 
 
 def _resume(uri: str, state: str) -> None:

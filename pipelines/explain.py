@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from mdm.config import DataConfig, SourceConfig, StageConfig, doc
 from mdm.data.manifest import ManifestError
 from mdm.data.mixture import Mixture, open_mixture
-from mdm.data.order import Order
+from mdm.data.order import SampleOrder
 from mdm.data.trace import find, locate, packs_of, uses
 from mdm.storage import StoreError
 from mdm.utils.command_line import parse_cli
@@ -45,7 +45,7 @@ class Flags:
 
 def explain_step(mixture: Mixture, flags: Flags) -> None:
     """One line of JSON a sample."""
-    draw = Order(mixture, flags.seed).draw(flags.step)
+    draw = SampleOrder(mixture, flags.seed).draw(flags.step)
     print(f"step {flags.step}: {draw.task}, {len(draw.ids)} samples", file=sys.stderr)
     packs = packs_of(mixture, draw, flags.dialogue_length)
     for trace in locate(mixture, draw.ids, draw.epochs.tolist(), packs):

@@ -64,8 +64,7 @@ def check(uri: str, discard_damaged: bool = False) -> int:
     )
     problems = 0
     damaged = []
-    parts = (*manifest.shard_parts.infos, *manifest.quarantine_parts.infos)
-    total = len(manifest.shards) + len(parts) + 2
+    total = len(manifest.shards) + len(manifest.parts()) + 2
     for verdict in tqdm(verify(manifest), "verify", total, unit=" objects", leave=False):
         problems += len(verdict.problems)
         damaged += [verdict] if verdict.problems else []

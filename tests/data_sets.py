@@ -11,8 +11,15 @@ import torch
 from PIL import Image
 
 from mdm.data.manifest import CARD, Manifest, canonical, publish
-from mdm.data.manifest_parts import PART_SHARDS, PartList, ShardPart, StoredParts, shard_parts
-from mdm.data.schema import BatchInfo, Examples, ShardInfo, example_schema, write_shard
+from mdm.data.manifest_parts import (
+    PART_SHARDS,
+    PartList,
+    ShardPart,
+    StoredParts,
+    quarantine_parts,
+    shard_parts,
+)
+from mdm.data.schema import BatchInfo, Samples, ShardInfo, sample_schema, write_shard
 from mdm.first_stage import autoencoder
 from mdm.first_stage.tokenizer import EOS, train_model
 from mdm.storage import open_store
@@ -62,9 +69,9 @@ def write_ultrachat(root: Path, dialogues: Sequence[Sequence[str]]) -> Path:
     return root
 
 
-def samples(rows: int, *, images: bool = True, seed: int = 0) -> Examples:
+def samples(rows: int, *, images: bool = True, seed: int = 0) -> Samples:
     random = np.random.default_rng(seed)
-    return Examples(
+    return Samples(
         [f"record {seed}-{i}" for i in range(rows)],
         [f"file {i}" for i in range(rows)],
         random.integers(-1, 4, rows).astype(np.int32),
@@ -88,7 +95,7 @@ def encoded(
     """A published data set of random samples, with real shards and hashes."""
     store = open_store(uri)
     grid = (2, 2) if images else None
-    schema = example_schema(grid, 16)
+    schema = sample_schema(grid, 16)
     shards = []
     for number, rows in enumerate(shard_rows):
         data, info = write_shard(samples(rows, images=images, seed=number), schema, batch_rows)
@@ -148,7 +155,7 @@ def vast(uri: str, rows: int, *, batch_rows: int = 64, shard_rows: int = 8192) -
 
 
 def manifest_of(
-    shards: Sequence[ShardInfo],
+    shards: PartList[ShardInfo],
     batch_rows: int,
     grid: tuple[int, int] | None,
     card_sha256: str = "",
@@ -165,13 +172,7 @@ def manifest_of(
         class_names=NAMES,
         batch_rows=batch_rows,
         shards=shards,
-        quarantine=(),
-        counts={"examples": _rows(shards), "quarantined": 0},
+        quarantine=quarantine_parts(),
+        counts={"examples": int(shards.row_start[-1]), "quarantined": 0},
         card_sha256=card_sha256,
     )
-
-
-def _rows(shards: Sequence[ShardInfo]) -> int:
-    if isinstance(shards, PartList):
-        return int(shards.row_start[-1])
-    return sum(s.rows for s in shards)

@@ -129,16 +129,16 @@ class MemoryLoader:
         self.poison_from = 0
         self.wait_seconds = 0.0
         self.order_digest = ""
-        self.quarantined: frozenset[str] = frozenset()
+        self.blocklist: frozenset[str] = frozenset()
 
     def sample_ids(self, step: int) -> list[str]:
         first = step * self.size
         ids = [f"sample-{n % 32}" for n in range(first, first + self.size)]
-        allowed = [f"sample-{n}" for n in range(32) if f"sample-{n}" not in self.quarantined]
-        return [allowed[i] if name in self.quarantined else name for i, name in enumerate(ids)]
+        allowed = [f"sample-{n}" for n in range(32) if f"sample-{n}" not in self.blocklist]
+        return [allowed[i] if name in self.blocklist else name for i, name in enumerate(ids)]
 
-    def quarantine(self, ids) -> None:
-        self.quarantined |= frozenset(ids)
+    def block(self, ids) -> None:
+        self.blocklist |= frozenset(ids)
 
     def __next__(self) -> Batch:
         first, every = self.step * self.size, self.sample_ids(self.step)
@@ -169,12 +169,12 @@ class MemoryLoader:
         return {
             "step": self.step,
             "order_digest": self.order_digest,
-            "quarantined": sorted(self.quarantined),
+            "quarantined": sorted(self.blocklist),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.order_digest = state["step"], state["order_digest"]
-        self.quarantined = frozenset(state["quarantined"])
+        self.blocklist = frozenset(state["quarantined"])
 
 
 def start_ranks_of(script: Path, ranks: int, *args: str) -> subprocess.Popen[str]:

@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from mdm.data.manifest import Manifest, publish
-from mdm.data.schema import Examples, example_schema, to_bfloat16_bits, write_shard
+from mdm.data.manifest_parts import quarantine_parts, shard_parts
+from mdm.data.schema import Samples, sample_schema, to_bfloat16_bits, write_shard
 from mdm.evaluate.caption import ClassNames
 from mdm.first_stage.folder import PIXELS
 from mdm.first_stage.pixel_patches import PixelPatches, fitted
@@ -77,7 +78,7 @@ def write(folder: Path) -> tuple[Digits, Digits, PixelPatches]:
     store = open_store(str(folder / "encoded" / "digits"))
     data, shard = write_shard(
         _examples(train, pixels, tokenizer),
-        example_schema(pixels.grid, pixels.latent_dim),
+        sample_schema(pixels.grid, pixels.latent_dim),
         BATCH_ROWS,
     )
     store.put(shard.key, data)
@@ -94,8 +95,8 @@ def write(folder: Path) -> tuple[Digits, Digits, PixelPatches]:
             vocab_size=tokenizer.vocab_size,
             class_names=WORDS,
             batch_rows=BATCH_ROWS,
-            shards=(shard,),
-            quarantine=(),
+            shards=shard_parts([shard], BATCH_ROWS),
+            quarantine=quarantine_parts(),
             counts={"examples": shard.rows},
             card_sha256="",
         ),
@@ -109,13 +110,13 @@ def _corpus() -> list[str]:
     return lines * 100 + [line.strip() for line in load_digits().DESCR.splitlines() if line.strip()]
 
 
-def _examples(digits: Digits, pixels: PixelPatches, tokenizer: Tokenizer) -> Examples:
+def _examples(digits: Digits, pixels: PixelPatches, tokenizer: Tokenizer) -> Samples:
     n, k = len(digits.labels), len(TEMPLATES)
     # Captions of one image lie far apart, so that a window of the order holds many images.
     rows = [(i, (i + turn) % k) for turn in range(k) for i in range(n)]
     picks = np.array([i for i, _ in rows])
     latents = to_bfloat16_bits(pixels.encode(digits.grey).flatten(1).numpy())
-    return Examples(
+    return Samples(
         ids=[f"digit-{i:04d}-{t}" for i, t in rows],
         origins=[f"sklearn/digits::{i}" for i, _ in rows],
         class_ids=digits.labels.numpy().astype(np.int32)[picks],

@@ -11,8 +11,8 @@ def fit(
 ) -> tuple[NDArray[np.uint16], int]:
     """`tokens` cut to at most `length`, keeping the last one (EOS), and the prompt's new length.
 
-    What follows the prompt is kept before the prompt: a prompt loses its beginning, and at least
-    its last token (the mark after which the reply begins) stays.
+    The reply is kept in preference to the prompt: a prompt loses its beginning, but at least its
+    last token (the mark after which the reply begins) stays.
     """
     if len(tokens) <= length:
         return tokens, prompt_length
@@ -36,8 +36,8 @@ def fit_all(
     Text r is `tokens[begin[r] : end[r]]`.
     """
     long = end - begin > length
-    some_are_cut = bool(long.any())
-    if some_are_cut:
+    any_long = bool(long.any())
+    if any_long:
         reply = np.minimum(end - begin - prompts, length - (prompts > 0))
         kept = np.where(long, np.where(prompts > 0, length - reply, 0), prompts)
         begin = begin + np.where(long, prompts - kept, 0)
@@ -45,8 +45,8 @@ def fit_all(
     sizes = np.minimum(end - begin, length)
     places = np.arange(length)
     index = begin[:, None] + places
-    if some_are_cut:
-        index[np.arange(len(index)), sizes - 1] = end - 1  # whatever was cut, the last one stays
-    found = tokens.take(index, mode="clip").astype(np.int64)
-    found[places >= sizes[:, None]] = PAD
-    return found, prompts
+    if any_long:
+        index[np.arange(len(index)), sizes - 1] = end - 1  # the last token stays
+    fitted = tokens.take(index, mode="clip").astype(np.int64)
+    fitted[places >= sizes[:, None]] = PAD
+    return fitted, prompts

@@ -23,7 +23,7 @@ from mdm.preprocess import encoding, forecast, publish
 from mdm.preprocess import ray_executor as encode_on_ray
 from mdm.preprocess.duplicates import DuplicateIndex
 from mdm.preprocess.ray_executor import GroupEncoder, Place
-from mdm.preprocess.receipt import Receipt, Sample, get_sealed, lowest, receipt_key, survey_key
+from mdm.preprocess.receipt import Receipt, CardSample, get_sealed, lowest, receipt_key, survey_key
 from mdm.preprocess.recipe import Recipe, inputs_sha256
 from mdm.preprocess.survey import Group, Survey, plan
 from mdm.sources.record import Unit
@@ -255,7 +255,7 @@ def plan_groups(
 
 def load_receipts(
     store: Store, recipe: Recipe, groups: Sequence[Group]
-) -> tuple[dict[int, Receipt], tuple[Sample, ...]]:
+) -> tuple[dict[int, Receipt], tuple[CardSample, ...]]:
     """Receipts of groups that are done, by group index, and the lowest samples of all of them.
 
     One whose shards are gone counts not.
@@ -263,7 +263,7 @@ def load_receipts(
     known = store.listing(f"{recipe.work}/group/")
     shards = store.listing("shards/") if known else {}
     found: dict[int, Receipt] = {}
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[CardSample, ...] = ()
     for group in groups:
         key = receipt_key(recipe, group.index)
         if key in known and (data := get_sealed(store, key)) is not None:

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from mdm import sources
 from mdm.data.manifest import Quarantined
-from mdm.data.schema import Examples, to_bfloat16_bits
+from mdm.data.schema import Samples, to_bfloat16_bits
 from mdm.data.text import fit
 from mdm.first_stage.image import decode_image
 from mdm.first_stage.tokenizer import EOS, Tokenizer
 from mdm.preprocess.duplicates import DROPPED
 from mdm.preprocess.quality import text_problem
-from mdm.preprocess.receipt import SAMPLES, Receipt, Sample, lowest, sample_rank, write_group
+from mdm.preprocess.receipt import SAMPLES, Receipt, CardSample, lowest, sample_rank, write_group
 from mdm.preprocess.recipe import Recipe
 from mdm.preprocess.survey import Group
 from mdm.sources.record import BadRecord, RawRecord, Unit, one_record
@@ -56,12 +56,12 @@ class ImageEncoder(Protocol):
 class Chunk:
     """Some examples on their way, and what became of the records read beside them."""
 
-    examples: Examples
+    examples: Samples
     pixels: NDArray[np.uint8] | None  # [p, 3, H, W] until they are encoded
     images: NDArray[np.int64]  # [n] which of the images is whose
     quarantine: tuple[Quarantined, ...]
     counts: Counter[str]
-    samples: tuple[Sample, ...]
+    samples: tuple[CardSample, ...]
 
 
 @dataclass
@@ -75,12 +75,12 @@ class _Gathering:
     pixels: list[NDArray[np.uint8]] = field(default_factory=list)
     quarantine: list[Quarantined] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[CardSample] = field(default_factory=list)
 
     def chunk(self) -> Chunk:
         """All of it."""
         return Chunk(
-            Examples(
+            Samples(
                 self.ids,
                 self.origins,
                 np.array(self.class_ids, np.int32),
@@ -173,13 +173,13 @@ class _Decoder:
 
     def _sample(
         self, example: str, tokens: NDArray[np.uint16], pixels: NDArray[np.uint8] | None
-    ) -> Sample | None:
+    ) -> CardSample | None:
         """The example's, if it may be one of the lowest."""
         if len(self._ranks) == SAMPLES and sample_rank(example) >= self._ranks[-1]:
             return None
-        return Sample.of(example, self.tokenizer.decode(tokens.tolist()), pixels)
+        return CardSample.of(example, self.tokenizer.decode(tokens.tolist()), pixels)
 
-    def _keep(self, samples: Iterable[Sample]) -> None:
+    def _keep(self, samples: Iterable[CardSample]) -> None:
         for sample in samples:
             if len(self._ranks) < SAMPLES or sample.rank < self._ranks[-1]:
                 self._ranks = sorted([*self._ranks, sample.rank])[:SAMPLES]

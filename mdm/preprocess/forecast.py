@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mdm.data.schema import Examples, example_schema, write_shard
+from mdm.data.schema import Samples, sample_schema, write_shard
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.preprocess import duplicates
 from mdm.preprocess.encoding import Chunk, decode_group
@@ -176,13 +176,13 @@ def _time_a_batch(chunks: Sequence[Chunk], recipe: Recipe, folder: str) -> float
 
 def _bytes(chunks: Sequence[Chunk], recipe: Recipe) -> tuple[float, float]:
     """Bytes of an empty shard, and of each row of the sampled texts; latents are of one size."""
-    examples = Examples.concatenate([c.examples for c in chunks])
+    examples = Samples.concatenate([c.examples for c in chunks])
     if recipe.image_grid is not None:
         numbers = recipe.image_grid[0] * recipe.image_grid[1] * recipe.latent_dim
         examples = examples.take(np.arange(min(len(examples), 4 * recipe.batch_rows)))
         zeros = np.zeros((len(examples), numbers), np.uint16)
         examples = dataclasses.replace(examples, latents=zeros)
-    schema = example_schema(recipe.image_grid, recipe.latent_dim)
+    schema = sample_schema(recipe.image_grid, recipe.latent_dim)
     empty = write_shard(examples.take(np.arange(0)), schema, recipe.batch_rows)[1].bytes
     if not len(examples):
         return empty, 0.0

@@ -11,7 +11,7 @@ from typing import Any
 
 from mdm.data.manifest import CARD, MANIFEST, Manifest, ManifestError, canonical, commit, publish
 from mdm.data.manifest_parts import quarantine_parts, shard_parts
-from mdm.preprocess.receipt import TEXT_TOKENS, UNKNOWN_TOKENS, Receipt, Sample, lowest
+from mdm.preprocess.receipt import TEXT_TOKENS, UNKNOWN_TOKENS, Receipt, CardSample, lowest
 from mdm.preprocess.recipe import Recipe
 from mdm.storage import MissingObjectError, Store
 from mdm.storage.lease import LEASE
@@ -28,7 +28,7 @@ OWN = ("work/", "parts/", "shards/", MANIFEST, CARD, PAGE)
 # What the bytes of images, texts and shards come from.
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
 # Makes the dataset card's page of what was counted and of samples.
-CardPage = Callable[[dict[str, Any], Sequence[Sample]], str]
+CardPage = Callable[[dict[str, Any], Sequence[CardSample]], str]
 
 
 def finished(store: Store, recipe: Recipe, *, write: bool = True) -> Manifest | None:
@@ -162,8 +162,7 @@ def missing(store: Store, manifest: Manifest) -> list[str]:
     Without one of its parts only parts are named: what those list is seen by its receipts.
     """
     there = store.listing()
-    infos = (*manifest.shard_parts.infos, *manifest.quarantine_parts.infos)
-    lost = [key for key in (CARD, *(i.key for i in infos)) if key not in there]
+    lost = [key for key in (CARD, *manifest.parts()) if key not in there]
     if not lost or lost == [CARD]:
         lost += [s.key for s in manifest.shards if there.get(s.key) != s.bytes]
     return lost

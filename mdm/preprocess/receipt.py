@@ -17,8 +17,8 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from mdm.data.manifest import Quarantined, canonical, shard_from_json
-from mdm.data.schema import Examples, ShardInfo, example_schema, write_shard
+from mdm.data.manifest import Quarantined, canonical
+from mdm.data.schema import BatchInfo, Samples, ShardInfo, sample_schema, write_shard
 from mdm.first_stage.tokenizer import ASSISTANT, UNK
 from mdm.preprocess.recipe import Recipe
 from mdm.preprocess.survey import Group
@@ -32,7 +32,7 @@ _SMALL = 64  # pixels: larger images are shown as JPEG
 
 
 @dataclass(frozen=True)
-class Sample:
+class CardSample:
     """An example for people: the `rank` is a hash of its id, and the lowest ranks are shown."""
 
     rank: int
@@ -41,9 +41,9 @@ class Sample:
     image: str  # base64 of a PNG or JPEG file; "" for texts alone
 
     @staticmethod
-    def of(record_id: str, text: str, pixels: NDArray[np.uint8] | None) -> "Sample":
+    def of(record_id: str, text: str, pixels: NDArray[np.uint8] | None) -> "CardSample":
         """An example's sample; pixels are [3, H, W]."""
-        return Sample(sample_rank(record_id), record_id, text, _image(pixels))
+        return CardSample(sample_rank(record_id), record_id, text, _image(pixels))
 
 
 def sample_rank(record_id: str) -> int:
@@ -63,7 +63,7 @@ def _image(pixels: NDArray[np.uint8] | None) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def lowest(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+def lowest(samples: Iterable[CardSample]) -> tuple[CardSample, ...]:
     """The SAMPLES samples of lowest rank."""
     return tuple(sorted(samples, key=lambda s: (s.rank, s.id))[:SAMPLES])
 
@@ -77,7 +77,7 @@ class Receipt:
     counts: dict[str, int]
     token_lengths: dict[str, int]  # length -> texts
     classes: dict[str, int]  # class id -> examples
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[CardSample, ...] = ()
 
     def to_bytes(self) -> bytes:
         """As its object holds it, before it is sealed."""
@@ -88,9 +88,12 @@ class Receipt:
         """The receipt that `to_bytes` wrote."""
         plain: dict[str, Any] = json.loads(data)
         return Receipt(
-            shards=tuple(shard_from_json(s) for s in plain.pop("shards")),
+            shards=tuple(
+                ShardInfo(**s | {"batches": tuple(BatchInfo(**b) for b in s["batches"])})
+                for s in plain.pop("shards")
+            ),
             quarantine=tuple(Quarantined(**q) for q in plain.pop("quarantine")),
-            samples=tuple(Sample(**s) for s in plain.pop("samples")),
+            samples=tuple(CardSample(**s) for s in plain.pop("samples")),
             **plain,
         )
 
@@ -127,21 +130,21 @@ def write_group(
     store: Store,
     group: Group,
     recipe: Recipe,
-    parts: Sequence[Examples],
+    parts: Sequence[Samples],
     quarantine: Sequence[Quarantined],
     counts: Counter[str],
-    samples: Iterable[Sample],
+    samples: Iterable[CardSample],
 ) -> Receipt:
     """Write the group's shards, then its receipt.
 
     Rows are shuffled within the group, and the shards are of about `shard_rows` rows. An object
     that is there already has the same bytes: its name is their hash.
     """
-    examples = Examples.concatenate([p for p in parts if len(p)] or [parts[0]])
+    examples = Samples.concatenate([p for p in parts if len(p)] or [parts[0]])
     rows = np.random.Generator(np.random.Philox(key=1, counter=group.index)).permutation(
         len(examples)
     )
-    schema = example_schema(recipe.image_grid, recipe.latent_dim)
+    schema = sample_schema(recipe.image_grid, recipe.latent_dim)
     shards = []
     for start, stop in shard_cuts(len(rows), recipe):
         data, info = write_shard(examples.take(rows[start:stop]), schema, recipe.batch_rows)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mdm.data.manifest import CARD, Manifest
 from mdm.data.manifest_parts import PartList
-from mdm.data.schema import Rows, ShardInfo, checksum, from_bfloat16_bits
+from mdm.data.schema import RecordBatch, ShardInfo, checksum, from_bfloat16_bits
 from mdm.first_stage.tokenizer import EOS
 from mdm.preprocess.publish import unnamed
 from mdm.storage import Store, StoreError
@@ -29,13 +29,13 @@ class Verdict:
 def verify(manifest: Manifest) -> Iterator[Verdict]:
     """A verdict on each part of the manifest, each shard, the card, and the set as a whole."""
     store = manifest.store()
-    for number, info in enumerate(manifest.shard_parts.infos):
-        problems = tuple(_part(manifest.shard_parts, number))
+    for number, info in enumerate(manifest.shards.infos):
+        problems = tuple(_part(manifest.shards, number))
         yield Verdict(info.key, info.rows, 0, problems)
-        for shard in () if problems else manifest.shard_parts.part(number):
+        for shard in () if problems else manifest.shards.part(number):
             yield Verdict(shard.key, shard.rows, shard.bytes, tuple(_shard(store, manifest, shard)))
-    for number, info in enumerate(manifest.quarantine_parts.infos):
-        yield Verdict(info.key, 0, 0, tuple(_part(manifest.quarantine_parts, number)))
+    for number, info in enumerate(manifest.quarantine.infos):
+        yield Verdict(info.key, 0, 0, tuple(_part(manifest.quarantine, number)))
     yield Verdict(CARD, 0, 0, tuple(_card(store, manifest)))
     leftovers, others = unnamed_in(store, manifest)
     problems = (*_counts(manifest), *(f"{key} belongs to no data set" for key in leftovers))
@@ -66,14 +66,14 @@ def _shard(store: Store, manifest: Manifest, shard: ShardInfo) -> Iterator[str]:
         if (found := checksum(part)) != batch.xxh3:
             yield f"record batch {number}: xxh3 is {found}, the manifest says {batch.xxh3}"
             continue
-        rows = Rows(part, manifest.schema)
+        rows = RecordBatch(part, manifest.schema)
         if len(rows) != batch.rows:
             yield f"record batch {number}: {len(rows)} rows, the manifest says {batch.rows}"
         for problem in _rows(rows, manifest):
             yield f"record batch {number}: {problem}"
 
 
-def _rows(rows: Rows, manifest: Manifest) -> Iterator[str]:
+def _rows(rows: RecordBatch, manifest: Manifest) -> Iterator[str]:
     lengths = np.diff(rows.offsets)
     if (lengths < 1).any():
         yield "a text without tokens"

@@ -7,14 +7,14 @@ from typing import Any
 from markupsafe import Markup
 
 from mdm.preprocess.publish import unknown_warning
-from mdm.preprocess.receipt import Sample
+from mdm.preprocess.receipt import CardSample
 from mdm.report.charts import bar_chart
 from mdm.report.page import render
 
 _BARS = 32
 
 
-def card_page(card: Mapping[str, Any], samples: Sequence[Sample]) -> str:
+def card_page(card: Mapping[str, Any], samples: Sequence[CardSample]) -> str:
     """The page of a card that `mdm.preprocess.publish` made; one file, texts escaped."""
     lengths = {int(k): v for k, v in card["token_lengths"].items()}
     edges, heights = histogram(lengths)

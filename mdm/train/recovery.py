@@ -45,7 +45,7 @@ def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
         run.reporter.say(said)
         run.reporter.note("skipped", run.state, reason=said)
     if broken:  # they are nobody's doubt: whatever the weights, nothing finite comes of them
-        run.loader.quarantine(broken)
+        run.loader.block(broken)
     guard.skip(step, known=bool(broken))
 
 
@@ -84,7 +84,7 @@ def roll_back(run: Run) -> None:
     run.heartbeat.enter("load")
     run.saver.wait()
     before = from_main(_before(run, guard.rollback_limit) if run.world.is_main else None)
-    quarantined = run.loader.quarantined | ids
+    quarantined = run.loader.blocklist | ids
     found, _ = run.saver.restore(before)
     if found is None:
         raise Diverged(
@@ -92,7 +92,7 @@ def roll_back(run: Run) -> None:
             "often (--train.checkpoint_every)"
         )
     run.loader.load_state_dict(found.manifest["loader"])
-    run.loader.quarantine(quarantined)
+    run.loader.block(quarantined)
     saved = found.state.on_ranks(run.world.size)
     config, deepspeed = run.state.config, run.state.deepspeed
     tracking_id = run.tracker.run_id or run.state.tracking_id

@@ -40,11 +40,11 @@ class Loader(Protocol):
     def sample_ids(self, step: int) -> Sequence[str]:
         """The global sample ids of any step."""
 
-    def quarantine(self, ids: Iterable[str]) -> None:
+    def block(self, ids: Iterable[str]) -> None:
         """From the next batch on, others take the places of these samples; all ranks call."""
 
     @property
-    def quarantined(self) -> frozenset[str]:
+    def blocklist(self) -> frozenset[str]:
         """The ids that are not shown any more; part of the state."""
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mdm.data.manifest import Manifest
-from mdm.data.schema import Rows
+from mdm.data.schema import RecordBatch
 from mdm.preprocess.verify import verify
 from mdm.storage import open_store
 from tests import hostile
@@ -88,7 +88,7 @@ def latents(manifest: Manifest) -> dict[str, np.ndarray]:
     for shard in manifest.shards:
         data = store.get(shard.key)
         for batch in shard.batches:
-            rows = Rows(data[batch.offset : batch.offset + batch.length], manifest.schema)
+            rows = RecordBatch(data[batch.offset : batch.offset + batch.length], manifest.schema)
             assert rows.latents is not None
             by_id |= dict(zip(rows.ids, np.asarray(rows.latents), strict=True))
     return by_id

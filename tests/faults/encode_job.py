@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mdm.data.manifest import Manifest
-from mdm.data.schema import Rows, ShardInfo
+from mdm.data.schema import RecordBatch, ShardInfo
 from mdm.preprocess.publish import receipts_of
 from mdm.preprocess.verify import verify
 from mdm.storage import Store, open_store
@@ -98,7 +98,7 @@ def check_complete(uri: str, manifest_sha256: str) -> None:
 def _ids(uri: str, manifest: Manifest, shard: ShardInfo) -> list[str]:
     data = open_store(uri).get(shard.key)
     parts = [data[b.offset : b.offset + b.length] for b in shard.batches]
-    return [i for part in parts for i in Rows(part, manifest.schema).ids]
+    return [i for part in parts for i in RecordBatch(part, manifest.schema).ids]
 
 
 def error_line(stderr: str) -> str:

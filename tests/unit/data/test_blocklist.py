@@ -3,14 +3,14 @@ import json
 import pytest
 
 from mdm.data.blocklist import LATER, substituted
-from mdm.data.order import Order
+from mdm.data.order import SampleOrder
 from mdm.utils.ranks import World
 from tests.unit.data.test_loader import Loader, local, take  # noqa: F401 - a fixture
 from tests.unit.data.test_order import mixture
 
 
 def test_others_take_the_places_and_the_rest_stays():
-    order = Order(mixture(), seed=3)
+    order = SampleOrder(mixture(), seed=3)
     for step in range(12):
         draw = order.draw(step)
         bad = frozenset(draw.ids[:5])
@@ -24,16 +24,16 @@ def test_others_take_the_places_and_the_rest_stays():
                 assert (found.ids[i], found.epochs[i]) == (name, draw.epochs[i])
         places = zip(found.sources, found.rows, strict=True)
         assert [f"{order.mixture.sources[s].name}:{r}" for s, r in places] == found.ids
-        again = substituted(Order(mixture(), seed=3), step, bad)
+        again = substituted(SampleOrder(mixture(), seed=3), step, bad)
         assert again.ids == found.ids
     assert substituted(order, 1, frozenset()).ids == order.draw(1).ids
 
 
 def test_no_samples_left_is_an_error():
-    order = Order(mixture(), seed=0)
+    order = SampleOrder(mixture(), seed=0)
     text = next(s for s in range(50) if order.draw(s).task == "text")
     everything = frozenset(i for s in range(2000) for i in order.draw(s).ids)
-    with pytest.raises(ValueError, match="are quarantined, and all that might take their places"):
+    with pytest.raises(ValueError, match="are on the blocklist, and so are all possible substitutes"):
         substituted(order, text, everything)
 
 
@@ -47,7 +47,7 @@ def test_loaders_agree_whatever_their_number_and_when_they_were_told(local):  # 
         bad = [i for s in (2, 3) for i in one.sample_ids(s)[::3]]
         for each in (one, a, b):
             take(each, 2)
-            each.quarantine(bad)
+            each.block(bad)
         state = json.loads(json.dumps(one.state_dict()))
         whole = take(one, 6)
         shares = list(zip(take(a, 6), take(b, 6), strict=True))
@@ -58,4 +58,4 @@ def test_loaders_agree_whatever_their_number_and_when_they_were_told(local):  # 
         resumed.load_state_dict(state)
         assert [w.ids for w in take(resumed, 6)] == [w.ids for w in whole]
         assert resumed.order_digest == one.order_digest
-        assert resumed.quarantined == frozenset(bad)
+        assert resumed.blocklist == frozenset(bad)

@@ -113,7 +113,7 @@ def test_a_full_disk_costs_the_cache_and_one_warning(
 def test_a_disk_that_is_full_from_the_start_costs_the_cache_and_not_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, text: str) -> int:
+    def full(self: Path, text: str, **options: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     NodeCache(tmp_path, 1000).put("before", [b"here"])

@@ -15,7 +15,7 @@ import pytest
 from mdm.config import DataConfig, SourceConfig, StageConfig, to_dict
 from mdm.data.loader import ResumeError
 from mdm.data.mixture import open_mixture
-from mdm.data.order import Order
+from mdm.data.order import SampleOrder
 from tests.data_sets import encoded
 from tests.helpers import ROOT
 from tests.unit.data.elastic_job import LENGTHS, live
@@ -63,7 +63,7 @@ def in_a_process(plan: dict[str, Any]) -> tuple[list[list[list[str]]], dict[str,
 def check(config: DataConfig, steps: list[list[list[str]]], state: dict[str, Any]) -> None:
     """The ranks' samples are the order's; each once an epoch; every source has its exact share."""
     mixture = open_mixture(config)
-    order = Order(mixture, 7)
+    order = SampleOrder(mixture, 7)
     seen: Counter[tuple[str, int]] = Counter()
     for step, parts in enumerate(steps):
         draw = order.draw(step)

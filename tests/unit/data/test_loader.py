@@ -10,7 +10,7 @@ from mdm.config import Config, DataConfig, ModelConfig, SourceConfig
 from mdm.data.batch import Batch, sample_key
 from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.mixture import Mixture, Source, open_mixture
-from mdm.data.order import Order, layout_of, sample_ids
+from mdm.data.order import SampleOrder, layout_of, sample_ids
 from mdm.data.reader import SourceReader
 from mdm.data.schema import from_bfloat16_bits
 from mdm.data.text import fit
@@ -156,7 +156,7 @@ def test_a_flipped_bit_is_never_handed_out(local: Mixture) -> None:
     key = flip(local, 0, 1)
     expected = local.sources[0].manifest.shards[0].batches[1].xxh3
     used = []
-    order, layout = Order(local, 7), layout_of(local.sources[0])
+    order, layout = SampleOrder(local, 7), layout_of(local.sources[0])
     for step in range(20):
         draw = order.draw(step)
         shards, batches, _ = layout.locate(draw.rows[draw.sources == 0])
@@ -193,7 +193,7 @@ def test_a_bit_flipped_on_its_way_is_read_again(local: Mixture) -> None:
 
 def test_adjacent_record_batches_are_one_request(local: Mixture) -> None:
     reader = SourceReader(local.sources[0])
-    assert reader.runs(0, [5, 1, 2, 6, 0]) == [(0, [0, 1, 2]), (0, [5, 6])]
+    assert reader.runs(0, [5, 1, 2, 6, 0]) == [[0, 1, 2], [5, 6]]
 
 
 def test_a_missing_shard_is_an_error_that_names_it(local: Mixture) -> None:

@@ -10,15 +10,15 @@ from mdm.data.batch import sample_key, sample_keys
 from mdm.data.layout import RowLayout
 from mdm.data.loader import extend_digest
 from mdm.data.mixture import (
-    QUOTA_BLOCK,
+    QUOTA_PERIOD,
     Interleaving,
     Mixture,
     Source,
-    Stage,
+    MixtureStage,
     exact_quotas,
     interleave,
 )
-from mdm.data.order import Order, SourceOrder, sample_ids
+from mdm.data.order import SampleOrder, SourceOrder, sample_ids
 from mdm.data.shuffle import Permutation, shuffled
 from mdm.utils.ranks import World
 from tests.data_sets import planned
@@ -143,16 +143,16 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_with_both_values() ->
 
 
 def test_a_step_has_one_task_and_shares_are_exact() -> None:
-    order = Order(mixture(), 3)
+    order = SampleOrder(mixture(), 3)
     used: Counter[str] = Counter()
     tasks: Counter[str] = Counter()
-    for step in range(QUOTA_BLOCK // 4):
+    for step in range(QUOTA_PERIOD // 4):
         draw = order.draw(step)
         tasks[draw.task] += 1
         names = Counter(i.partition(":")[0] for i in draw.ids)
         used += names
         assert set(names) <= ({"dialogues"} if draw.task == "text" else {"digits", "emoji"})
-    steps = QUOTA_BLOCK // 4
+    steps = QUOTA_PERIOD // 4
     assert tasks["text"] == pytest.approx(0.15 * steps, abs=1)
     total = 24 * steps
     assert used["digits"] == pytest.approx(0.60 * total, abs=25)
@@ -160,7 +160,7 @@ def test_a_step_has_one_task_and_shares_are_exact() -> None:
 
 
 def test_mixed_sources_are_each_passed_evenly() -> None:
-    order = Order(mixture(), 3)
+    order = SampleOrder(mixture(), 3)
     seen: Counter[tuple[str, int]] = Counter()
     for step in range(40):
         draw = order.draw(step)
@@ -174,19 +174,19 @@ def test_mixed_sources_are_each_passed_evenly() -> None:
 @settings(max_examples=30, deadline=None)
 def test_quotas_are_exact_and_spread(weights: list[float]) -> None:
     quotas = exact_quotas(weights, [str(i) for i in range(len(weights))])
-    assert sum(quotas) == QUOTA_BLOCK
+    assert sum(quotas) == QUOTA_PERIOD
     for weight, quota in zip(weights, quotas, strict=True):
-        assert quota == pytest.approx(weight / sum(weights) * QUOTA_BLOCK, abs=1)
+        assert quota == pytest.approx(weight / sum(weights) * QUOTA_PERIOD, abs=1)
     turns = interleave(quotas)
     for k, quota in enumerate(quotas):
         assert (turns == k).sum() == quota
         # Evenly spread: any prefix has its share, to within one turn a source.
         count = np.cumsum(turns == k)
-        ideal = np.arange(1, QUOTA_BLOCK + 1) * quota / QUOTA_BLOCK
+        ideal = np.arange(1, QUOTA_PERIOD + 1) * quota / QUOTA_PERIOD
         assert np.abs(count - ideal).max() <= len(weights)
 
 
-@given(st.integers(0, 5 * QUOTA_BLOCK))
+@given(st.integers(0, 5 * QUOTA_PERIOD))
 @settings(max_examples=30, deadline=None)
 def test_turns_are_counted_by_arithmetic(slot: int) -> None:
     turns = Interleaving((7059, 2941))
@@ -214,7 +214,7 @@ def staged(*stages: tuple[int, dict[str, float]]) -> Mixture:
     return Mixture(
         tuple(s for s in sources if s.name in used),
         global_batch=8,
-        stages=tuple(Stage(step, tuple(weights.items())) for step, weights in stages),
+        stages=tuple(MixtureStage(step, tuple(weights.items())) for step, weights in stages),
     )
 
 
@@ -224,7 +224,7 @@ THIRD = (90, {"emoji": 1.0})
 
 
 def test_a_stage_leaves_what_was_consumed_and_goes_on_from_there() -> None:
-    before, after = Order(staged(FIRST), 3), Order(staged(FIRST, SECOND, THIRD), 3)
+    before, after = SampleOrder(staged(FIRST), 3), SampleOrder(staged(FIRST, SECOND, THIRD), 3)
     for step in range(37):
         assert after.draw(step).ids == before.draw(step).ids
     seen: Counter[tuple[str, int]] = Counter()
@@ -245,7 +245,7 @@ def test_a_stage_leaves_what_was_consumed_and_goes_on_from_there() -> None:
 
 
 def test_shares_are_exact_in_each_stage() -> None:
-    order = Order(staged(FIRST, (10_000, SECOND[1])), 3)
+    order = SampleOrder(staged(FIRST, (10_000, SECOND[1])), 3)
     names = [s.name for s in order.mixture.sources]
     first = dict(zip(names, order.consumed(10_000).tolist(), strict=True))
     assert first == {"digits": 48_000, "emoji": 16_000, "dialogues": 16_000, "extra": 0}
@@ -256,7 +256,7 @@ def test_shares_are_exact_in_each_stage() -> None:
 @pytest.mark.parametrize("texts_per_row", [1, 3])
 def test_the_steps_of_a_sample_are_found_without_drawing_them(texts_per_row: int) -> None:
     mixture = replace(staged(FIRST, SECOND, THIRD), texts_per_row=texts_per_row)
-    order = Order(mixture, 3)
+    order = SampleOrder(mixture, 3)
     used: dict[str, list[tuple[int, int]]] = {}
     for step in range(120):
         draw = order.draw(step)
@@ -273,7 +273,7 @@ def test_the_names_order_in_the_configuration_moves_nothing() -> None:
     one = staged(FIRST)
     other = staged((0, dict(reversed(FIRST[1].items()))))
     other = replace(other, sources=tuple(reversed(other.sources)))
-    assert Order(one, 3).draw(11).ids == Order(other, 3).draw(11).ids
+    assert SampleOrder(one, 3).draw(11).ids == SampleOrder(other, 3).draw(11).ids
 
 
 @pytest.mark.parametrize(
@@ -291,14 +291,14 @@ def test_stages_that_make_no_sense_are_refused(stages, message: str) -> None:
 
 def test_the_order_of_a_run_in_progress_stays() -> None:
     stages = (
-        Stage(0, (("images", 0.75), ("talk", 0.25))),
-        Stage(21, (("talk", 0.5), ("images", 0.5))),
+        MixtureStage(0, (("images", 0.75), ("talk", 0.25))),
+        MixtureStage(21, (("talk", 0.5), ("images", 0.5))),
     )
     sources = (
         Source("images", planned([50, 21]), 0.75),
         Source("talk", planned([40], images=False), 0.25),
     )
-    order = Order(Mixture(sources, global_batch=24, window=2, stages=stages), 7)
+    order = SampleOrder(Mixture(sources, global_batch=24, shuffle_window=2, stages=stages), 7)
     digest = ""
     for step in range(60):
         digest = extend_digest(digest, order.draw(step).ids)

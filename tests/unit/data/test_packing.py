@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mdm.data import packing
 from mdm.data.loader import Loader
 from mdm.data.mixture import Mixture, Source
-from mdm.data.order import Order, sample_ids
+from mdm.data.order import SampleOrder, sample_ids
 from mdm.data.trace import locate, packs_of
 from mdm.first_stage.tokenizer import PAD
 from mdm.utils.ranks import World
@@ -51,7 +51,7 @@ def test_rows_are_filled_from_their_start() -> None:
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     folder = str(tmp_path_factory.mktemp("talk"))
     talk = encoded(folder, [90, 70], images=False, part_shards=1)
-    return Mixture((Source("talk", talk),), global_batch=6, window=3, texts_per_row=4)
+    return Mixture((Source("talk", talk),), global_batch=6, shuffle_window=3, texts_per_row=4)
 
 
 def test_a_packed_batch_holds_the_texts_of_its_step(mixture: Mixture) -> None:
@@ -94,7 +94,7 @@ def test_texts_that_do_not_fit_get_more_rows_and_none_is_lost(mixture: Mixture) 
 def test_a_trace_tells_the_row_that_texts_share(mixture: Mixture) -> None:
     with Loader(mixture, 1, caption_length=8, dialogue_length=40) as loader:
         batch = next(loader)
-    draw = Order(mixture, 1).draw(0)
+    draw = SampleOrder(mixture, 1).draw(0)
     packs = packs_of(mixture, draw, 40)
     traces = locate(mixture, draw.ids, draw.epochs.tolist(), packs)
     for number, name in enumerate(batch.ids):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mdm.config import Config, ModelConfig
-from mdm.data.mixture import Mixture, Source, Stage
+from mdm.data.mixture import Mixture, Source, MixtureStage
 from mdm.data.provenance import Provenance, check_fit
 from mdm.first_stage.folder import PIXELS, describe
 from mdm.first_stage.tokenizer import Tokenizer, train_model
@@ -116,7 +116,7 @@ def test_any_other_autoencoder_is_refused_by_name(given: Config, tmp_path: Path,
 
 
 def test_a_data_set_of_a_later_stage_counts_too(given: Config) -> None:
-    stages = (Stage(0, (("talk", 1.0),)), Stage(900, (("a", 1.0),)))
+    stages = (MixtureStage(0, (("talk", 1.0),)), MixtureStage(900, (("a", 1.0),)))
     talk = source(given, "talk", images=False)
     without = dataclasses.replace(given, autoencoder="")
     with pytest.raises(ValueError, match="'a' was encoded with the autoencoder"):

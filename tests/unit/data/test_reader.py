@@ -13,7 +13,7 @@ from mdm.data import reader
 from mdm.data.cache import NodeCache
 from mdm.data.loader import Loader
 from mdm.data.mixture import Mixture, Source
-from mdm.data.reader import RowCache, SourceReader, keys_of, open_cache, open_readers
+from mdm.data.reader import RecordBatchCache, SourceReader, keys_of, open_cache, open_readers
 from mdm.data.text import fit, fit_all
 from mdm.first_stage.tokenizer import PAD
 from mdm.storage import S3Store, StoreError, StoreOptions
@@ -25,8 +25,8 @@ from tests.unit.data.test_loader import LENGTHS, same, take
 def remote(s3: str, monkeypatch: pytest.MonkeyPatch) -> Mixture:
     """50 + 21 rows on S3, in batches of 8; an extent is three of them."""
     manifest = encoded(s3, [50, 21])
-    monkeypatch.setattr(reader, "EXTENT", 3 * manifest.shards[0].batches[0].length)
-    return Mixture((Source("images", manifest, 1.0),), global_batch=24, window=2)
+    monkeypatch.setattr(reader, "REQUEST_BYTES", 3 * manifest.shards[0].batches[0].length)
+    return Mixture((Source("images", manifest, 1.0),), global_batch=24, shuffle_window=2)
 
 
 class Counted(S3Store):
@@ -48,7 +48,7 @@ def counted(mixture: Mixture, cache: NodeCache | None) -> tuple[SourceReader, Co
 
 
 def rows_of(made: SourceReader, batches: list[int]) -> list[str]:
-    return [i for _, run in made.runs(0, batches) for rows in made.read(0, run) for i in rows.ids]
+    return [i for run in made.runs(0, batches) for rows in made.read(0, run) for i in rows.ids]
 
 
 def test_what_was_read_once_comes_from_the_disk(remote: Mixture, tmp_path: Path) -> None:
@@ -101,16 +101,16 @@ def test_threads_and_processes_fetch_a_thing_once(remote: Mixture, tmp_path: Pat
     assert all(f == found[0] for f in found)
     context = multiprocessing.get_context("spawn")
     with context.Pool(2) as ranks:
-        args = [(location, str(tmp_path / "ranks"), reader.EXTENT)] * 2
+        args = [(location, str(tmp_path / "ranks"), reader.REQUEST_BYTES)] * 2
         fetched = ranks.starmap(_read_all, args)
     assert sum(fetched) == 4  # extents of the two shards: 7 and 3 batches
 
 
 def _read_all(location: str, folder: str, extent: int) -> int:
     """What a rank does: reads everything through the node's cache; its requests."""
-    reader.EXTENT = extent
+    reader.REQUEST_BYTES = extent
     manifest = reader.Manifest.load(location)
-    mixture = Mixture((Source("images", manifest, 1.0),), global_batch=24, window=2)
+    mixture = Mixture((Source("images", manifest, 1.0),), global_batch=24, shuffle_window=2)
     made, store = counted(mixture, NodeCache(folder, 10**6))
     with ThreadPoolExecutor(4) as pool:
         every = [(s, [b]) for s, b, _ in manifest.batches()]
@@ -177,11 +177,11 @@ def first_shard(*batches: int) -> list[int]:
 def test_what_fits_in_memory_is_read_by_extents(remote: Mixture) -> None:
     made = open_readers(remote, None, 10**6)[0]
     made.store = store = Counted(remote.sources[0].manifest.location)
-    cache = RowCache([made], 10**6, 1, 4)
-    wanted = cache.ask(first_shard(1, 4))
+    cache = RecordBatchCache([made], 10**6, 1, 4)
+    wanted = cache.request(first_shard(1, 4))
     assert [len(cache.wait(p)) for p in wanted.values()] == [8, 8]
     assert len(store.ranges) == 2
-    again = cache.ask(first_shard(*range(6)))
+    again = cache.request(first_shard(*range(6)))
     expected, _ = counted(remote, None)
     assert [i for p in again.values() for i in cache.wait(p).ids] == rows_of(
         expected, list(range(6))
@@ -197,11 +197,11 @@ def test_a_damaged_record_batch_costs_its_neighbours_nothing(tmp_path: Path) -> 
     data = bytearray(path.read_bytes())
     data[info.batches[1].offset + info.batches[1].length // 2] ^= 0x10
     path.write_bytes(data)
-    mixture = Mixture((Source("images", manifest, 1.0),), global_batch=24, window=2)
-    cache = RowCache(open_readers(mixture, None, 10**6), 10**6, 1, 2)
-    one, two, three = cache.ask(first_shard(0, 1, 2)).values()
+    mixture = Mixture((Source("images", manifest, 1.0),), global_batch=24, shuffle_window=2)
+    cache = RecordBatchCache(open_readers(mixture, None, 10**6), 10**6, 1, 2)
+    one, two, three = cache.request(first_shard(0, 1, 2)).values()
     assert [len(cache.wait(pending)) for pending in (one, three)] == [8, 8]
     with pytest.raises(StoreError, match="record batch 1 of"):
         cache.wait(two)
-    assert [len(cache.wait(p)) for p in cache.ask(first_shard(2)).values()] == [8]
+    assert [len(cache.wait(p)) for p in cache.request(first_shard(2)).values()] == [8]
     cache.close()

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdm.data.schema import (
-    Rows,
+    RecordBatch,
     checksum,
-    example_schema,
+    sample_schema,
     from_bfloat16_bits,
     to_bfloat16_bits,
     write_shard,
@@ -33,7 +33,7 @@ def test_latents_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize("images", [True, False])
 def test_a_shard_gives_back_every_bit_from_ranges_alone(images: bool) -> None:
     rows = samples(21, images=images)
-    schema = example_schema((2, 2) if images else None, 16)
+    schema = sample_schema((2, 2) if images else None, 16)
     data, info = write_shard(rows, schema, 8)
     assert [b.rows for b in info.batches] == [8, 8, 5]
     assert (info.rows, info.bytes) == (21, len(data))
@@ -41,7 +41,7 @@ def test_a_shard_gives_back_every_bit_from_ranges_alone(images: bool) -> None:
     for batch in info.batches:
         part = data[batch.offset : batch.offset + batch.length]
         assert checksum(part) == batch.xxh3
-        read = Rows(part, schema)
+        read = RecordBatch(part, schema)
         span = slice(first, first + batch.rows)
         assert read.ids == rows.ids[span]
         assert read.origins == rows.origins[span]
@@ -55,7 +55,7 @@ def test_a_shard_gives_back_every_bit_from_ranges_alone(images: bool) -> None:
 
 
 def test_a_shard_is_a_plain_arrow_file_with_units() -> None:
-    schema = example_schema((2, 2), 16)
+    schema = sample_schema((2, 2), 16)
     data, _ = write_shard(samples(21), schema, 8)
     table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
     assert table.num_rows == 21
@@ -65,5 +65,5 @@ def test_a_shard_is_a_plain_arrow_file_with_units() -> None:
 
 
 def test_the_same_rows_are_the_same_bytes() -> None:
-    schema = example_schema((2, 2), 16)
+    schema = sample_schema((2, 2), 16)
     assert write_shard(samples(21), schema, 8) == write_shard(samples(21), schema, 8)
