@@ -39,8 +39,7 @@ from mdm.planning.memory_advice import explain_out_of_memory
 from mdm.planning.preflight import preflight, table
 from mdm.presets import PRESETS
 from mdm.storage import StoreError
-from mdm.train import heartbeat
-from mdm.train import replay_box as blackbox
+from mdm.train import heartbeat, replay_box
 from mdm.train.engine import device_of_rank, start_ranks, stop_ranks
 from mdm.train.loop import train
 from mdm.train.profiling import parse_steps, record_memory
@@ -94,9 +93,9 @@ def check_first(config: Config, world: World) -> int:
 
 def replay(config: Config, step: int) -> int:
     """Print what a skipped step does with each of its samples alone."""
-    folder, report = blackbox.find_box(Path(config.run_dir), step)
-    whole, played = blackbox.replay(folder, Loss)
-    print(blackbox.describe(report, whole, played))
+    folder, report = replay_box.find_box(Path(config.run_dir), step)
+    whole, played = replay_box.replay(folder, Loss)
+    print(replay_box.describe(report, whole, played))
     return exit_codes.DONE
 
 

@@ -19,7 +19,6 @@ from mdm.config import Config, doc, fields_of
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
 from mdm.planning.cost import Cluster
-from mdm.planning.gpu_check import peak_flops
 from mdm.planning.memory_plan import GIB, plan
 from mdm.planning.rehearsal import rehearse
 from mdm.planning.rehearsal_report import (
@@ -33,6 +32,7 @@ from mdm.planning.rehearsal_report import (
 from mdm.presets import PRESETS
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.files import write_json
+from mdm.utils.gpu import peak_flops
 
 UNITS = {"": 1, "GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 2**20}
 
@@ -86,7 +86,7 @@ def main() -> int:
     config = Config(**fields_of(flags))  # type: ignore[arg-type]
     torch.set_num_threads(flags.threads)
     memory = parse_size(flags.gpu_memory)
-    peak = peak_flops(flags.gpu, 0.0)
+    peak = peak_flops(flags.gpu)
     if peak is None:
         fail(f"rehearse: --gpu {flags.gpu} is not known")
     memory_plan = plan(config, flags.world_size)

@@ -8,7 +8,7 @@ undisturbed one does:
     a step in trouble    is skipped: weights, averages and buffers stay as they were
     more than `skips` of them within `window` steps
                          the run goes back to a checkpoint from before the first of them, and the
-                         samples of the skipped steps and of the `suspects` before are quarantined
+                         samples of the skipped steps and of the `suspects` before are blocked
     more than `rollbacks` of these without `window` good steps between
                          the run ends: it is not the data
 """

@@ -288,7 +288,7 @@ def save(run: Run) -> None:
     """Have everything that the next attempt needs committed; all ranks must call."""
     run.clock.tick("other")
     run.state.seconds = dict(run.clock.seconds)
-    run.state.tracking_id = run.tracker.run_id or run.state.tracking_id  # kept if not tracked now
+    run.state.tracking_id = run.tracker.identity or run.state.tracking_id  # kept if not tracked now
     run.state.order_digest = run.loader.order_digest
     run.state.window = run.window.state()
     run.state.guard = run.guard.state()

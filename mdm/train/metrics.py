@@ -185,7 +185,11 @@ class Reporter:
         self._drop_lines(state.step)
         rows = [
             *files.read_lines(old_attempts, _ATTEMPT),
-            *(row for row in files.read_lines(self.events, _EVENT, repair=True) if row["event"] == "started"),
+            *(
+                row
+                for row in files.read_lines(self.events, _EVENT, repair=True)
+                if row["event"] == "started"
+            ),
         ]
         former = [row for row in rows if not files.mismatch(row, _ATTEMPT)]
         for row in former:

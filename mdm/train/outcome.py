@@ -174,7 +174,7 @@ def _tracker(config: Config, state: TrainState) -> MlflowTracker:
         config.experiment,
         run_dir.name,
         params=flatten(to_dict(config)) | {"world_size": state.world_size},
-        run_id=state.tracking_id or "",
+        identity=state.tracking_id or "",
         config=fingerprint(config),
     )
 

@@ -1,4 +1,4 @@
-"""What follows from the guard's verdicts: skipped steps and their black boxes, rollbacks."""
+"""What follows from the guard's verdicts: skipped steps with their replay boxes, and rollbacks."""
 
 import math
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 from mdm.checkpoint.checkpoints import Record
 from mdm.checkpoint.state import Diverged
 from mdm.data.batch import Batch
-from mdm.train import replay_box as blackbox
+from mdm.train import replay_box
 from mdm.train.metrics import Clock, Window
 from mdm.train.run import Run
 from mdm.utils.ranks import from_main, gather_to_all
 
 
 def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
-    """Step `run.state.step` was not applied: say why, keep it, quarantine what is to blame.
+    """Step `run.state.step` was not applied: log why, keep it, block the samples to blame.
 
     All ranks must call, after weights and buffers are as they were before the step.
     """
@@ -37,11 +37,11 @@ def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
             "broken": broken,
         }
         try:
-            whole = blackbox.join([part for *_, part in shares])
-            folder = blackbox.write(run.dir, run.config, step, report, whole, weights)
-            said += f"; black box: {folder}"
+            whole = replay_box.join([part for *_, part in shares])
+            folder = replay_box.write(run.dir, run.config, step, report, whole, weights)
+            said += f"; replay box: {folder}"
         except OSError as error:  # a full disk costs the box, not the run
-            said += f"; no black box: {error.strerror}"
+            said += f"; no replay box: {error.strerror}"
         run.reporter.say(said)
         run.reporter.note("skipped", run.state, reason=said)
     if broken:  # they are nobody's doubt: whatever the weights, nothing finite comes of them
@@ -66,7 +66,7 @@ def _blame(step: int, reason: str, shares: list[tuple[dict[str, float], Any, Bat
 
 
 def roll_back(run: Run) -> None:
-    """Return to a checkpoint from before the trouble, and quarantine its samples.
+    """Return to a checkpoint from before the trouble, and add its samples to the blocklist.
 
     All ranks must call. Raises Diverged when that has not helped, or there is nothing to return to.
     """
@@ -84,7 +84,7 @@ def roll_back(run: Run) -> None:
     run.heartbeat.enter("load")
     run.saver.wait()
     before = from_main(_before(run, guard.rollback_limit) if run.world.is_main else None)
-    quarantined = run.loader.blocklist | ids
+    blocklist = run.loader.blocklist | ids
     found, _ = run.saver.restore(before)
     if found is None:
         raise Diverged(
@@ -92,10 +92,10 @@ def roll_back(run: Run) -> None:
             "often (--train.checkpoint_every)"
         )
     run.loader.load_state_dict(found.manifest["loader"])
-    run.loader.block(quarantined)
+    run.loader.block(blocklist)
     saved = found.state.on_ranks(run.world.size)
     config, deepspeed = run.state.config, run.state.deepspeed
-    tracking_id = run.tracker.run_id or run.state.tracking_id
+    tracking_id = run.tracker.identity or run.state.tracking_id
     guard.roll_back(saved.guard, decided, saved.step)
     run.state = saved
     run.state.config, run.state.deepspeed = config, deepspeed
@@ -103,9 +103,9 @@ def roll_back(run: Run) -> None:
     run.clock = Clock(saved.seconds, run.heartbeat.enter)
     run.window = Window(run.world, saved.window)
     run.reporter.rewind(saved)
-    said = f"{where}: back to step {saved.step}, {len(ids)} samples quarantined"
+    said = f"{where}: back to step {saved.step}, {len(ids)} samples added to the blocklist"
     run.reporter.say(said)
-    run.reporter.note("rolled back", saved, reason=said, quarantined=sorted(ids))
+    run.reporter.note("rolled back", saved, reason=said, blocklisted=sorted(ids))
 
 
 def _before(run: Run, limit: int) -> list[Record]:

@@ -28,16 +28,26 @@ from mdm.utils import files
 from mdm.utils.precision import autocast, resolve
 
 WEIGHTS = "model.safetensors"
-_TENSORS = (*("keys", "epochs", "class_ids", "tokens", "prompt", "latents", "image_at", "text_of"),)
+_TENSORS = (
+    "keys",
+    "epochs",
+    "class_ids",
+    "tokens",
+    "prompt",
+    "latents",
+    "image_at",
+    "text_of",
+)
+_OLD_FOLDER, _OLD_NAMES = "blackbox", {"picture_at": "image_at"}  # of former versions
 
 
-def boxes_of(run_dir: str | Path) -> Path:
-    """The folder of a run's black boxes."""
-    return Path(run_dir) / "blackbox"
+def boxes_of(run_dir: Path) -> Path:
+    """The folder of a run's replay boxes."""
+    return run_dir / "replay_boxes"
 
 
-def box_of(run_dir: str | Path, step: int) -> Path:
-    """The black box of step `step`."""
+def box_of(run_dir: Path, step: int) -> Path:
+    """The replay box of step `step`."""
     return boxes_of(run_dir) / f"step-{step:08d}"
 
 
@@ -110,12 +120,14 @@ class Played:
 
 def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
     """The box of a step and its report; RunError names the steps that can be replayed."""
-    folder = box_of(run_dir, step)
-    if not (folder / WEIGHTS).is_file():
-        have = [p.parent.name.removeprefix("step-") for p in boxes_of(run_dir).glob("*/" + WEIGHTS)]
-        known = ", ".join(str(int(h)) for h in sorted(have)) or "none"
+    places = (boxes_of(run_dir), run_dir / _OLD_FOLDER)
+    paths = {p.parent.name: p.parent for place in places for p in place.glob(f"step-*/{WEIGHTS}")}
+    folder = paths.get(box_of(run_dir, step).name)
+    if folder is None:
+        known = ", ".join(str(int(name.removeprefix("step-"))) for name in sorted(paths))
         raise RunError(
-            f"step {step} has no black box with weights in {boxes_of(run_dir)}; there are: {known}"
+            f"step {step} has no replay box with weights in {boxes_of(run_dir)}; there are: "
+            f"{known or 'none'}"
         )
     try:
         return folder, files.load_json(folder / "report.json")
@@ -130,6 +142,7 @@ def replay(folder: Path, make_loss: Callable[[Config], nn.Module]) -> tuple[floa
     """
     config = from_dict(Config, files.load_json(folder / "config.json"))
     saved = torch.load(folder / "batch.pt", weights_only=True)
+    saved = {_OLD_NAMES.get(name, name): value for name, value in saved.items()}
     batch = Batch(**(saved | {"ids": tuple(saved["ids"])}))
     step = int(folder.name.removeprefix("step-"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,29 +14,8 @@ import torch
 from mdm.config import Config, ModelConfig
 from mdm.data.batch import Batch
 from mdm.model.count import trunk_macs
+from mdm.utils.gpu import peak_flops
 from mdm.utils.ranks import World, exchange
-
-# Dense bf16 peak of one device in 1e12 FLOP/s, by a part of its name; from the makers' data sheets.
-PEAKS = {
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "V100": 125.0,
-    "RTX 4090": 165.0,
-}
-
-
-def peak_tflops(config: Config) -> float:
-    """A rank's peak: as configured, or by the GPU's name; 0 where it is not known."""
-    if config.train.peak_tflops or not torch.cuda.is_available():
-        return config.train.peak_tflops
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAKS.items() if part in name), 0.0)
 
 
 def sequence_length(model: ModelConfig, text: int, image: int) -> int:
@@ -56,7 +35,8 @@ class Throughput:
 
     def __init__(self, config: Config, world: World) -> None:
         self._model, self._size = config.model, world.size
-        self._peak = peak_tflops(config)
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        self._peak = peak_flops(name, config.train.peak_tflops)  # of one rank
         self._clear()
 
     def _clear(self) -> None:
@@ -73,16 +53,16 @@ class Throughput:
 
     def rates(self, seconds: float) -> dict[str, float]:
         """Rates over the last `seconds`; then none. `mfu` only where the peak is known."""
-        tflops = self._flops / seconds / self._size / 1e12
-        found = {
+        flops = self._flops / seconds / self._size
+        rates = {
             "tokens_per_second": self._tokens / seconds,
             "images_per_second": self._images / seconds,
-            "tflops_per_rank": tflops,
+            "tflops_per_rank": flops / 1e12,
         }
         if self._peak:
-            found["mfu"] = tflops / self._peak
+            rates["mfu"] = flops / self._peak
         self._clear()
-        return found
+        return rates
 
 
 class Ranks:

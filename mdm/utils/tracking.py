@@ -55,7 +55,7 @@ _EVENT_LINE: files.Shape = {"event": str}
 class NullTracker:
     """Tracks nothing: on ranks other than 0, and in jobs that are not tracked."""
 
-    run_id = ""
+    run_id = identity = ""
 
     def finish(self, status: str = "FINISHED") -> None:
         """Do nothing."""
@@ -70,7 +70,7 @@ class MlflowTracker:
         name: name of the run.
         params: the resolved configuration, flat. A run keeps the first values that it gets.
         uri: the store; by default MLFLOW_TRACKING_URI, or the SQLite store under `runs/`.
-        run_id: the run to continue if `tracking.json` has none.
+        identity: `identity` of the tracker of a former attempt, if `tracking.json` is lost.
         parent: id of the run above this one, or empty.
         config: fingerprint of the configuration, for `tracking.json`.
     """
@@ -83,7 +83,7 @@ class MlflowTracker:
         *,
         params: Mapping[str, Any],
         uri: str = "",
-        run_id: str = "",
+        identity: str = "",
         parent: str = "",
         config: str = "",
     ) -> None:
@@ -93,12 +93,12 @@ class MlflowTracker:
         self._params = {k: _encodable(v)[:_PARAM_LENGTH] for k, v in params.items()}
         self._progress = Progress.read(folder)
         self._progress.config = config
-        self._progress.key = self._progress.key or secrets.token_hex(16)
+        self._progress.key = self._progress.key or identity or secrets.token_hex(16)
         self._run = MlflowRun(
             self._uri,
             experiment,
             name,
-            run_id=self._progress.run_id or run_id,
+            run_id=self._progress.run_id or identity,
             parent=parent,
             key=self._progress.key,
             warn=lambda line: self._warn(line, repeat=True),
@@ -117,6 +117,11 @@ class MlflowTracker:
     def run_id(self) -> str:
         """The MLflow run's id; empty until the store has answered once."""
         return self._run.run_id or self._progress.run_id
+
+    @property
+    def identity(self) -> str:
+        """The run's id, or its key while the id is unknown: both find the run again."""
+        return self.run_id or self._progress.key
 
     @property
     def waiting(self) -> int:

@@ -44,7 +44,7 @@ def test_a_run_with_damaged_files_goes_on_and_says_so(runs, kind):
         lines = [line for line in said if line.startswith((f"{path} ", f"{path}:"))]
         assert len(lines) in ((1, 2) if kind == "a folder" else (1,)), (name, said)
     events = [row["event"] for row in rows(runs / kind / "events.jsonl")]
-    assert events[-2:] == ["started", "ended"]
+    assert events[-3:] == ["started", "saved", "ended"]
     assert json.loads((runs / kind / "done.json").read_text())["step"] == STEPS
     before = rows(runs / "base" / "metrics.jsonl")
     after = rows(runs / kind / "metrics.jsonl") if (runs / kind / "metrics.jsonl").exists() else []

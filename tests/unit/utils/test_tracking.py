@@ -211,15 +211,20 @@ def test_a_run_whose_id_was_lost_with_a_kill_is_found_again(uri, client, tmp_pat
 def test_a_damaged_tracking_file_creates_no_second_run(uri, client, tmp_path, caplog, data):
     name = f"damaged {data!r}"
     first = track(tmp_path, uri, name)
+    identities = [first.identity]  # the key, as long as the store has not answered
     log_metrics(tmp_path, 1)
     first.finish("KILLED", timeout=60)
-    (tmp_path / "tracking.json").write_bytes(data)
+    identities.append(first.identity)
+    assert identities == [Progress.read(tmp_path).key, first.run_id]
+    for identity in identities:  # a checkpoint has one of them
+        (tmp_path / "tracking.json").write_bytes(data)
+        track(tmp_path, uri, name, identity=identity).finish("KILLED", timeout=60)
     log_metrics(tmp_path, 2)
-    track(tmp_path, uri, name, run_id=first.run_id).finish(timeout=60)  # of the checkpoint
+    track(tmp_path, uri, name).finish(timeout=60)
     (run,) = runs_of(client, name)
     assert run.info.status == "FINISHED"
     assert steps_of(client, run.info.run_id) == [1, 2]
-    assert run.data.tags["mdm.key"] == Progress.read(tmp_path).key != ""
+    assert run.data.tags["mdm.key"] == Progress.read(tmp_path).key
     assert f"{tmp_path}/tracking.json is damaged" in caplog.text
 
 
