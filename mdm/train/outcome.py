@@ -1,4 +1,4 @@
-"""What a run leaves behind: exports, images that they draw, the done marker, its MLflow run."""
+"""What a run leaves behind: exports, images drawn with them, the done marker, its MLflow run."""
 
 import contextlib
 from pathlib import Path
@@ -29,15 +29,18 @@ from mdm.utils.tracking import MlflowTracker, NullTracker
 DONE = "done.json"
 EXPORT, SNAPSHOTS, SAMPLES = "export", "snapshots", "samples"  # folders
 _DONE: files.Shape = {
-    **{"step": int, "samples_seen": int},
-    **{"wall_seconds": float, "goodput": float, "samples_per_second": float},
+    "step": int,
+    "samples_seen": int,
+    "wall_seconds": float,
+    "goodput": float,
+    "samples_per_second": float,
 }
 
 
 def export(folder: Path, run: Run, needed: bool = True) -> None:
     """Write the averaged weights for generation; all ranks must call.
 
-    One that is not `needed` and cannot be written is a warning.
+    If an export is not `needed`, a failure to write it is only a warning.
     """
     weights = {kind: run.engine.gather(shadow) for kind, shadow in run.ema.shadows.items()}
     if run.world.is_main:
@@ -54,31 +57,30 @@ def export(folder: Path, run: Run, needed: bool = True) -> None:
 
 
 def show(folder: Path, run: Run) -> None:
-    """Have images drawn with the export `folder`, and tracked; all ranks must call.
+    """Draw images with the export `folder` and track them; all ranks must call.
 
-    Rank 0 draws on its CPU while the others wait. No random numbers of the training are used up,
-    and what cannot be drawn is a warning.
+    Rank 0 draws on its CPU while the others wait. The random state of the training stays as it
+    is, and a failure is only a warning.
     """
     if run.draw is None:
         return
     if run.world.is_main:
         name = f"step-{run.state.step:08d}"
-        path = run.dir / SAMPLES / f"{name}.png"
+        png = f"{SAMPLES}/{name}.png"
         try:
             with torch.random.fork_rng(devices=[]):
-                drawn = run.draw(folder, path)
+                content = run.draw(folder, run.dir / png)
         except (OSError, ValueError, RuntimeError) as error:
             run.reporter.say(f"warning: no images of {folder}: {error}")
         else:
             link = {"weights": str(folder.absolute()), "step": run.state.step}
-            png = f"{SAMPLES}/{name}.png"
-            artifacts = {png: png, f"{SAMPLES}/{name}.json": link | drawn}
+            artifacts = {png: png, f"{SAMPLES}/{name}.json": link | content}
             run.reporter.note("drew", run.state, artifacts=artifacts)
     torch.distributed.barrier()
 
 
 def mark_done(run: Run) -> None:
-    """Write the totals that say that all is done; all ranks must call."""
+    """Write `done.json`, which marks the run as finished; all ranks must call."""
     run.clock.tick("other")
     run.state.seconds = dict(run.clock.seconds)
     totals = run.reporter.totals(run.state, run.loader.wait_seconds)
@@ -94,29 +96,30 @@ def done_before(
 ) -> bool:
     """Whether the run ended with `newest`, its last checkpoint; all ranks must call.
 
-    If so, what it leaves behind is completed: an export that is gone is made anew from the
-    checkpoint, and MLflow gets what waits for it.
+    If so, what it leaves behind is completed: a missing export is made from the checkpoint, and
+    MLflow receives what waits for it.
 
     Raises:
         RunError: the export cannot be written.
     """
-    finished, failure = False, ""
+    is_finished, failure = False, ""
     if world.is_main:
         try:
-            finished = _export_again(config, checkpoints, newest)
+            is_finished = _complete_export(config, checkpoints, newest)
         except (OSError, StoreError) as error:
-            failure = f"the export cannot be made anew: {error}"
-    finished, failure = from_main((finished, failure))
-    if world.is_main and finished and track:
-        deliver(config, newest.state)
+            failure = f"the export cannot be made again: {error}"
+    is_finished, failure = from_main((is_finished, failure))
     if failure:
         refusal = RunError(failure)
         refusal.code = GAVE_UP
         raise refusal
-    return bool(finished)
+    if world.is_main and is_finished and track:
+        deliver(config, newest.state)
+    return bool(is_finished)
 
 
-def _export_again(config: Config, checkpoints: Checkpoints, newest: Record) -> bool:
+def _complete_export(config: Config, checkpoints: Checkpoints, newest: Record) -> bool:
+    """Export again what is missing of a finished run; False if the run is not finished."""
     run_dir = Path(config.run_dir)
     if files.read_json(run_dir / DONE, _DONE).get("step") != newest.step:
         return False
@@ -125,10 +128,12 @@ def _export_again(config: Config, checkpoints: Checkpoints, newest: Record) -> b
         try:
             uri = join(checkpoints.store.uri, newest.name)
             export_checkpoint(uri, folder, newest.averages, config=config)
-        except RunError as error:  # the checkpoint is damaged: the run goes on from one before
+        except (
+            RunError
+        ) as error:  # the checkpoint is damaged: the run continues from an earlier one
             files.warn_once(f"{folder} lacks {', '.join(missing)}, and {error}")
             return False
-        files.warn_once(f"{folder} lacked {', '.join(missing)}: made anew from {newest.name}")
+        files.warn_once(f"{folder} lacked {', '.join(missing)}: made again from {newest.name}")
     return True
 
 

@@ -66,7 +66,7 @@ def test_an_export_that_is_gone_is_made_anew_from_the_checkpoint(runs):
         wanted = old.read_bytes().replace(b"/base", b"/exported")
         assert new.read_bytes() == wanted, name
     said = (runs / "exported.log").read_text().splitlines()
-    anew = f": made anew from step-{STEPS:08d}"
+    anew = f": made again from step-{STEPS:08d}"
     assert len([line for line in said if line.endswith(anew)]) == 2
 
 
