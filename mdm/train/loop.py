@@ -105,7 +105,7 @@ def train(
         checkpoints = Checkpoints(open_store(uri_of(config)), writer.confirm)
         candidates, skipped = find(checkpoints, resume, world)
         newest = candidates[0] if candidates else None
-        config = settled(config, newest and newest.state, device_of_rank().type)
+        config = settled(config, newest.state if newest else None, device_of_rank().type)
         lines: list[str] = []
         path = ""
         if newest:

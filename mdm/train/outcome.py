@@ -13,6 +13,7 @@ from mdm.config import Config, fingerprint, to_dict
 from mdm.data.provenance import Provenance
 from mdm.storage import StoreError, join
 from mdm.train.run import Run
+from mdm.train.saver import on_main
 from mdm.utils import files
 from mdm.utils.exit_codes import GAVE_UP
 from mdm.utils.progress import (
@@ -23,7 +24,7 @@ from mdm.utils.progress import (
     adopt_old_journal,
     unsent_bytes,
 )
-from mdm.utils.ranks import World, from_main
+from mdm.utils.ranks import World
 from mdm.utils.tracking import MlflowTracker, NullTracker
 
 DONE = "done.json"
@@ -102,15 +103,9 @@ def done_before(
     Raises:
         RunError: the export cannot be written.
     """
-    is_finished, failure = False, ""
-    if world.is_main:
-        try:
-            is_finished = _complete_export(config, checkpoints, newest)
-        except (OSError, StoreError) as error:
-            failure = f"the export cannot be made again: {error}"
-    is_finished, failure = from_main((is_finished, failure))
+    is_finished, failure = on_main(lambda: _complete_export(config, checkpoints, newest), world)
     if failure:
-        refusal = RunError(failure)
+        refusal = RunError(f"the export cannot be made again: {failure}")
         refusal.code = GAVE_UP
         raise refusal
     if world.is_main and is_finished and track:

@@ -7,10 +7,10 @@ with a warning, and the next save tries again.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch.distributed
@@ -27,12 +27,19 @@ from mdm.utils.ranks import World, from_main, gather_to_all
 VOTE_TIMEOUT = timedelta(hours=1)
 
 
-class _Job(NamedTuple):
-    """What a save needs besides the snapshot, as of the end of the step."""
+T = TypeVar("T")
 
-    manifest: dict[str, Any]
-    buffers: bytes
-    began: float
+
+def on_main(task: Callable[[], T], world: World, group: Any = None) -> tuple[T | None, str]:
+    """What `task` returns on rank 0, and why it failed, on every rank; all must call."""
+    result, failure = None, ""
+    if world.is_main:
+        try:
+            result = task()
+        except (RunError, StoreError, OSError) as error:
+            failure = str(error) or type(error).__name__
+    answer: tuple[T | None, str] = from_main((result, failure), group)
+    return answer
 
 
 def find(
@@ -46,20 +53,15 @@ def find(
     Raises:
         RunError: the store cannot be read, or holds another format.
     """
-    records: list[Record] = []
-    skipped: list[tuple[str, str]] = []
-    failure = ""
-    if world.is_main:
-        try:
-            checkpoints.sweep()
-            if resume != "none":
-                records, skipped = checkpoints.newest_first()
-        except (RunError, StoreError) as error:
-            failure = str(error)
-    records, skipped, failure = from_main((records, skipped, failure))
-    if failure:
+
+    def read() -> tuple[list[Record], list[tuple[str, str]]]:
+        checkpoints.sweep()
+        return checkpoints.newest_first() if resume != "none" else ([], [])
+
+    records, failure = on_main(read, world)
+    if records is None:
         raise RunError(failure)
-    return records, skipped
+    return records
 
 
 class Saver:
@@ -105,9 +107,10 @@ class Saver:
             "averages": list(self._ema.shadows),
         }
         buffers = safetensors.torch.save(self._engine.shards.buffers())
-        job = _Job(manifest, buffers, began)
         # A daemon thread does not keep a failing rank alive; otherwise `wait` waits for it.
-        self._thread = Thread(target=self._run, args=(job,), name="mdm-saver", daemon=True)
+        self._thread = Thread(
+            target=self._run, args=(manifest, buffers, began), name="mdm-saver", daemon=True
+        )
         self._thread.start()
         self.figures["save_blocked_seconds"] = time.perf_counter() - began
 
@@ -122,10 +125,10 @@ class Saver:
         messages, self._messages = self._messages, []
         return messages
 
-    def _run(self, job: _Job) -> None:
-        step = job.manifest["state"]["step"]
+    def _run(self, manifest: dict[str, Any], buffers: bytes, began: float) -> None:
+        step = manifest["state"]["step"]
         try:
-            failure = self._write(job, step)
+            failure = self._write(manifest, buffers, step)
         except RuntimeError as error:  # of the process group: another rank is gone
             failure = str(error)
         if failure:
@@ -134,50 +137,37 @@ class Saver:
             )
             return
         self.saved_step = step
-        self.figures["save_durable_seconds"] = time.perf_counter() - job.began
+        self.figures["save_durable_seconds"] = time.perf_counter() - began
 
-    def _write(self, job: _Job, step: int) -> str:
+    def _write(self, manifest: dict[str, Any], buffers: bytes, step: int) -> str:
         """Write, vote, commit, prune; returns what went wrong, the same on every rank."""
-        name, failure = from_main(self._claim(step), self._group)
-        if failure:
-            return str(failure)
+        name, failure = on_main(lambda: self.checkpoints.claim(step), self.world, self._group)
+        if name is None:
+            return failure
         files: dict[str, dict[str, Any]] = {}
         try:
             files = self._snapshot.write(self.checkpoints.store, name, self.world.rank)
             key = buffers_key(name, self.world.rank)
-            files |= write_objects(self.checkpoints.store, {key: job.buffers})
+            files |= write_objects(self.checkpoints.store, {key: buffers})
         except (StoreError, OSError, MemoryError) as error:
             failure = f"rank {self.world.rank}: {error}"
         votes = gather_to_all((failure, files), self._group)
         failures = [vote for vote, _ in votes if vote]
-        if self.world.is_main:
-            try:
-                if failures:
-                    self.checkpoints.remove(name)
-                else:
-                    everything = {k: v for _, part in votes for k, v in sorted(part.items())}
-                    self.checkpoints.commit(name, job.manifest | {"files": everything})
-            except (StoreError, OSError, RunError) as error:
-                failures.append(str(error))
-        failures = from_main(failures, self._group)
-        if not failures:
-            self._prune()
-        return "; ".join(failures)
 
-    def _claim(self, step: int) -> tuple[str, str]:
-        if not self.world.is_main:
-            return "", ""
-        try:
-            return self.checkpoints.claim(step), ""
-        except (StoreError, OSError, RunError) as error:
-            return "", str(error)
+        def commit() -> None:
+            if failures:
+                self.checkpoints.remove(name)
+            else:
+                shares = {k: v for _, part in votes for k, v in sorted(part.items())}
+                self.checkpoints.commit(name, manifest | {"files": shares})
 
-    def _prune(self) -> None:
-        if self.world.is_main:
-            try:
-                self.checkpoints.prune(self._keep)
-            except (StoreError, OSError, RunError) as error:
-                self._messages.append(f"warning: old checkpoints are not removed: {error}")
+        _, failure = on_main(commit, self.world, self._group)
+        if failures or failure:
+            return "; ".join([*failures, failure] if failure else failures)
+        _, failure = on_main(lambda: self.checkpoints.prune(self._keep), self.world, self._group)
+        if failure:
+            self._messages.append(f"warning: old checkpoints are not removed: {failure}")
+        return ""
 
     def restore(self, candidates: Sequence[Record]) -> tuple[Record | None, list[tuple[str, str]]]:
         """Load the first of `candidates` whose bytes are those that were committed.

@@ -165,20 +165,15 @@ class MlflowRun:
 
     def _experiment_id(self) -> str:
         """The experiment, restored or created; under another name if the store refuses this one."""
-        wanted, refusal = self._experiment, ""
-        others = [f"{(wanted.strip() or 'mdm')[:400]}-{n}" for n in range(2, 10)]
-        for name in (wanted, *others):
-            try:
-                experiment_id = self._experiment_named(name)
-            except Exception as error:
-                if _code(error) not in _FORBIDDEN or name == others[-1]:
-                    raise
-                refusal = refusal or first_line(error)
-                continue
-            if name != wanted:
-                self._warn(f"experiment {wanted!r} cannot be used ({refusal}): using {name!r}")
-            break
-        return experiment_id
+        try:
+            return self._experiment_named(self._experiment)
+        except Exception as error:
+            if _code(error) not in _FORBIDDEN:
+                raise
+            name = f"{(self._experiment.strip() or 'mdm')[:400]}-2"
+            reason = first_line(error)
+            self._warn(f"experiment {self._experiment!r} cannot be used ({reason}): using {name!r}")
+            return self._experiment_named(name)
 
     def _experiment_named(self, name: str) -> str:
         experiment = self._client.get_experiment_by_name(name)

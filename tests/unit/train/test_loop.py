@@ -132,3 +132,41 @@ def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
     assert rows[-1]["samples_seen"] == 48
     assert rows[-1]["share/forward"] == pytest.approx(1.0)
     assert rows[-1]["share_outside_model"] == pytest.approx(0.0)
+
+
+def attempts(reporter: Reporter) -> int:
+    """The attempts in the totals of a run."""
+    import torch.distributed as dist
+
+    store = reporter.run_dir / f"rendezvous-{id(reporter)}"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    try:
+        seconds = dict.fromkeys(PARTS, 0.1)
+        return reporter.totals(TrainState(seconds=seconds), 0.0)["attempts"]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_each_start_is_an_event_that_counts_as_an_attempt(tmp_path):
+    for number in (1, 2, 3):
+        reporter = Reporter(tmp_path, 10, World())
+        reporter.start(TrainState(step=number), fresh=number == 1)
+        reporter.note("ended", TrainState(step=number), status="KILLED")
+        reporter.close()
+        assert attempts(reporter) == number
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    started = [event for event in events if event["event"] == "started"]
+    assert ["former_ended" in event for event in started] == [False, True, True]
+    assert started[1]["former_ended"] == pytest.approx(events[1]["time"], abs=5.0)
+
+
+def test_attempts_of_a_run_that_an_earlier_version_began_count(tmp_path):
+    lines = [{"started": 1e9, "step": 0}, {"started": 2e9, "step": 4, "former_ended": 1.5e9}]
+    old = tmp_path / "attempts.jsonl"
+    old.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = {"event": "started", "step": 1, "time": 1.0, "seconds": 3.0}
+    (tmp_path / "events.jsonl").write_text(json.dumps(row) + "\n")
+    reporter = Reporter(tmp_path, 10, World())
+    reporter.start(TrainState(step=4), fresh=False)
+    reporter.close()
+    assert attempts(reporter) == 3
