@@ -45,7 +45,7 @@ _NAMES = (*_TERMS, *(f"{c}/{name}" for c in CONDITIONINGS for name in CONDITIONE
 
 
 class Clock:
-    """Seconds by part of the step; whatever is not inside `part` counts as `other`."""
+    """Seconds by part of the step; time outside of `part` counts as `other`."""
 
     def __init__(
         self, start: Mapping[str, float], entering: Callable[[str], None] = lambda part: None
@@ -120,12 +120,12 @@ class Window:
         A task's terms are means over steps and ranks, a conditioning's over the samples that had
         it. A term that was 0 throughout is one that the task does not have, and is left out.
         """
-        found = self.state()
-        if not found:
+        sums_of = self.state()
+        if not sums_of:
             return {}
-        total = sum(values["total"] for values in found.values())
+        total = sum(values["total"] for values in sums_of.values())
         means = {"loss": total / self._size / sum(self._steps.values())}
-        for task, values in found.items():
+        for task, values in sums_of.items():
             means |= {
                 f"{task}/{name}": values[name] / self._size / values["steps"]
                 for name in _TERMS
@@ -133,7 +133,7 @@ class Window:
             }
         for conditioning in CONDITIONINGS:
             samples, *sums = (
-                sum(values[f"{conditioning}/{name}"] for values in found.values())
+                sum(values[f"{conditioning}/{name}"] for values in sums_of.values())
                 for name in CONDITIONED_TERMS
             )
             means |= {

@@ -3,7 +3,7 @@ import torch
 from mdm.train.ema import EMA
 
 
-def test_warm_up_then_decay():
+def test_the_decay_warms_up():
     """The average equals the recurrence with decay min(d, (1 + n) / (10 + n))."""
     weights = [torch.zeros(3, dtype=torch.float32)]
     ema = EMA(weights, 0.5)
@@ -17,7 +17,7 @@ def test_warm_up_then_decay():
     assert ema.updates == 30
 
 
-def test_shadow_is_a_copy():
+def test_the_average_is_a_copy():
     weights = [torch.ones(2)]
     ema = EMA(weights, 0.9)
     weights[0].zero_()

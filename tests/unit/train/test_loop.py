@@ -14,7 +14,7 @@ from mdm.utils.ranks import World
 from tests.helpers import small_config
 
 
-def test_rate_warms_up_and_falls_to_a_tenth(tmp_path):
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth(tmp_path):
     config = small_config(tmp_path, steps=103, warmup=3, decay="cosine", lr=1.0)
     rates = [learning_rate(s, config) for s in range(104)]
     assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
@@ -24,7 +24,7 @@ def test_rate_warms_up_and_falls_to_a_tenth(tmp_path):
     assert learning_rate(90, dataclasses.replace(config, train=constant)) == 1.0
 
 
-def test_snapshots_are_even_and_end_with_the_last_step():
+def test_snapshots_are_evenly_spaced_and_include_the_last_step():
     assert snapshot_steps(4000, 5) == {800, 1600, 2400, 3200, 4000}
     assert snapshot_steps(10, 3) == {3, 7, 10}
     assert snapshot_steps(2, 5) == {1, 2}
@@ -45,7 +45,7 @@ def loss_terms(total: float, rec_img: float, **sums: tuple[float, ...]) -> LossT
     )
 
 
-def test_window_means_by_task(tmp_path):
+def test_means_are_by_task_and_conditioning(tmp_path):
     import torch.distributed as dist
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/r", rank=0, world_size=1)
@@ -68,7 +68,7 @@ def test_window_means_by_task(tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_window_goes_on_from_its_state_as_if_never_left(tmp_path):
+def test_a_restored_window_gives_the_same_means(tmp_path):
     import torch.distributed as dist
 
     draw = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def test_a_window_goes_on_from_its_state_as_if_never_left(tmp_path):
         dist.destroy_process_group()
 
 
-def test_clock_covers_all_time():
+def test_the_clock_covers_all_time():
     clock = Clock({"data": 1.0})
     with clock.part("forward"):
         torch.ones(200, 200) @ torch.ones(200, 200)
@@ -114,7 +114,7 @@ def test_the_wait_for_data_is_a_metric(tmp_path):
     assert row["share/data"] == pytest.approx(0.25, rel=1e-3)
 
 
-def test_metrics_of_steps_that_are_done_again_are_dropped(tmp_path):
+def test_metrics_of_steps_that_will_be_repeated_are_dropped(tmp_path):
     """Also a line that a kill cut short."""
     lines = [json.dumps({"step": s, "loss": 1.0}) for s in (2, 4, 6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "lo')

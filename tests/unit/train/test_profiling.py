@@ -12,12 +12,12 @@ from pipelines import pretrain
 @pytest.mark.parametrize(
     ("text", "steps"), [("", []), ("4", [4]), ("10:13", [10, 11, 12]), ("0:1", [0])]
 )
-def test_steps(text, steps):
+def test_steps_are_parsed(text, steps):
     assert list(parse_steps(text)) == steps
 
 
 @pytest.mark.parametrize("text", ["a", "3:3", "5:2", "-1", "1:x"])
-def test_what_is_no_step_is_refused(text):
+def test_text_that_is_no_step_is_refused(text):
     with pytest.raises(ValueError, match=text):
         parse_steps(text)
 
@@ -28,7 +28,7 @@ def trace(folder) -> set[str]:
     return {event["name"] for event in events}
 
 
-def test_chosen_steps_alone_are_traced(tmp_path):
+def test_only_chosen_steps_are_traced(tmp_path):
     profile = Profile(range(2, 4), tmp_path, World(rank=1, size=2))
     acts = [torch.sin, torch.cos, torch.tan, torch.exp, torch.sqrt]
     for number, act in enumerate(acts):
@@ -44,14 +44,14 @@ def test_chosen_steps_alone_are_traced(tmp_path):
     assert "aten::tan" in (tmp_path / "steps-2-3-rank1.txt").read_text()
 
 
-def test_a_resumed_run_traces_what_is_left(tmp_path):
+def test_a_resumed_run_traces_the_remaining_steps(tmp_path):
     profile = Profile(range(2, 5), tmp_path, World())
     with profile.step(4):
         torch.tan(torch.ones(3))
     assert "aten::tan" in trace(tmp_path)
 
 
-def test_a_step_that_fails_still_leaves_its_trace(tmp_path):
+def test_a_failing_step_leaves_its_trace(tmp_path):
     profile = Profile(range(1), tmp_path, World())
     with pytest.raises(RuntimeError, match="shape"), profile.step(0):
         torch.tan(torch.ones(3)).view(2)
@@ -73,7 +73,7 @@ def run_out_of_memory(tmp_path, monkeypatch, capsys, *flags: str) -> str:
     return capsys.readouterr().err
 
 
-def test_memory_that_runs_out_names_the_value_to_change(tmp_path, monkeypatch, capsys):
+def test_out_of_memory_names_the_value_to_change(tmp_path, monkeypatch, capsys):
     off = ("--train.activation_checkpointing", "false")
     message = run_out_of_memory(tmp_path, monkeypatch, capsys, *off)
     assert message.startswith(
@@ -92,7 +92,7 @@ def test_memory_that_runs_out_names_the_value_to_change(tmp_path, monkeypatch, c
     assert "GPUs with more memory" in message
 
 
-def test_profile_flag_is_checked(monkeypatch, capsys):
+def test_the_profile_flag_is_checked(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["pretrain.py", "--preset", "demo", "--profile", "9:3"])
     assert pretrain.main() == 2
     assert "'9:3' holds no step" in capsys.readouterr().err

@@ -261,7 +261,7 @@ def test_damaged_lines_are_skipped_and_nothing_else(uri, client, tmp_path, tail)
     assert steps_of(client, run.info.run_id) == [1, 2, 3, 4]
 
 
-def test_lines_that_a_rewritten_file_still_lacked_in_mlflow_are_sent(uri, client, tmp_path):
+def test_a_rewritten_file_is_sent_completely(uri, client, tmp_path):
     """A rollback: the file is shorter while the job runs, and grows past its former size."""
     tracker = track(tmp_path, uri, "rewritten")
     for step in (1, 2, 3, 4):
