@@ -12,11 +12,11 @@ One job at a time writes to a run: a second one on its folder or its checkpoints
 2 and names the first.
 
 Exit codes: 0 done, 1 failed (a preflight check too), 2 a mistake that one line explains, 3 ended by
-the file STOP, 70 a hang, 75 told to stop, and saved, 130 ended at once by Ctrl-C. (Launchers have
+the file STOP, 70 a hang, 75 asked to stop, and saved, 130 ended at once by Ctrl-C. (Launchers have
 codes of their own: a supervisor reads what the ranks themselves say.)
 """
 
-from mdm.launch.job import job, told
+from mdm.launch.job import job, one_line
 
 import contextlib
 import functools
@@ -151,8 +151,8 @@ def main() -> int:
         print(f"pretrain: rank {world.rank}: {said}", file=sys.stderr)
         return exit_codes.MISTAKE
     except (StoreError, OSError) as error:  # in the middle of the run, and of this rank alone
-        heartbeat.report_end(exit_codes.GAVE_UP, told(error))
-        print(f"pretrain: rank {world.rank}: {told(error)}", file=sys.stderr)
+        heartbeat.report_end(exit_codes.GAVE_UP, one_line(error))
+        print(f"pretrain: rank {world.rank}: {one_line(error)}", file=sys.stderr)
         return exit_codes.GAVE_UP
     except (RunError, ResumeError, SystemExit) as error:  # the same on every rank
         if isinstance(error, SystemExit) and not error.code:  # --help

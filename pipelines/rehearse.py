@@ -20,13 +20,13 @@ from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
 from mdm.planning.cost import Cluster
 from mdm.planning.memory_plan import GIB, plan
-from mdm.planning.rehearsal import rehearse
-from mdm.planning.rehearsal_report import (
+from mdm.planning.rehearsal import (
     built_text,
     costs,
     costs_text,
     judge,
     plan_text,
+    rehearse,
     report,
 )
 from mdm.presets import PRESETS

@@ -16,7 +16,7 @@ To stop: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 to this process (all ranks save, th
 named STOP in the run's folder (all ranks save, then 3).
 
 Exit codes: 0 done, and the run's done.json says so; 1 the budget is used up; 2 a mistake that one
-line explains; 3 ended by the file STOP: do not requeue; 75 told to stop, and saved: requeue.
+line explains; 3 ended by the file STOP: do not requeue; 75 asked to stop, and saved: requeue.
 """
 
 from mdm.launch.job import job

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdm.checkpoint.checkpoints import Checkpoints, Record
 from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
 from mdm.data.batch import Batch, sample_key
 from mdm.loss import LossTerms
@@ -175,6 +176,18 @@ class MemoryLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.order_digest = state["step"], state["order_digest"]
         self.blocklist = frozenset(state["quarantined"])
+
+
+def newest_valid(uri: str | Path) -> tuple[Record | None, list[tuple[str, str]]]:
+    """The newest checkpoint whose every byte is intact, and why newer ones are skipped."""
+    checkpoints = Checkpoints.at(str(uri))
+    records, skipped = checkpoints.newest_first()
+    for record in records:
+        reason = checkpoints.why_invalid(record.name)
+        if not reason:
+            return record, [(name, why) for name, why in skipped if name > record.name]
+        skipped.append((record.name, reason))
+    return None, skipped
 
 
 def start_ranks_of(script: Path, ranks: int, *args: str) -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 from tqdm import tqdm
 
-from mdm.checkpoint.exported import TOKENIZER, Training, read_provenance, write_files
+from mdm.checkpoint.exported import TOKENIZER, Training, read_provenance, write_export
 from mdm.config import Config, from_dict
 from mdm.data.provenance import Provenance, check_tokenizer
 from mdm.diffusion import noise
@@ -162,12 +162,16 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         )
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """What `save_pretrained` and `push_to_hub` write: an export like that of a run."""
+        """What `save_pretrained` and `push_to_hub` write: an export like a run's."""
         weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
-        tokenizer = self.tokenizer.model()
-        write_files(
-            *(save_directory, self.config, Training(), {"ema": weights}, tokenizer),
-            provenance=self.provenance,
+        write_export(
+            save_directory,
+            self.config,
+            Training(),
+            {"ema": weights},
+            self.tokenizer.model(),
+            self.provenance,
+            replace=False,
         )
 
     def class_to_image(

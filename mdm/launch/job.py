@@ -1,8 +1,8 @@
-"""How every job begins and ends; imported before anything else, which may take seconds to import.
+"""How every job begins and ends; imported first, because other imports take seconds.
 
-Ctrl-C ends a job with exit code 130 and at most one line; a second one ends it at once. A mistake,
-and a file or folder that cannot be used, end it with one line and exit code 2. Output that the
-terminal's encoding lacks is replaced, and a pipe that nobody reads any more ends it silently.
+Ctrl-C ends a job with exit code 130 and at most one line, a second one at once. A mistake, and a
+file or folder that cannot be used, end it with one line and exit code 2. Characters that the
+terminal cannot show are replaced, and a closed pipe ends a job silently.
 """
 
 import atexit
@@ -21,8 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import ParamSpec
 
+from mdm.utils.exit_codes import INTERRUPTED, MISTAKE
+
 P = ParamSpec("P")
-MISTAKE, INTERRUPTED = 2, 130  # exit codes
 
 
 def job(
@@ -31,17 +32,17 @@ def job(
     """Decorate a job's `main`, which returns its exit code.
 
     Args:
-        name: begins each line that says why the job ended.
-        mistakes: errors that are the user's to mend, beside OSError: one line, exit code 2.
-        advice: what follows "interrupted".
+        name: begins the line that says why the job ended.
+        mistakes: errors that the user can fix, besides OSError: one line, exit code 2.
+        advice: follows "interrupted".
     """
-    ours: tuple[type[Exception], ...] = (OSError, *mistakes)
+    expected: tuple[type[Exception], ...] = (OSError, *mistakes)
 
     def decorate(main: Callable[P, int]) -> Callable[P, int]:
         @functools.wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> int:
-            is_ours = signal.getsignal(signal.SIGINT) is _leave
-            if is_ours:
+            handled = signal.getsignal(signal.SIGINT) is _leave
+            if handled:
                 signal.signal(signal.SIGINT, _interrupt)
             try:
                 code = main(*args, **kwargs)
@@ -52,13 +53,13 @@ def job(
                 if os.environ.get("RANK", "0") == "0":
                     sys.stderr.write(f"\n{name}: interrupted{advice}\n")
                 return INTERRUPTED
-            except ours as error:
+            except expected as error:
                 if isinstance(error, BrokenPipeError) and _is_unread():
                     return 1
-                sys.stderr.write(f"{name}: {told(error)}\n")
+                sys.stderr.write(f"{name}: {one_line(error)}\n")
                 sys.exit(MISTAKE)
             finally:
-                if is_ours:
+                if handled:
                     signal.signal(signal.SIGINT, _leave)
 
         return run
@@ -66,8 +67,8 @@ def job(
     return decorate
 
 
-def told(error: Exception) -> str:
-    """An error in one line; of one of the operating system's, the file and the reason."""
+def one_line(error: Exception) -> str:
+    """An error in one line; for an OSError, the file and the reason."""
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{error.filename}: "
         return f"{where}{error.strerror}"
@@ -75,7 +76,7 @@ def told(error: Exception) -> str:
 
 
 def _is_unread() -> bool:
-    """Whether nobody reads standard output any more; then nothing more is written to it."""
+    """Whether standard output is closed at its other end; if so, it is discarded from now on."""
     readers = select.poll()
     readers.register(sys.stdout.fileno(), 0)
     if not readers.poll(0):
@@ -99,19 +100,19 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _begin() -> None:
-    """Set up the process of a job; others that import this are left as they are."""
+    """Set up the process of a job."""
     if codecs.lookup(locale.getpreferredencoding(False)).name != "utf-8":
-        # Libraries read their own files in the locale's encoding, and fail over it.
+        # Libraries read their own files in the locale's encoding, and fail on them.
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else: to be ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
         signal.signal(signal.SIGINT, _leave)
-    if not os.path.isdir(os.path.expanduser("~")):  # libraries look there when imported
+    if not os.path.isdir(os.path.expanduser("~")):  # libraries read it when imported
         os.environ["HOME"] = folder = tempfile.mkdtemp(prefix="mdm-home-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     try:
         getpass.getuser()
-    except KeyError:  # no entry in the list of users, as in containers; torch.compile asks
+    except KeyError:  # no entry in /etc/passwd, as in containers; torch.compile needs a name
         os.environ["LOGNAME"] = f"uid-{os.getuid()}"
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
@@ -119,7 +120,7 @@ def _begin() -> None:
 
 
 def _is_job() -> bool:
-    """Whether this process runs a file of `pipelines` or `examples`."""
+    """Whether this process runs a file in `pipelines` or `examples`."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or "/").absolute()
     root = Path(__file__).absolute().parents[2]
     return root / "pipelines" in path.parents or root / "examples" in path.parents

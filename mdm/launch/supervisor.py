@@ -1,4 +1,4 @@
-"""Attempts at a job on this node: start, heartbeat, end, start again."""
+"""Supervises attempts at a job on this node: starts ranks, checks heartbeats, ends, restarts."""
 
 import contextlib
 import os
@@ -17,35 +17,27 @@ from pathlib import Path
 import psutil
 
 from mdm.config import doc
-from mdm.launch.processes import end_descendants, prctl
+from mdm.launch.processes import adopt_orphans, end_descendants
 from mdm.launch.rendezvous import Attempt, Rendezvous, read_hostfile
 from mdm.train import heartbeat
 from mdm.utils import exit_codes as codes
 from mdm.utils.command_line import fail
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-
-SETTLE = 5.0  # seconds between the first sign of an end and the last process that may report one
-
-
-SILENCE = 10.0  # a rank that hangs is given so long, and a fifth of its limit, to say so itself
-
-
+SETTLE = 5.0  # seconds that ranks have to report their end after its first sign
+SILENCE = 10.0  # a hanging rank has so many seconds, and a fifth of its limit, to report it itself
 SHARED = Path("/dev/shm")
-
-
-_PR_SET_CHILD_SUBREAPER = 36
+HEARTBEATS = "mdm-heartbeats-"  # how the names of heartbeat folders begin
 
 
 @dataclass(frozen=True)
 class Flags:
-    """How to keep a job going."""
+    """How to restart a job."""
 
     restarts: int = doc(10, "failures in a row without a step forward, before giving up")
     backoff: float = doc(2.0, "seconds before a restart; doubled for each failure in a row")
     longest_backoff: float = doc(300.0, "seconds before a restart at most")
-    grace: float = doc(600.0, "seconds that ranks get to save when told to stop")
+    grace: float = doc(600.0, "seconds that ranks have to save when asked to stop")
     hostfile: str = doc("", "DeepSpeed's hostfile (`name slots=N` a line), the same on every node")
     meet: str = doc("", "shared folder in which the supervisors of all nodes meet")
     min_nodes: int = doc(0, "nodes that an attempt needs; 0: all of the hostfile")
@@ -65,30 +57,28 @@ class Flags:
 class Outcome:
     """How an attempt ended."""
 
-    code: int  # one of mdm.train.heartbeat's, GAVE_UP for any failure
+    code: int  # an exit code; GAVE_UP for any failure
     reason: str
     step: int = -1  # the last one that a rank of this node began
-    blamed: tuple[int, ...] = ()
-    hurt: bool = False  # whether it was a process of this node that failed first
+    began_here: bool = False  # whether a process of this node failed first
 
 
 def say(text: str) -> None:
-    """A line of the supervisor's own."""
+    """Print a line of the supervisor itself."""
     sys.stderr.write(f"supervise: {text}\n")
     sys.stderr.flush()
 
 
 def free_port() -> int:
-    """A port that is free now."""
+    """A port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
 def command_of(command: Sequence[str], attempt: Attempt, folder: Path) -> list[str]:
-    """The launcher's command line for one attempt; other programs get the port by environment."""
+    """The launcher's command line for one attempt; other programs find the port in MASTER_PORT."""
     program, rest = Path(command[0]).name, list(command[1:])
-    several = len(attempt.nodes) > 1
     if program == "deepspeed":
         flags = ["--master_port", str(attempt.port)]
         if attempt.hosts:
@@ -100,7 +90,7 @@ def command_of(command: Sequence[str], attempt: Attempt, folder: Path) -> list[s
         return [command[0], *flags, *rest]
     if program == "torchrun":
         flags = ["--master-port", str(attempt.port), "--max-restarts", "0"]
-        if several:
+        if len(attempt.nodes) > 1:
             flags += ["--nnodes", str(len(attempt.nodes)), "--node-rank", str(attempt.rank)]
             flags += ["--master-addr", attempt.address]
         if attempt.hosts and "--nproc-per-node" not in rest:
@@ -110,18 +100,18 @@ def command_of(command: Sequence[str], attempt: Attempt, folder: Path) -> list[s
 
 
 def shared_memory() -> set[Path]:
-    """What this user's training processes have in /dev/shm."""
-    found = set()
+    """The files of this user's training processes in /dev/shm."""
+    paths = set()
     for pattern in ("deepspeed_*", "nccl-*", "torch_*", "__KMP*"):
         for path in SHARED.glob(pattern):
             with contextlib.suppress(OSError):
                 if path.stat().st_uid == os.getuid():
-                    found.add(path)
-    return found
+                    paths.add(path)
+    return paths
 
 
 def clear_shared_memory(before: set[Path]) -> list[Path]:
-    """Remove what appeared since `before` and that no living process has mapped or open."""
+    """Remove files newer than `before` that no process has mapped or open; returns them."""
     new = shared_memory() - before
     if not new:
         return []
@@ -130,52 +120,51 @@ def clear_shared_memory(before: set[Path]) -> list[Path]:
         with contextlib.suppress(psutil.Error, OSError):
             used |= {m.path for m in process.memory_maps()}
             used |= {f.path for f in process.open_files()}
-    gone = [path for path in sorted(new) if str(path) not in used]
-    for path in gone:
+    unused = [path for path in sorted(new) if str(path) not in used]
+    for path in unused:
         path.unlink(missing_ok=True)
-    return gone
+    return unused
 
 
-def clear_watch_folders() -> None:
-    """Remove the folders of supervisors that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob("mdm-watch-*-*"):
-        pid = folder.name.split("-")[2]
+def clear_heartbeat_folders() -> None:
+    """Remove the heartbeat folders of supervisors that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{HEARTBEATS}*-*"):
+        pid = folder.name.removeprefix(HEARTBEATS).split("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass
 class Supervisor:
-    """Runs attempts on this node until the job is done, told to stop, or past help."""
+    """Runs attempts on this node until the job is done, is asked to stop, or fails too often."""
 
     flags: Flags
     command: Sequence[str]
-    asked: str = ""  # the signal that asked this process to stop
+    stop_signal: str = ""  # the one that asked this process to stop
     best: int = -1  # the furthest step that any attempt began
     failures: int = 0  # in a row, without a step forward
     shared: set[Path] = field(default_factory=shared_memory)
-    job: str = field(default_factory=lambda: secrets.token_hex(8))  # of all attempts
+    job: str = field(default_factory=lambda: secrets.token_hex(8))  # the same for all attempts
 
     def __post_init__(self) -> None:
-        if self.flags.meet:  # the supervisors of all nodes
+        if self.flags.meet:  # the same on all nodes
             self.job = str(Path(self.flags.meet).resolve())
 
     def run(self) -> int:
         """The job's exit code."""
-        if sys.platform == "linux":
-            prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        adopt_orphans()
         for number in STOPPING:
             signal.signal(number, self._on_signal)
-        clear_watch_folders()
-        rendezvous = self._rendezvous()
-        with rendezvous:
+        clear_heartbeat_folders()
+        with self._rendezvous() as rendezvous:
             while True:
-                attempt = rendezvous.next_attempt(lambda: bool(self.asked))
+                attempt = rendezvous.next_attempt(lambda: bool(self.stop_signal))
                 if attempt is None:
-                    say(f"{self.asked}: nothing was running")
+                    say(f"{self.stop_signal}: nothing was running")
                     return codes.REQUEUE
                 outcome = self.attempt(attempt, rendezvous)
-                rendezvous.ended(attempt, outcome.code == codes.GAVE_UP and outcome.hurt)
+                if outcome.code == codes.GAVE_UP and outcome.began_here:
+                    rendezvous.strike()
                 code = self._judge(outcome)
                 if code is not None:
                     return code
@@ -189,25 +178,26 @@ class Supervisor:
             fail(f"supervise: --hostfile {self.flags.hostfile}: {error.strerror}")
         except ValueError as error:
             fail(f"supervise: {error}")
-        own = self.flags.node or socket.gethostname()
-        if own not in hosts:
-            fail(f"supervise: this node is {own}, the hostfile has {', '.join(hosts)}; see --node")
-        least = self.flags.min_nodes or len(hosts)
-        return Rendezvous(
-            Path(self.flags.meet), hosts, own, least, self.flags.join, self.flags.strikes, free_port
-        )
+        flags, node = self.flags, self.flags.node or socket.gethostname()
+        if node not in hosts:
+            fail(f"supervise: this node is {node}, the hostfile has {', '.join(hosts)}; see --node")
+        least = flags.min_nodes or len(hosts)
+        folder = Path(flags.meet)
+        return Rendezvous(folder, hosts, node, least, flags.join, flags.strikes, free_port)
 
     def _judge(self, outcome: Outcome) -> int | None:
-        """The job's exit code, or None for one more attempt."""
+        """The job's exit code, or None for another attempt."""
         if outcome.code in (codes.DONE, codes.MISTAKE, codes.HALTED):
             say(outcome.reason)
             return outcome.code
-        if self.asked:
-            say(f"{self.asked}: {outcome.reason}")
+        if self.stop_signal:
+            say(f"{self.stop_signal}: {outcome.reason}")
             return codes.REQUEUE
         if outcome.step > self.best:
             self.best, self.failures = outcome.step, 0
-        self.failures += outcome.code != codes.REQUEUE  # a rank was told to stop: it has saved
+        self.failures += (
+            outcome.code != codes.REQUEUE
+        )  # REQUEUE: a rank was asked to stop, and saved
         if self.failures > self.flags.restarts:
             say(f"{outcome.reason}; {self.failures} failures in a row without a step forward")
             return codes.GAVE_UP
@@ -218,17 +208,19 @@ class Supervisor:
             f"{outcome.reason}; restart in {pause:.0f} s ({self.failures} of {self.flags.restarts})"
         )
         end = time.monotonic() + pause
-        while time.monotonic() < end and not self.asked:
+        while time.monotonic() < end and not self.stop_signal:
             time.sleep(0.1)
         return None
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self.asked = signal.Signals(number).name
+        self.stop_signal = signal.Signals(number).name
 
     def attempt(self, attempt: Attempt, rendezvous: Rendezvous) -> Outcome:
-        """Run the command once; nothing of it is left afterwards."""
-        folder = Path(tempfile.mkdtemp(prefix=f"mdm-watch-{os.getpid()}-"))
-        try:
+        """Run the command once; none of its processes and files is left afterwards."""
+        with tempfile.TemporaryDirectory(
+            prefix=f"{HEARTBEATS}{os.getpid()}-", ignore_cleanup_errors=True
+        ) as name:
+            folder = Path(name)
             env = os.environ | {
                 heartbeat.FOLDER: str(folder),
                 heartbeat.SUPERVISOR: str(os.getpid()),
@@ -241,97 +233,89 @@ class Supervisor:
                 )
             except FileNotFoundError as error:
                 return Outcome(codes.MISTAKE, f"cannot run {self.command[0]}: {error.strerror}")
-            outcome = self._mind(launcher, folder, attempt, rendezvous)
+            outcome = self._watch(launcher, folder, attempt, rendezvous)
             end_descendants()
             launcher.wait()
-            self._bury()
+            with contextlib.suppress(ChildProcessError):  # no adopted process is left to reap
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
             for path in clear_shared_memory(self.shared):
                 say(f"removed {path}")
             return outcome
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
-    def _bury(self) -> None:
-        """Reap the adopted processes."""
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-
-    def _mind(
+    def _watch(
         self,
         launcher: "subprocess.Popen[bytes]",
         folder: Path,
         attempt: Attempt,
         rendezvous: Rendezvous,
     ) -> Outcome:
-        """Wait until the attempt is over, one way or another."""
-        told: float | None = None
-        over: float | None = None  # when the first sign of an end was seen
+        """Wait until the attempt has ended, in whatever way."""
+        stopping: float | None = None  # since when the ranks are asked to stop
+        ending: float | None = None  # since the first sign of an end
         while True:
             now = time.monotonic()
             beats, ends = heartbeat.read_beats(folder), heartbeat.read_ends(folder)
-            if self.asked and told is None:
-                told = now
+            if self.stop_signal and stopping is None:
+                stopping = now
                 (folder / "stop").touch()
             exited = launcher.poll() is not None
-            hung = [] if ends else [r for r, b in beats.items() if _silent(b, now)]
+            hung = [] if ends else [rank for rank, beat in beats.items() if _is_silent(beat, now)]
             lost = rendezvous.broken(attempt)
             finished = bool(beats) and len(ends) == len(beats)
             failed = any(e.code not in (codes.DONE, codes.REQUEUE, codes.HALTED) for e in ends)
-            if over is None and (exited or failed or hung or finished or lost):
-                over = now
-            late = told is not None and now - told > self.flags.grace
-            settled = over is not None and (now - over > SETTLE or (exited and finished))
+            if ending is None and (exited or failed or hung or finished or lost):
+                ending = now
+            late = stopping is not None and now - stopping > self.flags.grace
+            ended = ending is not None and (now - ending > SETTLE or (exited and finished))
             if exited and not beats:
-                settled = True  # it never came to training
-            if settled or late:
-                outcome = self._conclude(launcher, beats, ends, hung, late)
+                ended = True  # training never began
+            if ended or late:
+                reason = f"the ranks did not save in {self.flags.grace:.0f} s"
+                step = max((beat.step for beat in beats.values()), default=-1)
+                if late:
+                    return Outcome(codes.GAVE_UP, lost or reason, step)
+                outcome = self._conclude(beats, ends, hung, launcher.poll(), step)
                 if lost and outcome.code == codes.GAVE_UP:
-                    outcome.reason, outcome.hurt = lost, False
+                    return Outcome(codes.GAVE_UP, lost, step)
                 return outcome
             time.sleep(0.2)
 
     def _conclude(
         self,
-        launcher: "subprocess.Popen[bytes]",
         beats: dict[int, heartbeat.Beat],
         ends: list[heartbeat.Ended],
         hung: list[int],
-        late: bool,
+        launcher_code: int | None,
+        step: int,
     ) -> Outcome:
-        step = max((b.step for b in beats.values()), default=-1)
-        if late:
-            return Outcome(
-                codes.GAVE_UP, f"the ranks did not save in {self.flags.grace:.0f} s", step
-            )
+        """The outcome on this node, from the ranks' heartbeats and reports."""
         if hung:
-            names = ", ".join(f"{r} (in {beats[r].part} of step {beats[r].step})" for r in hung)
-            return Outcome(codes.GAVE_UP, f"no heartbeat of rank {names}", step, tuple(hung), True)
-        ended_with = {e.code for e in ends}
-        missing = sorted(set(beats) - {e.rank for e in ends})
+            ranks = ", ".join(f"{r} (in {beats[r].part} of step {beats[r].step})" for r in hung)
+            return Outcome(codes.GAVE_UP, f"no heartbeat of rank {ranks}", step, began_here=True)
+        reported = {e.code for e in ends}
         for code, reason in (
-            (codes.MISTAKE, "a mistake that a person has to mend"),
+            (codes.MISTAKE, "a mistake that the user has to fix"),
             (
                 codes.HALTED,
                 f"ended by the file {heartbeat.STOP_FILE}: not done, not to be requeued",
             ),
-            (codes.REQUEUE, "told to stop, and saved"),
+            (codes.REQUEUE, "asked to stop, and saved"),
         ):
-            if code in ended_with:
-                detail = next((e.reason for e in ends if e.code == code and e.reason), reason)
-                return Outcome(code, detail, step)
-        if ended_with == {codes.DONE} and not missing:
+            if code in reported:
+                own_words = (e.reason for e in ends if e.code == code and e.reason)
+                return Outcome(code, next(own_words, reason), step)
+        killed = sorted(set(beats) - {e.rank for e in ends})
+        if reported == {codes.DONE} and not killed:
             return Outcome(codes.DONE, f"done after step {step}", step)
         reasons = [f"rank {e.rank}: {e.reason}" for e in ends if e.reason]
-        killed = [r for r in missing if r in beats]
-        blamed = tuple(sorted({b for e in ends for b in e.blamed} | set(killed)))
         if killed:
-            reasons.insert(0, f"rank {', '.join(map(str, killed))} ended without a word")
+            reasons.insert(0, f"rank {', '.join(map(str, killed))} ended without a report")
         if not beats and not ends:
-            reasons = [f"{self.command[0]} ended with {launcher.poll()} before training began"]
-        hurt = bool(killed) or not beats or any(set(e.blamed) & set(beats) for e in ends)
-        return Outcome(codes.GAVE_UP, "; ".join(reasons) or "it failed", step, blamed, hurt)
+            reasons = [f"{self.command[0]} ended with {launcher_code} before training began"]
+        began_here = bool(killed) or not beats or any(set(e.blamed) & set(beats) for e in ends)
+        return Outcome(codes.GAVE_UP, "; ".join(reasons) or "it failed", step, began_here)
 
 
-def _silent(beat: heartbeat.Beat, now: float) -> bool:
+def _is_silent(beat: heartbeat.Beat, now: float) -> bool:
     return beat.overdue(now) > SILENCE + 0.2 * beat.limit

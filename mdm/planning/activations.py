@@ -80,92 +80,77 @@ def sequence_length(config: Config, with_image: bool) -> int:
     return text + (grid + 2 if with_image else 0)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One task of a configuration: images with captions, or text alone."""
+def _trunk(
+    config: Config, samples: int, with_image: bool, precision: str
+) -> tuple[int, int, int, int]:
+    """The first four numbers of `Activations`."""
+    model, text = config.model, text_length(config.data, with_image)
+    if model.kernel == "compiled":  # keeps less; counted as what it is compiled from
+        model = dataclasses.replace(model, kernel="torch")
+    grid = (model.image_height, model.image_width) if with_image else None
+    shape = (samples, sequence_length(config, with_image), model.d_model)
+    small = dataclasses.replace(
+        model,
+        n_layer=min(4, model.n_layer),  # every kind of block is among the first four
+        long_skip=False,
+        d_model=model.headdim,
+        expand=1,
+        n_heads=1,
+        n_kv_heads=1,
+        kernel="torch",
+    )
+    # Scan orders are cached: this makes them, as real tensors.
+    with torch.no_grad():
+        Trunk(small)(torch.zeros(1, shape[1], small.d_model), text, grid)
 
-    config: Config
-    with_image: bool
-    precision: str
+    def run(trunk: nn.Module) -> tuple[Tensor, int]:
+        x = torch.randn(shape, requires_grad=True)
+        with autocast(precision), saved_activations(trunk) as saved:
+            return trunk(x, text, grid), saved.bytes
 
-    @property
-    def grid(self) -> tuple[int, int] | None:
-        """Rows and columns of the image's tokens."""
-        model = self.config.model
-        return (model.image_height, model.image_width) if self.with_image else None
+    with FakeTensorMode(allow_non_fake_inputs=True), _shapes_of_fused_kernels():
+        whole = Trunk(model)
+        kept = run(whole)[1]
+        whole.checkpointing = True
+        kept_checkpointed = run(whole)[1]
+        block = Trunk(dataclasses.replace(model, n_layer=1, long_skip=False))
+        with Live() as live:
+            y, block_kept = run(block)
+            y.sum().backward()
+    return kept, kept_checkpointed, live.peak, block_kept
 
-    def trunk(self, samples: int) -> tuple[int, int, int, int]:
-        """The first four numbers of `Activations` for so many samples."""
-        model = self.config.model
-        if model.kernel == "compiled":  # keeps less; counted as what it is compiled from
-            model = dataclasses.replace(model, kernel="torch")
-        text = text_length(self.config.data, self.with_image)
-        small = dataclasses.replace(
-            model,
-            n_layer=min(4, model.n_layer),  # every kind of block is among the first four
-            long_skip=False,
-            d_model=model.headdim,
-            expand=1,
-            n_heads=1,
-            n_kv_heads=1,
-            kernel="torch",
-        )
-        shape = (samples, sequence_length(self.config, self.with_image), model.d_model)
-        # Scan orders are cached: this makes them, as real tensors.
-        with torch.no_grad():
-            Trunk(small)(torch.zeros(1, shape[1], small.d_model), text, self.grid)
 
-        def run(trunk: nn.Module) -> tuple[Tensor, int]:
-            x = torch.randn(shape, requires_grad=True)
-            with autocast(self.precision), saved_activations(trunk) as saved:
-                return trunk(x, text, self.grid), saved.bytes
-
-        with FakeTensorMode(allow_non_fake_inputs=True), _shapes_of_fused_kernels():
-            whole = Trunk(model)
-            kept = run(whole)[1]
-            whole.checkpointing = True
-            kept_checkpointed = run(whole)[1]
-            block = Trunk(dataclasses.replace(model, n_layer=1, long_skip=False))
-            with Live() as live:
-                y, block_kept = run(block)
-                y.sum().backward()
-        return kept, kept_checkpointed, live.peak, block_kept
-
-    def heads(self, samples: int) -> tuple[int, int]:
-        """The last two numbers of `Activations` for so many samples."""
-        tiny = dataclasses.replace(
-            self.config.model,
-            n_layer=1,
-            long_skip=False,
-            scan_mode="alternate",
-            expand=1,
-            d_state=1,
-        )
-        loss = Loss(dataclasses.replace(self.config, model=tiny))
-        loss.network.trunk = _NoTrunk()  # type: ignore[assignment]
-        batch = largest_batch(self.config, samples, self.with_image)
-        with _NoProducts(), Live() as live:  # type: ignore[no-untyped-call]
-            with autocast(self.precision), saved_activations(loss) as saved:
-                total = loss(batch, 0).total
-            total.backward()
-        # Gradients of these parameters are among what is alive, and counted elsewhere.
-        gradients = sum(p.numel() * p.element_size() for p in loss.parameters())
-        return saved.bytes, max(live.peak - gradients, saved.bytes)
+def _heads(config: Config, samples: int, with_image: bool, precision: str) -> tuple[int, int]:
+    """The last two numbers of `Activations`."""
+    tiny = dataclasses.replace(
+        config.model, n_layer=1, long_skip=False, scan_mode="alternate", expand=1, d_state=1
+    )
+    loss = Loss(dataclasses.replace(config, model=tiny))
+    loss.network.trunk = _NoTrunk()  # type: ignore[assignment]
+    batch = largest_batch(config, samples, with_image)
+    with _NoProducts(), Live() as live:  # type: ignore[no-untyped-call]
+        with autocast(precision), saved_activations(loss) as saved:
+            total = loss(batch, 0).total
+        total.backward()
+    # Gradients of these parameters are among what is alive, and counted elsewhere.
+    gradients = sum(p.numel() * p.element_size() for p in loss.parameters())
+    return saved.bytes, max(live.peak - gradients, saved.bytes)
 
 
 @lru_cache(maxsize=8)
-def _for_one_and_two(task: _Task) -> list[tuple[int, ...]]:
-    return [(*task.trunk(samples), *task.heads(samples)) for samples in (1, 2)]
+def _for_one_and_two(config: Config, with_image: bool, precision: str) -> list[tuple[int, ...]]:
+    return [
+        _trunk(config, n, with_image, precision) + _heads(config, n, with_image, precision)
+        for n in (1, 2)
+    ]
 
 
 def activations(config: Config, samples: int, with_image: bool, precision: str) -> Activations:
     """What a step on `samples` samples of one task needs beside states and parameters."""
     # Only what the sizes depend on, so that the cache serves other batches and ranks as well.
-    data = DataConfig(
-        caption_length=config.data.caption_length, dialogue_length=config.data.dialogue_length
-    )
-    sizes = Config(model=config.model, objective=config.objective, data=data)
-    one, two = _for_one_and_two(_Task(sizes, with_image, precision))
+    lengths = {name: getattr(config.data, name) for name in ("caption_length", "dialogue_length")}
+    sizes = Config(model=config.model, objective=config.objective, data=DataConfig(**lengths))
+    one, two = _for_one_and_two(sizes, with_image, precision)
     return Activations(*(a + (b - a) * (samples - 1) for a, b in zip(one, two, strict=True)))
 
 

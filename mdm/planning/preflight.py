@@ -97,7 +97,8 @@ def _memory(config: Config, world: World, device: torch.device) -> Check:
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         memory = psutil.virtual_memory().total // gather_to_all(host).count(host)
-    return judge_memory(plan(config, world.size), *min(gather_to_all((memory, host))), on_gpu)
+    memory, host = min(gather_to_all((memory, host)))
+    return judge_memory(plan(config, world.size), memory, host, on_gpu)
 
 
 def judge_memory(memory_plan: MemoryPlan, memory: int, host: str, on_gpu: bool) -> Check:
@@ -186,17 +187,14 @@ def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
     on_cpu = device.type == "cpu"
     n = 512 if on_cpu else 8192
     a = torch.randn(n, n, device=device, dtype=torch.float32 if on_cpu else torch.bfloat16)
+
+    def multiply() -> None:
+        (a @ a)[0, 0].item()  # waits for the device
+
     for _ in range(3):
-        a @ a
-    _wait(device)
+        multiply()
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        a @ a
-        _wait(device)
+        multiply()
         count += 1
     return 2 * n**3 * count / (time.perf_counter() - start)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":  # not run: no GPU
-        torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mdm.checkpoint.checkpoints import Checkpoints, Keep, uri_of
-from mdm.checkpoint.state import RunError, TrainState, check_resumable, settled
+from mdm.checkpoint.state import RunError, TrainState, check_resumable, resolve_precision
 from mdm.config import Config, to_dict
 from mdm.data.loader import Loader
 from mdm.storage import open_store
@@ -105,7 +105,7 @@ def train(
         checkpoints = Checkpoints(open_store(uri_of(config)), writer.confirm)
         candidates, skipped = find(checkpoints, resume, world)
         newest = candidates[0] if candidates else None
-        config = settled(config, newest.state if newest else None, device_of_rank().type)
+        config = resolve_precision(config, newest.state if newest else None, device_of_rank().type)
         lines: list[str] = []
         path = ""
         if newest:

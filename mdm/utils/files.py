@@ -9,9 +9,9 @@ import contextlib
 import errno
 import json
 import logging
-import math
 import os
 import socket
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -48,12 +48,9 @@ def mismatch(value: Any, shape: Shape) -> str:
 def _is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
-    if kind is not float:
-        return isinstance(value, kind)
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:
-        return False
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind)
 
 
 def parse(data: bytes, shape: Shape) -> dict[str, Any]:

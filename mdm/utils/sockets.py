@@ -7,19 +7,19 @@ import shutil
 import tempfile
 from functools import lru_cache
 
-_LONGEST = 32  # bytes of a folder, so that what Ray makes of it stays within the limit
+_LONGEST = 32  # bytes of a folder, so that the paths that Ray makes in it stay within the limit
 _SHORT = ("/tmp", "/dev/shm", "/var/tmp")
 
 
 @lru_cache(maxsize=1)
 def socket_folder() -> str | None:
-    """A short folder of this process's own, removed at its end; None if TMPDIR serves.
+    """A short folder for this process, removed at its end; None if TMPDIR can be used.
 
-    TMPDIR does not serve where its path is too long, or holds what is neither a letter or digit of
-    ASCII nor one of `/._-`. ValueError where nothing short can be written either.
+    TMPDIR cannot be used if its path is too long, or has characters other than ASCII letters,
+    digits and `/._-`. Raises ValueError if no short folder can be written either.
     """
-    given = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    if len(given) <= _LONGEST and re.fullmatch(r"[\w/.-]+", given, re.ASCII):
+    tmpdir = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    if len(tmpdir) <= _LONGEST and re.fullmatch(r"[\w/.-]+", tmpdir, re.ASCII):
         return None
     for parent in _SHORT:
         try:
@@ -29,6 +29,6 @@ def socket_folder() -> str | None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return folder
     raise ValueError(
-        f"TMPDIR {given} does not serve for sockets, and nor does any of {', '.join(_SHORT)}: set "
-        f"TMPDIR to a folder of at most {_LONGEST} plain letters"
+        f"neither TMPDIR {tmpdir} nor any of {', '.join(_SHORT)} can hold sockets: set TMPDIR to a "
+        f"folder of at most {_LONGEST} plain letters"
     )

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from examples.digits import data as learn_data
-from mdm.checkpoint.checkpoints import ASIDE, MARKER, Checkpoints
+from mdm.checkpoint.checkpoints import ASIDE, MARKER
 from mdm.checkpoint.export import export_checkpoint
 from mdm.checkpoint.exported import read_provenance
 from mdm.checkpoint.state import RunError
 from mdm.data.manifest import MANIFEST, MANIFEST_SHA256
 from mdm.first_stage.tokenizer import train_model
-from tests.helpers import ROOT
+from tests.helpers import ROOT, newest_valid
 
 pytestmark = pytest.mark.distributed
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -233,7 +233,7 @@ def test_an_export_holds_the_tokenizer_of_its_data_or_is_refused(runs, tmp_path,
     assert len(caplog.messages) == 1
     assert "does not record its tokenizer" in caplog.messages[0]
     assert read_provenance(tmp_path / "old").tokenizer == ""
-    assert Checkpoints.at(str(tmp_path / "half/checkpoints")).latest_valid()[0] is not None
+    assert newest_valid(tmp_path / "half/checkpoints")[0] is not None
 
 
 def test_a_tokenizer_missing_on_one_node_ends_all_nodes(runs, tmp_path):

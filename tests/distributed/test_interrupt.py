@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from examples.digits.data import write
-from mdm.checkpoint.checkpoints import Checkpoints
-from tests.helpers import ROOT
+from tests.helpers import ROOT, newest_valid
 
 pytestmark = pytest.mark.distributed
 
@@ -71,7 +70,7 @@ def test_ctrl_c_saves_and_ends_a_training_without_a_launcher(data: Path, tmp_pat
     assert job.returncode == 75, output
     assert "Traceback" not in output
     assert "Ctrl-C: saving, then ending" in output
-    record, _ = Checkpoints.at(str(checkpoints)).latest_valid()
+    record, _ = newest_valid(checkpoints)
     assert record is not None
     assert f"saved at step {record.step}; run again" in output
 

@@ -14,7 +14,7 @@ from mdm.checkpoint.export import export_checkpoint
 from mdm.checkpoint.snapshot import read_whole
 from mdm.storage.server import S3Server
 from mdm.train.writer import RUN_LEASE
-from tests.helpers import run_ranks
+from tests.helpers import newest_valid, run_ranks
 
 pytestmark = pytest.mark.distributed
 JOB = Path(__file__).with_name("train_job.py")
@@ -35,10 +35,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def newest_checkpoint(uri: str | Path) -> tuple[Checkpoints, Record]:
-    checkpoints = Checkpoints.at(str(uri))
-    record, _ = checkpoints.latest_valid()
+    record, _ = newest_valid(uri)
     assert record is not None
-    return checkpoints, record
+    return Checkpoints.at(str(uri)), record
 
 
 def saved_tensors(uri: str | Path, kinds: tuple[str, ...] = KINDS) -> dict[str, torch.Tensor]:
@@ -119,7 +118,7 @@ def test_a_run_killed_during_a_save_resumes_from_the_checkpoint_before(
     uri = str(run_dir / "checkpoints") if place == "folder" else request.getfixturevalue("s3")
     code, _ = run_training(run_dir, **{moment: 12}, train={"checkpoints": uri})
     assert code != 0
-    record, passed = Checkpoints.at(uri).latest_valid()
+    record, passed = newest_valid(uri)
     assert record is not None
     assert record.name == "step-00000006"
     assert passed == [("step-00000012", "it was never committed")]
@@ -179,7 +178,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed, tmp
         shard.write_bytes(data)
     else:
         (folder / MARKER).unlink()
-    record, passed = Checkpoints.at(str(tmp_path / "checkpoints")).latest_valid()
+    record, passed = newest_valid(tmp_path / "checkpoints")
     assert record is not None
     assert record.name == "step-00000006"
     assert len(passed) == 1

@@ -88,7 +88,7 @@ def test_a_preempted_run_saves_and_the_same_command_resumes_it(undisturbed, tmp_
     process = start(launcher("torchrun"), run_dir, {"train": {"checkpoint_every": 100}} | options)
     output = ""
     assert process.stdout is not None
-    while "told to stop, and saved; restart" not in output:  # only a rank was signalled
+    while "asked to stop, and saved; restart" not in output:  # only a rank was signalled
         line = process.stdout.readline()
         assert line, output
         output += line

@@ -1,4 +1,4 @@
-"""How jobs begin and end, in processes of their own, in environments that people have."""
+"""How jobs begin and end, as processes in unusual but real environments."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def wait_until(ready: Callable[[], bool]) -> None:
     [({"PYTHONIOENCODING": "latin-1"}, "latin-1"), (IN_C, "utf-8"), ({}, "utf-8")],
     ids=["latin-1", "C", "as it is"],
 )
-def test_what_a_terminal_cannot_show_is_replaced(
+def test_characters_that_a_terminal_cannot_show_are_replaced(
     env: dict[str, str], encoding: str, tmp_path: Path
 ) -> None:
     at = tmp_path / "é 漢"
@@ -58,7 +58,7 @@ def test_what_a_terminal_cannot_show_is_replaced(
     assert [row["id"] for row in rows] == [f"some/train/{shown} {i}" for i in range(3)]
 
 
-def test_interrupted_while_it_imports_a_job_ends_silently(tmp_path: Path) -> None:
+def test_a_job_interrupted_during_its_imports_ends_silently(tmp_path: Path) -> None:
     job = start("verify", "--data", str(tmp_path))
     maps = Path(f"/proc/{job.pid}/maps")
     wait_until(lambda: "pyarrow" in maps.read_text())
@@ -67,10 +67,10 @@ def test_interrupted_while_it_imports_a_job_ends_silently(tmp_path: Path) -> Non
     assert (job.returncode, out, err) == (130, b"", b"")
 
 
-def test_interrupted_at_work_a_job_says_so_in_one_line(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "manifest.json")  # whose reader waits
+def test_a_job_interrupted_at_work_ends_with_one_line(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")  # its reader blocks
     job = start("verify", "--data", str(tmp_path))
-    writer = os.open(tmp_path / "manifest.json", os.O_WRONLY)  # once the job reads
+    writer = os.open(tmp_path / "manifest.json", os.O_WRONLY)  # returns once the job reads
     job.send_signal(signal.SIGINT)
     out, err = job.communicate()
     os.close(writer)
@@ -78,7 +78,7 @@ def test_interrupted_at_work_a_job_says_so_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["time.sleep(60)", "weakref.finalize(main, time.sleep, 60)"])
-def test_interrupted_again_a_job_ends_at_once(ending: str) -> None:
+def test_a_job_interrupted_twice_ends_at_once(ending: str) -> None:
     script = f"""
 import signal, sys, time, weakref
 from mdm.launch import job as start
@@ -104,7 +104,7 @@ sys.exit(main())
     assert b"Traceback" not in err
 
 
-def test_a_pipe_that_nobody_reads_ends_a_job_silently(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_a_job_silently(tmp_path: Path) -> None:
     publish_quarantine(str(tmp_path), records("some", 30))
     with start("verify", "--data", str(tmp_path), "--quarantine=true") as job:
         assert job.stdout is not None
@@ -133,7 +133,7 @@ def test_a_pipe_that_nobody_reads_ends_a_job_silently(tmp_path: Path) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.parametrize("bad", ["/proc/nowhere", "{file}/below", "/proc/self/mem"])
-def test_a_folder_that_cannot_be_used_is_one_line(
+def test_a_folder_that_cannot_be_used_ends_a_job_with_one_line(
     job, flags, bad, tmp_path, monkeypatch, capsys
 ) -> None:
     raw = write_ultrachat(tmp_path / "raw", [["hello one", "and two"]] * 30)
@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(
     assert captured.err.replace("\r", "\n").splitlines()[-1].startswith(f"{name}: ")
 
 
-def test_a_job_of_a_user_without_a_name_or_a_home_has_both() -> None:
+def test_a_user_without_a_name_or_a_home_gets_both() -> None:
     drop = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
     drop += [f"--{kind}=-all,+dac_read_search" for kind in ("inh-caps", "ambient-caps")]
     if subprocess.run([*drop, "true"], capture_output=True, check=False).returncode:
@@ -184,7 +184,7 @@ print(getpass.getuser(), home)
 
 
 @pytest.mark.slow
-def test_encoding_works_with_a_tmpdir_that_is_long_and_not_ascii_and_without_a_home(
+def test_encoding_works_without_a_home_and_with_a_tmpdir_that_is_long_and_not_ascii(
     tmp_path: Path,
 ) -> None:
     temporary = tmp_path / ("a b é" + "x" * 70)

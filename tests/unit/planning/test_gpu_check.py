@@ -1,4 +1,4 @@
-"""What the GPU check computes without a GPU: FLOPs, utilisation, what fits, its table."""
+"""The parts of the GPU check that need no GPU: FLOPs, MFU, layers that fit, its table."""
 
 import json
 import types
@@ -15,7 +15,7 @@ from pipelines import gpu_check as job
 @pytest.mark.parametrize(
     ("budget", "expected"), [(1000, 9), (10**6, 49), (300, 2), (299, 1), (199, 0), (0, 0)]
 )
-def test_layers_that_fit(budget, expected):
+def test_layers_that_fit_follow_from_two_measurements(budget, expected):
     # 300 bytes with two layers, 500 with four: 100 a layer.
     assert gpu_check.layers_that_fit(budget, 300, 500, 49) == expected
 
@@ -29,7 +29,7 @@ def test_a_row_counts_three_forwards_a_step():
     assert gpu_check.row("x", 2, 0.5, 1000, 10**12, None, 0)["MFU"] is None
 
 
-def test_the_table_lines_up_and_shows_what_is_unknown():
+def test_the_table_is_aligned_and_shows_a_dash_for_none():
     text = gpu_check.table([{"what": "a long name", "MFU": None}, {"what": "b", "MFU": 1234.5}])
     assert text.splitlines() == [
         "what               MFU",
@@ -56,13 +56,13 @@ def test_without_a_gpu_it_says_so_and_succeeds(monkeypatch, capsys):
 
 
 class Stock(torch.nn.Linear):
-    """Stands in for `mamba_ssm.Mamba2`, which needs CUDA."""
+    """Replaces `mamba_ssm.Mamba2`, which needs CUDA."""
 
     def __init__(self, d_model, d_state, headdim, expand, d_conv, chunk_size):
         super().__init__(d_model, d_model)
 
 
-def test_the_whole_check_runs_with_stand_ins_for_cuda(monkeypatch, tmp_path, capsys):
+def test_the_whole_check_runs_with_replacements_for_cuda(monkeypatch, tmp_path, capsys):
     sizes = {"d_model": 32, "d_state": 8, "headdim": 16, "image_height": 2, "image_width": 2}
     model = ModelConfig(n_layer=3, vocab_size=50, n_classes=3, text_length=6, **sizes)
     separate = ModelConfig(

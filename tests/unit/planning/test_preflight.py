@@ -34,12 +34,12 @@ def test_a_gpu_that_is_too_small_fails_with_both_sizes_and_the_way_out(memory_pl
     assert "--data.global_batch 128" in check.detail
 
 
-def test_a_gpu_on_which_no_change_suffices_is_said_to_be_too_small(memory_plan):
+def test_without_a_change_that_suffices_the_message_asks_for_more_memory(memory_plan):
     check = judge_memory(memory_plan, GIB, "node-1", on_gpu=True)  # less than CUDA itself takes
     assert check.detail.endswith("it would fit with more memory: no single change suffices")
 
 
-def test_a_cpu_that_may_be_too_small_is_a_warning(memory_plan):
+def test_a_cpu_with_too_little_memory_is_a_warning(memory_plan):
     check = judge_memory(memory_plan, memory_plan.total - 1, "node-1", on_gpu=False)
     assert check.passed
     assert check.verdict == "WARNING"

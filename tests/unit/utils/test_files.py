@@ -31,7 +31,7 @@ def warnings(caplog) -> list[str]:
         (b'{"a": 1' + b"0" * 400 + b"}", "'a' is not a finite number"),
     ],
 )
-def test_a_damaged_object_is_passed_over_with_one_line(tmp_path, caplog, data, wrong):
+def test_a_damaged_object_is_ignored_with_one_warning(tmp_path, caplog, data, wrong):
     path = tmp_path / "state.json"
     path.write_bytes(data)
     for _ in range(3):
@@ -41,13 +41,13 @@ def test_a_damaged_object_is_passed_over_with_one_line(tmp_path, caplog, data, w
         files.load_json(path, {"a": float})
 
 
-def test_a_file_that_is_not_there_is_no_damage(tmp_path, caplog):
+def test_a_missing_file_is_empty_and_no_damage(tmp_path, caplog):
     assert files.read_json(tmp_path / "none.json") == {}
     assert files.read_lines(tmp_path / "none.jsonl") == []
     assert warnings(caplog) == []
 
 
-def test_undamaged_lines_are_kept_and_damaged_ones_are_counted(tmp_path, caplog):
+def test_undamaged_lines_are_read_and_damaged_ones_counted(tmp_path, caplog):
     path = tmp_path / "lines.jsonl"
     good = [json.dumps({"a": n}).encode() for n in range(5)]
     bad = [b'{"a": 1, "b', bytes(4096), b'{"a": "\xfe"}', b"7", b'{"b": 1}']
@@ -76,7 +76,7 @@ def test_a_last_line_without_its_newline_is_not_read(tmp_path, caplog):
     assert warnings(caplog) == [f"{path}: 1 damaged line skipped; line 2: cut short"]
 
 
-def test_a_record_that_finds_no_room_leaves_nothing(tmp_path, monkeypatch):
+def test_a_record_that_does_not_fit_on_the_disk_leaves_no_part(tmp_path, monkeypatch):
     path = tmp_path / "lines.jsonl"
     files.append_line(path, {"a": 0})
 
