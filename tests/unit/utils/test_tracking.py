@@ -13,7 +13,7 @@ import pytest
 from mlflow.entities import ViewType
 
 from mdm.utils import files
-from mdm.utils.progress import Progress, adopt_old_journal, unsent_bytes
+from mdm.utils.progress import Progress, adopt_old_journal, unsent_bytes, unsent_lines
 from mdm.utils.tracking import MlflowTracker, NullTracker, log_result
 
 
@@ -450,3 +450,14 @@ def test_an_old_journal_of_which_everything_was_sent_leaves_nothing_to_send(tmp_
     progress = Progress.read(tmp_path)
     assert (progress.run_id, progress.config, progress.status) == ("7", "c", "FINISHED")
     assert unsent_bytes(tmp_path, progress) == 0
+
+
+def test_a_line_that_is_still_being_written_is_sent_once_it_is_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"samples_seen": 1}\n{"samples')
+    ((_, position),) = unsent_lines(path, Progress().metrics, {})
+    with path.open("ab") as file:
+        file.write(b'_seen": 2}\n')
+    ((row, position),) = unsent_lines(path, position, {})
+    assert row == {"samples_seen": 2}
+    assert position.end == path.stat().st_size
