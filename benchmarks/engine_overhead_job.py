@@ -31,6 +31,7 @@ from mdm.train.profiling import Profile
 from mdm.train.run import Run
 from mdm.train.saver import Saver
 from mdm.train.throughput import Ranks, Throughput
+from mdm.train.writer import Writer
 from mdm.utils.ranks import World, from_main
 from mdm.utils.tracking import NullTracker
 
@@ -79,13 +80,26 @@ def main() -> None:
     ema = EMA(engine.fp32_partitions(), config.train.ema)
     loader = RepeatedBatch(config, world)
     heartbeat = Heartbeat(Path(config.run_dir), world.rank, world.size, 600.0)
-    reporter = Reporter(config.run_dir, 10**6, world, NullTracker())
+    reporter = Reporter(config.run_dir, 10**6, world)
     saver = Saver(Checkpoints.at(config.run_dir), engine, ema, world, Keep.of(config))
     run = Run(
-        *(config, world, engine, ema, loader, TrainState(), NullTracker(), reporter),
-        *(Clock({}, heartbeat.enter), Window(world), saver, Guard(config.guard), heartbeat),
-        *(Throughput(config, world), Ranks(engine.device)),
-        Profile(range(0), Path(config.run_dir), world),
+        config=config,
+        world=world,
+        engine=engine,
+        ema=ema,
+        loader=loader,
+        state=TrainState(),
+        tracker=NullTracker(),
+        reporter=reporter,
+        clock=Clock({}, heartbeat.enter),
+        window=Window(world),
+        saver=saver,
+        guard=Guard(config.guard),
+        heartbeat=heartbeat,
+        work=Throughput(config, world),
+        ranks=Ranks(engine.device),
+        profile=Profile(range(0), Path(config.run_dir), world),
+        writer=Writer([]),
     )
     bare = bare_engine(config, world)
     times: dict[str, list[float]] = {"ours": [], "bare": []}

@@ -22,11 +22,11 @@ from mdm.planning.gpu_check import (
     check_preset,
     install,
     parity,
-    peak_flops,
     table,
 )
 from mdm.utils.command_line import parse_cli
 from mdm.utils.files import write_json
+from mdm.utils.gpu import peak_flops
 
 
 @job("gpu_check")

@@ -19,7 +19,6 @@ from mdm.config import Config, config_of, doc
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
 from mdm.planning.cost import Cluster
-from mdm.planning.gpu_check import peak_flops
 from mdm.planning.memory_plan import GIB, plan
 from mdm.planning.rehearsal import (
     built_text,
@@ -34,6 +33,7 @@ from mdm.presets import PRESETS
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.fields import NOT_NEGATIVE, POSITIVE, SHARE, check_fields
 from mdm.utils.files import write_json
+from mdm.utils.gpu import peak_flops
 
 UNITS = {"": 1, "GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 2**20}
 
@@ -78,7 +78,7 @@ def main() -> int:
     config = config_of(flags)
     torch.set_num_threads(flags.threads)
     memory = parse_size(flags.gpu_memory)
-    peak = peak_flops(flags.gpu, 0.0)
+    peak = peak_flops(flags.gpu)
     if peak is None:
         fail(f"rehearse: --gpu {flags.gpu} is not known")
     memory_plan = plan(config, flags.world_size)

@@ -22,7 +22,6 @@ from mdm.model.count import trunk_macs
 from mdm.model.decoder import Trunk, block_scans
 from mdm.planning.activations import largest_batch, sequence_length
 from mdm.presets import PRESETS
-from mdm.train.throughput import PEAKS
 from mdm.utils.command_line import fail
 from mdm.utils.precision import BF16, autocast
 
@@ -41,13 +40,6 @@ class Flags:
     steps: int = doc(10, "measured steps, after three that do not count")
     peak_tflops: float = doc(0.0, "dense bf16 peak of the GPU; 0 looks its name up")
     out: str = doc("runs/gpu-check/report.json", "where the report goes")
-
-
-def peak_flops(name: str, given_tflops: float) -> float | None:
-    """Peak FLOP/s of the device `name`: as given, else from the table; None if it is not there."""
-    if given_tflops > 0:
-        return 1e12 * given_tflops
-    return next((1e12 * peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def layers_that_fit(budget: int, two: int, four: int, n_layer: int) -> int:

@@ -159,15 +159,13 @@ def _spread_texts(data: DemoData) -> list[str]:
 def log(flags: Flags, config: Config, report: dict[str, Any], shots: list[dict[str, Any]]) -> None:
     """A child of the training run: metrics by samples seen, sheets, the plain results."""
     note = read_json(Path(flags.checkpoint).parent / "tracking.json", {"run_id": str})
-    child = tracking.MlflowTracker(config.experiment, "evaluate", parent=note.get("run_id"))
-    status = "FAILED"
-    try:
-        child.log_params({k: v for k, v in vars(flags).items() if k != "tracking"})
-        for shot in shots:
-            child.log_metrics({"snapshot_accuracy": shot["accuracy"]}, shot["samples_seen"])
-        numbers = {k: v for k, v in report.items() if k != "samples_seen"}
-        child.log_metrics(numbers, report["samples_seen"])
-        child.log_artifact(flags.out, "evaluation")
-        status = "FINISHED"
-    finally:
-        child.finish(status)
+    metrics = [({"snapshot_accuracy": s["accuracy"]}, s["samples_seen"]) for s in shots]
+    numbers = {k: v for k, v in report.items() if k != "samples_seen"}
+    tracking.log_result(
+        config.experiment,
+        "evaluate",
+        parent=note.get("run_id", ""),
+        params={k: v for k, v in vars(flags).items() if k != "tracking"},
+        metrics=[*metrics, (numbers, report["samples_seen"])],
+        artifacts={"evaluation": str(Path(flags.out).absolute())},
+    )

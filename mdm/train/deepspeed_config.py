@@ -1,7 +1,7 @@
 """The DeepSpeed configuration of a run: the JSON of `--train.deepspeed` plus what `Config` owns.
 
-The JSON owns ZeRO and offload; `Config` owns batch, clipping, rate and precision. A key on the
-wrong side is refused, so that no knob has two owners.
+The JSON sets ZeRO and offload; `Config` sets batch, clipping, learning rate and precision. A key
+that belongs to `Config` is refused in the JSON, so that each setting has one owner.
 """
 
 import json
@@ -33,8 +33,9 @@ OWNED_BY_CONFIG = {
 def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the JSON of `train.deepspeed` plus what `config` owns.
 
-    Raises RunError for a missing or malformed file, a key that `config` owns, an unknown key, a
-    ZeRO stage other than 2 or 3, and a batch that the ranks cannot share evenly.
+    Raises:
+        RunError: the file is missing or malformed, has an unknown key or one that `config` owns,
+            or a ZeRO stage other than 2 or 3; or the ranks cannot share the batch evenly.
     """
     path = Path(config.train.deepspeed)
     try:
@@ -45,8 +46,7 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         raise RunError(f"--train.deepspeed {path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise RunError(f"--train.deepspeed {path} holds a {type(values).__name__}, not an object")
-    _check_keys(values, path)
-    _check_values(values, path)
+    _check(values, path)
     if config.data.global_batch % world_size:
         raise RunError(
             f"data.global_batch {config.data.global_batch} is not a multiple of {world_size} ranks"
@@ -65,8 +65,8 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
-def _check_keys(values: dict[str, Any], path: Path) -> None:
-    """RunError for a key that `Config` owns or nobody knows."""
+def _check(values: dict[str, Any], path: Path) -> None:
+    """RunError for a key that is unknown or owned by `Config`, and for a wrong value."""
     for key in values:
         if key in OWNED_BY_CONFIG:
             raise RunError(
@@ -75,9 +75,6 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
         if key not in ALLOWED:
             raise RunError(f"{path} sets unknown key {key!r}; it may hold {', '.join(ALLOWED)}")
 
-
-def _check_values(values: dict[str, Any], path: Path) -> None:
-    """RunError for a value of the wrong kind."""
     for key in ("zero_optimization", "aio", "comms_logger"):
         if not isinstance(values.get(key, {}), dict):
             raise RunError(f"{path}: {key} is {values[key]!r}, not an object")
@@ -95,10 +92,10 @@ def _check_values(values: dict[str, Any], path: Path) -> None:
 
 
 def zero_settings(values: dict[str, Any]) -> Any:
-    """What `load_deepspeed_config` found under `zero_optimization`, with DeepSpeed's defaults."""
+    """The `zero_optimization` of a DeepSpeed configuration, with DeepSpeed's defaults."""
     return DeepSpeedZeroConfig(**values["zero_optimization"])
 
 
 def device_type() -> str:
-    """The kind of device that ranks train on: cpu or cuda."""
+    """The type of device that ranks train on: cpu or cuda."""
     return str(deepspeed.accelerator.get_accelerator().device_name())

@@ -15,13 +15,13 @@ from mdm.checkpoint.shards import Shards
 from mdm.config import Config
 from mdm.train.deepspeed_config import load_deepspeed_config
 from mdm.train.workarounds import (
-    GatheredParameters,
     NormWatch,
     deepspeed,
+    disable_autocast_cache,
     forget_gradients,
     init_distributed,
     make_persistent_visible,
-    partitioned_when_made,
+    partition_on_creation,
     set_z3_leaf_modules,
 )
 from mdm.utils.ranks import World
@@ -53,11 +53,11 @@ def start_ranks(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) ->
 
 
 def pretend_ranks(size: int) -> World:
-    """Be one rank of `size` with nobody else there: every collective answers with its own.
+    """Be one rank of `size` in a single process, whose collectives return its own data.
 
-    On torch's `fake` group an all-gather repeats what this rank gave, a reduce-scatter hands back
-    its own slice and a broadcast is silent: shapes, buffers and bytes are those of the real run.
-    The rank is 0: DeepSpeed has every other one compare itself with what rank 0 broadcasts.
+    On torch's `fake` group an all-gather repeats this rank's tensor, a reduce-scatter returns its
+    own slice and a broadcast does nothing: shapes, buffers and bytes are those of the real run.
+    The rank is 0, because in DeepSpeed all others check what rank 0 broadcasts.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend
 
@@ -75,8 +75,8 @@ def device_of_rank() -> torch.device:
 def stop_ranks() -> None:
     """Leave the process group; call when no engine is in use any more.
 
-    What still refers to the group is collected first: gloo's threads must have ended when the
-    interpreter does, or they abort the process.
+    Objects that refer to the group are collected first: gloo's threads must have ended when the
+    interpreter exits, or they abort the process.
     """
     gc.collect()
     if torch.distributed.is_initialized():
@@ -85,17 +85,17 @@ def stop_ranks() -> None:
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weights of projections, convolutions and embedding tables decay.
+    """Parameter groups for AdamW: weights of projections, convolutions and embeddings decay.
 
-    Nothing else does: biases, norms, `A_log`, `D`, `dt_bias`, positions, learned tokens, and what
-    is marked `_no_weight_decay`. The name tells the role; the shape does not, as a mixer's
-    parameters have a leading scan axis.
+    Biases, norms, `A_log`, `D`, `dt_bias`, positions, learned tokens and parameters marked
+    `_no_weight_decay` do not. The role follows from the name and not from the shape, because a
+    mixer's parameters have a leading scan axis.
     """
     if weight_decay == 0:
         return [{"params": list(module.parameters()), "weight_decay": 0.0}]
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, p in module.named_parameters():
-        shape = getattr(p, "ds_shape", p.shape)  # of the whole, where ZeRO-3 has partitioned it
+        shape = getattr(p, "ds_shape", p.shape)  # of the whole, if ZeRO-3 has partitioned it
         is_matrix = name.rpartition(".")[2] == "weight" and len(shape) >= 2
         groups[is_matrix and not getattr(p, "_no_weight_decay", False)].append(p)
     return [
@@ -108,8 +108,8 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 class Engine:
     """A module under ZeRO with AdamW: forward, backward, step, and its sharded fp32 state.
 
-    `make_module` is called under the run's seed. `leaf_classes` are gathered as one unit, so that
-    ZeRO-3 runs one hook for each of them instead of one for each of their children.
+    `make_module` is called under the run's seed. ZeRO-3 gathers each module of `leaf_classes` as a
+    whole, with one hook instead of one for each of its children.
     """
 
     def __init__(
@@ -121,10 +121,9 @@ class Engine:
     ) -> None:
         values = load_deepspeed_config(config, world.size)
         zero = values["zero_optimization"]
-        # DeepSpeed's autocast inherits this setting: see `precision.autocast`.
-        torch.set_autocast_cache_enabled(False)
+        disable_autocast_cache()
         torch.manual_seed(config.seed)
-        with partitioned_when_made(leaf_classes if zero["stage"] == 3 else (), values):
+        with partition_on_creation(leaf_classes if zero["stage"] == 3 else (), values):
             module = make_module()
         present = [c for c in leaf_classes if any(isinstance(m, c) for m in module.modules())]
         if zero["stage"] == 3 and present:
@@ -152,7 +151,7 @@ class Engine:
 
     @property
     def zero(self) -> Any:
-        """DeepSpeed's ZeRO optimizer, for those who count what it holds."""
+        """DeepSpeed's ZeRO optimizer, for memory measurements."""
         return self._engine.optimizer
 
     @property
@@ -162,19 +161,19 @@ class Engine:
         return module
 
     def forward(self, *inputs: Any) -> Any:
-        """The module's output under the run's precision."""
+        """The module's output, in the run's precision."""
         return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of `loss`, reduced over the ranks and partitioned."""
+        """Compute the gradients of `loss`, averaged over the ranks and partitioned."""
         if self.stage == 3:
             forget_gradients(self._engine.optimizer)
         self._engine.backward(loss)
 
     def step(self, rate: float, norm_limit: float = math.inf) -> None:
-        """Clip, and update this rank's partition at learning rate `rate`.
+        """Clip, and update this rank's partition with learning rate `rate`.
 
-        Nothing is updated if the gradient's norm is not finite or above `norm_limit`.
+        Nothing is updated if the gradient norm is not finite or above `norm_limit`.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -187,11 +186,11 @@ class Engine:
         return bool(self._engine.was_step_applied())
 
     def buffers(self) -> list[Tensor]:
-        """Copies of what the module keeps beside parameters, for `restore_buffers`."""
+        """Copies of the module's buffers, for `restore_buffers`."""
         return [b.detach().clone() for b in self.module.buffers()]
 
     def restore_buffers(self, values: Sequence[Tensor]) -> None:
-        """Put back what `buffers` gave."""
+        """Restore what `buffers` returned."""
         for buffer, value in zip(self.module.buffers(), values, strict=True):
             buffer.copy_(value)
 
@@ -204,12 +203,7 @@ class Engine:
         return self.shards.gather(partitions)
 
     def restored(self, optimizer_steps: int) -> None:
-        """Go on from what was written into `shards.live()`; all ranks must call."""
+        """Continue from the state that was written into `shards.live()`; all ranks must call."""
         self.shards.adopt(optimizer_steps)
         if self.stage == 3:
             make_persistent_visible(self._engine.optimizer)
-
-
-def gathered(module: nn.Module) -> Any:
-    """A context in which the parameters of `module` are whole on every rank."""
-    return GatheredParameters(list(module.parameters()))

@@ -41,7 +41,7 @@ class Profile:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number`."""
+        """A context around step `number`."""
         if number in self.steps and self._running is None:
             kinds = [ProfilerActivity.CPU]
             if torch.cuda.is_available():

@@ -7,12 +7,13 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from mdm.train.ema import EMA
-from mdm.train.engine import Engine, gathered, start_ranks, stop_ranks
+from mdm.train.engine import Engine, start_ranks, stop_ranks
+from mdm.train.workarounds import GatheredParameters
 from tests.helpers import ROOT, MemoryLoader, Mixer, SmallLoss, small_config
 
 
 def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    with gathered(engine.module):
+    with GatheredParameters(list(engine.module.parameters())):
         return {n: p.detach().clone() for n, p in engine.module.named_parameters()}
 
 
@@ -48,7 +49,7 @@ def main() -> None:
 
     # Linear layers ran in bf16. Every parameter and partition is fp32, including those of the scan.
     assert output_dtypes["text_out"] == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in engine.fp32_partitions() + ema.shadow)
+    assert all(p.dtype == torch.float32 for p in engine.fp32_partitions() + ema.shadows["ema"])
     islands = [n for n, p in engine.module.named_parameters() if n.split(".")[-1] in ISLANDS]
     assert len(islands) == 6
     assert all(p.dtype == torch.float32 for p in engine.module.parameters())
@@ -61,7 +62,7 @@ def main() -> None:
         moved = now["blocks.0.A_log"]
         assert not torch.equal(moved, moved.bfloat16().float())
 
-    averaged = engine.gather(ema.shadow)
+    averaged = engine.gather(ema.shadows["ema"])
     if world.is_main:
         assert averaged.keys() == engine.module.state_dict().keys()
         for name, value in reference.items():

@@ -115,7 +115,7 @@ def test_a_run_resumes_bit_for_bit_from_moved_but_unchanged_files(runs):
     runs.add("on", 4, **where, train__deepspeed=moved / "ds.json")
     ((code, output),) = runs.run()
     assert code == 0, output
-    assert "goes on from step-00000002" in output
+    assert "continues from step-00000002" in output
     assert "DeepSpeed settings" not in output
     assert runs.losses("on") == runs.losses("whole")
     exports = [(runs.folder / name / "export/model.safetensors") for name in ("on", "whole")]
@@ -172,7 +172,7 @@ def test_starting_over_sets_earlier_checkpoints_aside(runs):
     runs.add("anew", 4, resume="none")
     ((code, output),) = runs.run()
     assert code == 0, output
-    assert "goes on from" not in output
+    assert "continues from" not in output
     assert runs.losses("anew") == runs.losses("whole")
     assert (runs.checkpoint("anew") / ASIDE).read_text() == "started over with --resume none"
 

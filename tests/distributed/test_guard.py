@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mdm.checkpoint.checkpoints import Checkpoints
-from mdm.train import replay_box as blackbox
+from mdm.train import replay_box
 from tests.distributed.test_resume import losses, run_training, weights
 from tests.helpers import SmallLoss
 
@@ -33,14 +33,14 @@ def test_a_nan_sample_skips_one_step_and_joins_the_blocklist(tmp_path):
     assert newest.state.guard["skipped"] == 1
     assert newest.manifest["loader"]["quarantined"] == ["sample-25"]
     assert all(torch.isfinite(w).all() for w in weights(run_dir / "export").values())
-    box = blackbox.box_of(run_dir, 3)
+    box = replay_box.box_of(run_dir, 3)
     report = json.loads((box / "report.json").read_text())
     assert len(report["samples"]) == 8
     assert {"id", "noise_key", "epoch"} == set(report["samples"][0])
-    batch_loss, played = blackbox.replay(box, SmallLoss)
+    batch_loss, played = replay_box.replay(box, SmallLoss)
     assert not torch.isfinite(torch.tensor(batch_loss))
     assert [p.id for p in played if not p.finite] == ["sample-25"]
-    assert "not finite alone: sample-25" in blackbox.describe(report, batch_loss, played)
+    assert "not finite alone: sample-25" in replay_box.describe(report, batch_loss, played)
 
 
 def test_spikes_roll_back_and_extend_the_blocklist_with_and_without_a_kill(tmp_path):
@@ -58,13 +58,13 @@ def test_spikes_roll_back_and_extend_the_blocklist_with_and_without_a_kill(tmp_p
     assert code == 0, output
     (rollback,) = events(undisturbed, "rolled back")
     assert rollback["step"] == 5
-    assert set(poison) <= set(rollback["quarantined"])
-    assert len(rollback["quarantined"]) == 16
+    assert set(poison) <= set(rollback["blocklisted"])
+    assert len(rollback["blocklisted"]) == 16
     assert [step for step, *_ in losses(undisturbed)] == list(range(1, 15))
-    report = json.loads((blackbox.box_of(undisturbed, 6) / "report.json").read_text())
-    replayed_loss, played = blackbox.replay(blackbox.box_of(undisturbed, 6), SmallLoss)
+    report = json.loads((replay_box.box_of(undisturbed, 6) / "report.json").read_text())
+    replayed_loss, played = replay_box.replay(replay_box.box_of(undisturbed, 6), SmallLoss)
     assert replayed_loss == pytest.approx(report["loss"], rel=1e-2)
-    assert blackbox.blame(played)[0][0].id == "sample-17"
+    assert replay_box.blame(played)[0][0].id == "sample-17"
 
     killed = tmp_path / "killed"  # killed after the rollback, before the next checkpoint
     code, _ = run_training(killed, signal_step=9, once=str(tmp_path / "once"), **options)

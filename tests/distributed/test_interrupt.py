@@ -23,9 +23,9 @@ if sys.argv[2] == "training":
     heartbeat.begin_step(0)
 try:
     print("ready", flush=True)
-    while not heartbeat.asked:
+    while not heartbeat.requested:
         time.sleep(0.01)
-    print("saving", heartbeat.asked, flush=True)
+    print("saving", heartbeat.requested, flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     sys.exit(3)
@@ -72,11 +72,11 @@ def test_ctrl_c_saves_and_ends_a_training_without_a_launcher(data: Path, tmp_pat
     assert "Ctrl-C: saving, then ending" in output
     record, _ = newest_valid(checkpoints)
     assert record is not None
-    assert f"saved at step {record.step}; run again to go on" in output
+    assert f"saved at step {record.step}; run again" in output
 
 
 def interrupt_watch(tmp_path: Path, state: str) -> "subprocess.Popen[str]":
-    """A process with a `Watch`, starting or training, after one Ctrl-C."""
+    """A process with a `Heartbeat`, starting or training, after one Ctrl-C."""
     job = subprocess.Popen(
         [sys.executable, "-c", WATCH_PROGRAM, str(tmp_path), state],
         cwd=ROOT,
@@ -103,7 +103,7 @@ def test_a_second_ctrl_c_ends_at_once_but_one_press_delivered_twice_does_not(
         job.send_signal(signal.SIGINT)
         _, stderr = job.communicate(timeout=30)
     assert job.returncode == 130
-    assert stderr.splitlines()[-1] == "Ctrl-C again: ended at once; the last committed save counts"
+    assert stderr.splitlines()[-1] == "Ctrl-C again: ended at once; the last checkpoint counts"
     assert "Traceback" not in stderr
 
 

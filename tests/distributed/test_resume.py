@@ -124,7 +124,7 @@ def test_a_run_killed_during_a_save_resumes_from_the_checkpoint_before(
     assert passed == [("step-00000012", "it was never committed")]
     code, output = run_training(run_dir, train={"checkpoints": uri})
     assert code == 0, output
-    assert "passed over step-00000012: it was never committed" in output
+    assert "skipped step-00000012: it was never committed" in output
     assert_runs_equal(undisturbed, run_dir, uri)
     names = ["step-00000012.1", "step-00000006"]
     assert list(Checkpoints.at(uri).contents()) == names  # the torn checkpoint was removed
@@ -197,9 +197,9 @@ def test_training_resumes_from_the_newest_intact_checkpoint(undisturbed, tmp_pat
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
     code, output = run_training(run_dir)
     assert code == 0, output
-    assert "passed over step-00000012: manifest.json is not the one" in output
-    assert "passed over step-00000008: rank-00001/exp_avg.0000 has changed" in output
-    assert "goes on from step-00000004" in output
+    assert "skipped step-00000012: manifest.json is not the one" in output
+    assert "skipped step-00000008: rank-00001/exp_avg.0000 has changed" in output
+    assert "continues from step-00000004" in output
     assert_runs_equal(undisturbed, run_dir)
 
 

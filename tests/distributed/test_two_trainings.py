@@ -47,11 +47,11 @@ def paused_job(run_dir: Path, gate: Path, **options: Any) -> "subprocess.Popen[s
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Modification time and bytes of all files, except those that a waiting run updates itself."""
+    """Modification time and bytes of all files, except what a waiting run updates itself."""
     return {
-        str(path): (path.stat().st_mtime_ns, path.read_bytes())
+        str(path): (path.name != "events.jsonl" and path.stat().st_mtime_ns, path.read_bytes())
         for path in folder.rglob("*")
-        if path.is_file() and path.name not in (RUN_LEASE, "attempts.jsonl")
+        if path.is_file() and path.name != RUN_LEASE
     }
 
 

@@ -193,7 +193,7 @@ def training_damage(setting: Setting) -> Iterator[Row]:
         job.finish()
         seconds[fault] = time.monotonic() - began
         if fault:
-            passed_over = f"passed over {name}" in job.output()
+            passed_over = f"skipped {name}" in job.output()
             same = equal_runs(setting.folder / "whole", run_dir)
             lost = seconds[fault] - seconds[""]
             yield Row(f"newest checkpoint: {fault}", 1, int(passed_over), 0, same, lost)

@@ -95,8 +95,8 @@ def corrupt_checkpoint(folder: Path, undisturbed: Path) -> Iterator[Row]:
     Checkpoints.at(checkpoints).claim(torn)
     variables = {"RUN": str(job.run_dir), "TRAIN": job.command()}
     output = execute("corrupt_checkpoint.md", ENV | variables)
-    survived = f"passed over {damaged.name}: rank-00001/ema.0000 has changed" in output
-    survived = survived and f"passed over step-{torn:08d}: it was never committed" in output
+    survived = f"skipped {damaged.name}: rank-00001/ema.0000 has changed" in output
+    survived = survived and f"skipped step-{torn:08d}: it was never committed" in output
     same, lost = equal_runs(undisturbed, job.run_dir), 24 - newest_committed_step(checkpoints)
     yield Row("corrupt_checkpoint.md", 2, 2 * survived, lost, same, time.monotonic() - began)
 
@@ -107,7 +107,9 @@ def rolling_back(folder: Path, undisturbed: Path) -> Iterator[Row]:
     job = paused_run(folder / "rolled" / "run", {"train": TRAIN | {"keep": 10}})
     variables = {"RUN": str(job.run_dir), "STEP": "5", "TRAIN": job.command()}
     output = execute("rolling_back.md", ENV | variables)
-    survived = job.process.wait(60) == exit_codes.HALTED and "goes on from step-00000005" in output
+    survived = (
+        job.process.wait(60) == exit_codes.HALTED and "continues from step-00000005" in output
+    )
     same = equal_runs(undisturbed, job.run_dir)
     yield Row("rolling_back.md", 1, int(survived), 0, same, time.monotonic() - began)
 

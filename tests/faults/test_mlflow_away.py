@@ -1,55 +1,50 @@
-"""A real MLflow server dies and returns: nothing blocks, nothing is lost or duplicated."""
+"""A real MLflow server is killed and restarted: nothing blocks, nothing is lost or duplicated."""
 
 import logging
-import time
 
 import pytest
 
 from mdm.utils.tracking import MlflowTracker
 from tests.faults.mlflow_server import MlflowServer
 from tests.faults.proxy import FaultProxy
+from tests.unit.utils.test_tracking import log_event, log_metrics, steps_of, take_all
 
 pytestmark = pytest.mark.chaos
 
 
-def test_waiting_entries_are_delivered_after_job_and_server_restart(tmp_path, s3_server, caplog):
+def test_what_waits_is_delivered_after_job_and_server_restart(tmp_path, s3_server, caplog):
     import mlflow
 
     caplog.set_level(logging.WARNING)
-    artifacts, journal = "s3://test/mlflow", tmp_path / "run" / "tracking"
-    note = tmp_path / "note.txt"
-    note.write_text("hello")
-    with MlflowServer(tmp_path / "server", artifacts, s3_server.env) as server:
-        first = MlflowTracker("outage", "job", uri=server.uri, journal=journal)
-        first.log_params({"train.lr": 0.1})
-        first.log_metrics({"loss": 1.0}, step=1)
-        end = time.monotonic() + 120
-        while first.waiting and time.monotonic() < end:
-            time.sleep(0.1)
-        assert first.waiting == 0
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "note.txt").write_text("hello")
+    params = {"train.lr": 0.1}
+    with MlflowServer(tmp_path / "server", "s3://test/mlflow", s3_server.env) as server:
+        first = MlflowTracker(run_dir, "outage", "job", params=params, uri=server.uri)
+        log_metrics(run_dir, 1)
+        take_all(first)
         server.kill()
-        began = time.perf_counter()
         for step in range(2, 200):
-            first.log_metrics({"loss": 1.0 / step}, step=step)
-        first.log_artifact(note, "notes")
-        first.log_text('{"uri": "s3://x/y"}', "checkpoints/step-00000005.json")
-        assert time.perf_counter() - began < 2  # no call waits for the server
+            log_metrics(run_dir, step, loss=1.0 / step)
+        log_event(run_dir, **{"notes/note.txt": "note.txt"})
+        log_event(run_dir, **{"checkpoints/step-00000005.json": {"uri": "s3://x/y"}})
         first.finish("KILLED", timeout=1.0)
         assert first.waiting > 0
         assert "wait for the next attempt" in caplog.text
 
         server.start()
-        second = MlflowTracker(
-            "outage", "job", run_id=first.run_id, uri=server.uri, journal=journal
-        )
-        for step in range(150, 251):  # steps 150 to 199 are repeated
-            second.log_metrics({"loss": 1.0 / step}, step=step)
+        path = run_dir / "metrics.jsonl"
+        rows = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(rows[:149]))  # steps 150 to 199 are repeated
+        second = MlflowTracker(run_dir, "outage", "job", params=params, uri=server.uri)
+        for step in range(150, 251):
+            log_metrics(run_dir, step, loss=1.0 / step)
         second.finish("FINISHED", timeout=120)
         assert second.waiting == 0
 
         client = mlflow.MlflowClient(tracking_uri=server.uri)
-        history = client.get_metric_history(first.run_id, "loss")
-        assert [m.step for m in sorted(history, key=lambda m: m.step)] == list(range(1, 251))
+        assert steps_of(client, first.run_id) == list(range(1, 251))
         run = client.get_run(first.run_id)
         assert run.info.status == "FINISHED"
         assert run.data.params == {"train.lr": "0.1"}
@@ -67,13 +62,14 @@ def test_lost_responses_do_not_create_a_second_run(tmp_path):
 
     with MlflowServer(tmp_path / "server") as server:
         for seed in range(2):
+            run_dir = tmp_path / str(seed)
+            run_dir.mkdir()
             with FaultProxy(server.port, 0.3, ("reset",), seed) as proxy:
                 tracker = MlflowTracker(
-                    "cut", f"job {seed}", uri=proxy.endpoint, journal=tmp_path / str(seed)
+                    run_dir, "cut", f"job {seed}", params={"seed": seed}, uri=proxy.endpoint
                 )
-                tracker.log_params({"seed": seed})
                 for step in range(5):
-                    tracker.log_metrics({"loss": 1.0}, step=step)
+                    log_metrics(run_dir, step)
                 tracker.finish(timeout=120)
                 assert tracker.waiting == 0
         client = mlflow.MlflowClient(tracking_uri=server.uri)
@@ -81,5 +77,4 @@ def test_lost_responses_do_not_create_a_second_run(tmp_path):
         assert sorted(run.info.run_name for run in runs) == ["job 0", "job 1"]
         for run in runs:
             assert run.info.status == "FINISHED"
-            history = client.get_metric_history(run.info.run_id, "loss")
-            assert [m.step for m in history] == list(range(5))
+            assert steps_of(client, run.info.run_id) == list(range(5))

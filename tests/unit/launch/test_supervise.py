@@ -35,10 +35,10 @@ if act.get("orphan"):
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)
     (folder / "orphan").write_text(str(child.pid))
 if "signal" in act: os.kill(os.getpid(), act["signal"])
-while act.get("wait") and not w.asked:
+while act.get("wait") and not w.requested:
     w.begin_step(step); time.sleep(0.05)
-code = w.asked or act.get("code", 0)
-if "code" in act or w.asked: heartbeat.report_end(code, act.get("reason", ""))
+code = w.requested or act.get("code", 0)
+if "code" in act or w.requested: heartbeat.report_end(code, act.get("reason", ""))
 os._exit(code)
 """
 

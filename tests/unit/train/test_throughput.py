@@ -10,7 +10,7 @@ from mdm.utils.ranks import World
 from tests.helpers import MemoryLoader, small_config
 
 
-def test_sequence_is_that_of_the_network():
+def test_the_sequence_length_is_that_of_the_network():
     """[time][class] [pad text pad] [pad image pad]: what the embedding makes of the demo."""
     from mdm.model.decoder import Decoder
 

@@ -2,12 +2,10 @@
 
 import io
 import json
-import logging
 
 import pytest
 
 from mdm.utils import files
-from mdm.utils.journal import Journal
 
 
 def warnings(caplog) -> list[str]:
@@ -115,58 +113,3 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         files.write_json(path / "below", {})
     assert files.read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
-
-
-def entries(journal: Journal) -> list[int]:
-    waiting = journal.waiting()
-    if waiting:
-        journal.take(waiting[-1][1])
-    return [entry["n"] for entry, _, _ in waiting]
-
-
-def written(folder, count: int) -> None:
-    journal = Journal(folder)
-    for n in range(count):
-        assert journal.append({"kind": "x", "n": n})
-    journal.close()
-
-
-@pytest.mark.parametrize("tail", [b'{"kind": "x', bytes(4096), b"\xff\n", b"[]\n", b"5", b"{}\n"])
-def test_a_journal_passes_over_damage_and_nothing_else(tmp_path, caplog, tail):
-    written(tmp_path, 3)
-    with (tmp_path / "journal.jsonl").open("ab") as file:
-        file.write(tail)
-    journal = Journal(tmp_path)
-    journal.append({"kind": "x", "n": 3})
-    journal.append({"kind": "x", "n": 4})
-    assert entries(journal) == [0, 1, 2, 3, 4]
-    assert not journal.waiting()
-    assert len(journal) == 0
-    journal.close()
-    assert len(warnings(caplog)) == 1
-    assert "journal.jsonl: 1 damaged line skipped" in warnings(caplog)[0]
-    again = Journal(tmp_path)
-    assert entries(again) == []
-    again.close()
-
-
-@pytest.mark.parametrize(
-    "note", [b"", b"x", bytes(2), b"-5", b"\xff", b"5", b"999999", b"9" * 5000]
-)
-def test_entries_are_brought_again_where_the_offset_is_damaged(tmp_path, caplog, note):
-    written(tmp_path, 3)
-    (tmp_path / "taken").write_bytes(note)
-    journal = Journal(tmp_path)
-    assert entries(journal) == [0, 1, 2]
-    journal.close()
-    assert len(warnings(caplog)) == 1
-    assert f"{tmp_path}/taken" in warnings(caplog)[0]
-
-
-def test_what_was_damaged_alone_does_not_wait_for_ever(tmp_path, caplog):
-    caplog.set_level(logging.WARNING)
-    (tmp_path / "journal.jsonl").write_bytes(b'{"ki\n\n' + bytes(100))
-    journal = Journal(tmp_path)
-    assert journal.waiting() == []
-    assert len(journal) == 0
-    journal.close()
