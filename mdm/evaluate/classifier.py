@@ -1,7 +1,7 @@
-"""An independent judge of small images: a CNN trained on real ones, outside the model.
+"""An independent classifier of small images: a CNN trained on real ones, apart from the model.
 
-Its classes are the data set's own plus one more, "none of them", learnt from other images, so
-that an image of something else is not taken for a class. Its last hidden layer (64 wide) is the
+Its classes are those of the data set plus one more, "none of them", learnt from other images, so
+that an image of something else is not assigned to a class. Its last hidden layer (64 wide) is the
 feature space of the distances.
 
 Shapes: B images, H = W = 32.
@@ -66,7 +66,7 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Training:
-    """How the judge is trained."""
+    """How the classifier is trained."""
 
     epochs: int = 8
     batch: int = 128
@@ -75,15 +75,15 @@ class Training:
 
 
 def _augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    # Shift, turn and scale a little, and blur or dim some: generated images pass a decoder that
-    # softens strokes, and the judge must read them as it reads sharp ones.
+    # Shift, rotate and scale a little, blur some and add noise: generated images come from a
+    # decoder that softens strokes, and the classifier must treat them like sharp ones.
     n = len(x)
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(n).uniform_(low, high, generator=rng)
 
-    turn, scale = uniform(-0.15, 0.15), uniform(0.9, 1.1)
-    cos, sin = torch.cos(turn) * scale, torch.sin(turn) * scale
+    angle, scale = uniform(-0.15, 0.15), uniform(0.9, 1.1)
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     rows = (
         torch.stack([cos, -sin, uniform(-0.1, 0.1)], 1),
         torch.stack([sin, cos, uniform(-0.1, 0.1)], 1),
@@ -100,10 +100,10 @@ def _augment(x: Tensor, rng: torch.Generator) -> Tensor:
 def train(
     pixels: Tensor, labels: Tensor, n_classes: int, how: Training | None = None
 ) -> Classifier:
-    """A judge trained on `pixels` f32 [B, 3, H, W] in [0, 1] and `labels` i64 [B].
+    """A classifier trained on `pixels` f32 [B, 3, H, W] in [0, 1] and `labels` i64 [B].
 
-    A label of `n_classes` or below 0 stands for "none of the classes". The same input and
-    thread count give the same weights; the global random state is left as it was.
+    A label of `n_classes` or below 0 means "none of the classes". The same input and number of
+    threads give the same weights; the global random state does not change.
     """
     how = how or Training()
     labels = torch.where(labels < 0, n_classes, labels)
@@ -145,7 +145,10 @@ def save(net: Classifier, folder: Path, report: dict[str, float]) -> None:
 
 
 def load(folder: Path) -> tuple[Classifier, dict[str, float]]:
-    """The judge that `save` wrote and its report. Raises FileNotFoundError naming the folder."""
+    """The classifier that `save` wrote, and its report.
+
+    Raises FileNotFoundError if it is missing and ValueError if it is damaged; both name the folder.
+    """
     again = "run pipelines/train_classifier.py"
     try:
         report = load_json(folder / "classifier.json", {"n_classes": int, "width": int})

@@ -111,7 +111,7 @@ class _Annotation:
     problem: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Annotated:
     """The reader of a data set. Ids are `<source>/<split>/<entry's id>`.
 
@@ -119,10 +119,12 @@ class Annotated:
     """
 
     SOURCE: str
-    SPLITS: tuple[str, ...]
     find: Find
     entries: Entries
     content: Read
+    SPLITS: tuple[str, ...] = ("train", "val")
+    TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
+    HELD_OUT: str = "val"
 
     def units(self, root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
         """Runs of entries with about `unit_bytes` of annotations and images.

@@ -77,8 +77,9 @@ class Unit:
 
 
 class Reader(Protocol):
-    """The reader of one published data set: a module of `mdm.sources`."""
+    """The reader of one published data set: a module of `mdm.sources`, or an `Annotated`."""
 
+    SOURCE: str
     SPLITS: tuple[str, ...]  # as published
     # The splits to train on, for each form in which the data set is published. The first form that
     # is present is used. The first split of a form holds all of its images.

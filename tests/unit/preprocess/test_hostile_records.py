@@ -20,7 +20,7 @@ from mdm.first_stage.image import decode_image, thumbnail
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.preprocess import encoding, similar, survey
 from mdm.preprocess import ray_executor as encode_on_ray
-from mdm.sources import annotated, coco, imagenet, packed, record, ultrachat
+from mdm.sources import annotated, captions, imagenet, packed, record, ultrachat
 from mdm.sources.record import BadRecord, RawRecord, one_record
 from tests import hostile
 from tests import published_sets as sets
@@ -312,7 +312,7 @@ def test_an_error_on_the_way_of_a_dialogue_costs_that_record_alone(
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(coco, "text_field"), (annotated.jsonfile, "entry"), (packed.Images, "read")],
+    [(captions, "text_field"), (annotated.jsonfile, "entry"), (packed.Images, "read")],
     ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_an_error_in_an_annotation_costs_that_entry_alone(
