@@ -108,13 +108,13 @@ def test_broken_folders_and_shapes_are_value_errors(folder, tmp_path, pixels):
     with pytest.raises(ValueError, match="autoencoder"):
         Autoencoder.load(tmp_path)
     autoencoder = Autoencoder.load(folder)
-    with pytest.raises(ValueError, match="10 x 16 is no multiple of 8"):
+    with pytest.raises(ValueError, match="10 x 16 is not a multiple of 8"):
         autoencoder.encode(pixels[:, :, :10])
     with pytest.raises(ValueError, match="not \\[B, 3, H, W\\]"):
         autoencoder.encode(pixels[:, :1])
     with pytest.raises(ValueError, match="not \\[B, 2 x 2, 16\\]"):
         autoencoder.decode(torch.zeros(1, 5, 16))
-    with pytest.raises(ValueError, match="image_size 30 is no multiple of 8"):
+    with pytest.raises(ValueError, match="image_size 30 is not a multiple of 8"):
         build(30)
 
 
@@ -134,6 +134,15 @@ def test_fit_lowers_the_loss_and_the_figures_normalise(tmp_path):
     latents = Autoencoder.load(tmp_path / "ae").encode(images).view(-1, 4)
     torch.testing.assert_close(latents.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std(0), torch.ones(4), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
+def test_a_training_of_any_length_runs(steps):
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    model = build(8, (8, 8))
+    options = {"batch": 2, "lr": 1e-2, "kl_weight": 1e-4, "seed": 0, "precision": "fp32"}
+    losses = list(fit_autoencoder.fit(model, {"black": images}, steps=steps, **options))
+    assert len(losses) == steps
 
 
 def test_psnr():

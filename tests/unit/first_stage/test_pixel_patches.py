@@ -25,7 +25,7 @@ def test_a_patch_is_a_place_of_the_image():
 
 
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="8 pixels do not come out in patches of 3"):
+    with pytest.raises(ValueError, match="8 pixels cannot be divided into patches of 3"):
         PixelPatches(8, 3, 0.0, 1.0)
     with pytest.raises(ValueError, match=r"\(1, 3, 16\), not \[B, 2 x 2, 16\]"):
         PixelPatches(8, 4, 0.0, 1.0).decode(torch.zeros(1, 3, 16))
