@@ -10,12 +10,12 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from mdm.sources.record import fingerprint, one_record
+from mdm.sources.record import attempt, fingerprint
 from mdm.sources.streams import (
     Member,
     check_member,
@@ -134,23 +134,16 @@ def read_file(path: Path) -> bytes:
         raise ValueError(f"unreadable file: {describe(error)}") from None
 
 
+def _member(place: str, read: Callable[..., bytes], *arguments: Any) -> Member:
+    """The file at `place`, with the bytes that `read` returns or the problem that it raises."""
+    data = attempt(place, read, *arguments)
+    return Member(place, None, str(data)) if isinstance(data, ValueError) else Member(place, data)
+
+
 def read_files(root: Path, files: Iterable[str]) -> Iterator[Member]:
     """Loose image files, each with its bytes or the problem with it."""
     for file in files:
-        try:
-            with one_record(file):
-                member = Member(file, read_file(root / file))
-        except ValueError as error:
-            member = Member(file, None, str(error))
-        yield member
-
-
-class ImageError(ValueError):
-    """An image exists but cannot be read; `place` says where it is."""
-
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(reason)
-        self.place = place
+        yield _member(file, read_file, root / file)
 
 
 class Images:
@@ -160,7 +153,8 @@ class Images:
         self._root = root
         self._zips: list[tuple[str, zipfile.ZipFile]] = []
         self._damage = ""
-        self._last: tuple[tuple[str, ...], tuple[str, bytes]] = ((), ("", b""))
+        self._last_names: tuple[str, ...] = ()
+        self._last = Member("", None)
         for archive in archives:
             if archive.endswith(".zip") and (root / archive).is_file():
                 try:
@@ -175,50 +169,44 @@ class Images:
         for _, packed in self._zips:
             packed.close()
 
-    def read(self, names: tuple[str, ...]) -> tuple[str, bytes]:
-        """(place, bytes) of the first of `names` that exists; ValueError if none does.
+    def read(self, names: tuple[str, ...]) -> Member:
+        """The first of `names` that exists, or a member with "" as its name and the problem.
 
-        ImageError if it exists but cannot be read. The last image is cached, because the records of
-        one image are read together.
+        The last image is cached, because the records of one image are read together.
         """
-        if names != self._last[0]:
-            self._last = (names, self._find(names))
-        return self._last[1]
+        if names != self._last_names:
+            self._last_names, self._last = names, self._find(names)
+        return self._last
 
-    def _find(self, names: tuple[str, ...]) -> tuple[str, bytes]:
+    def _find(self, names: tuple[str, ...]) -> Member:
         for name in names:
             if "\0" in name:
-                raise ValueError(f"image path holds a zero byte: {name[:80]!r}")
+                return Member("", None, f"image path holds a zero byte: {name[:80]!r}")
             if not is_inside(name):
-                raise ValueError(f"image path points outside the data set: {name[:80]!r}")
+                return Member("", None, f"image path points outside the data set: {name[:80]!r}")
             if image := self._read_exact(name):
                 return image
         # A download may have the extension of its address, of its content or of a conversion.
         for stem in dict.fromkeys(without_extension(name) for name in names):
-            for extension in EXTENSIONS:
-                name = stem + extension
+            for name in (stem + extension for extension in EXTENSIONS):
                 tried = name in names or (self._root / name).is_dir()
                 if not tried and (image := self._read_exact(name)):
                     return image
-        raise ValueError(f"missing file: {names[0][:200]}{self._damage}")
+        return Member("", None, f"missing file: {names[0][:200]}{self._damage}")
 
-    def _read_exact(self, name: str) -> tuple[str, bytes] | None:
-        """The image of exactly this name, if any; ImageError if it cannot be read."""
+    def _read_exact(self, name: str) -> Member | None:
+        """The image of exactly this name, if any."""
         try:
             if _exists(self._root / name):
-                return name, read_file(self._root / name)
+                return _member(name, read_file, self._root / name)
         except ValueError as error:
-            raise ImageError(name, str(error)) from None
+            return Member(name, None, str(error))
         for archive, packed in self._zips:
             folder = PurePosixPath(archive).parent
             if PurePosixPath(name).is_relative_to(folder):
                 member = str(PurePosixPath(name).relative_to(folder))
                 if member in packed.NameToInfo:
-                    place = f"{archive}::{member}"
-                    try:
-                        return place, _unzip(packed, member)
-                    except ValueError as error:
-                        raise ImageError(place, str(error)) from None
+                    return _member(f"{archive}::{member}", _unzip, packed, member)
         return None
 
 
