@@ -10,6 +10,7 @@ one is a single unit, in the archive's order.
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -30,8 +31,7 @@ from mdm.sources.record import (
     make_units,
     one_record,
 )
-from mdm.sources.streams import ARCHIVE_ERRORS, Member, describe, tgz_members
-from mdm.sources.textfile import NotUtf8Error
+from mdm.sources.streams import ARCHIVE_ERRORS, Member, describe, expect_utf8, tgz_members
 
 _TARS = (".tgz", ".tar.gz")
 # The number of entries that are searched for others about the same image: some tens of megabytes.
@@ -136,7 +136,11 @@ class Annotated:
         inputs, total = [(layout.annotations, size)], size
         if layout.join:
             inputs.append((layout.join.file, packed.unpacked_size(root, layout.join.file)))
-            self._check_encoding(root, layout.join.file)
+            with (
+                expect_utf8(self.SOURCE, root / layout.join.file),
+                packed.open_file(root, layout.join.file),
+            ):
+                pass
         if layout.folders or layout.archives:
             digest, image_bytes = packed.listing(self.SOURCE, root, layout.folders, layout.archives)
             inputs.append((digest, image_bytes))
@@ -182,16 +186,6 @@ class Annotated:
     def _layout(self, root: Path, split: str) -> Layout:
         check_split(self.SOURCE, split, self.SPLITS)
         return self.find(root, split)
-
-    def _check_encoding(self, root: Path, name: str) -> None:
-        """Raise ValueError for UTF-16, which would lose every record; `read` reports the rest."""
-        try:
-            with packed.open_file(root, name):
-                pass
-        except NotUtf8Error as error:
-            raise ValueError(f"{self.SOURCE}: {root / name}: {describe(error)}") from None
-        except OSError:
-            return
 
     def _unit_starts(self, root: Path, layout: Layout, size: int, count: int) -> list[int]:
         """Byte 0, then the first entry in each further one of `count` equal parts of the file."""
@@ -255,15 +249,10 @@ class Annotated:
 
     def _ids(self, root: Path, layout: Layout) -> Iterator[str]:
         """The ids of all readable entries."""
-        try:
+        with suppress(*_READ_ERRORS):  # they are reported when the entries are read
             for element in _elements(root, layout):
-                try:
-                    with one_record(f"{layout.annotations}@{element.offset}"):
-                        yield from (entry_id for entry_id, _ in self.entries(element, layout))
-                except ValueError:
-                    continue  # reported when the entry itself is read
-        except _READ_ERRORS:
-            return  # likewise
+                with suppress(ValueError), one_record(f"{layout.annotations}@{element.offset}"):
+                    yield from (entry_id for entry_id, _ in self.entries(element, layout))
 
     def _read_tar(
         self, root: Path, layout: Layout, tar: str, annotations: Iterator[_Annotation]

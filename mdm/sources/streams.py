@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mdm.sources.record import one_record
-from mdm.sources.textfile import check_utf8, is_clutter, lines_with_offsets
+from mdm.sources.textfile import NotUtf8Error, check_utf8, is_clutter, lines_with_offsets
 
 # A larger image is refused, so that one bad file cannot exhaust the memory. This is the size of an
 # uncompressed image of 64 Mi pixels, the most that are decoded, in four channels of 16 bits.
@@ -134,6 +134,17 @@ class _Unpacked(gzip.GzipFile):
             if not data:
                 raise
         return data
+
+
+@contextmanager
+def expect_utf8(source: str, path: Path) -> Iterator[None]:
+    """Turn NotUtf8Error inside the block into a ValueError; ignore others, which `read` reports."""
+    try:
+        yield
+    except NotUtf8Error as error:
+        raise ValueError(f"{source}: {path}: {describe(error)}") from None
+    except ARCHIVE_ERRORS:
+        pass
 
 
 @contextmanager
