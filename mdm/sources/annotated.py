@@ -172,8 +172,9 @@ class Annotated:
                 names, image = annotation.content.images, Member("", None)
                 if names and not annotation.problem:
                     result = attempt(names[0], images.read, names)
-                    failed = isinstance(result, ValueError)
-                    image = Member("", None, str(result)) if failed else result
+                    if isinstance(result, ValueError):
+                        result = Member("", None, str(result))
+                    image = result
                 yield self._record(layout, annotation, image)
 
     def texts(self, root: Path, split: str) -> Iterator[str]:

@@ -71,7 +71,8 @@ def _coco_layout(root: Path, split: str) -> Layout:
     if split in ("train", "val"):
         split = _coco_edition(root, split)
     annotations = locate("coco", root, *_coco_files(split))
-    editions, join = ("train2014", "val2014"), None
+    editions: tuple[str, ...] = ("train2014", "val2014")
+    join = None
     if split not in _KARPATHY:
         editions, join = (split,), Join(annotations, "images", "id", _coco_file_name)
     return Layout(

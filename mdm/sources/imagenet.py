@@ -194,23 +194,19 @@ def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]
                 end, gap = padded, False
     except ARCHIVE_ERRORS:
         truncated = True  # the rest becomes a unit below, whose reader reports the error
-    if _has_content(tar, end):
+    with tar.open("rb") as rest:
+        rest.seek(end)
+        has_more = any(rest.read(10240))  # an archive ends in zeros
+    if has_more:
         ranges.append(("members", end, size))
     elif truncated or end > size:
         ranges.append(("cut", size, size))
-    file, names_file = (tar.name, size), class_file(root)
+    published, names_file = (tar.name, size), class_file(root)
     parts = [
-        (kind, [tar.name], [file, ("start", start), ("stop", stop), names_file], start, stop)
+        (kind, [tar.name], [published, ("start", start), ("stop", stop), names_file], start, stop)
         for kind, start, stop in ranges
     ]
     return make_units(SOURCE, split, root, parts)
-
-
-def _has_content(path: Path, start: int) -> bool:
-    """Whether anything but zero blocks follows byte `start`: an archive ends in zeros."""
-    with path.open("rb") as file:
-        file.seek(start)
-        return any(file.read(10240))
 
 
 def _class_tar(unit: Unit) -> str:

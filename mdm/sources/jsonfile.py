@@ -66,15 +66,15 @@ def _enter(cursor: Cursor, section: str) -> None:
     cursor.take()
     try:
         while cursor.peek() not in ("}", ""):
-            if cursor.key() == section:
-                if cursor.peek() != "[":
-                    raise BrokenFileError(f"{section!r} is not a list")
-                cursor.take()
-                return
+            name = cursor.key()
             if cursor.peek() == "[":
                 cursor.take()
+                if name == section:
+                    return
                 for _ in _items(cursor, named=False, within=True):
                     pass
+            elif name == section:
+                raise BrokenFileError(f"{section!r} is not a list")
             else:
                 cursor.value()
             if cursor.peek() == ",":

@@ -22,22 +22,14 @@ from mdm.sources.joined import Joined
 from mdm.sources.jsonfile import Element
 from mdm.sources.packed import locate
 
-_FOLDERS = (
-    "coco/train2017",
-    "gqa/images",
-    "ocr_vqa/images",
-    "textvqa/train_images",
-    "vg/VG_100K",
-    "vg/VG_100K_2",
-)
-_ARCHIVES = (
-    "coco/train2017.zip",
-    "gqa/images.zip",
-    "ocr_vqa/images.zip",
-    "textvqa/train_val_images.zip",
-    "vg/images.zip",
-    "vg/images2.zip",
-)
+_ARCHIVES = {  # by the folder that it holds
+    "coco/train2017": "coco/train2017.zip",
+    "gqa/images": "gqa/images.zip",
+    "ocr_vqa/images": "ocr_vqa/images.zip",
+    "textvqa/train_images": "textvqa/train_val_images.zip",
+    "vg/VG_100K": "vg/images.zip",
+    "vg/VG_100K_2": "vg/images2.zip",
+}
 # The image's placeholder in a question: a line of its own at either end, or else next to text.
 _PLACEHOLDERS = (
     re.compile(r"\A\s*<image>(?:[^\S\n]*\n)+"),
@@ -51,7 +43,8 @@ def _layout(root: Path, split: str) -> Layout:
     annotations = locate("llava", root, "llava_v1_5_mix665k.json")
     if split == "train-text":
         return Layout(split, annotations)
-    return Layout(split, annotations, folders=_FOLDERS, archives=_ARCHIVES)
+    folders, archives = tuple(_ARCHIVES), tuple(_ARCHIVES.values())
+    return Layout(split, annotations, folders=folders, archives=archives)
 
 
 def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:

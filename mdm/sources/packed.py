@@ -36,7 +36,6 @@ ZIP_ERRORS = (
     RuntimeError,
     zlib.error,
 )
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".jpe", ".jfif")
 EXTENSIONS = (*_EXTENSIONS, *map(str.upper, _EXTENSIONS), *map(str.title, _EXTENSIONS), "")
 
@@ -65,7 +64,8 @@ def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
             elif archive.endswith(".zip"):
                 packed = stack.enter_context(zipfile.ZipFile(path))
                 info = packed.getinfo(member)
-                _check(info)
+                if problem := _packing_problem(info):
+                    raise OSError(problem)
                 file = stack.enter_context(packed.open(info))
             else:
                 packed_tar = open_tar(stack.enter_context(open_gzip(path)), streaming=False)
@@ -146,10 +146,11 @@ def read_files(root: Path, files: Iterable[str]) -> Iterator[Member]:
         yield _member(file, read_file, root / file)
 
 
-class Images:
+class Images(ExitStack):
     """The images that annotations refer to, in folders and zips; each zip is opened once."""
 
     def __init__(self, root: Path, archives: Sequence[str]) -> None:
+        super().__init__()
         self._root = root
         self._zips: list[tuple[str, zipfile.ZipFile]] = []
         self._damage = ""
@@ -158,16 +159,10 @@ class Images:
         for archive in archives:
             if archive.endswith(".zip") and (root / archive).is_file():
                 try:
-                    self._zips.append((archive, zipfile.ZipFile(root / archive)))
+                    packed = self.enter_context(zipfile.ZipFile(root / archive))
+                    self._zips.append((archive, packed))
                 except ZIP_ERRORS as error:
                     self._damage += f"; archive {archive} is unreadable: {describe(error)}"
-
-    def __enter__(self) -> "Images":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for _, packed in self._zips:
-            packed.close()
 
     def read(self, names: tuple[str, ...]) -> Member:
         """The first of `names` that exists, or a member with "" as its name and the problem.
@@ -197,10 +192,12 @@ class Images:
     def _read_exact(self, name: str) -> Member | None:
         """The image of exactly this name, if any."""
         try:
-            if _exists(self._root / name):
-                return _member(name, read_file, self._root / name)
-        except ValueError as error:
-            return Member(name, None, str(error))
+            os.lstat(self._root / name)
+            return _member(name, read_file, self._root / name)
+        except PermissionError as error:  # of a folder above it
+            return Member(name, None, f"unreadable file: {describe(error)}")
+        except OSError:  # no such file, or a name that no file can have
+            pass
         for archive, packed in self._zips:
             folder = PurePosixPath(archive).parent
             if PurePosixPath(name).is_relative_to(folder):
@@ -216,24 +213,11 @@ def without_extension(name: str) -> str:
     return stem if extension.casefold() in _EXTENSIONS else name
 
 
-def _exists(path: Path) -> bool:
-    """Whether the path exists; ValueError if a folder above it may not be searched."""
-    try:
-        os.lstat(path)
-    except PermissionError as error:
-        raise ValueError(f"unreadable file: {describe(error)}") from None
-    except OSError:  # no such file, or a name that no file can have
-        return False
-    return True
-
-
 def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
     """A member's bytes, with verified checksum; ValueError says what is wrong with it."""
     info = packed.NameToInfo[member]
-    try:
-        _check(info)
-    except OSError as error:
-        raise ValueError(str(error)) from None
+    if problem := _packing_problem(info):
+        raise ValueError(problem)
     check_member(info.file_size, info.compress_size, "archive member")
     try:
         with packed.open(info) as file:
@@ -243,12 +227,13 @@ def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
         raise ValueError(f"damaged archive member: {describe(error)}") from None
 
 
-def _check(info: zipfile.ZipInfo) -> None:
-    """Raise OSError if a member is packed in a way that is not supported."""
+def _packing_problem(info: zipfile.ZipInfo) -> str:
+    """Why a member cannot be unpacked; "" if it can."""
     if info.flag_bits & 1:
-        raise OSError("archive member is encrypted")
-    if info.compress_type not in _METHODS:
-        raise OSError(f"archive member is packed by method {info.compress_type}, not by deflate")
+        return "archive member is encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"archive member is packed by method {info.compress_type}, not by deflate"
+    return ""
 
 
 def _has_member(path: Path, member: str) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mdm.evaluate import classifier
-from mdm.evaluate.classifier import Classifier, Training
+from mdm.evaluate.classifier import Classifier
 from mdm.evaluate.image import agreement
 from tests.unit.conftest import Digits
 
@@ -16,10 +16,9 @@ def test_it_reads_digits_it_has_not_seen(digits: Digits, judge: Classifier) -> N
 
 
 def test_training_is_deterministic_and_leaves_the_global_random_state(digits: Digits) -> None:
-    short = Training(epochs=1, batch=64)
     pixels, labels = digits.train.pixels[:128], digits.train.labels[:128]
     state = torch.get_rng_state()
-    first, second = (classifier.train(pixels, labels, 10, short) for _ in range(2))
+    first, second = (classifier.train(pixels, labels, 10, epochs=1, batch=64) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -30,7 +29,7 @@ def test_none_of_the_classes_is_a_class_of_its_own(digits: Digits) -> None:
     noise = torch.rand(300, 3, 32, 32, generator=rng)
     pixels = torch.cat([digits.train.pixels[:400], noise[:200]])
     labels = torch.cat([digits.train.labels[:400], torch.full((200,), -1)])
-    net = classifier.train(pixels, labels, 10, Training(epochs=3, batch=64))
+    net = classifier.train(pixels, labels, 10, epochs=3, batch=64)
     assert (net.judge(noise[200:])[0] == 10).mean() > 0.95
     assert (net.judge(digits.heldout.pixels)[0] == 10).mean() < 0.1
 
