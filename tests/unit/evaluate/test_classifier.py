@@ -9,7 +9,7 @@ from mdm.evaluate.image import agreement
 from tests.unit.conftest import Digits
 
 
-def test_it_reads_digits_it_has_not_seen(digits: Digits, judge: Classifier) -> None:
+def test_the_classifier_generalises_to_held_out_digits(digits: Digits, judge: Classifier) -> None:
     seen, features = judge.judge(digits.heldout.pixels)
     assert agreement(seen, digits.heldout.labels.numpy()) > 0.85
     assert features.shape == (len(digits.heldout), classifier.FEATURES)
@@ -34,7 +34,9 @@ def test_none_of_the_classes_is_a_class_of_its_own(digits: Digits) -> None:
     assert (net.judge(digits.heldout.pixels)[0] == 10).mean() < 0.1
 
 
-def test_save_and_load(judge: Classifier, digits: Digits, tmp_path: Path) -> None:
+def test_a_saved_classifier_loads_with_its_report(
+    judge: Classifier, digits: Digits, tmp_path: Path
+) -> None:
     classifier.save(judge, tmp_path, {"accuracy": 0.9})
     loaded, report = classifier.load(tmp_path)
     assert report["accuracy"] == 0.9
