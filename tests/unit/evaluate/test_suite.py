@@ -30,7 +30,6 @@ METRICS = {
     "classifier_accuracy",
     "classifier_accuracy_reconstructed",
 }
-)
 
 
 def test_a_perfect_generator_scores_the_floors(
