@@ -63,9 +63,7 @@ def prepare(folder: Path) -> Setting:
     def shown(grey: Tensor) -> Tensor:
         return pixels.decode(pixels.encode(grey))
 
-    judge = classifier.train(
-        shown(train.grey), train.labels, len(learn_data.WORDS), classifier.Training(epochs=30)
-    )
+    judge = classifier.train(shown(train.grey), train.labels, len(learn_data.WORDS), epochs=30)
     n = len(heldout.labels)
     others = torch.linspace(0, len(train.labels) - 1, n).long()
     task = Task(

@@ -56,8 +56,7 @@ def run(flags: Flags) -> dict[str, float]:
     loaded = time.perf_counter()
     pixels = torch.cat([train.pixels, *(o.pixels for o in others)])
     labels = torch.cat([train.labels, *(torch.full_like(o.labels, -1) for o in others)])
-    training = classifier.Training(epochs=flags.epochs, seed=flags.seed)
-    net = classifier.train(pixels, labels, n_classes, training)
+    net = classifier.train(pixels, labels, n_classes, epochs=flags.epochs, seed=flags.seed)
     seconds = time.perf_counter() - loaded
     classes = heldout.labels.numpy()
     reconstructed = torch.cat(

@@ -1,8 +1,8 @@
-"""JPEG, WebP and GIF files reduced to what their pixels need: all else may be damaged.
+"""JPEG, WebP and GIF files reduced to what their pixels need, so that all else may be damaged.
 
-Profiles, EXIF, thumbnails, comments and stray bytes cannot make an image bad then, for no decoder
-sees them. Bytes within coded pixels are kept as they are: what is wrong with those is for the
-decoder to say. PNG is in `png.py`.
+Profiles, EXIF, thumbnails, comments and stray bytes cannot make an image bad, because no decoder
+sees them. Bytes within coded pixels are kept as they are: only the decoder can tell whether they
+are damaged. PNG is in `png.py`.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bare:
-    """An image file without what its pixels do not need, and what tells its orientation."""
+    """An image file without what its pixels do not need, and the blocks with its orientation."""
 
     data: bytes
     exif: bytes = b""
@@ -22,29 +22,30 @@ class Bare:
 
 _MARKER = re.compile(rb"\xff[^\x00\xff]")
 _SOI, _EOI, _SOS, _DHT, _DQT, _DRI = 0xD8, 0xD9, 0xDA, 0xC4, 0xDB, 0xDD
-_ALONE = {*range(0x01, 0xC0), *range(0xD0, 0xDA)}  # no segment follows
+_ALONE = {*range(0x01, 0xC0), *range(0xD0, 0xDA)}  # markers without a segment
 _NEEDED = {*range(0xC0, 0xD0), *range(0xDA, 0xE0)}
 _FRAMES = {*range(0xC0, 0xD0)} - {_DHT, 0xC8, 0xCC}
-_NAMES = rb"JFIF|JFXX|Exif|http|ICC_|MPF|Photoshop|Adobe"
+# A marker of a needed segment or of a thumbnail, or an application's segment with a known name.
 _NEXT = re.compile(
-    rb"\xff(?:[\xc0-\xcf\xd8\xda\xdb\xdd]|[\xe0-\xef]..(?:" + _NAMES + rb"))", re.DOTALL
+    rb"\xff(?:[\xc0-\xcf\xd8\xda\xdb\xdd]"
+    rb"|[\xe0-\xef]..(?:JFIF|JFXX|Exif|http|ICC_|MPF|Photoshop|Adobe))",
+    re.DOTALL,
 )
-_MOST_BROKEN = 100  # segments behind which the next is looked for,
-_REACH = 1 << 17  # in so many bytes: a segment has half as many
+_MAX_BROKEN = 100  # segments of a wrong length after which the next one is searched for
+_REACH = 1 << 17  # bytes searched for the next segment; a segment has at most half as many
 _EXIF, _XMP = b"Exif\0", b"http://ns.adobe.com/xap/1.0/\0"
 
 
 def jpeg(data: bytes) -> Bare:
-    """Tables, frame, the two segments that tell colours, then all from the first scan on.
+    """The tables, the frame and the two segments with the colour space; all from the first scan on.
 
-    There, what looks like stray bytes or markers may as well be damaged pixels.
+    After the first scan starts, apparent stray bytes or markers may be damaged pixels.
     """
     parts, exif, xmp = [b"\xff\xd8"], b"", b""
     at, broken = 2, 0
     while marker := _MARKER.search(data, at):
         code, start = data[marker.end() - 1], marker.end()
-        end = start + int.from_bytes(data[start : start + 2], "big")
-        at = end
+        at = end = start + int.from_bytes(data[start : start + 2], "big")
         if code == _SOS:
             parts.append(data[marker.start() :])
             break
@@ -57,11 +58,13 @@ def jpeg(data: bytes) -> Bare:
         else:
             if end < start + 2 or data[end : end + 1] != b"\xff":
                 broken += 1
-                at = _behind(data, start, end) if broken <= _MOST_BROKEN else max(end, start)
+                at = max(end, start)
+                if broken <= _MAX_BROKEN:
+                    at = _next_segment(data, start, at)
             body = data[start + 2 : end]
-            parts.append(_colours(code, body))
+            parts.append(_colour_segment(code, body))
             if code == 0xE1 and body.startswith(_EXIF):
-                # A long one comes in several segments; what does not begin as one is passed over.
+                # A long block spans several segments; one without the TIFF header is replaced.
                 exif = exif + body[6:] if exif[:2] in (b"II", b"MM") else body[6:]
             elif code == 0xE1 and body.startswith(_XMP):
                 xmp = xmp or body[len(_XMP) :]
@@ -69,32 +72,31 @@ def jpeg(data: bytes) -> Bare:
 
 
 def without_padding(bare_jpeg: bytes) -> bytes:
-    """The file without zeros that stand between its coded pixels and the marker behind them.
+    """The file without zeros between its coded pixels and the next marker.
 
-    Coded pixels may end in zeros as well: without these they are too short, and a decoder says so.
+    Coded pixels may end in zeros too: without these they are too short, and the decoder reports it.
     """
     parts: list[bytes] = []
     at = 0
     while marker := _MARKER.search(bare_jpeg, at):
         code, start, end = bare_jpeg[marker.end() - 1], marker.start(), marker.end()
-        between = bare_jpeg[at:start]
-        kept = between.rstrip(b"\0")
-        if kept != between and kept.endswith(b"\xff"):
-            kept += b"\0"  # the two stand for a coded 255
+        coded = bare_jpeg[at:start]
+        kept = coded.rstrip(b"\0")
+        if kept != coded and kept.endswith(b"\xff"):
+            kept += b"\0"  # together they are a coded 255
         parts.append(kept)
         if code == _EOI:
+            at = start
             break
         if code not in _ALONE:
             end += int.from_bytes(bare_jpeg[end : end + 2], "big")
         parts.append(bare_jpeg[start:end])
         at = end
-    else:
-        start = at
-    return b"".join((*parts, bare_jpeg[start:]))
+    return b"".join((*parts, bare_jpeg[at:]))
 
 
-def _colours(code: int, body: bytes) -> bytes:
-    """The segment, if it is one of the two that tell what colours the components are."""
+def _colour_segment(code: int, body: bytes) -> bytes:
+    """The segment, if it is one of the two that define the colour space; else b""."""
     if code == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14:
         return b"\xff\xe0\0\x10" + body[:12] + b"\0\0"  # without its thumbnail
     if code == 0xEE and body.startswith(b"Adobe") and len(body) >= 12:
@@ -102,25 +104,24 @@ def _colours(code: int, body: bytes) -> bytes:
     return b""
 
 
-def _behind(data: bytes, start: int, end: int) -> int:
-    """Where to go on behind a segment whose length does not lead to a marker.
+def _next_segment(data: bytes, start: int, end: int) -> int:
+    """Where to continue after a segment whose length does not lead to a marker.
 
-    Junk may follow it, or its length is wrong. The next segment that is what it says decides. A
-    thumbnail's are not meant: it is passed over from its first marker to its last.
+    Either junk follows it or its length is wrong, so the next valid segment is searched for. The
+    segments of a thumbnail do not count: it is skipped from its first marker to its last.
     """
-    end = max(end, start)
-    for found in _NEXT.finditer(data, start, start + _REACH):
-        at = found.start()
+    for match in _NEXT.finditer(data, start, start + _REACH):
+        at = match.start()
         if data[at + 1] == _SOI:
-            behind = data.find(b"\xff\xd9", at) + 2
-            return end if at < behind <= end <= len(data) else max(behind, start)
+            after = data.find(b"\xff\xd9", at) + 2
+            return end if at < after <= end <= len(data) else max(after, start)
         if _is_segment(data, at + 1):
             return at
     return end
 
 
 def _is_segment(data: bytes, at: int) -> bool:
-    """Whether the code there begins a segment that holds what its kind has to."""
+    """Whether the marker's code at `at` starts a segment whose contents fit its kind."""
     code, length = data[at], int.from_bytes(data[at + 1 : at + 3], "big")
     body = data[at + 3 : at + 1 + length]
     if len(body) < 1 or len(body) != length - 2:
@@ -133,13 +134,13 @@ def _is_segment(data: bytes, at: int) -> bool:
         return length == 4
     if code not in (_DQT, _DHT):
         return code >= 0xE0
-    done = 0
-    while done < len(body):
+    at = 0  # tables, one after another
+    while at < len(body):
         if code == _DQT:
-            done += 129 if body[done] >> 4 else 65
+            at += 129 if body[at] >> 4 else 65
         else:
-            done += 17 + sum(body[done + 1 : done + 17])
-    return done == len(body)
+            at += 17 + sum(body[at + 1 : at + 17])
+    return at == len(body)
 
 
 # ---- WebP
@@ -150,12 +151,12 @@ _WEBP_NEXT = re.compile(rb"VP8[ L]|ALPH|ANIM|ANMF")
 
 
 def webp(data: bytes) -> Bare:
-    """The chunks of the image, under a header that promises no others.
+    """The chunks of the image, with a header that announces no others.
 
-    A file whose coded pixels are not all there comes as it is, for the decoder to say so.
+    A file that lacks coded pixels is returned unchanged, for the decoder to report.
     """
     parts: list[bytes] = []
-    found: dict[bytes, bytes] = {}
+    others: dict[bytes, bytes] = {}
     at = 12
     while at + 8 <= len(data):
         kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
@@ -168,17 +169,16 @@ def webp(data: bytes) -> Bare:
                 body = bytes((body[0] & 0b11010011,)) + body[1:]  # no profile, EXIF, XMP
             parts.append(data[at : at + 8] + body + b"\0" * (size % 2))
         else:
-            found.setdefault(kind, body)
+            others.setdefault(kind, body)
             known = (b"", *_WEBP_NEEDED, *_WEBP_OTHERS)
             if end > len(data) or data[end : end + 4] not in known:
-                ahead = _WEBP_NEXT.search(data, at + 8)
-                if ahead is None:
+                if not (match := _WEBP_NEXT.search(data, at + 8)):
                     break
-                end = ahead.start()
+                end = match.start()
         at = end
     image = b"WEBP" + b"".join(parts)
-    whole = b"RIFF" + len(image).to_bytes(4, "little") + image
-    return Bare(whole, found.get(b"EXIF", b""), found.get(b"XMP ", b""))
+    riff = b"RIFF" + len(image).to_bytes(4, "little") + image
+    return Bare(riff, others.get(b"EXIF", b""), others.get(b"XMP ", b""))
 
 
 # ---- GIF
@@ -187,18 +187,18 @@ def webp(data: bytes) -> Bare:
 def gif(data: bytes) -> Bare:
     """The first frame, with the extension that names its transparent colour.
 
-    A file in which it does not end comes as it is, for the decoder to say so.
+    A file in which it does not end is returned unchanged, for the decoder to report.
     """
-    at = head = _behind_table(data, 10, 13)
+    at = head = _skip_colours(data, 10, 13)
     control = b""
     while at < len(data):
         mark, start = data[at], at
         if mark == 0x21:  # an extension
-            at = _behind_blocks(data, at + 2)
+            at = _skip_blocks(data, at + 2)
             if data[start + 1 : start + 3] == b"\xf9\x04":
                 control = data[start : start + 7] + b"\0"
         elif mark == 0x2C:  # a frame: its header, its colours, the code size, then blocks
-            at = _behind_blocks(data, _behind_table(data, start + 9, start + 10) + 1)
+            at = _skip_blocks(data, _skip_colours(data, start + 9, start + 10) + 1)
             if at > len(data):
                 break
             return Bare(data[:head] + control + data[start:at] + b"\x3b")
@@ -209,14 +209,15 @@ def gif(data: bytes) -> Bare:
     return Bare(data)
 
 
-def _behind_table(data: bytes, flags: int, at: int) -> int:
-    """The end of the colours at `at`, if the byte at `flags` says that there are any."""
+def _skip_colours(data: bytes, flags: int, at: int) -> int:
+    """The end of the colour table at `at`, if the byte at `flags` announces one."""
     if flags < len(data) and data[flags] & 0x80:
         at += 3 << (data[flags] & 7) + 1
     return at
 
 
-def _behind_blocks(data: bytes, at: int) -> int:
+def _skip_blocks(data: bytes, at: int) -> int:
+    """The end of the blocks at `at` and of the empty one that ends them, which may be missing."""
     while at < len(data) and data[at]:
         at += 1 + data[at]
-    return at + 1  # behind the empty block that ends them; it may not be there
+    return at + 1

@@ -1,4 +1,4 @@
-"""Image bytes -> pixels, strict about what it refuses."""
+"""Image files → pixels. Damaged pixels are errors; damaged metadata is ignored."""
 
 import io
 import re
@@ -14,21 +14,21 @@ from mdm.first_stage.bare import Bare
 from mdm.first_stage.exif import orientation
 from mdm.sources.record import one_record
 
-# Larger images are refused by their header, before their pixels are unpacked.
+# Larger images are refused after reading the header, before their pixels are unpacked.
 MAX_PIXELS = 64 << 20
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
-# Of the first twelve bytes.
+# The first bytes of a format whose header can still be damaged.
 _SIGNATURES = {
-    re.compile(rb"\xff\xd8\xff.*", re.DOTALL): "JPEG",
-    re.compile(rb"\x89PNG.*", re.DOTALL): "PNG",
-    re.compile(rb"GIF8.*", re.DOTALL): "GIF",
-    re.compile(rb"RIFF....WEBP", re.DOTALL): "WEBP",
+    "JPEG": re.compile(rb"\xff\xd8\xff"),
+    "PNG": re.compile(rb"\x89PNG"),
+    "GIF": re.compile(rb"GIF8"),
+    "WEBP": re.compile(rb"RIFF....WEBP", re.DOTALL),
 }
-_LONGEST = 8  # sides of an image whose ends are cut off before it is resized
+_MAX_ASPECT = 8  # the ends of a longer image are cut off before it is resized
 
-# Of EXIF's values 2 to 8: how to turn the pixels upright.
-_TURNS = {
+# How to turn the pixels upright, by EXIF's values 2 to 8.
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -43,13 +43,14 @@ _TURNS = {
 def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
     """RGB pixels uint8 [3, size, size]: short side resized to `size`, middle cropped.
 
-    The EXIF orientation is applied, transparency lies over white. ValueError says why an image is
-    refused: empty, not an image, truncated, damaged, or of too many pixels. What the pixels do not
-    need may be damaged, and the orientation is read where it can be.
+    The EXIF orientation is applied if it can be read, and transparent pixels are laid over white.
+    What the pixels do not need may be damaged.
+
+    Raises:
+        ValueError: the file is empty, not an image, truncated or damaged, or has too many pixels.
     """
     # JPEG can be unpacked at a fraction of its size; twice the target keeps all detail.
-    rgb = _decoded(data, 2 * size)
-    rgb = _middle(rgb)
+    rgb = _crop_ends(_decode(data, 2 * size))
     scale = size / min(rgb.size)
     width, height = (max(size, round(side * scale)) for side in rgb.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -60,8 +61,11 @@ def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
 
 @one_record(reason="damaged image:")
 def thumbnail(data: bytes) -> NDArray[np.uint8]:
-    """The whole image in 96 bytes: 8 x 8 luma, then 4 x 4 of each chroma; errors as above."""
-    small = _decoded(data, 64).convert("YCbCr")
+    """The whole image in 96 bytes: 8 x 8 luma, then 4 x 4 of each chroma, uint8 [96].
+
+    Raises ValueError as `decode_image`.
+    """
+    small = _decode(data, 64).convert("YCbCr")
     luma, blue, red = (
         part.resize(size, Image.Resampling.BOX)
         for part, size in zip(small.split(), ((8, 8), (4, 4), (4, 4)), strict=True)
@@ -69,18 +73,18 @@ def thumbnail(data: bytes) -> NDArray[np.uint8]:
     return np.concatenate([np.asarray(part, np.uint8).reshape(-1) for part in (luma, blue, red)])
 
 
-def _decoded(data: bytes, least: int) -> Image.Image:
-    """RGB, at its own size or, for JPEG, a fraction of it that is at least `least` pixels."""
+def _decode(data: bytes, min_size: int) -> Image.Image:
+    """RGB, at its own size or, for JPEG, a fraction of it that is at least `min_size` pixels."""
     if not data:
         raise ValueError("empty file")
     try:
-        with warnings.catch_warnings(action="ignore"):  # they are of what is beside the pixels
-            return _upright(_bare(data), least)
+        with warnings.catch_warnings(action="ignore"):  # they are about metadata
+            return _upright(_bare(data), min_size)
     except UnidentifiedImageError:
-        raise ValueError(_unidentified(data)) from None
+        raise ValueError(_describe_unidentified(data)) from None
     except Image.DecompressionBombError:
         raise ValueError(f"too many pixels: more than {MAX_PIXELS}") from None
-    except (OSError, SyntaxError) as error:  # what decoders say
+    except (OSError, SyntaxError) as error:  # the errors of decoders
         kind = "truncated" if "truncated" in str(error).lower() else "damaged"
         raise ValueError(f"{kind} image: {error}") from None
 
@@ -98,31 +102,31 @@ def _bare(data: bytes) -> Bare:
     return Bare(data)
 
 
-def _upright(file: Bare, least: int) -> Image.Image:
+def _upright(file: Bare, min_size: int) -> Image.Image:
     image = Image.open(io.BytesIO(file.data), formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"too many pixels: {width} x {height}, more than {MAX_PIXELS}")
     if min(width, height) < 1:
-        raise ValueError(f"image of no pixels: {width} x {height}")
-    image.draft(None, (least, least))
+        raise ValueError(f"image without pixels: {width} x {height}")
+    image.draft(None, (min_size, min_size))
     image.load()
     if image.format == "JPEG":
         _check_jpeg(file.data)
     if image.format == "PNG":
         _check_png(file.data, image)
-    turn = _TURNS.get(orientation(file.exif, file.xmp))
-    return _rgb(image if turn is None else image.transpose(turn))
+    transpose = _TRANSPOSES.get(orientation(file.exif, file.xmp))
+    return _rgb(image if transpose is None else image.transpose(transpose))
 
 
-def _unidentified(data: bytes) -> str:
-    """What stands in the place of an image."""
-    for signature, kind in _SIGNATURES.items():
-        if signature.fullmatch(data[:12]):
+def _describe_unidentified(data: bytes) -> str:
+    """What the file holds in place of an image."""
+    for kind, signature in _SIGNATURES.items():
+        if signature.match(data):
             return f"damaged image: begins as a {kind}, but its header cannot be read"
     try:
         with one_record(), Image.open(io.BytesIO(data)) as other:
-            return f"an image of another kind: {other.format}; read are {', '.join(FORMATS)}"
+            return f"an image of another kind: {other.format}; accepted are {', '.join(FORMATS)}"
     except ValueError:
         pass
     if not data.strip(b"\0"):
@@ -134,11 +138,11 @@ def _unidentified(data: bytes) -> str:
 
 
 def _check_jpeg(data: bytes) -> None:
-    """OSError where the decoder lost its way among the pixels.
+    """Raise OSError if coded pixels are damaged or missing.
 
-    libjpeg fills what is damaged or missing in grey and only warns, which PIL does not hear. Its
-    other warnings (an unknown marker, an odd version) are not of the pixels. Zeros that pad the
-    coded pixels are none of them: what is sound without them is sound.
+    libjpeg fills damaged or missing pixels with grey and only warns, which PIL ignores. Its other
+    warnings (an unknown marker, an odd version) are not about pixels. Zeros that pad the coded
+    pixels are no damage if the file is valid without them.
     """
     try:
         _decode_strictly(data)
@@ -151,7 +155,7 @@ def _check_jpeg(data: bytes) -> None:
 
 def _decode_strictly(data: bytes) -> None:
     try:
-        # An eighth of each side and grey: all that is coded is read, little is computed.
+        # An eighth of each side, in grey: everything is read, little is computed.
         simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, min_factor=8, strict=True)
     except ValueError as error:
         if "premature end" in str(error).lower():
@@ -161,10 +165,10 @@ def _decode_strictly(data: bytes) -> None:
 
 
 def _check_png(data: bytes, image: Image.Image) -> None:
-    """OSError where pixels are missing, or the end.
+    """Raise OSError if pixels or the end of the file are missing.
 
-    Rows that are not there stay zero: to unpack the pixels once more is for images whose last row
-    is, and for interlaced ones.
+    Missing rows are zero, so only images whose last row is zero, and interlaced ones, are unpacked
+    a second time.
     """
     png.check_end(data)
     width, height = image.size
@@ -173,13 +177,13 @@ def _check_png(data: bytes, image: Image.Image) -> None:
         png.check_pixels(data)
 
 
-def _middle(image: Image.Image) -> Image.Image:
-    """The middle of an image that is much longer than wide: resized whole, it fills the memory."""
+def _crop_ends(image: Image.Image) -> Image.Image:
+    """The middle of a very long image: resized as a whole, it would fill the memory."""
     width, height = image.size
-    longest = _LONGEST * min(width, height)
-    if max(width, height) <= longest:
+    limit = _MAX_ASPECT * min(width, height)
+    if max(width, height) <= limit:
         return image
-    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
     return image.crop((left, top, width - left, height - top))
 
 

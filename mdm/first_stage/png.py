@@ -1,4 +1,4 @@
-"""PNG files: what their pixels need, and the damage that Pillow's decoder does not see."""
+"""PNG files: what their pixels need, and the damage that Pillow's decoder does not report."""
 
 import re
 import struct
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from mdm.first_stage.bare import Bare
 
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
-# Of Adam7's passes: first column and row, and the steps between them.
+# First column and row of each pass over the pixels, and the steps between them.
 _WHOLE = ((0, 0, 1, 1),)
 _ADAM7 = (
     (0, 0, 8, 8),
@@ -19,33 +19,33 @@ _ADAM7 = (
     (1, 0, 2, 2),
     (0, 1, 1, 2),
 )
-_PIECE = 1 << 16  # bytes unpacked at a time
-_LONGEST_TEXT = 1 << 20  # bytes unpacked of a chunk of text
+_PART = 1 << 16  # bytes unpacked at a time
+_MAX_TEXT = 1 << 20  # bytes unpacked of a text chunk
 _EXIF = (b"eXIf", b"Raw profile type exif", b"Raw profile type APP1")
 _XMP = b"XML:com.adobe.xmp"
 _NEEDED = re.compile(rb"PLTE|tRNS|IDAT|IEND")
 
 
 def bare(png: bytes) -> Bare:
-    """The chunks that the pixels need, and what tells the orientation.
+    """The chunks that the pixels need, and the blocks with the orientation.
 
-    A file that breaks off comes with what is there of its last chunk. OSError where a chunk that
-    the pixels need is damaged: the decoder compares no checksum of the pixels.
+    Of a truncated file, the rest of its last chunk is kept. Raises OSError if a chunk that the
+    pixels need is damaged: the decoder does not verify the checksum of the pixels.
     """
     parts, exif, xmp, header = [png[:8]], b"", b"", b""
     end = 4
     for kind, at, end in _chunks(png):
         body = png[at + 8 : end]
         if _is_needed(kind):
-            if not _is_sound(png, at, end):
+            if zlib.crc32(png[at + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
                 name = kind.decode("ascii", "replace")
                 raise OSError(f"wrong checksum of its {name} at byte {at}")
             if kind == b"IHDR":
                 header = body
-            if kind != b"tRNS" or _fits(body, header):
+            if kind != b"tRNS" or _is_transparency(body, header):
                 parts.append(png[at : end + 4])
         else:
-            key, text = _named(kind, body)
+            key, text = _text(kind, body)
             if key in _EXIF:
                 exif = exif or (body if key == kind else _unhex(text))
             elif key == _XMP:
@@ -58,26 +58,22 @@ def bare(png: bytes) -> Bare:
 
 
 def _is_needed(kind: bytes) -> bool:
-    """Chunks of upper case are, and the one that makes pixels transparent."""
+    """Whether pixels need the chunk: if its name begins in upper case, or it is transparency."""
     return kind[:1].isupper() or kind == b"tRNS"
 
 
-def _is_sound(png: bytes, at: int, end: int) -> bool:
-    return zlib.crc32(png[at + 4 : end]) == int.from_bytes(png[end : end + 4], "big")
+def _is_transparency(body: bytes, header: bytes) -> bool:
+    """Whether a tRNS chunk has the length that the header's colour type needs."""
+    colour_type = header[9] if len(header) > 9 else -1
+    if colour_type == 3:
+        return 1 <= len(body) <= 256
+    return len(body) == {0: 2, 2: 6}.get(colour_type)
 
 
-def _fits(transparent: bytes, header: bytes) -> bool:
-    """Whether a tRNS chunk is as long as the colours of this header ask for."""
-    colours = header[9] if len(header) > 9 else -1
-    if colours == 3:
-        return 1 <= len(transparent) <= 256
-    return len(transparent) == {0: 2, 2: 6}.get(colours)
+def _text(kind: bytes, body: bytes) -> tuple[bytes, bytes]:
+    """A text chunk's key and its text, unpacked only for known keys: others may be bombs.
 
-
-def _named(kind: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """A text chunk's key, and of the keys that matter its text: of others it may be a bomb.
-
-    Of other chunks their kind.
+    For other chunks, the chunk's kind and b"".
     """
     if kind not in (b"tEXt", b"zTXt", b"iTXt"):
         return kind, b""
@@ -90,56 +86,56 @@ def _named(kind: bytes, body: bytes) -> tuple[bytes, bytes]:
         text = text[1:]
     if packed and key in (*_EXIF, _XMP):
         try:
-            text = zlib.decompressobj().decompress(text, _LONGEST_TEXT)
+            text = zlib.decompressobj().decompress(text, _MAX_TEXT)
         except zlib.error:
             text = b""
     return key, text
 
 
 def _unhex(text: bytes) -> bytes:
-    """Bytes of a raw profile: a line each of its name and length, then hexadecimal digits."""
+    """The bytes of a raw profile: lines with its name and length, then hexadecimal digits."""
     digits = re.sub(rb"[^0-9a-fA-F]", b"", b"".join(text.split(b"\n")[3:]))
     return bytes.fromhex(digits[: len(digits) // 2 * 2].decode("ascii"))
 
 
 def check_end(png: bytes) -> None:
-    """OSError where the last chunk is not there, which the decoder does not need; png is bare."""
+    """Raise OSError if a bare PNG lacks its last chunk, which the decoder does not need."""
     if png[-8:-4] != b"IEND":
         raise OSError("file is truncated: no end marker")
 
 
 def check_pixels(png: bytes) -> None:
-    """OSError where the compressed pixels are fewer than the header says; chunks are sound.
+    """Raise OSError if a PNG with valid chunks holds fewer pixels than its header says.
 
-    The decoder takes a stream that ends early for whole, and leaves the missing rows black. No more
-    is unpacked than the header asks for, a piece at a time.
+    The decoder accepts a stream that ends early, and leaves the missing rows black. No more is
+    unpacked than the header announces, a part at a time.
     """
-    wanted = found = 0
+    expected = unpacked = 0
     stream = zlib.decompressobj()
     for kind, at, end in _chunks(png):
         if kind == b"IHDR":
-            wanted = _unpacked_bytes(png[at + 8 : end])
+            expected = _unpacked_bytes(png[at + 8 : end])
         packed = png[at + 8 : end] if kind == b"IDAT" and not stream.eof else b""
-        while found < wanted and (piece := stream.decompress(packed, _PIECE)):
-            found += len(piece)
+        while unpacked < expected and (part := stream.decompress(packed, _PART)):
+            unpacked += len(part)
             packed = stream.unconsumed_tail
-    if found < wanted:
-        raise OSError(f"{found} bytes of pixels, but its header says {wanted}")
+    if unpacked < expected:
+        raise OSError(f"{unpacked} bytes of pixels, but its header says {expected}")
 
 
 def _chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Kind of every chunk, where it begins, and where its checksum does.
+    """(kind, start, start of the checksum) of every chunk.
 
-    A chunk that the pixels do not need, and whose length does not lead to another, ends where the
-    next needed one begins.
+    A chunk that the pixels do not need, and whose length does not lead to another chunk, ends where
+    the next needed one starts.
     """
-    at = 8  # behind the signature
+    at = 8  # after the signature
     while at + 12 <= len(png):
         kind, end = png[at + 4 : at + 8], at + 8 + int.from_bytes(png[at : at + 4], "big")
         follows = png[end + 8 : end + 12]
         if not _is_needed(kind) and not (len(follows) == 4 and follows.isalpha()):
-            ahead = _NEEDED.search(png, at + 8)
-            end = ahead.start() - 8 if ahead else len(png)
+            match = _NEEDED.search(png, at + 8)
+            end = match.start() - 8 if match else len(png)
         if end + 4 > len(png):
             return
         yield kind, at, end
@@ -147,9 +143,9 @@ def _chunks(png: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _unpacked_bytes(header: bytes) -> int:
-    """Bytes of all rows, each with the filter byte in front of it."""
-    width, height, depth, colours, _, _, interlaced = struct.unpack_from(">IIBBBBB", header)
-    bits = depth * _CHANNELS[colours]
+    """Bytes of all rows, each with a filter byte before it."""
+    width, height, depth, colour_type, _, _, interlaced = struct.unpack_from(">IIBBBBB", header)
+    bits = depth * _CHANNELS[colour_type]
     total = 0
     for column, row, across, down in _ADAM7 if interlaced else _WHOLE:
         columns = len(range(column, width, across))

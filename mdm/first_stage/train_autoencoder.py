@@ -1,13 +1,12 @@
 """Train an AutoencoderKL on published images, measure it and write its folder."""
 
+import itertools
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from mdm.sources.record import RawRecord
 from mdm.utils.files import write_json
 from mdm.utils.precision import describe, resolve
 
-HELD_OUT = 20  # one image in so many, of sets that publish none held out
+HELD_OUT = 20  # one image in so many, of sets that publish no held-out split
+_MAX_HELD_OUT = 1000  # held-out images of a set that are measured
 
 
 @dataclass(frozen=True)
@@ -56,82 +56,71 @@ class TrainAutoencoderConfig:
         sources.parse_datasets(self.datasets)
 
 
-def load_images(
-    name: str, root: Path, split: str, size: int, most: int, wanted: Callable[[bytes], bool]
-) -> tuple[Tensor, int]:
-    """The first `most` images of a split, uint8 [n, 3, size, size], and how many were bad.
-
-    Of those that are `wanted`; an image that neighbouring records share counts once.
-    """
-    last: bytes | None = None
-    found: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-    bad = 0
-    for record in tqdm(sources.records(name, root, split), desc=f"{name} {split}", unit=" records"):
-        if not isinstance(record, RawRecord) or record.image is None:
-            bad += 1
-            continue
-        if record.image == last or not wanted(record.image):
-            continue
-        last = record.image
-        try:
-            found.append(decode_image(record.image, size))
-        except ValueError:
-            bad += 1
-        if len(found) == most:
-            break
-    if not found:
-        raise ValueError(f"dataset {name}: no usable image in split {split} of {root}")
-    return torch.from_numpy(np.stack(found)), bad
-
-
-def everything(image: bytes) -> bool:
-    """Every image."""
-    return True
-
-
 def is_held_out(image: bytes) -> bool:
     """One image in HELD_OUT, by a hash of its bytes."""
     return xxhash.xxh3_64_intdigest(image) % HELD_OUT == 0
 
 
-def is_kept(image: bytes) -> bool:
-    """The others."""
-    return not is_held_out(image)
+def load_images(
+    name: str, root: Path, split: str, size: int, limit: int, held_out: bool | None = None
+) -> tuple[Tensor, int]:
+    """The first `limit` images of a split, uint8 [n, 3, size, size], and how many were bad.
+
+    With `held_out`, only the images for which `is_held_out` is that value. An image that
+    consecutive records share counts once. Raises ValueError if no image is usable.
+    """
+    last: bytes | None = None
+    images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    bad = 0
+    for record in tqdm(sources.records(name, root, split), desc=f"{name} {split}", unit=" records"):
+        if not isinstance(record, RawRecord) or record.image is None:
+            bad += 1
+            continue
+        if record.image == last or held_out not in (None, is_held_out(record.image)):
+            continue
+        last = record.image
+        try:
+            images.append(decode_image(record.image, size))
+        except ValueError:
+            bad += 1
+        if len(images) == limit:
+            break
+    if not images:
+        raise ValueError(f"dataset {name}: no usable image in split {split} of {root}")
+    return torch.from_numpy(np.stack(images)), bad
 
 
 def grid_image(sets: list[tuple[Tensor, Tensor]], columns: int = 16, scale: int = 2) -> Image.Image:
-    """Rows of real images, each above the row of its reconstructions."""
+    """Rows of real images, each above the row of its reconstructions, f32 [n, 3, H, W] each."""
     rows = []
-    for real, output in sets:
-        for part in (real, output):
-            pixels = (part[:columns] * 255).round().to(torch.uint8)
-            row = np.concatenate(list(pixels.permute(0, 2, 3, 1).numpy()), axis=1)
-            missing = columns - len(pixels)
-            pad = ((0, 0), (0, missing * real.shape[3]), (0, 0))
-            rows.append(np.pad(row, pad, constant_values=255))
+    for images in itertools.chain.from_iterable(sets):
+        pixels = (images[:columns] * 255).round().to(torch.uint8)
+        row = np.concatenate(list(pixels.permute(0, 2, 3, 1).numpy()), axis=1)
+        missing = (columns - len(pixels)) * images.shape[3]
+        rows.append(np.pad(row, ((0, 0), (0, missing), (0, 0)), constant_values=255))
     page = Image.fromarray(np.concatenate(rows))
     return page.resize((page.width * scale, page.height * scale), Image.Resampling.NEAREST)
 
 
 def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
-    """Fit, measure and publish; ValueError where the data do not serve."""
+    """Train, measure and publish; the report. ValueError if a data set has no usable images."""
     started = time.perf_counter()
-    datasets = sources.parse_datasets(config.datasets)
     torch.manual_seed(config.seed)
     model = build(config.image_size)
     train_sets: dict[str, Tensor] = {}
-    held_out: dict[str, Tensor] = {}
+    heldout_sets: dict[str, Tensor] = {}
     bad = 0
-    for name, root in datasets:
-        key = root.name
+    for name, root in sources.parse_datasets(config.datasets):
+        key, size = root.name, config.image_size
         split = sources.training_splits(name, root)[0]
-        # A set that publishes none held out is divided by a hash of its images.
+        # A set that publishes no held-out split is divided by a hash of its images.
         other = sources.held_out_split(name, root)
-        parts = (everything, everything) if other else (is_kept, is_held_out)
-        size = config.image_size
-        train_sets[key], lost = load_images(name, root, split, size, config.images, parts[0])
-        held_out[key], lost_too = load_images(name, root, other or split, size, 1000, parts[1])
-        bad += lost + lost_too if other else lost
+        parts = (None, None) if other else (False, True)
+        train_sets[key], bad_train = load_images(name, root, split, size, config.images, parts[0])
+        heldout_sets[key], bad_heldout = load_images(
+            name, root, other or split, size, _MAX_HELD_OUT, parts[1]
+        )
+        bad += bad_train + bad_heldout if other else bad_train
     loaded = time.perf_counter()
     history: list[dict[str, float]] = []
     precision = resolve(config.precision)
@@ -152,8 +141,7 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
             if step % 20 == 0:
                 bar.set_postfix(l1=f"{term['reconstruction']:.3f}", kl=f"{term['kl']:.2f}")
     trained = time.perf_counter()
-    every = torch.cat(list(train_sets.values()))
-    mean, std = fit_autoencoder.channel_statistics(model, every)
+    mean, std = fit_autoencoder.channel_statistics(model, torch.cat(list(train_sets.values())))
 
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -161,18 +149,18 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
         partial = Path(folder) / "new"
         save(model, partial, mean, std)
         autoencoder = Autoencoder.load(partial)
-        shown, quality = [], {}
-        for key, images in held_out.items():
+        shown, psnr = [], {}
+        for key, images in heldout_sets.items():
             real = images.float() / 255
             output = fit_autoencoder.reconstruct(autoencoder, images)
-            quality[key] = round(fit_autoencoder.psnr(output, real), 2)
+            psnr[key] = round(fit_autoencoder.psnr(output, real), 2)
             picks = torch.linspace(0, len(real) - 1, min(16, len(real))).long()
             shown.append((real[picks], output[picks]))
         grid_image(shown).save(partial / "reconstructions.png")
         report = {
             "sha256": autoencoder.sha256,
-            "psnr": quality,
-            "train_images": {key: len(part) for key, part in train_sets.items()},
+            "psnr": psnr,
+            "train_images": {key: len(images) for key, images in train_sets.items()},
             "bad_records": bad,
             "steps": config.steps,
             "precision": precision,
@@ -184,7 +172,7 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
             "images_per_second": round(config.steps * config.batch / (trained - loaded), 1),
             "latents_mean": mean,
             "latents_std": std,
-            "losses": list(islice(history, 0, None, max(1, config.steps // 100))) + history[-1:],
+            "losses": history[:: max(1, config.steps // 100)] + history[-1:],
         }
         write_json(partial / "autoencoder.json", report)
         if out.exists():

@@ -42,8 +42,8 @@ def texts(datasets: Sequence[str]) -> Iterator[str]:
     """Every text of the training splits."""
     for name, root in sources.parse_datasets(datasets):
         for split in sources.training_splits(name, root):
-            found = sources.get(name).texts(root, split)
-            yield from tqdm(found, desc=f"{name} {split}", unit=" texts")
+            split_texts = sources.get(name).texts(root, split)
+            yield from tqdm(split_texts, desc=f"{name} {split}", unit=" texts")
 
 
 def measure(tokenizer: Tokenizer, lines: Iterator[str]) -> dict[str, float]:
@@ -62,7 +62,7 @@ def measure(tokenizer: Tokenizer, lines: Iterator[str]) -> dict[str, float]:
 
 
 def train(config: TrainTokenizerConfig) -> dict[str, Any]:
-    """Write the model and its report; ValueError where the corpus or a data set does not do."""
+    """Write the model and its report; ValueError if a data set or the corpus is unusable."""
     started = time.perf_counter()
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

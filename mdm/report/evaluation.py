@@ -117,10 +117,10 @@ def run(flags: Flags) -> dict[str, Any]:
     wishes = _spread_texts(data)
     shots = []
     for folder in tqdm(snapshots(flags), desc="over training", unit="snapshot"):
-        images, rough = snapshot(generator(folder), judge, len(data.names), wishes, settings)
+        images, accuracy = snapshot(generator(folder), judge, len(data.names), wishes, settings)
         sheet = save_sheet(images, out / f"{folder.name}.png", columns=len(data.names))
         seen = samples_seen(folder, read_config(folder))
-        shots.append({"samples_seen": seen, "accuracy": rough, "sheet": vars(sheet)})
+        shots.append({"samples_seen": seen, "accuracy": accuracy, "sheet": vars(sheet)})
     seconds = time.perf_counter() - loaded
     drawn = 5 * settings.n
     report = result.metrics | {

@@ -5,38 +5,28 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mdm.sources import (
-    coco,
-    flickr30k,
-    gqa,
-    imagenet,
-    journeydb,
-    llava,
-    ocrvqa,
-    okvqa,
-    textvqa,
-    ultrachat,
-    visual_genome,
-    vizwiz,
-    vqav2,
-)
+from mdm.sources import captions, imagenet, journeydb, questions, ultrachat
+from mdm.sources.llava import LLAVA
 from mdm.sources.record import BadRecord, RawRecord, Reader, Unit, one_record
 from mdm.utils.uri import folder_of
 
 READERS: dict[str, Reader] = {
-    "imagenet": imagenet,
-    "journeydb": journeydb,
-    "ultrachat": ultrachat,
-    "coco": coco,
-    "flickr30k": flickr30k,
-    "gqa": gqa,
-    "ocrvqa": ocrvqa,
-    "textvqa": textvqa,
-    "visual_genome": visual_genome,
-    "vqav2": vqav2,
-    "vizwiz": vizwiz,
-    "okvqa": okvqa,
-    "llava": llava,
+    reader.SOURCE: reader
+    for reader in (
+        imagenet,
+        journeydb,
+        ultrachat,
+        captions.COCO,
+        captions.FLICKR30K,
+        questions.GQA,
+        questions.OCRVQA,
+        questions.TEXTVQA,
+        questions.VISUAL_GENOME,
+        questions.VQAV2,
+        questions.VIZWIZ,
+        questions.OKVQA,
+        LLAVA,
+    )
 }
 
 

@@ -10,6 +10,7 @@ one is a single unit, in the archive's order.
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -25,12 +26,12 @@ from mdm.sources.record import (
     BadRecord,
     RawRecord,
     Unit,
+    attempt,
     check_split,
     make_units,
     one_record,
 )
-from mdm.sources.streams import ARCHIVE_ERRORS, describe, tgz_members
-from mdm.sources.textfile import NotUtf8Error
+from mdm.sources.streams import ARCHIVE_ERRORS, Member, describe, expect_utf8, tgz_members
 
 _TARS = (".tgz", ".tar.gz")
 # The number of entries that are searched for others about the same image: some tens of megabytes.
@@ -92,15 +93,14 @@ def by_name(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
 
 def nested(element: Element, field: str, key: str) -> Iterator[tuple[str, Any]]:
     """The entries in an element's list `field`, with their ids in the field `key`."""
+
+    def with_id(item: Any, where: str) -> tuple[str, Any]:
+        entry = object_field(item, where)
+        return id_field(entry.get(key), f"{where}.{key}"), entry
+
     for i, item in enumerate(list_field(jsonfile.entry(element).get(field), field)):
-        where = f"{field}[{i}]"
-        try:
-            with one_record(where):
-                entry = object_field(item, where)
-                entry_id = id_field(entry.get(key), f"{where}.{key}")
-            yield entry_id, entry
-        except ValueError as error:
-            yield f"@{element.offset}/{i}", error
+        result = attempt(f"{field}[{i}]", with_id, item, f"{field}[{i}]")
+        yield (f"@{element.offset}/{i}", result) if isinstance(result, ValueError) else result
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class _Annotation:
     problem: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Annotated:
     """The reader of a data set. Ids are `<source>/<split>/<entry's id>`.
 
@@ -119,10 +119,12 @@ class Annotated:
     """
 
     SOURCE: str
-    SPLITS: tuple[str, ...]
     find: Find
     entries: Entries
     content: Read
+    SPLITS: tuple[str, ...] = ("train", "val")
+    TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
+    HELD_OUT: str = "val"
 
     def units(self, root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
         """Runs of entries with about `unit_bytes` of annotations and images.
@@ -134,7 +136,11 @@ class Annotated:
         inputs, total = [(layout.annotations, size)], size
         if layout.join:
             inputs.append((layout.join.file, packed.unpacked_size(root, layout.join.file)))
-            self._check_encoding(root, layout.join.file)
+            with (
+                expect_utf8(self.SOURCE, root / layout.join.file),
+                packed.open_file(root, layout.join.file),
+            ):
+                pass
         if layout.folders or layout.archives:
             digest, image_bytes = packed.listing(self.SOURCE, root, layout.folders, layout.archives)
             inputs.append((digest, image_bytes))
@@ -163,16 +169,13 @@ class Annotated:
             return
         with packed.Images(root, layout.archives) as images:
             for annotation in _group_by_image(annotations):
-                place, data, problem = "", None, annotation.problem
-                if not problem and annotation.content.images:
-                    try:
-                        with one_record(annotation.content.images[0]):
-                            place, data = images.read(annotation.content.images)
-                    except packed.ImageError as error:
-                        place, problem = error.place, str(error)
-                    except ValueError as error:
-                        problem = str(error)
-                yield self._record(layout, annotation, place, data, problem)
+                names, image = annotation.content.images, Member("", None)
+                if names and not annotation.problem:
+                    result = attempt(names[0], images.read, names)
+                    if isinstance(result, ValueError):
+                        result = Member("", None, str(result))
+                    image = result
+                yield self._record(layout, annotation, image)
 
     def texts(self, root: Path, split: str) -> Iterator[str]:
         """Captions and turns of all usable entries, without reading images."""
@@ -184,16 +187,6 @@ class Annotated:
     def _layout(self, root: Path, split: str) -> Layout:
         check_split(self.SOURCE, split, self.SPLITS)
         return self.find(root, split)
-
-    def _check_encoding(self, root: Path, name: str) -> None:
-        """Raise ValueError for UTF-16, which would lose every record; `read` reports the rest."""
-        try:
-            with packed.open_file(root, name):
-                pass
-        except NotUtf8Error as error:
-            raise ValueError(f"{self.SOURCE}: {root / name}: {describe(error)}") from None
-        except OSError:
-            return
 
     def _unit_starts(self, root: Path, layout: Layout, size: int, count: int) -> list[int]:
         """Byte 0, then the first entry in each further one of `count` equal parts of the file."""
@@ -245,28 +238,22 @@ class Annotated:
         try:
             with one_record(origin):
                 for entry_id, entry in self.entries(element, layout):
-                    try:
-                        if isinstance(entry, ValueError):
-                            raise entry
-                        with one_record(origin):
-                            content = self.content(entry, layout, joined)
+                    content = entry
+                    if not isinstance(entry, ValueError):
+                        content = attempt(origin, self.content, entry, layout, joined)
+                    if isinstance(content, ValueError):
+                        yield _Annotation(entry_id, origin, problem=str(content))
+                    else:
                         yield _Annotation(entry_id, origin, content)
-                    except ValueError as error:
-                        yield _Annotation(entry_id, origin, problem=str(error))
         except ValueError as error:
             yield _Annotation(f"@{element.offset}", origin, problem=str(error))
 
     def _ids(self, root: Path, layout: Layout) -> Iterator[str]:
         """The ids of all readable entries."""
-        try:
+        with suppress(*_READ_ERRORS):  # they are reported when the entries are read
             for element in _elements(root, layout):
-                try:
-                    with one_record(f"{layout.annotations}@{element.offset}"):
-                        yield from (entry_id for entry_id, _ in self.entries(element, layout))
-                except ValueError:
-                    continue  # reported when the entry itself is read
-        except _READ_ERRORS:
-            return  # likewise
+                with suppress(ValueError), one_record(f"{layout.annotations}@{element.offset}"):
+                    yield from (entry_id for entry_id, _ in self.entries(element, layout))
 
     def _read_tar(
         self, root: Path, layout: Layout, tar: str, annotations: Iterator[_Annotation]
@@ -276,7 +263,7 @@ class Annotated:
         first_names: dict[str, str] = {}  # of the other image names
         for annotation in annotations:
             if annotation.problem:
-                yield self._record(layout, annotation, "", None, annotation.problem)
+                yield self._record(layout, annotation, Member("", None))
                 continue
             name, *others = map(packed.without_extension, annotation.content.images)
             waiting.setdefault(name, []).append(annotation)
@@ -286,24 +273,23 @@ class Annotated:
             for member in tgz_members(root / tar):
                 name = packed.without_extension(member.name)
                 matches = waiting.pop(name, []) or waiting.pop(first_names.get(name, ""), [])
-                for annotation in matches:
-                    place = f"{tar}::{member.name}"
-                    yield self._record(layout, annotation, place, member.data, member.problem)
+                image = replace(member, name=f"{tar}::{member.name}")
+                yield from (self._record(layout, annotation, image) for annotation in matches)
         except ARCHIVE_ERRORS as error:
             damage = f"unreadable archive: {describe(error)}"
         for annotation in chain.from_iterable(waiting.values()):
             problem = f"missing file: {annotation.content.images[0]}: {damage}"
-            yield self._record(layout, annotation, "", None, problem)
+            yield self._record(layout, annotation, Member("", None, problem))
 
     def _record(
-        self, layout: Layout, annotation: _Annotation, place: str, data: bytes | None, problem: str
+        self, layout: Layout, annotation: _Annotation, image: Member
     ) -> RawRecord | BadRecord:
+        origin = ", ".join(filter(None, (annotation.origin, image.name)))
         record_id = f"{self.SOURCE}/{layout.split}/{annotation.entry_id}"
-        origin = annotation.origin + (f", {place}" if place else "")
-        if problem:
+        if problem := annotation.problem or image.problem:
             return BadRecord(record_id, self.SOURCE, layout.split, origin, problem)
         text, turns = annotation.content.text, annotation.content.turns
-        return RawRecord(record_id, self.SOURCE, layout.split, origin, data, text, turns)
+        return RawRecord(record_id, self.SOURCE, layout.split, origin, image.data, text, turns)
 
 
 def _elements(

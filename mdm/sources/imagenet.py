@@ -7,9 +7,9 @@ of an image is one of the names of its class.
 """
 
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from mdm.sources.imagenet_classes import TRUTH, class_file, classes, ground_truth, split_names
@@ -74,33 +74,28 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
         origin = member.name
         if unit.kind != "files":
             origin = "::".join(filter(None, (unit.files[0], _class_tar(unit), name)))
-        try:
-            with one_record(origin):
-                label = _label(member, record_id, wnid, labels, seen)
-                text = caption(names[label], record_id)
-        except ValueError as error:
-            printable = record_id.encode("utf-8", "backslashreplace").decode()
-            yield unit.bad_record(printable, origin, str(error))
-            continue
-        yield RawRecord(record_id, SOURCE, unit.split, origin, member.data, text=text, label=label)
-
-
-def _label(
-    member: Member, record_id: str, wnid: str, labels: dict[str, int], seen: set[str]
-) -> int:
-    """An image's label; adds its id to `seen`. ValueError says what is wrong with the image."""
-    try:
-        record_id.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("file name is not valid UTF-8") from None
-    if member.data is None:
-        raise ValueError(member.problem)
-    if wnid not in labels:
-        raise ValueError(f"{wnid!r} is not among the classes")
-    if record_id in seen:
-        raise ValueError("duplicate id")
-    seen.add(record_id)
-    return labels[wnid]
+        printable = record_id.encode("utf-8", "backslashreplace").decode()
+        problem = ""
+        if printable != record_id:
+            problem = "file name is not valid UTF-8"
+        elif member.data is None:
+            problem = member.problem
+        elif wnid not in labels:
+            problem = f"{wnid!r} is not among the classes"
+        elif record_id in seen:
+            problem = "duplicate id"
+        else:
+            seen.add(record_id)
+            label = labels[wnid]
+            try:
+                with one_record(origin):
+                    text = caption(names[label], record_id)
+            except ValueError as error:
+                problem = str(error)
+        if problem:
+            yield unit.bad_record(printable, origin, problem)
+        else:
+            yield RawRecord(record_id, SOURCE, unit.split, origin, member.data, text, label=label)
 
 
 def texts(root: Path, split: str) -> Iterator[str]:
@@ -134,15 +129,16 @@ def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
     for outer in os.scandir(root / split):
         if is_clutter(outer.name):
             continue
-        named = outer.name.lower().endswith(_EXTENSIONS)  # such a folder is reported, not entered
-        folder = f"{split}/{outer.name}" if _check_kind(outer.is_dir) and not named else split
-        try:
-            entries = [*os.scandir(outer.path)] if folder != split else [outer]
-        except OSError:  # a folder without permission to list it: the reader reports it
-            entries, folder = [outer], split
+        folder, entries = split, [outer]
+        # A folder named like an image, or one that may not be listed, is reported by the reader.
+        if not outer.name.lower().endswith(_EXTENSIONS):
+            with suppress(OSError):
+                folder, entries = f"{split}/{outer.name}", [*os.scandir(outer.path)]
         for entry in entries:
             if not (entry.name.startswith(".") or is_clutter(entry.name)):
-                size = entry.stat().st_size if _check_kind(entry.is_file) else 0
+                size = 0
+                with suppress(OSError):  # a broken or circular link
+                    size = entry.stat().st_size if entry.is_file() else 0
                 listing.append((f"{folder}/{entry.name}", size))
     if not listing:
         raise ValueError(f"{SOURCE}: no images in {root / split}/<wnid>/")
@@ -162,19 +158,11 @@ def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
     return make_units(SOURCE, split, root, parts)
 
 
-def _check_kind(is_kind: Callable[[], bool]) -> bool:
-    """The result of a check of a directory entry; False for a circular link."""
-    try:
-        return is_kind()
-    except OSError:
-        return False
-
-
 def _read_folder(unit: Unit) -> Iterator[tuple[str, Member]]:
     """(wnid, image) of each file; the folder gives the wnid, or the devkit for a flat `val/`."""
     for member in read_files(Path(unit.root), unit.files):
         if member.name.count("/") == 1:
-            yield _validation_wnid(unit, member)
+            yield _outer_image(unit, member)
         else:
             yield member.name.split("/")[1], member
 
@@ -194,44 +182,31 @@ def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]
                     continue
                 if gap and split == "train" and not info.name.endswith(".tar"):
                     continue  # an image of the class whose header is damaged
-                after_gap = gap
                 if gap:  # a unit of its own, whose reader reports the damage
                     ranges.append(("members", end, info.offset))
-                    gap = False
-                padded = info.offset_data + -(-info.size // 512) * 512
+                start, padded = info.offset_data, info.offset_data + -(-info.size // 512) * 512
                 if split == "train":
-                    inner = (f"class {info.name}", info.offset_data, info.offset_data + info.size)
-                    ranges.append(inner)
-                elif ranges and not after_gap and padded - ranges[-1][1] <= unit_bytes:
+                    ranges.append((f"class {info.name}", start, start + info.size))
+                elif ranges and not gap and padded - ranges[-1][1] <= unit_bytes:
                     ranges[-1] = ("members", ranges[-1][1], padded)
                 else:
                     ranges.append(("members", info.offset, padded))
-                end = padded
+                end, gap = padded, False
     except ARCHIVE_ERRORS:
         truncated = True  # the rest becomes a unit below, whose reader reports the error
-    if _has_content(tar, end):
+    with tar.open("rb") as rest:
+        rest.seek(end)
+        has_more = any(rest.read(10240))  # an archive ends in zeros
+    if has_more:
         ranges.append(("members", end, size))
     elif truncated or end > size:
         ranges.append(("cut", size, size))
-    names_file = class_file(root)
+    published, names_file = (tar.name, size), class_file(root)
     parts = [
-        (
-            kind,
-            [tar.name],
-            [(tar.name, size), ("start", start), ("stop", stop), names_file],
-            start,
-            stop,
-        )
+        (kind, [tar.name], [published, ("start", start), ("stop", stop), names_file], start, stop)
         for kind, start, stop in ranges
     ]
     return make_units(SOURCE, split, root, parts)
-
-
-def _has_content(path: Path, start: int) -> bool:
-    """Whether anything but zero blocks follows byte `start`: an archive ends in zeros."""
-    with path.open("rb") as file:
-        file.seek(start)
-        return any(file.read(10240))
 
 
 def _class_tar(unit: Unit) -> str:
@@ -241,30 +216,23 @@ def _class_tar(unit: Unit) -> str:
 
 def _read_tar(unit: Unit) -> Iterator[tuple[str, Member]]:
     """(wnid, image); the name of a class's tar gives the wnid, or the devkit for the val tar."""
-    path = Path(unit.root) / unit.files[0]
-    class_tar = _class_tar(unit)
-    wnid = Path(class_tar).stem
-    count = 0
     if unit.kind == "cut":
         reason = f"the archive was cut off at byte {unit.start}: the rest is missing"
         yield "", Member(f"bytes {unit.start}-", None, reason)
         return
+    class_tar, count = _class_tar(unit), 0
     try:
-        with path.open("rb") as file:
-            part = io.BufferedReader(Slice(file, unit.start, unit.stop))
-            for member in tar_members(part, streaming=False):
+        with (Path(unit.root) / unit.files[0]).open("rb") as file:
+            for member in tar_members(Slice(file, unit.start, unit.stop), streaming=False):
                 count += 1
-                if class_tar:
-                    yield wnid, member
-                else:
-                    yield _validation_wnid(unit, member)
+                yield (Path(class_tar).stem, member) if class_tar else _outer_image(unit, member)
     except ARCHIVE_ERRORS as error:
         where = class_tar or f"bytes {unit.start}-{unit.stop}"
         reason = f"unreadable tar {where} after {count} images: {describe(error)}"
-        yield wnid, Member(f"{where}:{count}", None, reason)
+        yield Path(class_tar).stem, Member(f"{where}:{count}", None, reason)
 
 
-def _validation_wnid(unit: Unit, member: Member) -> tuple[str, Member]:
+def _outer_image(unit: Unit, member: Member) -> tuple[str, Member]:
     """(wnid, image) of an image outside a class's tar or folder: by its number in the devkit."""
     if unit.split == "train":
         problem = member.problem or "image outside a class's tar or folder"

@@ -19,7 +19,7 @@ from mdm.sources import jsonfile
 from mdm.sources.fields import number_field
 from mdm.sources.jsoncursor import BrokenFileError
 from mdm.sources.packed import open_file
-from mdm.sources.record import one_record
+from mdm.sources.record import attempt
 from mdm.sources.streams import ARCHIVE_ERRORS, describe
 
 
@@ -99,7 +99,7 @@ class Joined:
         numbers: list[int] = []
         offsets: list[int] = []
         texts: list[str] = []
-        first: dict[int, int] = {}  # id -> index
+        index_of: dict[int, int] = {}
         try:
             with open_file(root, self._join.file) as file:
                 for element in jsonfile.elements(file, self._join.section):
@@ -109,22 +109,19 @@ class Joined:
                     except ValueError as error:
                         self._problems.append((element.offset, str(error)))
                         continue
-                    problem, number, text = "", 0, ""
-                    try:
-                        with one_record(f"{self._join.file}@{element.offset}"):
-                            number, text = self._join.value(entry)
-                    except ValueError as error:
-                        problem = str(error)
-                    if key in first:
+                    value = attempt(f"{self._join.file}@{element.offset}", self._join.value, entry)
+                    problem = str(value) if isinstance(value, ValueError) else ""
+                    number, text = (0, "") if isinstance(value, ValueError) else value
+                    if key in index_of:
                         self._problems.append((element.offset, f"duplicate {self._join.key} {key}"))
-                        at = first[key]
-                        earlier = numbers[at], texts[at], self._bad.get(key, "")
+                        first = index_of[key]
+                        earlier = numbers[first], texts[first], self._bad.get(key, "")
                         if earlier != (number, text, problem):
                             self._bad[key] = "two entries with this id that differ"
                         continue
                     if problem:
                         self._bad[key] = problem
-                    first[key] = len(ids)
+                    index_of[key] = len(ids)
                     ids.append(key)
                     numbers.append(number)
                     offsets.append(element.offset)

@@ -12,6 +12,7 @@ archive are reported once, by the first unit.
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,12 +23,12 @@ from mdm.sources.record import (
     BadRecord,
     RawRecord,
     Unit,
+    attempt,
     check_split,
     make_units,
-    one_record,
 )
-from mdm.sources.streams import ARCHIVE_ERRORS, describe, tgz_lines, tgz_members
-from mdm.sources.textfile import NotUtf8Error, is_blank, is_clutter, parse_line
+from mdm.sources.streams import ARCHIVE_ERRORS, describe, expect_utf8, tgz_lines, tgz_members
+from mdm.sources.textfile import is_blank, is_clutter, parse_line
 
 SOURCE = "journeydb"
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
@@ -51,12 +52,8 @@ def units(root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]
     annotations = root / ANNOTATIONS[split]
     if not annotations.is_file():
         raise ValueError(f"{SOURCE}: no annotations {ANNOTATIONS[split]} in {root}")
-    try:
+    with expect_utf8(SOURCE, annotations):
         next(tgz_lines(annotations), None)
-    except NotUtf8Error as error:
-        raise ValueError(f"{SOURCE}: {annotations}: {describe(error)}") from None
-    except ARCHIVE_ERRORS:
-        pass  # `read` reports it
     archives = _archives(root, split)
     if not archives:
         raise ValueError(f"{SOURCE}: no data/{split}/imgs/*.tgz in {root}, nor their folders")
@@ -119,16 +116,11 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
 def texts(root: Path, split: str) -> Iterator[str]:
     """Every usable caption, from the annotations alone."""
     first_unit = units(root, split)[0]
-    try:
+    with suppress(*ARCHIVE_ERRORS):  # `read` reports them
         for _, line in tgz_lines(Path(first_unit.root) / ANNOTATIONS[split]):
-            try:
-                with one_record():
-                    text = _text(parse_line(line))
+            text = attempt("", lambda line: _text(parse_line(line)), line)
+            if isinstance(text, str):
                 yield text
-            except ValueError:
-                continue  # `read` reports it; only usable text counts here
-    except ARCHIVE_ERRORS:
-        return  # likewise
 
 
 def _archives(root: Path, split: str) -> dict[str, Path]:
@@ -157,10 +149,10 @@ def _collect_texts(
     archives = _archives(Path(unit.root), unit.split) if is_first else {}
     elsewhere: Counter[str] = Counter()  # annotated images by missing archive
     for number, annotation in _annotations(unit, archive):
-        if isinstance(annotation, str):
+        if isinstance(annotation, ValueError):
             yield _bad_annotation(unit, f"line {number}", number, annotation)
             continue
-        folder, file = _path(annotation, archive == _SINGLE_ARCHIVE)
+        folder, file, fields = annotation
         if is_first and folder not in archives:
             elsewhere[folder] += 1
         if folder != archive:
@@ -169,19 +161,19 @@ def _collect_texts(
             problem = "duplicate id: a second annotation of this image"
             yield _bad_annotation(unit, f"{folder}/{file}", number, problem)
             continue
-        try:
-            with one_record(f"{ANNOTATIONS[unit.split]}:{number}"):
-                texts_by_file[file] = _text(annotation)
-        except ValueError as error:
-            texts_by_file[file] = None
-            yield _bad_annotation(unit, f"{folder}/{file}", number, str(error))
+        text = attempt(f"{ANNOTATIONS[unit.split]}:{number}", _text, fields)
+        texts_by_file[file] = text if isinstance(text, str) else None
+        if isinstance(text, ValueError):
+            yield _bad_annotation(unit, f"{folder}/{file}", number, text)
     for folder, count in sorted(elsewhere.items()):
         problem = f"missing file: no archive {folder}.tgz for its {count} annotated images"
         yield _bad_annotation(unit, f"{folder}/", 0, problem)
 
 
-def _annotations(unit: Unit, archive: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line number, annotation with a valid path, or the problem with it).
+def _annotations(
+    unit: Unit, archive: str
+) -> Iterator[tuple[int, tuple[str, str, dict[str, Any]] | ValueError]]:
+    """(line number, the archive, file and fields of an annotation or what is wrong with it).
 
     The first unit reads all lines. Other units skip lines that cannot be theirs without parsing
     them, and leave problems to the first unit.
@@ -193,31 +185,32 @@ def _annotations(unit: Unit, archive: str) -> Iterator[tuple[int, dict[str, Any]
         for number, line in tgz_lines(Path(unit.root) / ANNOTATIONS[unit.split]):
             if is_blank(line) or not (is_first or needle in line):
                 continue
-            try:
-                with one_record(f"{ANNOTATIONS[unit.split]}:{number}"):
-                    annotation = parse_line(line)
-                    _path(annotation, archive == _SINGLE_ARCHIVE)
+            origin = f"{ANNOTATIONS[unit.split]}:{number}"
+            annotation = attempt(origin, _parse, line, archive == _SINGLE_ARCHIVE)
+            if is_first or not isinstance(annotation, ValueError):
                 yield number, annotation
-            except ValueError as error:
-                if is_first:
-                    yield number, str(error)
     except ARCHIVE_ERRORS as error:
         if is_first:
-            yield number, f"unreadable annotations after line {number}: {describe(error)}"
+            problem = f"unreadable annotations after line {number}: {describe(error)}"
+            yield number, ValueError(problem)
 
 
-def _bad_annotation(unit: Unit, name: str, number: int, problem: str) -> BadRecord:
+def _bad_annotation(unit: Unit, name: str, number: int, problem: ValueError | str) -> BadRecord:
     origin = f"{ANNOTATIONS[unit.split]}:{number}"
-    return unit.bad_record(f"{SOURCE}/{unit.split}/{name}", origin, problem)
+    return unit.bad_record(f"{SOURCE}/{unit.split}/{name}", origin, str(problem))
 
 
-def _path(annotation: dict[str, Any], single: bool) -> tuple[str, str]:
-    """(archive, file) of an image, without any folders before; of a `single` archive, the file."""
+def _parse(line: bytes, single: bool) -> tuple[str, str, dict[str, Any]]:
+    """The archive and file of an image, and its annotation's fields.
+
+    Folders before the archive do not count. With a `single` archive, only the file does.
+    """
+    annotation = parse_line(line)
     path = text_field(annotation.get("img_path"), "img_path")
     parts = PurePosixPath(path.replace("\\", "/")).parts
     if ".." in parts or len(parts) < (1 if single else 2):
         raise ValueError(f"field img_path is {path[:80]!r}, not ./<archive>/<file>")
-    return _SINGLE_ARCHIVE if single else parts[-2], parts[-1]
+    return _SINGLE_ARCHIVE if single else parts[-2], parts[-1], annotation
 
 
 def _text(annotation: dict[str, Any]) -> str:

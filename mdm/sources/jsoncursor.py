@@ -32,7 +32,7 @@ _NAMED_OBJECT = re.compile(r'(?<!\\)"((?:[^"\\]|\\.)*+)"[ \t\n\r]*:[ \t\n\r]*(?=
 _FIRST_KEY = re.compile(r'\{[ \t\n\r]*"([^"\\]*)"')
 _MORE = re.compile(r'[ \t\n\r]*,?[ \t\n\r]*[{"]')
 _AFTER_MEMBER = re.compile(r'[ \t\n\r]*[,}"]')  # a missing comma by itself damages no entry
-_NEXT_MEMBER = re.compile(r',[ \t\n\r]*("|$)')
+_AFTER_LIST = re.compile(r'\}|,[ \t\n\r]*("|$)')
 END_OF_FILE = "\x1a"  # DOS writes it after the last line
 _LONGEST_MATCH = 1 << 10  # a section's name or a bracket, with the white space around it
 _BYTE_ORDER_MARKS = re.compile("(?:[ \t\n\r]*\xef\xbb\xbf)*")  # in latin-1
@@ -47,13 +47,10 @@ class Cursor:
 
     def __init__(self, file: IO[bytes], offset: int) -> None:
         file.seek(offset)
-        self._file = file
-        self._text = ""
+        self._file, self._text, self._at = file, "", 0
         self._base = offset  # the file offset of the window's first character
-        self._at = 0
         if offset == 0 and self._fill():  # each of two programs may add a mark
-            marks = _BYTE_ORDER_MARKS.match(self._text)
-            self._at = marks.end() if marks else 0
+            self._at = _end_of_match(_BYTE_ORDER_MARKS, self._text, 0)
 
     @property
     def offset(self) -> int:
@@ -63,11 +60,9 @@ class Cursor:
     def peek(self) -> str:
         """The next character that is not white space; "" at the end of the file."""
         while True:
-            self._at = _after_space(self._text, self._at)
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._fill():
-                return ""
+            self._at = _end_of_match(_SPACE, self._text, self._at)
+            if self._at < len(self._text) or not self._fill():
+                return self._text[self._at : self._at + 1]
 
     def take(self) -> None:
         """Move past the character that `peek` returned."""
@@ -103,7 +98,15 @@ class Cursor:
             reason = "invalid JSON: it contains the next entry" if like else ""
         if not reason:
             return self._checked(value, end)
-        return None, self._skip_damaged(reason, self._base + end, named, like)
+        damaged_at = self._base + end
+        stop = None if like is None else self._next_entry(named, like)
+        if stop is not None and self._base + stop <= damaged_at:  # the parser failed much later
+            where = f"byte {self._base + stop} of the file"
+            reason = f"invalid JSON: no end before the next entry at {where}"
+        self._skip(reason, stop)
+        if stop is not None and not _MORE.match(self._text, self._at):
+            self._at = stop  # its brackets were damaged, too: no entry starts after them
+        return None, reason
 
     def _parse(self, entry_of_object: bool) -> tuple[Any, int, str]:
         """The value, its end and ""; or None, where damage is (-1: unknown), and the reason."""
@@ -133,21 +136,7 @@ class Cursor:
             return end + _MARGIN  # it may continue: "1", "1." and "1e+" at the window's end
         if not entry_of_object:
             return end - 1
-        return min(_after_space(self._text, end), end + _REACH)
-
-    def _skip_damaged(self, reason: str, at: int, named: bool, like: tuple[str, ...] | None) -> str:
-        """Move past the value here, which is damaged at byte `at`; returns the reason to report.
-
-        If an entry lacks its closing brace, the parser fails only much later.
-        """
-        stop = None if like is None else self._next_entry(named, like)
-        if stop is not None and self._base + stop <= at:
-            where = f"byte {self._base + stop} of the file"
-            reason = f"invalid JSON: no end before the next entry at {where}"
-        self._skip(reason, stop)
-        if stop is not None and not _MORE.match(self._text, self._at):
-            self._at = stop  # its brackets were damaged, too: no entry starts after them
-        return reason
+        return min(_end_of_match(_SPACE, self._text, end), end + _REACH)
 
     def _checked(self, value: Any, end: int) -> tuple[Any, str]:
         """The value parsed as latin-1, parsed again as UTF-8 if that makes a difference."""
@@ -179,17 +168,16 @@ class Cursor:
         while len(self._text) - self._at < size and self._fill():
             pass
 
-    def ends(self, within: bool) -> bool:
-        """Whether the text after the bracket here may follow a list; if not, it closes none."""
+    def ends(self, named: bool, within: bool, like: tuple[str, ...]) -> bool:
+        """Whether the bracket here closes the list.
+
+        The text after it must be able to follow a list, and no entry `like` the previous ones may.
+        """
         self._look_ahead(_LONGEST_MATCH)
         after = self._text[self._at + 1 : self._at + _LONGEST_MATCH].lstrip(" \t\n\r")
-        return not after.strip(END_OF_FILE) or (
-            within and (after[0] == "}" or _NEXT_MEMBER.match(after) is not None)
-        )
-
-    def has_entry(self, named: bool, like: tuple[str, ...]) -> bool:
-        """Whether another entry with mostly these keys follows."""
-        return self._next_entry(named, like) is not None
+        if after.strip(END_OF_FILE) and not (within and _AFTER_LIST.match(after)):
+            return False
+        return not (like and self._next_entry(named, like) is not None)
 
     def to_entry(self, named: bool, like: tuple[str, ...]) -> bool:
         """Move to the next entry with mostly these keys; False, without moving, if none follows."""
@@ -228,7 +216,8 @@ class Cursor:
             try:
                 value, end = _DECODER.raw_decode(self._text, match.end())
             except (ValueError, RecursionError):
-                if like and _first_key(self._text, match.end()) == like[0]:
+                first_key = _FIRST_KEY.match(self._text, match.end())
+                if like and first_key and first_key[1] == like[0]:
                     return match.start()
                 continue
             at = end
@@ -287,17 +276,10 @@ class Cursor:
                 self._at += 1
 
 
-def _after_space(text: str, at: int) -> int:
-    """The first position from `at` that is not white space, or the length of the text."""
-    space = _SPACE.match(text, at)
-    assert space is not None
-    return space.end()
-
-
-def _first_key(text: str, brace: int) -> str:
-    """The first key of the object that starts at `brace`."""
-    match = _FIRST_KEY.match(text, brace)
-    return match.group(1) if match else ""
+def _end_of_match(pattern: re.Pattern[str], text: str, at: int) -> int:
+    """The end of what the pattern matches from `at` on."""
+    match = pattern.match(text, at)
+    return match.end() if match else at
 
 
 def alike(keys: Iterable[str], others: tuple[str, ...]) -> bool:

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from mdm.sources import textfile
 from mdm.sources.fields import kind
 from mdm.sources.jsoncursor import END_OF_FILE, BrokenFileError, Cursor, alike
-from mdm.sources.textfile import decode_line, is_blank, lines_with_offsets
+from mdm.sources.textfile import check_length, decode_line, is_blank, lines_with_offsets
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,15 @@ def _enter(cursor: Cursor, section: str) -> None:
     cursor.take()
     try:
         while cursor.peek() not in ("}", ""):
-            if cursor.key() == section:
-                if cursor.peek() != "[":
-                    raise BrokenFileError(f"{section!r} is not a list")
-                cursor.take()
-                return
+            name = cursor.key()
             if cursor.peek() == "[":
                 cursor.take()
+                if name == section:
+                    return
                 for _ in _items(cursor, named=False, within=True):
                     pass
+            elif name == section:
+                raise BrokenFileError(f"{section!r} is not a list")
             else:
                 cursor.value()
             if cursor.peek() == ",":
@@ -97,7 +96,7 @@ def _items(cursor: Cursor, named: bool, within: bool) -> Iterator[Element]:
         mark, offset = cursor.peek(), cursor.offset
         if not mark:
             raise BrokenFileError(f"the file ends at byte {offset}, before its last bracket")
-        if mark == closing and _ends(cursor, named, within, like if doubtful else ()):
+        if mark == closing and cursor.ends(named, within, like if doubtful else ()):
             cursor.take()
             return
         name, value, problem = _entry(cursor, named, like, closing)
@@ -135,11 +134,6 @@ def _entry(
         return name, None, str(error)
 
 
-def _ends(cursor: Cursor, named: bool, within: bool, like: tuple[str, ...]) -> bool:
-    """Whether the bracket here closes the list, and no entry `like` the previous ones follows."""
-    return cursor.ends(within) and not (like and cursor.has_entry(named, like))
-
-
 def _first_character(opening: str) -> str:
     return f"the file begins with {opening!r}" if opening else "the file is empty"
 
@@ -150,17 +144,13 @@ def line_elements(file: IO[bytes], start: int = 0, stop: int = sys.maxsize) -> I
     for offset, line in lines_with_offsets(file):
         if offset >= stop:
             return
-        if not is_blank(line):
-            yield _line(offset, line)
-
-
-def _line(offset: int, line: bytes) -> Element:
-    if len(line) > textfile.MAX_LINE_BYTES:
-        return Element(offset, "", None, f"line is longer than {textfile.MAX_LINE_BYTES} bytes")
-    try:
-        return Element(offset, "", decode_line(line))
-    except ValueError as error:
-        return Element(offset, "", None, str(error))
+        if is_blank(line):
+            continue
+        try:
+            check_length(line)
+            yield Element(offset, "", decode_line(line))
+        except ValueError as error:
+            yield Element(offset, "", None, str(error))
 
 
 def entry(element: Element) -> dict[str, Any]:

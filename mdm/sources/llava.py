@@ -22,26 +22,14 @@ from mdm.sources.joined import Joined
 from mdm.sources.jsonfile import Element
 from mdm.sources.packed import locate
 
-SOURCE = "llava"
-SPLITS: tuple[str, ...] = ("train", "train-text")
-TRAINING: tuple[tuple[str, ...], ...] = (("train", "train-text"),)
-HELD_OUT = ""
-_FOLDERS = (
-    "coco/train2017",
-    "gqa/images",
-    "ocr_vqa/images",
-    "textvqa/train_images",
-    "vg/VG_100K",
-    "vg/VG_100K_2",
-)
-_ARCHIVES = (
-    "coco/train2017.zip",
-    "gqa/images.zip",
-    "ocr_vqa/images.zip",
-    "textvqa/train_val_images.zip",
-    "vg/images.zip",
-    "vg/images2.zip",
-)
+_ARCHIVES = {  # by the folder that it holds
+    "coco/train2017": "coco/train2017.zip",
+    "gqa/images": "gqa/images.zip",
+    "ocr_vqa/images": "ocr_vqa/images.zip",
+    "textvqa/train_images": "textvqa/train_val_images.zip",
+    "vg/VG_100K": "vg/images.zip",
+    "vg/VG_100K_2": "vg/images2.zip",
+}
 # The image's placeholder in a question: a line of its own at either end, or else next to text.
 _PLACEHOLDERS = (
     re.compile(r"\A\s*<image>(?:[^\S\n]*\n)+"),
@@ -51,21 +39,22 @@ _PLACEHOLDERS = (
 )
 
 
-def _find(root: Path, split: str) -> Layout:
-    annotations = locate(SOURCE, root, "llava_v1_5_mix665k.json")
+def _layout(root: Path, split: str) -> Layout:
+    annotations = locate("llava", root, "llava_v1_5_mix665k.json")
     if split == "train-text":
         return Layout(split, annotations)
-    return Layout(split, annotations, folders=_FOLDERS, archives=_ARCHIVES)
+    folders, archives = tuple(_ARCHIVES), tuple(_ARCHIVES.values())
+    return Layout(split, annotations, folders=folders, archives=archives)
 
 
 def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
     try:
         entry = jsonfile.entry(element)
     except ValueError:
-        if layout.split == SPLITS[0]:
+        if layout.split == "train":
             raise
         return  # reported only with the split that has images
-    if ("image" in entry) == (layout.split == SPLITS[0]):
+    if ("image" in entry) == (layout.split == "train"):
         yield f"{id_field(entry.get('id'), 'id')}@{element.offset}", entry
 
 
@@ -94,5 +83,12 @@ def _remove_placeholder(turns: list[Any]) -> list[Any]:
     return turns
 
 
-_reader = Annotated(SOURCE, SPLITS, _find, _entries, _content)
-units, read, texts = _reader.units, _reader.read, _reader.texts
+LLAVA = Annotated(
+    SOURCE="llava",
+    find=_layout,
+    entries=_entries,
+    content=_content,
+    SPLITS=("train", "train-text"),
+    TRAINING=(("train", "train-text"),),
+    HELD_OUT="",
+)

@@ -10,12 +10,12 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from mdm.sources.record import fingerprint, one_record
+from mdm.sources.record import attempt, fingerprint
 from mdm.sources.streams import (
     Member,
     check_member,
@@ -36,7 +36,6 @@ ZIP_ERRORS = (
     RuntimeError,
     zlib.error,
 )
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".jpe", ".jfif")
 EXTENSIONS = (*_EXTENSIONS, *map(str.upper, _EXTENSIONS), *map(str.title, _EXTENSIONS), "")
 
@@ -65,7 +64,8 @@ def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
             elif archive.endswith(".zip"):
                 packed = stack.enter_context(zipfile.ZipFile(path))
                 info = packed.getinfo(member)
-                _check(info)
+                if problem := _packing_problem(info):
+                    raise OSError(problem)
                 file = stack.enter_context(packed.open(info))
             else:
                 packed_tar = open_tar(stack.enter_context(open_gzip(path)), streaming=False)
@@ -134,91 +134,76 @@ def read_file(path: Path) -> bytes:
         raise ValueError(f"unreadable file: {describe(error)}") from None
 
 
+def _member(place: str, read: Callable[..., bytes], *arguments: Any) -> Member:
+    """The file at `place`, with the bytes that `read` returns or the problem that it raises."""
+    data = attempt(place, read, *arguments)
+    return Member(place, None, str(data)) if isinstance(data, ValueError) else Member(place, data)
+
+
 def read_files(root: Path, files: Iterable[str]) -> Iterator[Member]:
     """Loose image files, each with its bytes or the problem with it."""
     for file in files:
-        try:
-            with one_record(file):
-                member = Member(file, read_file(root / file))
-        except ValueError as error:
-            member = Member(file, None, str(error))
-        yield member
+        yield _member(file, read_file, root / file)
 
 
-class ImageError(ValueError):
-    """An image exists but cannot be read; `place` says where it is."""
-
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(reason)
-        self.place = place
-
-
-class Images:
+class Images(ExitStack):
     """The images that annotations refer to, in folders and zips; each zip is opened once."""
 
     def __init__(self, root: Path, archives: Sequence[str]) -> None:
+        super().__init__()
         self._root = root
         self._zips: list[tuple[str, zipfile.ZipFile]] = []
         self._damage = ""
-        self._last: tuple[tuple[str, ...], tuple[str, bytes]] = ((), ("", b""))
+        self._last_names: tuple[str, ...] = ()
+        self._last = Member("", None)
         for archive in archives:
             if archive.endswith(".zip") and (root / archive).is_file():
                 try:
-                    self._zips.append((archive, zipfile.ZipFile(root / archive)))
+                    packed = self.enter_context(zipfile.ZipFile(root / archive))
+                    self._zips.append((archive, packed))
                 except ZIP_ERRORS as error:
                     self._damage += f"; archive {archive} is unreadable: {describe(error)}"
 
-    def __enter__(self) -> "Images":
-        return self
+    def read(self, names: tuple[str, ...]) -> Member:
+        """The first of `names` that exists, or a member with "" as its name and the problem.
 
-    def __exit__(self, *error: object) -> None:
-        for _, packed in self._zips:
-            packed.close()
-
-    def read(self, names: tuple[str, ...]) -> tuple[str, bytes]:
-        """(place, bytes) of the first of `names` that exists; ValueError if none does.
-
-        ImageError if it exists but cannot be read. The last image is cached, because the records of
-        one image are read together.
+        The last image is cached, because the records of one image are read together.
         """
-        if names != self._last[0]:
-            self._last = (names, self._find(names))
-        return self._last[1]
+        if names != self._last_names:
+            self._last_names, self._last = names, self._find(names)
+        return self._last
 
-    def _find(self, names: tuple[str, ...]) -> tuple[str, bytes]:
+    def _find(self, names: tuple[str, ...]) -> Member:
         for name in names:
             if "\0" in name:
-                raise ValueError(f"image path holds a zero byte: {name[:80]!r}")
+                return Member("", None, f"image path holds a zero byte: {name[:80]!r}")
             if not is_inside(name):
-                raise ValueError(f"image path points outside the data set: {name[:80]!r}")
+                return Member("", None, f"image path points outside the data set: {name[:80]!r}")
             if image := self._read_exact(name):
                 return image
         # A download may have the extension of its address, of its content or of a conversion.
         for stem in dict.fromkeys(without_extension(name) for name in names):
-            for extension in EXTENSIONS:
-                name = stem + extension
+            for name in (stem + extension for extension in EXTENSIONS):
                 tried = name in names or (self._root / name).is_dir()
                 if not tried and (image := self._read_exact(name)):
                     return image
-        raise ValueError(f"missing file: {names[0][:200]}{self._damage}")
+        return Member("", None, f"missing file: {names[0][:200]}{self._damage}")
 
-    def _read_exact(self, name: str) -> tuple[str, bytes] | None:
-        """The image of exactly this name, if any; ImageError if it cannot be read."""
+    def _read_exact(self, name: str) -> Member | None:
+        """The image of exactly this name, if any."""
         try:
-            if _exists(self._root / name):
-                return name, read_file(self._root / name)
-        except ValueError as error:
-            raise ImageError(name, str(error)) from None
+            os.lstat(self._root / name)
+            return _member(name, read_file, self._root / name)
+        except PermissionError as error:  # of a folder above it
+            return Member(name, None, f"unreadable file: {describe(error)}")
+        except OSError:  # no such file, or a name that no file can have
+            pass
         for archive, packed in self._zips:
             folder = PurePosixPath(archive).parent
             if PurePosixPath(name).is_relative_to(folder):
                 member = str(PurePosixPath(name).relative_to(folder))
                 if member in packed.NameToInfo:
-                    place = f"{archive}::{member}"
-                    try:
-                        return place, _unzip(packed, member)
-                    except ValueError as error:
-                        raise ImageError(place, str(error)) from None
+                    return _member(f"{archive}::{member}", _unzip, packed, member)
         return None
 
 
@@ -228,24 +213,11 @@ def without_extension(name: str) -> str:
     return stem if extension.casefold() in _EXTENSIONS else name
 
 
-def _exists(path: Path) -> bool:
-    """Whether the path exists; ValueError if a folder above it may not be searched."""
-    try:
-        os.lstat(path)
-    except PermissionError as error:
-        raise ValueError(f"unreadable file: {describe(error)}") from None
-    except OSError:  # no such file, or a name that no file can have
-        return False
-    return True
-
-
 def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
     """A member's bytes, with verified checksum; ValueError says what is wrong with it."""
     info = packed.NameToInfo[member]
-    try:
-        _check(info)
-    except OSError as error:
-        raise ValueError(str(error)) from None
+    if problem := _packing_problem(info):
+        raise ValueError(problem)
     check_member(info.file_size, info.compress_size, "archive member")
     try:
         with packed.open(info) as file:
@@ -255,12 +227,13 @@ def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
         raise ValueError(f"damaged archive member: {describe(error)}") from None
 
 
-def _check(info: zipfile.ZipInfo) -> None:
-    """Raise OSError if a member is packed in a way that is not supported."""
+def _packing_problem(info: zipfile.ZipInfo) -> str:
+    """Why a member cannot be unpacked; "" if it can."""
     if info.flag_bits & 1:
-        raise OSError("archive member is encrypted")
-    if info.compress_type not in _METHODS:
-        raise OSError(f"archive member is packed by method {info.compress_type}, not by deflate")
+        return "archive member is encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"archive member is packed by method {info.compress_type}, not by deflate"
+    return ""
 
 
 def _has_member(path: Path, member: str) -> bool:

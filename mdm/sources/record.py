@@ -3,11 +3,13 @@
 import errno
 import hashlib
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 # Input bytes of one unit of work, unless the caller gives another size.
 UNIT_BYTES = 1 << 30
@@ -77,8 +79,9 @@ class Unit:
 
 
 class Reader(Protocol):
-    """The reader of one published data set: a module of `mdm.sources`."""
+    """The reader of one published data set: a module of `mdm.sources`, or an `Annotated`."""
 
+    SOURCE: str
     SPLITS: tuple[str, ...]  # as published
     # The splits to train on, for each form in which the data set is published. The first form that
     # is present is used. The first split of a form holds all of its images.
@@ -87,15 +90,12 @@ class Reader(Protocol):
 
     def units(self, root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
         """The split's units, the same list for the same files; ValueError if files are missing."""
-        ...
 
     def read(self, unit: Unit) -> Iterator[RawRecord | BadRecord]:
         """The unit's records, streamed. A bad record is yielded with its reason, never raised."""
-        ...
 
     def texts(self, root: Path, split: str) -> Iterator[str]:
         """The split's usable texts (captions, class names, turns), without reading images."""
-        ...
 
 
 def make_units(
@@ -105,20 +105,11 @@ def make_units(
     parts: Iterable[tuple[str, Sequence[str], Inputs, int, int]],
 ) -> list[Unit]:
     """Units in the order of `parts`, each (kind, files, inputs to fingerprint, start, stop)."""
-    return [
-        Unit(
-            source=source,
-            split=split,
-            index=index,
-            root=str(root),
-            kind=kind,
-            files=tuple(files),
-            fingerprint=fingerprint(inputs),
-            start=start,
-            stop=stop,
-        )
-        for index, (kind, files, inputs, start, stop) in enumerate(parts)
-    ]
+    units = []
+    for index, (kind, files, inputs, start, stop) in enumerate(parts):
+        place = (str(root), kind, tuple(files), fingerprint(inputs))
+        units.append(Unit(source, split, index, *place, start, stop))
+    return units
 
 
 def fingerprint(inputs: Inputs) -> str:
@@ -163,6 +154,15 @@ def one_record(
                 error.add_note(f"at {origin}")
             raise
         raise UnforeseenError(f"{reason} {describe_fully(error)}") from error
+
+
+def attempt(origin: str, function: Callable[..., T], *arguments: Any) -> T | ValueError:
+    """What the function, which handles a single record, returns; or its error, as `one_record`."""
+    try:
+        with one_record(origin):
+            return function(*arguments)
+    except ValueError as error:
+        return error
 
 
 def describe_fully(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mdm.sources.record import one_record
-from mdm.sources.textfile import check_utf8, is_clutter, lines_with_offsets
+from mdm.sources.textfile import NotUtf8Error, check_utf8, is_clutter, lines_with_offsets
 
 # A larger image is refused, so that one bad file cannot exhaust the memory. This is the size of an
 # uncompressed image of 64 Mi pixels, the most that are decoded, in four channels of 16 bits.
@@ -71,10 +71,10 @@ class _StrictHeader(tarfile.TarInfo):
         return header
 
     @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictHeader":
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_StrictHeader":
         try:
             with one_record(passing=ARCHIVE_ERRORS):
-                return super().fromtarfile(tarfile_)
+                return super().fromtarfile(tar)
         except ValueError as error:  # PAX fields that should be numbers
             raise DamagedHeaderError(tarfile.HeaderError(str(error)), b"") from None
         except tarfile.HeaderError as error:
@@ -83,39 +83,24 @@ class _StrictHeader(tarfile.TarInfo):
             raise  # the two ways an archive ends: zero blocks, or no more bytes
 
 
-class Slice(io.RawIOBase):
-    """Bytes [start, stop) of an open file, as a separate file."""
+class Slice:
+    """Bytes [start, stop) of an open file, with what tarfile needs of a file."""
 
     def __init__(self, file: IO[bytes], start: int, stop: int) -> None:
-        self._file, self._start, self._size = file, start, stop - start
-        self._at = 0
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move within the slice."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
+        self._file, self._start, self._stop = file, start, stop
+        file.seek(start)
 
     def tell(self) -> int:
         """Position within the slice."""
-        return self._at
+        return self._file.tell() - self._start
 
-    def readinto(self, buffer: Any) -> int:
-        """Fill `buffer`, never past the slice's end."""
-        self._file.seek(self._start + self._at)
-        size = max(0, min(len(buffer), self._size - self._at))
-        data = self._file.read(size)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+    def seek(self, offset: int) -> None:
+        """Move to a position within the slice."""
+        self._file.seek(self._start + offset)
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes, never beyond the slice's end."""
+        return self._file.read(max(0, min(size, self._stop - self._file.tell())))
 
 
 @dataclass(frozen=True)
@@ -139,21 +124,27 @@ class _Unpacked(gzip.GzipFile):
 
     def read(self, size: int | None = -1) -> bytes:
         """As in gzip."""
-        return super().read(size) if size is None or size < 0 else b"".join(self._parts(size))
+        if size is None or size < 0:
+            return super().read(size)
+        data = b""
+        try:
+            while len(data) < size and (part := self.read1(size - len(data))):
+                data += part
+        except ARCHIVE_ERRORS:
+            if not data:
+                raise
+        return data
 
-    def _parts(self, size: int) -> Iterator[bytes]:
-        done = 0
-        while done < size:
-            try:
-                part = self.read1(size - done)
-            except ARCHIVE_ERRORS:
-                if not done:
-                    raise
-                return
-            if not part:
-                return
-            yield part
-            done += len(part)
+
+@contextmanager
+def expect_utf8(source: str, path: Path) -> Iterator[None]:
+    """Turn NotUtf8Error inside the block into a ValueError; ignore others, which `read` reports."""
+    try:
+        yield
+    except NotUtf8Error as error:
+        raise ValueError(f"{source}: {path}: {describe(error)}") from None
+    except ARCHIVE_ERRORS:
+        pass
 
 
 @contextmanager
@@ -164,7 +155,7 @@ def open_gzip(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def open_tar(file: IO[bytes] | io.IOBase, *, streaming: bool) -> Iterator[tarfile.TarFile]:
+def open_tar(file: IO[bytes] | Slice, *, streaming: bool) -> Iterator[tarfile.TarFile]:
     """A tar with strict headers. Iterate over its members with `headers`."""
     mode = "r|" if streaming else "r:"
     with tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictHeader) as tar:  # type: ignore[call-overload]
@@ -212,7 +203,7 @@ def is_inside(name: str) -> bool:
     return not (name.startswith("/") or ".." in name.split("/") or "\0" in name)
 
 
-def tar_members(file: IO[bytes] | io.IOBase, *, streaming: bool) -> Iterator[Member]:
+def tar_members(file: IO[bytes] | Slice, *, streaming: bool) -> Iterator[Member]:
     """Every regular file of a tar, in order, without folders.
 
     A member that cannot be used is yielded with its problem. Raises one of ARCHIVE_ERRORS if the
@@ -220,25 +211,14 @@ def tar_members(file: IO[bytes] | io.IOBase, *, streaming: bool) -> Iterator[Mem
     """
     with open_tar(file, streaming=streaming) as tar:
         for number, info in enumerate(surviving_headers(tar)):
-            if isinstance(info, DamagedHeaderError):
-                name = info.name.removeprefix("./") or f"member {number}"
-                yield Member(name, None, f"damaged tar header: {describe(info)}")
-                continue
             name = info.name.removeprefix("./")
-            if info.isdir():
-                continue
-            if not info.isfile():
-                yield Member(name, None, "tar member is a link or a device, not a file")
-            elif info.issparse():
-                yield Member(name, None, "tar member is a sparse file, not a whole one")
-            elif not is_inside(name):
-                yield Member(name, None, "tar member's name points outside the archive")
-            elif problem := _too_large(info):
+            if isinstance(info, DamagedHeaderError):
+                problem = f"damaged tar header: {describe(info)}"
+                yield Member(name or f"member {number}", None, problem)
+            elif problem := _problem(info):
                 yield Member(name, None, problem)
-            else:
-                content = tar.extractfile(info)
-                assert content is not None
-                data = content.read()
+            elif not info.isdir():
+                data = cast(IO[bytes], tar.extractfile(info)).read()
                 if len(data) < info.size:
                     raise tarfile.ReadError(
                         f"unexpected end of data in {name}: {len(data)} of {info.size} bytes"
@@ -246,8 +226,16 @@ def tar_members(file: IO[bytes] | io.IOBase, *, streaming: bool) -> Iterator[Mem
                 yield Member(name, data)
 
 
-def _too_large(info: tarfile.TarInfo) -> str:
-    """Why a tar member must not be held in memory; "" if it may."""
+def _problem(info: tarfile.TarInfo) -> str:
+    """Why a tar member cannot be used; "" for a usable file and for a folder."""
+    if info.isdir():
+        return ""
+    if not info.isfile():
+        return "tar member is a link or a device, not a file"
+    if info.issparse():
+        return "tar member is a sparse file, not a whole one"
+    if not is_inside(info.name.removeprefix("./")):
+        return "tar member's name points outside the archive"
     try:
         check_member(info.size, info.size, "tar member")  # its compressed size is not known
     except ValueError as error:

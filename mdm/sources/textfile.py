@@ -7,6 +7,7 @@ it. A line is held in memory, so its length is limited.
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -19,29 +20,12 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
 _BLANK = b" \t\r\n\x0b\x0c\x1a\xef\xbb\xbf"
 _NO_BREAK_SPACE = "\xa0".encode()
 # Folders and files that macOS, Windows, a NAS or an editor creates beside a user's own.
-_CLUTTER = frozenset(
-    (
-        "__macosx",
-        ".ds_store",
-        ".apdisk",
-        ".appledouble",
-        ".documentrevisions-v100",
-        ".fseventsd",
-        ".localized",
-        ".spotlight-v100",
-        ".temporaryitems",
-        ".trashes",
-        "icon\r",
-        "thumbs.db",
-        "ehthumbs.db",
-        "ehthumbs_vista.db",
-        "desktop.ini",
-        "$recycle.bin",
-        "system volume information",
-        "@eadir",
-        ".directory",
-        ".ipynb_checkpoints",
-    )
+_CLUTTER = re.compile(
+    r"\._.*|__macosx|\.ds_store|\.apdisk|\.appledouble|\.documentrevisions-v100|\.fseventsd"
+    r"|\.localized|\.spotlight-v100|\.temporaryitems|\.trashes|icon\r"
+    r"|thumbs\.db|ehthumbs(_vista)?\.db|desktop\.ini|\$recycle\.bin|system volume information"
+    r"|@eadir|\.directory|\.ipynb_checkpoints",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -51,10 +35,7 @@ class NotUtf8Error(OSError):
 
 def is_clutter(name: str) -> bool:
     """Whether any part of a path is the clutter of a file manager, not data: `._a.jpg`, ..."""
-    return any(
-        part.startswith("._") or part.casefold() in _CLUTTER
-        for part in name.replace("\\", "/").split("/")
-    )
+    return any(map(_CLUTTER.fullmatch, re.split(r"[\\/]", name)))
 
 
 def check_utf8(head: bytes) -> None:
@@ -73,6 +54,12 @@ def check_utf8(head: bytes) -> None:
 def is_blank(line: bytes) -> bool:
     """Whether a line holds only white space."""
     return not line.replace(_NO_BREAK_SPACE, b"").strip(_BLANK)
+
+
+def check_length(line: bytes) -> None:
+    """Raise ValueError for a line that `lines_with_offsets` cut."""
+    if len(line.rstrip(b"\r\n")) > MAX_LINE_BYTES:
+        raise ValueError(f"line is longer than {MAX_LINE_BYTES} bytes")
 
 
 def decode_line(line: bytes) -> str:
@@ -119,8 +106,7 @@ def read_lines(data: bytes, name: str) -> list[str]:
 
 def parse_line(line: bytes) -> dict[str, Any]:
     """The JSON object on one line; ValueError says what is wrong with it."""
-    if len(line.rstrip(b"\r\n")) > MAX_LINE_BYTES:
-        raise ValueError(f"line is longer than {MAX_LINE_BYTES} bytes")
+    check_length(line)
     text = decode_line(line).rstrip()  # of all white space: JSON allows only four kinds
     try:
         value = json.loads(text)

@@ -18,14 +18,14 @@ from mdm.sources.record import (
     BadRecord,
     RawRecord,
     Unit,
+    attempt,
     check_split,
     make_units,
     one_record,
 )
-from mdm.sources.streams import describe
+from mdm.sources.streams import describe, expect_utf8
 from mdm.sources.textfile import (
     MAX_LINE_BYTES,
-    NotUtf8Error,
     check_utf8,
     is_blank,
     lines_with_offsets,
@@ -48,9 +48,7 @@ def units(root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]
     check_split(SOURCE, split, SPLITS)
     lines = sorted({*root.glob(f"{split}.jsonl"), *root.glob(f"{split}_*.jsonl")})
     name = f"{split}_sft" if split in SPLITS[:2] else split
-    tables = sorted(
-        path for folder in ("data", ".") for path in root.glob(f"{folder}/{name}-*.parquet")
-    )
+    tables = sorted([*root.glob(f"data/{name}-*.parquet"), *root.glob(f"{name}-*.parquet")])
     if not lines and not tables:
         choices = f"{split}.jsonl, {split}_*.jsonl or data/{name}-*.parquet"
         raise ValueError(f"{SOURCE}: no {choices} in {root}")
@@ -68,6 +66,7 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
     """The unit's dialogues. Ids are `ultrachat/<split>/<file>/<id>`."""
     name = unit.files[0]
     prefix = f"{SOURCE}/{unit.split}/{Path(name).stem}"
+    key = "id" if unit.kind == "lines" else "prompt_id"
     seen: set[str] = set()
     for place, entry in _lines(unit) if unit.kind == "lines" else _rows(unit):
         origin, record_id = f"{name}@{place}", f"{prefix}/@{place}"
@@ -75,12 +74,8 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
             if isinstance(entry, ValueError):
                 raise entry
             with one_record(origin):
-                if unit.kind == "lines":
-                    record_id = f"{prefix}/{id_field(entry.get('id'), 'id')}"
-                    turns = _turns(entry)
-                else:
-                    record_id = f"{prefix}/{id_field(entry.get('prompt_id'), 'prompt_id')}"
-                    turns = _messages(entry)
+                record_id = f"{prefix}/{id_field(entry.get(key), key)}"
+                turns = _turns(entry) if unit.kind == "lines" else _messages(entry)
             if record_id in seen:
                 raise ValueError("duplicate id")
         except ValueError as error:
@@ -103,13 +98,8 @@ def texts(root: Path, split: str) -> Iterator[str]:
 
 def _line_ranges(path: Path, unit_bytes: int) -> list[tuple[int, int]]:
     size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            check_utf8(file.read(4))
-    except NotUtf8Error as error:
-        raise ValueError(f"{SOURCE}: {path}: {describe(error)}") from None
-    except OSError:
-        pass  # `read` reports it
+    with expect_utf8(SOURCE, path), path.open("rb") as file:
+        check_utf8(file.read(4))
     return [(start, min(size, start + unit_bytes)) for start in range(0, size, unit_bytes)]
 
 
@@ -126,15 +116,8 @@ def _lines(unit: Unit) -> Iterator[tuple[int, Any]]:
             for offset, line in lines:
                 if offset >= unit.stop:
                     return
-                if is_blank(line):
-                    continue
-                entry: Any
-                try:
-                    with one_record(f"{unit.files[0]}@{offset}"):
-                        entry = parse_line(line)
-                except ValueError as error:
-                    entry = error
-                yield offset, entry
+                if not is_blank(line):
+                    yield offset, attempt(f"{unit.files[0]}@{offset}", parse_line, line)
     except OSError as error:
         yield unit.start, ValueError(f"unreadable: {describe(error)}")
 
@@ -193,19 +176,11 @@ def _group_rows(file: Any, group: int) -> Iterator[tuple[str, Any]]:
     try:
         metadata = file.metadata.row_group(group)
         row_bytes = metadata.total_byte_size // max(1, metadata.num_rows)
+        options = {"row_groups": [group], "columns": list(_COLUMNS), "use_threads": False}
         rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, row_bytes)))
-        columns = list(_COLUMNS)
-        for batch in file.iter_batches(
-            rows, row_groups=[group], columns=columns, use_threads=False
-        ):
+        for batch in file.iter_batches(rows, **options):
             for i in range(batch.num_rows):
-                row: Any
-                try:
-                    with one_record():
-                        row = _to_dict(batch.slice(i, 1))
-                except ValueError as error:
-                    row = error
-                yield f"{group}:{number}", row
+                yield f"{group}:{number}", attempt("", _to_dict, batch.slice(i, 1))
                 number += 1
     except (OSError, ValueError) as error:
         problem = f"unreadable row group {group} after {number} rows: {describe(error)}"
@@ -213,13 +188,13 @@ def _group_rows(file: Any, group: int) -> Iterator[tuple[str, Any]]:
 
 
 def _to_dict(row: Any) -> Any:
-    """A record batch of one row as a dict, or the ValueError that says what is wrong with it."""
+    """A record batch of one row as a dict; ValueError says what is wrong with it."""
     if row.nbytes > MAX_LINE_BYTES:
-        return ValueError(f"row of {row.nbytes} bytes is too large")
+        raise ValueError(f"row of {row.nbytes} bytes is too large")
     try:
         return row.to_pylist()[0]
     except UnicodeDecodeError as error:
-        return ValueError(f"invalid UTF-8: {error.reason}")
+        raise ValueError(f"invalid UTF-8: {error.reason}") from None
 
 
 def _messages(row: dict[str, Any]) -> Turns:

@@ -58,8 +58,8 @@ def digits() -> Digits:
 
 @pytest.fixture(scope="session")
 def judge(digits: Digits) -> classifier.Classifier:
-    how = classifier.Training(epochs=6, batch=64)
-    return classifier.train(digits.train.pixels, digits.train.labels, 10, how)
+    train = digits.train
+    return classifier.train(train.pixels, train.labels, 10, epochs=6, batch=64)
 
 
 @pytest.fixture(scope="session")

@@ -42,13 +42,13 @@ def test_every_mode_becomes_rgb_over_white(data, colour):
     np.testing.assert_allclose(pixels.mean((1, 2)), colour, atol=3)
 
 
-def test_short_side_is_resized_and_the_middle_kept():
+def test_the_short_side_is_resized_and_the_middle_kept():
     image = Image.new("RGB", (90, 30), "black")
     image.paste("white", (30, 0, 60, 30))
     assert decode_image(encoded(image), 30).min() == 255
 
 
-def test_large_jpeg_and_small_image_come_in_the_asked_size():
+def test_large_jpegs_and_small_images_get_the_requested_size():
     gradient = np.tile(np.linspace(0, 255, 1200, dtype=np.uint8)[None, :, None], (900, 1, 3))
     pixels = decode_image(encoded(Image.fromarray(gradient), "JPEG"), 32)
     assert pixels.shape == (3, 32, 32)
@@ -88,12 +88,12 @@ PHOTO = encoded(Image.fromarray(NOISE), "JPEG")
         (bomb(64, 64), "image"),
     ],
 )
-def test_refusals_say_why(data, reason):
+def test_an_unusable_image_is_refused_with_its_reason(data, reason):
     with pytest.raises(ValueError, match=reason):
         decode_image(data, 32)
 
 
-def test_no_damage_escapes_as_another_error():
+def test_damage_raises_no_error_except_value_error():
     generator = np.random.default_rng(1)
     for source in (PHOTO, encoded(Image.fromarray(NOISE)), solid("P", 3, kind="GIF")):
         for _ in range(60):
@@ -122,13 +122,13 @@ def grainy(mode="RGB", **options):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
-def test_bytes_changed_among_a_jpegs_pixels_are_told(mode, options):
+def test_changed_bytes_among_a_jpegs_pixels_are_reported(mode, options):
     good = grainy(mode, **options)
     decode_image(good, 32)
     decode_image(good + b"what a camera appends", 32)
     random = np.random.default_rng(1)
     start = good.index(b"\xff\xda") + 20
-    told = []
+    reasons = []
     for _ in range(40):
         data = bytearray(good)
         for at in random.integers(start, len(good) - 4, 8):
@@ -136,38 +136,38 @@ def test_bytes_changed_among_a_jpegs_pixels_are_told(mode, options):
         try:
             decode_image(bytes(data), 32)
         except ValueError as error:
-            told.append(str(error).split(":")[0])
-    assert set(told) <= {"damaged image", "truncated image"}
-    assert len(told) >= 34  # where the decoder finds its way again in time, nothing can be told
+            reasons.append(str(error).split(":")[0])
+    assert set(reasons) <= {"damaged image", "truncated image"}
+    assert len(reasons) >= 34  # no decoder notices damage from which it resynchronises in time
 
 
-def behind_scans(jpeg):
-    """Where the coded pixels of each scan end."""
-    found, at = [], jpeg.index(b"\xff\xda")
+def ends_of_scans(jpeg):
+    """The positions at which the coded pixels of each scan end."""
+    ends, at = [], jpeg.index(b"\xff\xda")
     while (end := re.compile(rb"\xff[^\x00\xff\xd0-\xd7]").search(jpeg, at + 2)) is not None:
-        found.append(end.start())
+        ends.append(end.start())
         at = jpeg.find(b"\xff\xda", end.start())
         if at < 0:
             break
-    return found
+    return ends
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
-def test_zeros_behind_coded_pixels_are_no_damage(mode, options):
+def test_zeros_after_coded_pixels_are_no_damage(mode, options):
     good = grainy(mode, **options)
-    wanted = decode_image(good, 32)
-    for at in behind_scans(good):
+    expected = decode_image(good, 32)
+    for at in ends_of_scans(good):
         for zeros in (1, 2, 5, 700):
             padded = good[:at] + bytes(zeros) + good[at:]
-            assert np.array_equal(decode_image(padded, 32), wanted)
-        lost = good[: at - 40] + bytes(740)  # of a progressive one, zeros may be pixels as well
+            assert np.array_equal(decode_image(padded, 32), expected)
+        lost = good[: at - 40] + bytes(740)  # in a progressive file, zeros may be pixels too
         for damaged in (good[:at] + b"\1" * 9, *([] if "progressive" in options else [lost])):
             with pytest.raises(ValueError, match=r"damaged image|truncated image"):
                 decode_image(damaged + good[at:], 32)
 
 
-def test_a_jpeg_whose_header_says_more_rows_than_there_are_is_truncated():
+def test_a_jpeg_with_fewer_rows_than_its_header_says_is_truncated():
     good = grainy()
     at = good.index(b"\xff\xc0") + 5
     taller = good[:at] + struct.pack(">H", 1200) + good[at + 2 :]
@@ -184,16 +184,16 @@ def test_a_png_that_lacks_any_of_its_rows_is_damaged(depth, colours, adam7):
     rows = 15 if adam7 else 8
     whole = png_of_rows(rows, depth=depth, colours=colours, adam7=adam7)
     assert decode_image(whole, 8).shape == (3, 8, 8)
-    # The decoder itself gives up where next to nothing is there.
+    # With almost no data, the decoder itself reports the error.
     reason = r"damaged image: \d+ bytes of pixels, but|truncated image: image file is truncated"
-    for there in range(rows):
-        data = png_of_rows(there, depth=depth, colours=colours, adam7=adam7)
+    for present in range(rows):
+        data = png_of_rows(present, depth=depth, colours=colours, adam7=adam7)
         with pytest.raises(ValueError, match=reason):
             decode_image(data, 8)
 
 
-def test_the_rows_that_are_there_may_hold_anything():
-    """Rows cut from an image's data by a tool that knows only its length."""
+def test_missing_rows_are_reported_whatever_the_others_hold():
+    """The last row is missing, and no row is zero."""
     noise = np.random.default_rng(2).integers(1, 255, (40, 30, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise))
     packed = zlib.compress(zlib.decompress(data[41 : data.index(b"IEND") - 8])[: 39 * 91])
@@ -202,20 +202,20 @@ def test_the_rows_that_are_there_may_hold_anything():
         decode_image(short, 8)
 
 
-def test_no_more_of_a_png_is_unpacked_than_its_header_asks_for(monkeypatch):
-    given, unpack = [], zlib.decompressobj
+def test_no_more_of_a_png_is_unpacked_than_its_header_announces(monkeypatch):
+    sizes, unpack = [], zlib.decompressobj
 
     class Counted:
         def __init__(self):
             self.stream, self.eof = unpack(), False
 
         def decompress(self, packed, most):
-            given.append(len(piece := self.stream.decompress(packed, most)))
+            sizes.append(len(part := self.stream.decompress(packed, most)))
             self.unconsumed_tail = self.stream.unconsumed_tail
-            return piece
+            return part
 
     data = png_of_rows(8)
     bomb = data[:33] + chunk(b"IDAT", zlib.compress(b"\0" * (64 << 20))) + chunk(b"IEND", b"")
     monkeypatch.setattr(png.zlib, "decompressobj", Counted)
     png.check_pixels(bomb)
-    assert sum(given) == 1 << 16
+    assert sum(sizes) == 1 << 16

@@ -126,7 +126,7 @@ def test_autoencoder_job(demo, tmp_path):
         (
             train_autoencoder,
             ["--datasets", "imagenet={demo}/digits", "--image_size", "30"],
-            "image_size 30 is no multiple of 8",
+            "image_size 30 is not a multiple of 8",
         ),
         (train_autoencoder, ["--steps", "0"], "steps is 0"),
         (demo_data, ["--limit", "-1"], "limit is -1"),

@@ -19,7 +19,7 @@ from mdm.first_stage.exif import orientation
 from mdm.first_stage.image import decode_image, thumbnail
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.preprocess import encoding, ray_executor, similar, survey
-from mdm.sources import annotated, coco, imagenet, packed, record, ultrachat
+from mdm.sources import annotated, captions, imagenet, packed, record, ultrachat
 from mdm.sources.record import BadRecord, RawRecord, one_record
 from tests import hostile
 from tests import published_sets as sets
@@ -313,7 +313,7 @@ def test_an_error_while_encoding_a_dialogue_quarantines_only_that_record(
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(coco, "text_field"), (annotated.jsonfile, "entry"), (packed.Images, "read")],
+    [(captions, "text_field"), (annotated.jsonfile, "entry"), (packed.Images, "read")],
     ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_an_error_in_an_annotation_affects_only_that_entry(

@@ -5,13 +5,15 @@ import pytest
 
 from mdm.sources import packed, streams
 from mdm.sources.packed import Images, listing, locate, open_file, unpacked_size
+from mdm.sources.streams import Member
 from tests.published_sets import write_tgz, write_zip
 
 
 def reason(root, name, archives=("p.zip",)):
-    with Images(root, archives) as images, pytest.raises(ValueError, match=r".") as error:
-        images.read((name,))
-    return str(error.value)
+    with Images(root, archives) as images:
+        image = images.read((name,))
+    assert image.data is None
+    return image.problem
 
 
 def test_folders_come_before_archives_and_the_first_existing_name_is_read(tmp_path):
@@ -20,11 +22,10 @@ def test_folders_come_before_archives_and_the_first_existing_name_is_read(tmp_pa
     write_zip(tmp_path / "p.zip", {"p/1.jpg": b"packed", "p/2.jpg": b"two"})
     write_zip(tmp_path / "far/q.zip", {"q/3.jpg": b"three"})
     with Images(tmp_path, ("p.zip", "far/q.zip", "none.zip")) as images:
-        assert images.read(("p/1.jpg",)) == ("p/1.jpg", b"loose")
-        assert images.read(("p/0.jpg", "p/2.jpg")) == ("p.zip::p/2.jpg", b"two")
-        assert images.read(("far/q/3.jpg",)) == ("far/q.zip::q/3.jpg", b"three")
-        with pytest.raises(ValueError, match=r"^missing file: q/3\.jpg$"):
-            images.read(("q/3.jpg",))
+        assert images.read(("p/1.jpg",)) == Member("p/1.jpg", b"loose")
+        assert images.read(("p/0.jpg", "p/2.jpg")) == Member("p.zip::p/2.jpg", b"two")
+        assert images.read(("far/q/3.jpg",)) == Member("far/q.zip::q/3.jpg", b"three")
+        assert images.read(("q/3.jpg",)) == Member("", None, "missing file: q/3.jpg")
 
 
 def test_each_archive_is_opened_once_and_a_repeated_image_is_read_once(tmp_path, monkeypatch):
@@ -42,7 +43,7 @@ def test_each_archive_is_opened_once_and_a_repeated_image_is_read_once(tmp_path,
     with Images(tmp_path, ("p.zip",)) as images:
         for n in range(9):
             for _ in range(5):
-                assert images.read((f"p/{n}.jpg",))[1] == b"%d" % n
+                assert images.read((f"p/{n}.jpg",)).data == b"%d" % n
     assert (len(opened), len(unzipped)) == (1, 9)
 
 
@@ -60,7 +61,7 @@ def test_files_too_large_for_memory_are_refused_before_unpacking(tmp_path, monke
     assert reason(tmp_path, "p/huge.jpg") == f"archive member of {4 << 20} bytes is too large"
     with Images(tmp_path, ("p.zip",)) as images:
         for name in ("p/one colour.jpg", "p/incompressible.jpg"):
-            assert images.read((name,))[1] == files[name]
+            assert images.read((name,)).data == files[name]
 
 
 @pytest.mark.parametrize("archive", ["a.zip", "a.tar.gz"])
