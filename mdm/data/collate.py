@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mdm.config import ModelConfig
 from mdm.data import packing
 from mdm.data.batch import Batch, sample_keys
 from mdm.data.manifest_parts import starts
@@ -57,9 +58,14 @@ class Collator:
     """Makes one rank's batches of what the ranks draw; `lengths` are M of each task."""
 
     def __init__(
-        self, mixture: Mixture, cache: RowCache, lengths: dict[str, int], world: World
+        self,
+        mixture: Mixture,
+        cache: RowCache,
+        lengths: dict[str, int],
+        world: World,
+        model: ModelConfig | None = None,
     ) -> None:
-        self.world = world
+        self.world, self._model = world, model
         self._lengths = lengths
         self._cache = cache
         self._layouts = [layout_of(s) for s in mixture.sources]
@@ -81,7 +87,12 @@ class Collator:
         return Plan(draw, share, keys, rows, self._cache.ask(dict.fromkeys(keys.tolist())))
 
     def collate(self, plans: Sequence[Plan]) -> list[Batch]:
-        """This rank's batch of each of these steps; StoreError if its data cannot be read."""
+        """This rank's batch of each of these steps.
+
+        Raises:
+            StoreError: its data cannot be read.
+            ValueError: a batch does not fit the model, with both values.
+        """
         made: dict[int, Batch] = {}
         for task in dict.fromkeys(plan.draw.task for plan in plans):
             places = [at for at, plan in enumerate(plans) if plan.draw.task == task]
@@ -91,6 +102,9 @@ class Collator:
                 batches = self._packed(own, columns)
             else:
                 batches = _batches(own, columns)
+            if self._model is not None:  # here, on the CPU: a step must not wait for its GPU
+                for batch in batches:
+                    batch.check(self._model)
             made.update(zip(places, batches, strict=True))
         return [made[at] for at in range(len(plans))]
 

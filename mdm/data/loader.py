@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from mdm.config import Config
+from mdm.config import Config, ModelConfig
 from mdm.data import resume
 from mdm.data.batch import Batch
 from mdm.data.blocklist import substituted
@@ -45,7 +45,9 @@ class Loader:
         cache_bytes: int = 512 << 20,
         threads: int = 4,
         node_cache: NodeCache | None = None,
+        model: ModelConfig | None = None,
     ) -> None:
+        """With `model`, batches that do not fit it raise ValueError."""
         self.mixture = mixture
         self.seed = seed
         self.world = world or World()
@@ -54,7 +56,7 @@ class Loader:
         self._lengths = {"image_text": caption_length, "text": dialogue_length}
         readers = open_readers(mixture, node_cache, cache_bytes)
         self._cache = RowCache(readers, cache_bytes, threads, mixture.window)
-        self._collator = Collator(mixture, self._cache, self._lengths, self.world)
+        self._collator = Collator(mixture, self._cache, self._lengths, self.world, model)
         self._prefetch = prefetch
         self._producer: _Producer | None = None
         self._began = time.perf_counter()
@@ -245,4 +247,5 @@ def build_loader(config: Config, world: World) -> Loader:
         caption_length=config.data.caption_length,
         dialogue_length=config.data.dialogue_length,
         node_cache=open_cache(mixture, config.data) if config.data.cache_dir else None,
+        model=model,
     )

@@ -69,8 +69,9 @@ def draw_levels(
         alone = torch.full_like(class_ids, CONDITIONINGS.index("text_alone"))
         return Levels(t_img.unsqueeze(1), t_txt, torch.full_like(class_ids, -1), alone)
     w = weights
-    edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text])
-    kind = torch.bucketize(task.contiguous(), edges.cumsum(0).to(task.device), right=True)
+    edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text]).cumsum(0)
+    edges = edges.to(task.device, non_blocking=True)
+    kind = torch.bucketize(task.contiguous(), edges, right=True)
     t_txt = torch.where(kind == 0, 0, torch.where(kind == 2, last, t_txt))
     # Where images are few, one that is always given clean is memorised.
     given = (u_img * (w.condition_noise * last)).long()
@@ -79,8 +80,8 @@ def draw_levels(
     earlier = torch.where((kind == 2) | (kind == 3), last, 0).unsqueeze(1)
     t_img = torch.cat([earlier.expand(-1, images - 1), t_img.unsqueeze(1)], 1)
     class_ids = torch.where(keep, class_ids, -1)
-    conditioning = torch.tensor([CONDITIONINGS.index(name) for name in _KINDS]).to(kind.device)
-    conditioning = conditioning[kind]
+    indices = torch.tensor([CONDITIONINGS.index(name) for name in _KINDS])
+    conditioning = indices.to(kind.device, non_blocking=True)[kind]
     conditioning[(kind == 2) & (class_ids >= 0)] = CONDITIONINGS.index("class_to_image")
     conditioning[(kind == 1) & has_prompt] = CONDITIONINGS.index("answer")
     return Levels(t_img, t_txt, class_ids, conditioning)

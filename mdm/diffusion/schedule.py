@@ -1,6 +1,7 @@
 """Noise schedules: abar_t of Eq. 1 as float64 tables, and their log-SNR."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 STEPS = 1000  # T; t = 0 is clean data, t = T is pure noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
     """`alphas_cumprod` float64 [T + 1], falling from 1 at t = 0 to 0 at t = T."""
 
@@ -28,29 +29,25 @@ class Schedule:
             )
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """Abar [...] in fp32 at integer steps t [...]; ValueError outside 0 ... T."""
-        return self._at(t).to(device=t.device, dtype=torch.float32)
+        """Abar [...] in fp32 at integer steps t [...], 0 ... T."""
+        return _tables(self, t.device)[0][t]
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(abar / (1 - abar)) [...] in fp32 at integer steps t [...]; infinite at 0 and T."""
-        abar = self._at(t)
-        return (abar.log() - torch.log1p(-abar)).to(device=t.device, dtype=torch.float32)
-
-    def _at(self, t: Tensor) -> Tensor:
-        host, last = t.cpu(), len(self.alphas_cumprod) - 1
-        if host.is_floating_point():
-            raise ValueError(f"steps are {host.dtype}; they must be integers, 0 ... {last}")
-        if host.numel() and (host.min() < 0 or host.max() > last):
-            raise ValueError(
-                f"steps span {int(host.min())} to {int(host.max())}; the schedule has 0 ... {last}"
-            )
-        return self.alphas_cumprod[host]
+        return _tables(self, t.device)[1][t]
 
     def log_snr_range(self) -> tuple[float, float]:
         """log-SNR at t = 1 and at t = T - 1, the ends of a solver's grid."""
-        t = torch.tensor([1, len(self.alphas_cumprod) - 2])
-        first, last = self.log_snr(t).tolist()
+        first, *_, last = self.log_snr(torch.arange(1, len(self.alphas_cumprod) - 1)).tolist()
         return first, last
+
+
+@lru_cache(maxsize=16)
+def _tables(schedule: Schedule, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Abar and log-SNR of every step in fp32, copied once: a step must not wait for its device."""
+    abar = schedule.alphas_cumprod
+    log_snr = abar.log() - torch.log1p(-abar)
+    return abar.float().to(device), log_snr.float().to(device)
 
 
 def cosine(steps: int = STEPS) -> Schedule:

@@ -19,7 +19,9 @@ from mdm.generate.selection import (
     text_score_entropy,
 )
 from mdm.model.embedding import CLEAN, DROPPED
+from mdm.model.inputs import ImageInput, TextInput
 from mdm.model.mdm import MDM, text_logits
+from mdm.model.sequence import Layout
 
 
 class Drawn(NamedTuple):
@@ -91,6 +93,7 @@ class _State:
 
     def __init__(self, model: MDM, request: Request, how: Sampling, self_conditions: bool) -> None:
         self.network, self.vae = model.network, model.vae
+        self.image_tokens = Layout.of(model.network.config, 0, 1).image
         self.request, self.how = request, how
         self.means, self.bias = self.vae.vocabulary()
         start = request.noise(0)
@@ -276,22 +279,15 @@ class _State:
         if drop == "text":
             text, level_txt, estimate = self.noise_txt, DROPPED, torch.zeros_like(estimate)
             prompt = torch.zeros_like(prompt)
-        like = class_ids.float()
-        keep_txt, keep_img = self._kept(i)
-        said = self.network(
-            text,
-            torch.full_like(like, level_txt),
-            prompt,
-            class_ids,
-            image,
-            None if image is None else torch.full_like(like, level_img),
-            estimate,
-            None if image is None else self.request.image_at,
-            keep_txt=keep_txt,
-            keep_img=keep_img,
-        )
-        v = None if said.image is None else said.image.float()
-        return v, text_logits(said.text, self.means, self.bias)
+        b, (keep_txt, keep_img) = len(class_ids), self._kept(i)
+        text_input = TextInput(text, torch.full((b,), level_txt), prompt, estimate, keep_txt)
+        image_input = None
+        if image is not None:
+            level = torch.full((b, image.shape[1] // self.image_tokens), level_img)
+            image_input = ImageInput(image, level, self.request.image_at, keep_img)
+        prediction = self.network(text_input, class_ids, image_input)
+        v = None if prediction.image is None else prediction.image.float()
+        return v, text_logits(prediction.text, self.means, self.bias)
 
     def latents(self) -> Tensor | None:
         """First-stage latents of the image, [b, n, c]."""

@@ -24,7 +24,7 @@ from mdm.data.batch import Batch
 from mdm.kernels import fused
 from mdm.loss import Loss
 from mdm.model.decoder import Trunk
-from mdm.model.packing import N_HEAD
+from mdm.model.sequence import Layout
 from mdm.planning.footprint import Live, saved_activations
 from mdm.utils.precision import autocast
 
@@ -68,12 +68,10 @@ def largest_batch(config: Config, samples: int, with_image: bool = True) -> Batc
     )
 
 
-def sequence_length(config: Config, with_image: bool) -> int:
-    """Tokens of the trunk's sequence for the longest sample of either task."""
-    if not with_image:
-        return N_HEAD + config.data.dialogue_length + 2
-    grid = config.model.image_height * config.model.image_width
-    return N_HEAD + config.data.caption_length + 2 + grid + 2
+def longest(config: Config, with_image: bool) -> Layout:
+    """The trunk's sequence for the longest sample of either task."""
+    text = config.data.caption_length if with_image else config.data.dialogue_length
+    return Layout.of(config.model, text, int(with_image))
 
 
 @lru_cache(maxsize=8)
@@ -100,8 +98,7 @@ def _trunk(
     model = config.model
     if model.kernel == "compiled":  # keeps less; counted as what it is compiled from
         model = dataclasses.replace(model, kernel="torch")
-    m = config.data.caption_length if with_image else config.data.dialogue_length
-    grid = (model.image_height, model.image_width) if with_image else None
+    layout = longest(config, with_image)
     small = dataclasses.replace(
         model,
         n_layer=min(4, model.n_layer),  # every kind of block is among the first four
@@ -113,15 +110,15 @@ def _trunk(
         kernel="torch",
     )
     one = dataclasses.replace(model, n_layer=1, long_skip=False)
-    shape = (samples, sequence_length(config, with_image), model.d_model)
+    shape = (samples, layout.length, model.d_model)
     # Scan orders are cached: let them be made here, as real tensors.
     with torch.no_grad():
-        Trunk(small)(torch.zeros(1, shape[1], small.d_model), m, grid)
+        Trunk(small)(torch.zeros(1, layout.length, small.d_model), layout)
 
     def run(trunk: nn.Module) -> tuple[Tensor, int]:
         x = torch.randn(shape, requires_grad=True)
         with autocast(precision), saved_activations(trunk) as saved:
-            return trunk(x, m, grid), saved.bytes
+            return trunk(x, layout), saved.bytes
 
     with FakeTensorMode(allow_non_fake_inputs=True), _shapes_of_fused_kernels():
         whole = Trunk(model)

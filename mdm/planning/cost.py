@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mdm.config import Config
 from mdm.model.count import trunk_macs
-from mdm.planning.activations import sequence_length
+from mdm.planning.activations import longest
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def mean_sample(config: Config, text_share: float) -> Sample:
     passes = 3 + config.objective.p_self_condition
     parts = []
     for image, share in ((True, 1 - text_share), (False, text_share)):
-        length = sequence_length(config, image)
+        length = longest(config, image).length
         macs = sum(trunk_macs(config.model, length))
         parts.append((share * length, share * 2 * passes * macs))
     tokens, flops = map(sum, zip(*parts, strict=True))

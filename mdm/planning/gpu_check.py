@@ -20,7 +20,7 @@ from mdm.kernels import ssd as torch_ssd
 from mdm.loss import Loss
 from mdm.model.count import trunk_macs
 from mdm.model.decoder import Trunk, block_scans
-from mdm.model.packing import N_HEAD
+from mdm.model.sequence import Layout
 from mdm.presets import PRESETS
 from mdm.utils.command_line import fail
 from mdm.utils.precision import BF16, autocast
@@ -232,7 +232,7 @@ def measure(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int) ->
 
 
 def sequences(config: Config, size: int) -> Batch:
-    """Random images with captions of the preset's length, on the GPU."""
+    """Random images with captions of the preset's length."""
     model = config.model
     keys = torch.arange(size)
     return Batch(
@@ -243,7 +243,7 @@ def sequences(config: Config, size: int) -> Batch:
         tokens=torch.randint(4, model.vocab_size, (size, config.data.caption_length)),
         prompt=torch.zeros(size, config.data.caption_length, dtype=torch.bool),
         latents=torch.randn(size, model.image_height * model.image_width, model.latent_dim),
-    ).to(DEVICE)
+    )
 
 
 def train_ours(config: Config, model: ModelConfig, flags: Flags, steps: int) -> tuple[float, int]:
@@ -259,8 +259,8 @@ def train_block(
 ) -> tuple[float, int]:
     """Seconds and peak bytes of a step of our blocks alone, in the orders of their own scans."""
     trunk = Trunk(model).to(DEVICE).train()
-    x, grid = torch.randn(shape, device=DEVICE), (model.image_height, model.image_width)
-    return measure(lambda: _loss(trunk(x, text, grid)), list(trunk.parameters()), steps)
+    x, layout = torch.randn(shape, device=DEVICE), Layout.of(model, text, 1)
+    return measure(lambda: _loss(trunk(x, layout)), list(trunk.parameters()), steps)
 
 
 def train_stock(model: ModelConfig, shape: tuple[int, ...], steps: int) -> tuple[float, int]:
@@ -279,7 +279,7 @@ def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, 
     config = PRESETS[name]
     model = dataclasses.replace(config.model, kernel="fused")
     text = config.data.caption_length
-    length = N_HEAD + text + 2 + model.image_height * model.image_width + 2
+    length = Layout.of(model, text, 1).length
     shape = (flags.batch, length, model.d_model)
     rows: list[dict[str, Any]] = []
 

@@ -11,6 +11,7 @@ from mdm.diffusion import schedule
 from mdm.diffusion.levels import CONDITIONINGS
 from mdm.diffusion.schedule import STEPS
 from mdm.loss import Loss
+from mdm.model.inputs import TextInput
 from mdm.train.metrics import sums_by_conditioning
 from tests.golden.test_losses import CONFIG, batch
 
@@ -266,8 +267,8 @@ def accuracy_from_context(target: str, steps: int = 120) -> float:
         noise = torch.randn(32, LENGTH, 16, generator=torch.Generator().manual_seed(0))
         z_txt = torch.where(asked.prompt.unsqueeze(-1), means[asked.tokens], noise)
         level = torch.full((32,), schedule.TEXT.log_snr_range()[1])
-        said = objective.network(z_txt, level, asked.prompt, asked.class_ids)
-        right = (said.text @ means.T + bias).argmax(-1) == asked.tokens
+        h = objective.network(TextInput(z_txt, level, asked.prompt), asked.class_ids).text
+        right = (h @ means.T + bias).argmax(-1) == asked.tokens
     return right[~asked.prompt].float().mean().item()
 
 
@@ -277,7 +278,7 @@ def test_the_one_hot_target_learns_context_and_theorem_1s_cannot():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"tokens": torch.zeros(8, 11, dtype=torch.long)}, r"\(8, 11\); 8 samples need \[8, 1"),
         ({"tokens": torch.zeros(8, 6)}, r"tokens is torch.float32"),
@@ -294,9 +295,9 @@ def test_the_one_hot_target_learns_context_and_theorem_1s_cannot():
         ({"latents": None, "image_at": torch.zeros(8, 1)}, "latents are None"),
     ],
 )
-def test_batches_that_do_not_fit_are_refused(objective, changes, says):
-    with pytest.raises(ValueError, match=says):
-        objective(dataclasses.replace(batch(0), **changes), 0)
+def test_batches_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(batch(0), **changes).check(CONFIG.model)
 
 
 def test_samples_with_broken_latents_are_named(objective):

@@ -11,7 +11,8 @@ from mdm.data import packing
 from mdm.data.batch import Batch
 from mdm.first_stage.tokenizer import EOS
 from mdm.loss import Loss
-from mdm.model.packing import N_HEAD, Texts, text_rows
+from mdm.model.inputs import TextInput
+from mdm.model.sequence import FRAME, Texts, text_rows
 from mdm.train.metrics import sums_by_conditioning
 
 LENGTH, ROWS = 24, 3
@@ -116,11 +117,12 @@ def test_a_text_hears_nothing_of_its_neighbours(decoder: str) -> None:
     batch = packed()
     z, count = torch.randn(ROWS, LENGTH, 16), len(batch.ids)
     level, classes = torch.linspace(-2, 2, count), torch.full((count,), -1)
+    rows = network.rows(batch.text_of, count, "cpu")
     row = next(r for r in range(ROWS) if len(batch.text_of[r].unique()) > 2)
     own = batch.text_of == batch.text_of[row, 0]
 
     def says(z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return network(z, level, batch.prompt, classes, text_of=batch.text_of).text[own]
+        return network(TextInput(z, level, batch.prompt, rows=rows), classes).text[own]
 
     other = torch.where(own.unsqueeze(2), z, z + torch.randn_like(z))
     else_level = torch.where(torch.arange(count) == batch.text_of[row, 0], level, level + 1)
@@ -154,12 +156,15 @@ def test_ranks_average_to_the_mean_over_all_texts() -> None:
 
 
 def test_rows_are_framed_text_by_text() -> None:
-    assert packing.FRAME == N_HEAD + 2
-    rows = text_rows(torch.tensor([[0, 0, 1, -1, -1, -1, -1, -1], [2] * 8]), 3)
+    assert FRAME == 4
+    rows = text_rows(torch.tensor([[0, 0, 1, -1, -1, -1, -1, -1], [2] * 8]), 3, [((2, 2),)])
     assert rows.seq_idx.tolist() == [[0] * 6 + [1] * 5 + [3], [2] * 12]
     assert rows.frame.T.tolist() == [[0, 1, 2, 5], [6, 7, 8, 10], [12, 13, 14, 23]]
     assert rows.place[0].tolist() == [3, 4, 9, *[24] * 5]
     assert rows.position[0].tolist() == [0, 1, 0, *[0] * 5]
+    order, inverse = (t.squeeze(1) for t in rows.orders[(2, 2),])
+    assert order[:12].tolist() == [5, 4, 3, 2, 1, 0, 10, 9, 8, 7, 6, 11]
+    assert order[inverse].tolist() == list(range(24))
 
 
 def test_means_are_over_texts_not_over_tokens() -> None:

@@ -291,11 +291,11 @@ def test_stages_that_make_no_sense_are_refused(stages, message: str) -> None:
 
 def test_the_order_of_a_run_in_progress_stays() -> None:
     stages = (
-        Stage(0, (("images", 0.75), ("talk", 0.25))),
-        Stage(21, (("talk", 0.5), ("images", 0.5))),
+        Stage(0, (("pictures", 0.75), ("talk", 0.25))),
+        Stage(21, (("talk", 0.5), ("pictures", 0.5))),
     )
     sources = (
-        Source("images", planned([50, 21]), 0.75),
+        Source("pictures", planned([50, 21]), 0.75),
         Source("talk", planned([40], images=False), 0.25),
     )
     order = Order(Mixture(sources, global_batch=24, window=2, stages=stages), 7)

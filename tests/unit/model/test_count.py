@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdm.config import ModelConfig
 from mdm.model.count import trunk_macs
 from mdm.model.decoder import Trunk
+from mdm.model.sequence import Layout
 
 SMALL = ModelConfig(d_model=256, n_layer=3, d_state=16, headdim=32, chunk_size=32, long_skip=True)
 
@@ -18,7 +19,7 @@ def counted(config: ModelConfig, length: int) -> int:
     with torch.device("meta"):
         trunk, x = Trunk(config), torch.empty(1, length, config.d_model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        trunk(x, length - 4, None)
+        trunk(x, Layout(length - 4))
     return counter.get_total_flops() // 2
 
 
