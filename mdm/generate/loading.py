@@ -1,5 +1,6 @@
 """The parts of a generator, from an export and a first-stage folder."""
 
+import dataclasses
 from pathlib import Path
 from typing import Protocol
 
@@ -23,9 +24,11 @@ class Decodes(Protocol):
 
 def load_model(folder: Path, config: Config) -> MDM:
     """The model of an export; ValueError if its weights belong to another configuration."""
-    model = MDM(config.model)
+    # A model of CUDA's kernels runs here too: torch computes the same scans.
+    kernel = "torch" if config.model.kernel == "fused" else config.model.kernel
+    model = MDM(dataclasses.replace(config.model, kernel=kernel))
     weights = load_file(folder / "model.safetensors")
-    # What the loss keeps beside the model is no part of it.
+    # The loss saves more than the model.
     model_weights = {k: v for k, v in weights.items() if k.startswith(("network.", "vae."))}
     try:
         model.load_state_dict(model_weights)

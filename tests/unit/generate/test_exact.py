@@ -1,6 +1,5 @@
 """Each task through the real loop, with a network whose answer is known exactly."""
 
-import dataclasses
 
 import pytest
 import torch

@@ -162,18 +162,18 @@ def test_long_captions_are_cut_with_a_warning(generator, caplog):
 
 
 def test_mistakes_name_both_values(generator, export, tmp_path):
-    with pytest.raises(ValueError, match=r"leave 0 \.\.\. 2"):
+    with pytest.raises(ValueError, match=r"sample 0 has 5 in class_ids; it lies in -1 \.\.\. 2"):
         generator.class_to_image([5])
-    with pytest.raises(ValueError, match="0 samples are asked for"):
+    with pytest.raises(ValueError, match="0 samples are requested"):
         generator.class_to_image([])
-    with pytest.raises(ValueError, match="0 texts are given"):
+    with pytest.raises(ValueError, match="0 samples are requested"):
         generator.text_to_image([])
-    with pytest.raises(FileNotFoundError, match="no/such/folder is no folder"):
+    with pytest.raises(FileNotFoundError, match="no/such/folder is not a folder"):
         Generator.from_pretrained("no/such/folder", local_files_only=True)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         Generator.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="choose one of given, asked, absent"):
-        Request("given", "wished", torch.zeros(1), lambda _: None, latents=torch.zeros(1))
+    with pytest.raises(ValueError, match="choose one of given, generated, absent"):
+        Request("given", "wished", torch.zeros(1), 0, 8, latents=torch.zeros(1))
     config = json.loads((export / "config.json").read_text())
     config["model"]["vocab_size"] = 30
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -209,14 +209,14 @@ def test_a_reply_hears_images_and_where_they_stand(generator):
 def test_places_of_images_count_tokens(generator):
     pieces = generator.tokenizer
     turns = ("one <image>", "two", "<image> three")
-    ids, places = generator._asked(turns, 2, 40)
+    ids, places = generator._prompt(turns, 2, 40)
     assert ids == pieces.encode_prompt(("one", "two", "three"))
     one, two = len(pieces.encode("one")), len(pieces.encode("two"))
     assert places == [1 + one, 1 + one + 1 + two + 1]
-    cut, moved = generator._asked(turns, 2, len(ids))  # two tokens are left for the reply
+    cut, moved = generator._prompt(turns, 2, len(ids))  # two tokens are left for the reply
     assert cut == ids[2:]
     assert moved == [at - 2 for at in places]
-    assert generator._asked(("one",), 2, 40)[1] == [-1, -1]
+    assert generator._prompt(("one",), 2, 40)[1] == [-1, -1]
 
 
 def test_marks_without_images_are_refused(generator):

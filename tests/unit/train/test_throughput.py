@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mdm.model.count import trunk_macs
-from mdm.presets import DEMO
 from mdm.model.inputs import ImageInput, TextInput
 from mdm.model.sequence import Layout
+from mdm.presets import DEMO
 from mdm.train.throughput import Throughput, step_flops
 from mdm.utils.ranks import World
 from tests.helpers import MemoryLoader, small_config
