@@ -50,7 +50,7 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch on `device`, the latents in f32; keys and epochs stay: noise needs them there."""
+        """The batch on `device`, its latents in f32; keys and epochs stay: noise is drawn here."""
         names = ("class_ids", "tokens", "prompt", "latents", "image_at", "text_of")
         tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         # A copy to a GPU needs no waiting: host memory that is not pinned is staged at once.

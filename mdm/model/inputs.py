@@ -70,41 +70,46 @@ def check(
             f"tokens have shape {shape}; {b} samples need [{b}, 1 ... {model.text_length} "
             "(model.text_length)]"
         )
-    fields = {"tokens": (tokens, shape, torch.int64), "prompt": (prompt, shape, torch.bool)}
-    for name, value in {"class_ids": class_ids, **numbers}.items():
-        fields[name] = (value, (b,), torch.int64)
-    if text_of is not None:
-        fields["text_of"] = (text_of, shape, torch.int64)
-    if latents is not None:
-        k = max(latents.shape[1] // n, 1) if latents.dim() == 3 else 1
-        kind = torch.bfloat16 if latents.dtype == torch.bfloat16 else torch.float32
-        fields["latents"] = (latents, (b, k * n, model.latent_dim), kind)
-        if image_at is not None:
-            fields["image_at"] = (image_at, (b, k), torch.int64)
-        if text_of is not None:
-            raise ValueError("text_of gives the texts of packed rows but there are latents")
-    elif image_at is not None:
+    if latents is None and image_at is not None:
         raise ValueError("image_at gives the places of images but latents are None")
-    for name, (value, expected, kind) in fields.items():
-        if tuple(value.shape) != expected or value.dtype != kind:
+    if latents is not None and text_of is not None:
+        raise ValueError("text_of gives the texts of packed rows but there are latents")
+    images, kind = 1, torch.float32
+    if latents is not None and latents.dim() == 3:
+        images = max(latents.shape[1] // n, 1)
+        kind = torch.bfloat16 if latents.dtype == torch.bfloat16 else kind
+    fields = {
+        "tokens": (tokens, shape, torch.int64),
+        "prompt": (prompt, shape, torch.bool),
+        "class_ids": (class_ids, (b,), torch.int64),
+        "latents": (latents, (b, images * n, model.latent_dim), kind),
+        "image_at": (image_at, (b, images), torch.int64),
+        "text_of": (text_of, shape, torch.int64),
+        **{name: (value, (b,), torch.int64) for name, value in numbers.items()},
+    }
+    for name, (value, expected, dtype) in fields.items():
+        if value is not None and (tuple(value.shape) != expected or value.dtype != dtype):
             raise ValueError(
                 f"{name} is {value.dtype} {tuple(value.shape)}; {b} samples of {shape[1]} "
-                f"tokens on a grid of {n} x {model.latent_dim} need {kind} {expected}"
+                f"tokens on a grid of {n} x {model.latent_dim} need {dtype} {expected}"
             )
-    ranges = {
-        "tokens": (tokens, 0, model.vocab_size - 1, "the vocabulary of another tokenizer?"),
-        "class_ids": (class_ids, -1, model.n_classes - 1, "see model.n_classes"),
-        "image_at": (image_at, -1, shape[1] - 1, "it counts text tokens"),
-        "text_of": (text_of, -1, b - 1, "it counts the samples"),
-    }
-    for name, (values, low, high, hint) in ranges.items():
-        outside = None if values is None else (values < low) | (values > high)
-        if outside is None or not outside.any():
-            continue
-        assert values is not None
-        row = int(outside.view(len(values), -1).any(1).nonzero()[0, 0])
-        wrong = int(values[outside][0])
-        sample = f"of row {row}" if text_of is not None and name != "class_ids" else ids[row]
+    names = [f"of row {row}" for row in range(rows)] if text_of is not None else ids
+    last = model.vocab_size - 1
+    _check_range("tokens", tokens, names, 0, last, "the vocabulary of another tokenizer?")
+    _check_range("class_ids", class_ids, ids, -1, model.n_classes - 1, "see model.n_classes")
+    _check_range("image_at", image_at, ids, -1, shape[1] - 1, "it counts text tokens")
+    _check_range("text_of", text_of, names, -1, b - 1, "it counts the samples")
+
+
+def _check_range(
+    field: str, values: Tensor | None, names: Sequence[str], low: int, high: int, hint: str
+) -> None:
+    if values is None:
+        return
+    outside = (values < low) | (values > high)
+    if outside.any():
+        row = int(outside.nonzero()[0, 0])
         raise ValueError(
-            f"sample {sample} has {wrong} in {name}; it lies in {low} ... {high}: {hint}"
+            f"sample {names[row]} has {int(values[outside][0])} in {field}; "
+            f"it lies in {low} ... {high}: {hint}"
         )

@@ -154,7 +154,7 @@ def text_rows(
 ) -> TextRows:
     """The rows of `count` packed texts, computed where `text_of` lies and moved to `device`.
 
-    Sizes depend on the data here, so that on a GPU every step would wait for it: compute on the CPU.
+    Sizes depend on the data here: on a GPU every step would have to wait for it.
 
     Args:
         text_of: i64 [r, m], as in `mdm.data.batch.Batch`.

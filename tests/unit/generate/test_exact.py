@@ -1,6 +1,5 @@
 """Each task through the real loop, with a network whose answer is known exactly."""
 
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -91,7 +90,11 @@ def test_an_image_is_the_one_of_its_caption_or_class(tokenizer, captions, solver
 
 def test_a_caption_is_the_one_of_its_image(tokenizer, captions):
     model, latents = generator(tokenizer, Exact, captions)
+    network, given = model.model.network, []
+    network.register_forward_pre_hook(lambda _, args: given.append(args[2].z_t))
     assert model.image_to_text(latents[[1, 0, 2]], steps=7) == ["two", "one", "one"]
+    for z_t in given:
+        torch.testing.assert_close(z_t.double(), network.z_img[[1, 0, 2]])
 
 
 @pytest.mark.parametrize("solver", ["dpmpp2m", "eq9", "ddpm"])
@@ -134,7 +137,10 @@ def test_text_guidance_extrapolates_from_the_scores_without_the_image(tokenizer,
     model, latents = generator(tokenizer, Exact, captions)
     one, two = captions[0][0], captions[1][0]
     with_image, without = torch.tensor([20.5, 20.0]), torch.tensor([20.0, 18.75])
-    given = lambda text, images: with_image if (images.level > 0).all() else without
+
+    def given(text, images):
+        return with_image if (images.level > 0).all() else without
+
     model.model.network = Scores(model.model.network, one, two, given)
     for weight, token in ((0.0, one), (0.6, one), (0.75, two), (1.0, two), (-1.0, one)):
         (text,) = model.image_to_text(latents[:1], steps=5, guidance=weight)
