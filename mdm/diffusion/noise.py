@@ -19,7 +19,9 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device) -> "Draws":
         """The same on `device`, without waiting for it."""
-        return Draws(*(t if t is None else t.to(device, non_blocking=True) for t in self))
+        image = None if self.image is None else self.image.to(device, non_blocking=True)
+        uniforms, text = (t.to(device, non_blocking=True) for t in (self.uniforms, self.text))
+        return Draws(uniforms, image, text)
 
 
 def draw(

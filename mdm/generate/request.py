@@ -6,6 +6,7 @@ Shapes: b samples, i images a sample, n image tokens of all of them, m text toke
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,10 @@ class Request:
 
     def take(self, index: Tensor) -> "Request":
         """The samples at `index` i64 [...]."""
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return dataclasses.replace(self, **{k: v[index] for k, v in tensors.items()})
+        tensors: dict[str, Any] = {
+            name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
 
     def complete(self, model: ModelConfig) -> "Request":
         """The request with every text and class tensor, checked.

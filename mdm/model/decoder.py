@@ -1,7 +1,7 @@
-"""The diffusion decoder: embed, Mamba-2 blocks under alternating or parallel scans, two heads.
+"""The diffusion decoder: embedding, Mamba-2 blocks under alternating or parallel scans, two heads.
 
-Shapes: b batch, n image tokens of all k images, m text tokens, l whole sequence, c latent width,
-d d_model.
+Shapes: b samples, n image tokens of all images, m text tokens of r rows (r = b unless texts are
+packed), l whole sequence, s scans, c latent width, d d_model.
 """
 
 from typing import Any, NamedTuple
@@ -20,18 +20,18 @@ from mdm.model.mamba2 import Mamba2, Weights, mix
 from mdm.model.scan_order import parse_scans
 from mdm.model.sequence import Layout, Order, Patterns, TextRows, pack_order, text_rows
 
-EQ17_LEVEL = 8.0  # log-SNR from which on Eq. 17's term grows no more: a token is certain there
+EQ17_LEVEL = 8.0  # log-SNR above which Eq. 17's term no longer grows: a token is certain there
 
 
 class Prediction(NamedTuple):
-    """What the decoder says of each token."""
+    """The decoder's outputs for each token."""
 
     image: Tensor | None  # [b, n, c], v = sqrt(abar) eps - sqrt(1 - abar) z_0
-    text: Tensor  # [b, m, c], h: logits over the vocabulary are <h, mu_v> + b_v
+    text: Tensor  # [r, m, c], h: logits over the vocabulary are <h, mu_v> + b_v
 
 
 class _Scan(torch.autograd.Function):
-    """x [b, l, d] -> x in the order of every scan [b, l, s, d]; its gradient only gathers too."""
+    """x [b, l, d] -> x in the order of every scan [b, l, s, d]; its gradient is a gather too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class _Scan(torch.autograd.Function):
 
 
 class _Unscan(torch.autograd.Function):
-    """y [b, l, s, d] of every scan -> their sum in the sequence's own order [b, l, d]."""
+    """y [b, l, s, d] of every scan -> their sum in the order of the sequence [b, l, d]."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ def _unscan(y: Tensor, inverse: Tensor) -> Tensor:
 def residual(
     x: Tensor, norm: Tensor, weights: Weights, scan: Order, seq_idx: Tensor | None, **settings: Any
 ) -> Tensor:
-    """Sum of x [b, l, d] and the mean over its scans of Mamba2(RMSNorm(x)), as a pure function.
+    """x [b, l, d] plus the mean over its scans of Mamba2(RMSNorm(x)), as a pure function.
 
-    With `seq_idx` [r, w] x is [1, r w, d]: r rows end to end, none of which a scan leaves.
+    With `seq_idx` [r, w], x is [1, r w, d]: r rows end to end, and no scan crosses their ends.
     """
     normed = F.rms_norm(x, x.shape[-1:], norm, eps=1e-5)
     u: Tensor = _Scan.apply(normed, *scan)  # type: ignore[no-untyped-call]
@@ -83,7 +83,7 @@ _compiled_residual = Compiled(residual)
 
 
 class Block(nn.Module):
-    """x + the mean over its scans of Mamba2(RMSNorm(x)), one mixer a scan in one batched call."""
+    """x + the mean over its scans of Mamba2(RMSNorm(x)): a mixer for each scan, in one call."""
 
     def __init__(self, config: ModelConfig, n_scans: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, scan: Order, seq_idx: Tensor | None = None) -> Tensor:
         """[b, l, d] -> [b, l, d]."""
-        # Packed rows differ in length at every evaluation: not worth compiling.
+        # The length of packed rows changes at every evaluation: not worth compiling.
         run = _compiled_residual if self.compiled and seq_idx is None else residual
         return run(x, self.norm, self.mixer.weights, scan, seq_idx, **self.mixer.settings)
 
@@ -103,7 +103,7 @@ class Block(nn.Module):
 def block_scans(config: ModelConfig) -> list[Patterns]:
     """The scans of every block."""
     image, text = parse_scans(config.scans)
-    turns = [(p, text[(p - 1) % len(text)]) for p in image]  # the text turns with the image
+    turns = [(p, text[(p - 1) % len(text)]) for p in image]  # text patterns follow the image's
     if config.scan_mode == "separate":
         return [(*turns, *((p, p) for p in text))] * config.n_layer
     return [(turns[i % len(turns)],) for i in range(config.n_layer)]
@@ -112,8 +112,8 @@ def block_scans(config: ModelConfig) -> list[Patterns]:
 class Trunk(nn.Module):
     """The blocks; with `alternate` block i reads in scan i, with `separate` each in all scans.
 
-    With long skips the last blocks also hear the first: block n - 1 - i reads x + W [x, x_i] with
-    x_i the output of block i, W zero at the start.
+    With long skips the last blocks also read the first ones: block n - 1 - i reads x + W [x, x_i],
+    where x_i is the output of block i and W starts at zero.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -131,7 +131,7 @@ class Trunk(nn.Module):
 
     @property
     def compiled(self) -> bool:
-        """Whether the blocks run compiled, which takes seconds for every new shape."""
+        """Whether the blocks are compiled, which takes seconds for every new shape."""
         return any(isinstance(block, Block) and block.compiled for block in self.blocks)
 
     @compiled.setter
@@ -167,9 +167,9 @@ class Trunk(nn.Module):
             if i >= first:
                 x = x + self.skips[i - first](torch.cat([x, kept.pop()], -1))
             if self.checkpointing and torch.is_grad_enabled():
-                # Nothing in a block is random: there is no state of a generator to restore.
-                options = {"use_reentrant": False, "preserve_rng_state": False}
-                x = checkpoint(block, x, orders[scans], seq_idx, **options)
+                # Nothing in a block is random: there is no generator state to restore.
+                inputs = x, orders[scans], seq_idx
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, orders[scans], seq_idx)
             if i < len(self.skips):
@@ -178,7 +178,7 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Predicts noise of image latents and scores of text tokens at given noise levels."""
+    """Predicts v of image latents and scores of text tokens at given noise levels."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -209,10 +209,10 @@ class Decoder(nn.Module):
             class_ids: i64 [b] labels, -1 for none.
             images: the images of each sample; None for text alone.
         """
-        if text.rows is not None:
-            rows = text.rows
+        grids: list[Tensor] = []
+        if (rows := text.rows) is not None:
             x = self.trunk.packed(self.embed.packed(text, class_ids, rows), rows).squeeze(0)
-            tokens, grids = x[rows.place.clamp(max=len(x) - 1)], []
+            tokens = x[rows.place.clamp(max=len(x) - 1)]
             tokens = F.rms_norm(tokens, tokens.shape[-1:], self.norm, eps=1e-5)
         else:
             k = 0 if images is None else images.level.shape[1]
@@ -225,7 +225,7 @@ class Decoder(nn.Module):
         h = self.text_out(tokens)
         if self.eq17_gain is not None:
             term = self._eq17(text.level)
-            spread = term[:, None] if text.rows is None else term[text.rows.text_of]
+            spread = term[:, None] if rows is None else term[rows.text_of]
             h = h + spread.unsqueeze(-1) * text.z_t
         v = torch.cat([self.image_out(grid) for grid in grids], 1) if grids else None
         return Prediction(v, h)
@@ -235,7 +235,7 @@ class Decoder(nn.Module):
         return text_rows(text_of, count, self.trunk.scans, device)
 
     def _eq17(self, level: Tensor) -> Tensor:
-        """What Eq. 17 with eps_hat = 0 adds to h as a multiple of z_t, [b].
+        """The multiple of z_t that Eq. 17 with eps_hat = 0 adds to h, [b].
 
         -|z_t - sqrt(abar) mu_v|^2 / 2(1 - abar) is <sqrt(abar) / (1 - abar) z_t, mu_v> and a term
         that all v share, for all mu_v are of one length. Weighted by a learned g(t), 0 at first.

@@ -193,8 +193,9 @@ def text_rows(
         return Order(*(t.to(device, non_blocking=True) for t in (flat, flat.argsort(0))))
 
     tensors = (own, position, place, frame, seq_idx.view(r, width))
-    moved = (t.to(device, non_blocking=True) for t in tensors)
-    return TextRows(*moved, {scans: order(scans) for scans in set(patterns)})
+    own, position, place, frame, seq_idx = (t.to(device, non_blocking=True) for t in tensors)
+    orders = {scans: order(scans) for scans in set(patterns)}
+    return TextRows(own, position, place, frame, seq_idx, orders)
 
 
 class Texts:
