@@ -26,11 +26,6 @@ class Generated(NamedTuple):
     tokens: Tensor  # i64 [b, m]; PAD after the first EOS
     selected: Selected
 
-    def first(self, n: int) -> "Generated":
-        """Those of the first `n` samples."""
-        latents = None if self.latents is None else self.latents[:n]
-        return Generated(latents, self.tokens[:n], self.selected.first(n))
-
 
 @torch.no_grad()
 def denoise(

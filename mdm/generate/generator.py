@@ -14,7 +14,7 @@ from mdm.checkpoint.exported import TOKENIZER, Training, read_provenance, write_
 from mdm.config import Config, from_dict
 from mdm.data.provenance import Provenance, check_tokenizer
 from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer
-from mdm.generate.denoise import Generated, denoise
+from mdm.generate.denoise import denoise
 from mdm.generate.loading import Decodes, load_first_stage, load_model
 from mdm.generate.request import ABSENT, GENERATED, GIVEN, Request, Sampling
 from mdm.generate.selection import Selected
@@ -296,24 +296,22 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
 
     def _run(self, request: Request, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """First-stage latents [b, n, c], empty without images, and tokens i64 [b, m]."""
-        parts = torch.arange(len(request.keys)).split(BATCH)
+        n = len(request.keys)
+        index = torch.arange(n)
+        if self.compiled:  # one shape for all calls: the last sample fills the last batch
+            index = torch.cat([index, index[-1:].expand(-n % BATCH)])
+        parts = index.split(BATCH)
         shown = tqdm(parts, desc="denoise", leave=False, disable=None if len(parts) > 1 else True)
+        own_estimate = self.config.objective.p_self_condition > 0
         with autocast(self.precision):
-            batches = [self._denoise(request, part, sampling) for part in shown]
-        self.selected = Selected.join([batch.selected for batch in batches])
+            batches = [
+                denoise(self.model, request.take(part), sampling, self_conditions=own_estimate)
+                for part in shown
+            ]
+        self.selected = Selected.join([batch.selected for batch in batches], n)
         latents = [batch.latents.float() for batch in batches if batch.latents is not None]
-        tokens = torch.cat([batch.tokens for batch in batches])
-        return torch.cat(latents) if latents else torch.empty(0), tokens
-
-    def _denoise(self, request: Request, part: Tensor, sampling: Sampling) -> Generated:
-        index = part
-        if self.compiled:  # one shape for all calls: the last sample fills the batch
-            index = torch.cat([part, part[-1:].expand(BATCH - len(part))])
-        self_conditions = self.config.objective.p_self_condition > 0
-        samples = denoise(
-            self.model, request.take(index), sampling, self_conditions=self_conditions
-        )
-        return samples.first(len(part))
+        tokens = torch.cat([batch.tokens for batch in batches])[:n]
+        return torch.cat(latents)[:n] if latents else torch.empty(0), tokens
 
     def _pixels(self, latents: Tensor) -> Tensor:
         return torch.cat(

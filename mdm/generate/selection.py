@@ -28,20 +28,13 @@ class Selected(NamedTuple):
     text: Tensor  # i64 [b, m]
     evaluations: int  # of the loop
 
-    def first(self, n: int) -> "Selected":
-        """Those of the first `n` samples."""
-        image = None if self.image is None else self.image[:n]
-        return Selected(image, self.text[:n], self.evaluations)
-
     @classmethod
-    def join(cls, parts: "Sequence[Selected]") -> "Selected":
-        """Those of several batches as one."""
+    def join(cls, parts: Sequence["Selected"], n: int) -> "Selected":
+        """Those of several batches, the first `n` samples."""
         images = [part.image for part in parts if part.image is not None]
-        return cls(
-            torch.cat(images) if images else None,
-            torch.cat([part.text for part in parts]),
-            max(part.evaluations for part in parts),
-        )
+        text = torch.cat([part.text for part in parts])[:n]
+        evaluations = max(part.evaluations for part in parts)
+        return cls(torch.cat(images)[:n] if images else None, text, evaluations)
 
 
 def image_score_entropy(z_0: Tensor, last: Tensor, log_snr: float) -> Tensor:

@@ -66,7 +66,7 @@ def _unscan(y: Tensor, inverse: Tensor) -> Tensor:
 def residual(
     x: Tensor, norm: Tensor, weights: Weights, scan: Order, seq_idx: Tensor | None, **settings: Any
 ) -> Tensor:
-    """x [b, l, d] plus the mean over its scans of Mamba2(RMSNorm(x)), as a pure function.
+    """Add to x [b, l, d] the mean over its scans of Mamba2(RMSNorm(x)), as a pure function.
 
     With `seq_idx` [r, w], x is [1, r w, d]: r rows end to end, and no scan crosses their ends.
     """

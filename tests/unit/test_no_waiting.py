@@ -1,4 +1,4 @@
-"""A training step never waits for its GPU, whose place the meta device takes: it holds no values."""
+"""A training step never waits for its GPU. The meta device, whose tensors hold no values, is one."""
 
 import dataclasses
 from collections.abc import Iterator
