@@ -161,13 +161,13 @@ class Loss(nn.Module):
         return prediction
 
     def text_loss(self, h: Tensor, text: NoisyText) -> Tensor:
-        """Score entropy over the whole vocabulary (Eq. 4), a mean over what is not prompt, [B].
+        """Score entropy over the whole vocabulary (Eq. 4), a mean outside the prompt, [B].
 
         `h` [R, M, C] is the decoder's text head.
         """
         logits = text_logits(h, text.means, text.bias)
         if self.weights.target == "theorem1":
-            with torch.no_grad():  # of z_t and the vocabulary alone: it ignores the context
+            with torch.no_grad():  # depends only on z_t and the vocabulary, not on the context
                 abar = text.abar.clamp(max=1 - 1e-6).expand(text.tokens.shape)
                 log_r = log_score_ratio(log_ratio_vocabulary(text.input.z_t, text.means, abar))
             per_token = score_entropy(log_score_ratio(logits), log_r)
@@ -182,13 +182,13 @@ class Loss(nn.Module):
         `v` [B, N, C] is the decoder's image head, `t` i64 [B, I].
         """
         is_noisy, z_t = _is_noisy(t), image.input.z_t
-        # Conditions and what is dropped carry no loss; the limits keep them finite.
+        # Conditions and dropped images carry no loss; the limits keep them finite.
         abar = image.abar.clamp(1e-6, 1 - 1e-6)
         token_abar = self._by_token(abar)
         a = token_abar.unsqueeze(2)
         eps_hat = a.sqrt() * v + (1 - a).sqrt() * z_t
         # 1/2 |eps - eps_hat|^2 / abar = 1/2 |v - v_hat|^2: without the weight almost nothing is
-        # learned where abar is small, and there an image takes the shape of its condition.
+        # learned where abar is small, which is where the condition shapes an image.
         weight = 1 / abar.clamp(min=MIN_ALPHA_BAR)
         eps_img = weight * 0.5 * self._by_image((eps_hat - image.eps).square()).mean((2, 3))
         others = _others(image.z_0, self.weights.se_in_batch)
@@ -237,7 +237,7 @@ class Loss(nn.Module):
         return NoisyImage(image, z_0, eps, abar, rec, kl(mean, sigma).mean())
 
     def _trajectory(self, image: NoisyImage, t: Tensor) -> Tensor:
-        """States of each token's own path at evenly spaced earlier steps, [B, N, K, C]."""
+        """States of each token's noisy path at evenly spaced earlier steps, [B, N, K, C]."""
         k = self.weights.se_trajectory
         earlier = (t.unsqueeze(2) * torch.arange(1, k + 1, device=t.device)) // (k + 1)
         a = self._by_token(schedule.IMAGE.alpha_bar(earlier)).unsqueeze(3)
@@ -257,16 +257,16 @@ class Loss(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of each of tokens [R, M] under logits [R, M, V], [R, M].
+    """The cross-entropy of tokens [R, M] under logits [R, M, V], [R, M].
 
-    Each token's V numbers lie together: with V as the second of three axes it takes five times as
+    Each token's V logits are contiguous: with V as the second of three axes it takes five times as
     long on a CPU.
     """
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
 
 def _is_noisy(t: Tensor) -> Tensor:
-    """1 where a step carries a loss: neither given nor dropped."""
+    """1 at noise levels that carry a loss: neither given nor dropped."""
     return ((t > 0) & (t < schedule.STEPS)).float()
 
 
@@ -275,7 +275,7 @@ def _log_snr(table: schedule.Schedule, t: Tensor) -> Tensor:
 
 
 def _self_conditions(step: int, share: float) -> bool:
-    """Whether this global step makes an estimate first: the same answer on every rank."""
+    """Whether this global step computes an estimate first; the same on every rank."""
     return int((step + 1) * share) > int(step * share)
 
 
@@ -293,8 +293,8 @@ def _others(z_0: Tensor, k: int) -> Tensor:
         torch.distributed.all_gather(parts, z_0.contiguous())
         pool, first = torch.cat(parts), torch.distributed.get_rank() * b
     k = min(k, len(pool) - 1)
-    own = first + torch.arange(b, device=z_0.device)
-    index = (own.unsqueeze(1) + torch.arange(1, k + 1, device=z_0.device)) % len(pool)
+    sample = first + torch.arange(b, device=z_0.device)
+    index = (sample.unsqueeze(1) + torch.arange(1, k + 1, device=z_0.device)) % len(pool)
     return pool[index].transpose(1, 2)
 
 

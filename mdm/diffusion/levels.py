@@ -1,7 +1,7 @@
-"""Which noise level each modality of each sample gets: this alone expresses the conditioning.
+"""The noise level of each modality of each sample. Noise levels alone express the conditioning.
 
-t = 0 is given, t = T is dropped. A text's prompt and all images but the last are given wherever
-anything is:
+t = 0 is given, t = T is dropped. A text's prompt and all images but the last are given unless their
+modality is dropped:
 
     class -> image              text dropped, class kept
     text -> image               text given; earlier images of a dialogue too
@@ -59,7 +59,7 @@ def draw_levels(
         images: images a sample; 0 for text alone.
         class_ids: i64 [B], -1 without a class.
         has_prompt: bool [B], whether a sample's text begins with a prompt; unused without images.
-        text_steps: uniforms [B] to noise steps of texts; evenly over 1 ... T - 1 by default.
+        text_steps: maps uniforms [B] to noise steps of texts; evenly over 1 ... T - 1 by default.
     """
     last = schedule.STEPS
     task, u_img, u_txt, u_class = uniforms[:, :4].unbind(1)
@@ -73,7 +73,7 @@ def draw_levels(
     edges = edges.to(task.device, non_blocking=True)
     kind = torch.bucketize(task.contiguous(), edges, right=True)
     t_txt = torch.where(kind == 0, 0, torch.where(kind == 2, last, t_txt))
-    # Where images are few, one that is always given clean is memorised.
+    # In small data sets, an image that is always given clean is memorised.
     given = (u_img * (w.condition_noise * last)).long()
     t_img = torch.where(kind == 1, given, torch.where(kind == 3, last, t_img))
     keep = (kind == 2) & (u_class < w.p_class)

@@ -18,7 +18,7 @@ class Draws(NamedTuple):
     text: Tensor
 
     def to(self, device: torch.device) -> "Draws":
-        """The same on `device`, without waiting for it."""
+        """The same numbers on `device`, without waiting for it."""
         image = None if self.image is None else self.image.to(device, non_blocking=True)
         uniforms, text = (t.to(device, non_blocking=True) for t in (self.uniforms, self.text))
         return Draws(uniforms, image, text)

@@ -210,12 +210,12 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     ) -> list[str]:
         """The assistant's next turn in each dialogue (user first, alternating).
 
-        `images` are first-stage latents [b, k, n, c] of k images a dialogue. The k-th mark
-        `<image>` in a dialogue's turns is where its k-th image stands; without any, images
-        stand beside the whole dialogue.
+        `images` are first-stage latents [b, k, n, c] of k images for each dialogue. The k-th mark
+        `<image>` in a dialogue's turns is the position of its k-th image; images of a dialogue
+        without marks have no position.
 
         Raises:
-            ValueError: images or marks that are too many or too few, with both numbers.
+            ValueError: too many or too few images or marks, with both numbers.
         """
         data = self.config.data
         length = data.dialogue_length if images is None else data.caption_length
@@ -240,7 +240,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         return [self.tokenizer.decode(row[n:]) for row, n in zip(rows, lengths, strict=True)]
 
     def _prompt(self, turns: Sequence[str], k: int, length: int) -> tuple[list[int], list[int]]:
-        """A dialogue's prompt, cut at its beginning, and where its k images stand in it."""
+        """A dialogue's prompt, cut at its beginning, and the positions of its k images."""
         texts: list[str] = []
         places = []
         for turn in turns:

@@ -1,4 +1,4 @@
-"""The parts of a generator, from an export and a first-stage folder."""
+"""The parts of a generator, loaded from an export and a first-stage folder."""
 
 import dataclasses
 from pathlib import Path
@@ -24,7 +24,7 @@ class Decodes(Protocol):
 
 def load_model(folder: Path, config: Config) -> MDM:
     """The model of an export; ValueError if its weights belong to another configuration."""
-    # A model of CUDA's kernels runs here too: torch computes the same scans.
+    # A model trained with CUDA kernels runs anywhere: torch computes the same scans.
     kernel = "torch" if config.model.kernel == "fused" else config.model.kernel
     model = MDM(dataclasses.replace(config.model, kernel=kernel))
     weights = load_file(folder / "model.safetensors")
@@ -38,19 +38,21 @@ def load_model(folder: Path, config: Config) -> MDM:
 
 
 class TextAlone:
-    """In an autoencoder's place where the training data held no images."""
+    """Takes the autoencoder's place if the training data held no images."""
 
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Raises ValueError."""
-        raise ValueError("the model was trained on text alone: no autoencoder decodes its latents")
+        raise ValueError(
+            "the model was trained on text alone: it has no autoencoder to decode images"
+        )
 
 
 def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes:
-    """The autoencoder at `path`; ValueError unless the data of the export `folder` came of it."""
+    """The autoencoder at `path`; ValueError unless it encoded the data of the export `folder`."""
     if provenance.autoencoder == PIXELS:
         raise ValueError(
             f"{folder} was trained on pixel patches, which no autoencoder decodes; "
-            "examples/digits/learn.py draws from it"
+            "generate with examples/digits/learn.py"
         )
     if provenance.autoencoder:
         check_autoencoder(path, provenance.autoencoder, f"the data of {folder} was encoded with")

@@ -1,6 +1,6 @@
 """Selection (Sec. 3.2, Theorem 3): tokens whose score entropy has vanished are frozen and dropped.
 
-At inference the true ratio is unknown; a token's own last estimate stands in for it. Where the
+At inference the true ratio is unknown; a token's last estimate takes its place. Where the
 score entropy between the two is about 0 nats, another evaluation would not move the token.
 
 Shapes: b batch, n image tokens, m text tokens, c latent width, v vocabulary.

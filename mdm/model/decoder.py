@@ -201,8 +201,8 @@ class Decoder(nn.Module):
     ) -> Prediction:
         """One denoising evaluation.
 
-        Nothing is checked here, where a GPU would have to be waited for: batches and requests are
-        (`mdm.model.inputs.check`).
+        The inputs are not checked, which would wait for a GPU: `mdm.model.inputs.check` checks
+        batches where they are collated and requests where they are made.
 
         Args:
             text: the texts; one for each row, unless packed.
@@ -231,14 +231,14 @@ class Decoder(nn.Module):
         return Prediction(v, h)
 
     def rows(self, text_of: Tensor, count: int, device: torch.device | str) -> TextRows:
-        """Where `count` packed texts stand in the sequence, for `TextInput`; see `text_rows`."""
+        """The rows of `count` packed texts, for `TextInput`; see `text_rows`."""
         return text_rows(text_of, count, self.trunk.scans, device)
 
     def _eq17(self, level: Tensor) -> Tensor:
         """The multiple of z_t that Eq. 17 with eps_hat = 0 adds to h, [b].
 
-        -|z_t - sqrt(abar) mu_v|^2 / 2(1 - abar) is <sqrt(abar) / (1 - abar) z_t, mu_v> and a term
-        that all v share, for all mu_v are of one length. Weighted by a learned g(t), 0 at first.
+        -|z_t - sqrt(abar) mu_v|^2 / 2(1 - abar) is <sqrt(abar) / (1 - abar) z_t, mu_v> plus a term
+        that all v share, since all mu_v have one length. The weight is a learned g(t), 0 at first.
         """
         assert self.eq17_gain is not None
         level = level.float().clamp(max=EQ17_LEVEL)

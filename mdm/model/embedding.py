@@ -75,7 +75,7 @@ class Embed(nn.Module):
             # every patch too.
             condition = embedded[:, 2:] + label.unsqueeze(1)
             condition = condition + self.summary(tokens.amax(1)).unsqueeze(1)
-            if images.at is not None:  # an image stands where the text's token of that place does
+            if images.at is not None:  # an image takes the position of a text token
                 place = self.text_position[images.at.clamp(min=0)]
                 condition = condition + place * (images.at >= 0).unsqueeze(-1)
             patches = self.image_in(images.z_t).unflatten(1, (condition.shape[1], -1))

@@ -55,12 +55,12 @@ def check(
         prompt: bool [R, M].
         class_ids: i64 [B], -1 without a class.
         latents: f32 or bf16 [B, N, C].
-        image_at: i64 [B, I], -1 for an image beside the whole text.
+        image_at: i64 [B, I] text tokens at whose positions images stand, -1 for none.
         text_of: i64 [R, M] of packed texts, -1 after a row's last text.
         numbers: further fields, i64 [B] each.
 
     Raises:
-        ValueError: what does not fit, with both values.
+        ValueError: a field that does not fit, with both values.
     """
     b, n = len(ids), model.image_height * model.image_width
     shape = tuple(tokens.shape)

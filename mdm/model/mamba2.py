@@ -87,7 +87,7 @@ def _gated_norm(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
 class _Stacked(nn.Module):
     """Holds `weight`, and `bias` where there is one, under the names of `mamba_ssm.Mamba2`.
 
-    All have a leading scan axis: a bias has two dimensions here, so that weight decay goes by role.
+    All have a leading scan axis: a bias has two dimensions, so weight decay goes by name.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -123,8 +123,8 @@ class Mamba2(nn.Module):
             uniform(channels, 1, config.d_conv, fan_in=config.d_conv),
             uniform(channels, fan_in=config.d_conv),
         )
-        # A head remembers about 1 / (dt A) tokens and writes a token with weight dt, beside its own
-        # skip of weight D = 1: the defaults are mamba_ssm's, for thousands of tokens.
+        # A head remembers about 1 / (dt A) tokens and writes a token with weight dt, against a skip
+        # of weight D = 1: the defaults are mamba_ssm's, for thousands of tokens.
         ends = math.log(config.dt_min), math.log(config.dt_max)
         dt = torch.empty(n_scans, n_heads).uniform_(*ends).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)

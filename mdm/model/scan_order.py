@@ -57,8 +57,8 @@ def parse_scans(scans: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         ValueError: anything that is not image patterns, a slash, text patterns.
     """
     image, slash, text = scans.partition("/")
-    known = set(image) <= set("1234") and set(text) <= set("12")
-    if not (slash and image and text and known):
+    valid = set(image) <= set("1234") and set(text) <= set("12")
+    if not (slash and image and text and valid):
         raise ValueError(
             f"scans is {scans!r}; write image scans 1-4, a slash, text scans 1-2, such as 1234/12"
         )

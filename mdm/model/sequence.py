@@ -1,7 +1,7 @@
 """The token layout `[time][class] [pad text pad] [pad image pad] ...` (Fig. 2 d-g).
 
-Only this file knows where a token stands: the length of a sequence, the orders in which scans read
-it, which slice of it is text or image, and how packed texts lie in their rows.
+Only this file knows the position of a token: the length of a sequence, the orders in which scans
+read it, which slice of it is text or image, and how packed texts lie in their rows.
 
 Shapes: b samples, i images a sample, n image tokens of all images, m text tokens, l whole sequence,
 d d_model, s scans; k packed texts in r rows, t tokens kept of all samples together.
@@ -164,25 +164,25 @@ def text_rows(
     """
     r, m = text_of.shape
     width, here = m + FRAME, text_of.device
-    valid, own = text_of >= 0, text_of.clamp(min=0)
+    valid, text_index = text_of >= 0, text_of.clamp(min=0)
     text = torch.where(valid, text_of, count).flatten()
     row = torch.arange(r, device=here).repeat_interleave(m)
     length = row.new_zeros(count + 1).index_add(0, text, torch.ones_like(text))[:-1]
     row_of = row.new_zeros(count + 1).index_copy(0, text, row)[:-1]
-    # Tokens and texts before each text, and in its own row alone.
-    first = own[:, 0][row_of]
+    # Tokens and texts before each text, counted from the start of its row.
+    first = text_index[:, 0][row_of]
     before = length.cumsum(0) - length
     start = before - before[first]
     turn = torch.arange(count, device=here) - first
     time = row_of * width + start + turn * FRAME
-    position = torch.where(valid, torch.arange(m, device=here) - start[own], 0)
-    place = torch.where(valid, time[own] + HEAD + 1 + position, r * width)
+    position = torch.where(valid, torch.arange(m, device=here) - start[text_index], 0)
+    place = torch.where(valid, time[text_index] + HEAD + 1 + position, r * width)
     frame = torch.stack([time, time + 1, time + HEAD, time + HEAD + 1 + length])
     seq_idx = row.new_full((r * width + 1,), count)
     seq_idx = seq_idx.index_copy(0, place.flatten(), text)
     seq_idx = seq_idx.index_copy(0, frame.flatten(), torch.arange(count, device=here).repeat(FRAME))
     seq_idx = seq_idx[:-1]
-    # The places of each text if it were padded to m: scans read it as if it were alone.
+    # The places of each text if it were padded to m: scans read it as if it were the only one.
     layout, used = Layout(m), (seq_idx < count).nonzero().squeeze(1)
     keep = layout.mask(torch.arange(m, device=here) < length.unsqueeze(1), None)
 
@@ -192,43 +192,43 @@ def text_rows(
         flat[used] = used[packed]
         return Order(*(t.to(device, non_blocking=True) for t in (flat, flat.argsort(0))))
 
-    tensors = (own, position, place, frame, seq_idx.view(r, width))
-    own, position, place, frame, seq_idx = (t.to(device, non_blocking=True) for t in tensors)
+    tensors = (text_index, position, place, frame, seq_idx.view(r, width))
+    text_index, position, place, frame, seq_idx = (t.to(device, non_blocking=True) for t in tensors)
     orders = {scans: order(scans) for scans in set(patterns)}
-    return TextRows(own, position, place, frame, seq_idx, orders)
+    return TextRows(text_index, position, place, frame, seq_idx, orders)
 
 
 class Texts:
-    """Which text each text token belongs to: values of texts to their tokens, and means back.
+    """The text of each token: spreads values of texts to their tokens, and averages them back.
 
-    Without `text_of` row i is text i. Packed, it is i64 [r, m], counted row by row and -1 after a
-    row's last text, and means are taken over `average_over` texts: a rank's share of all of them,
+    Without `text_of`, row i is text i. For packed texts it is i64 [r, m], counted row by row and -1
+    after a row's last text, and means are over `average_over` texts: a rank's equal share of all,
     however many it holds.
     """
 
     def __init__(self, text_of: Tensor | None, count: int, average_over: int) -> None:
         self.count, self.average_over = count, average_over
-        self.own = self.valid = None
+        self.text_index = self.valid = None
         if text_of is not None:
-            self.own, self.valid = text_of.clamp(min=0), text_of >= 0
+            self.text_index, self.valid = text_of.clamp(min=0), text_of >= 0
 
     def spread(self, values: Tensor) -> Tensor:
         """[k] -> [k, 1], or [r, m] packed."""
-        return values.unsqueeze(1) if self.own is None else values[self.own]
+        return values.unsqueeze(1) if self.text_index is None else values[self.text_index]
 
     def sums(self, values: Tensor) -> Tensor:
         """[r, m] -> [k], over each text's tokens."""
-        if self.own is None or self.valid is None:
+        if self.text_index is None or self.valid is None:
             return values.sum(1)
         zeros = values.new_zeros(self.count)
-        return zeros.index_add(0, self.own.flatten(), (values * self.valid).flatten())
+        return zeros.index_add(0, self.text_index.flatten(), (values * self.valid).flatten())
 
     def average(self, values: Tensor) -> Tensor:
         """[k] -> the mean over texts."""
-        return values.mean() if self.own is None else values.sum() / self.average_over
+        return values.mean() if self.text_index is None else values.sum() / self.average_over
 
     def mean(self, values: Tensor) -> Tensor:
         """[r, m] -> the mean over texts of their tokens' means."""
-        if self.own is None:
+        if self.text_index is None:
             return values.mean()
         return self.average(self.sums(values) / self.sums(torch.ones_like(values)))

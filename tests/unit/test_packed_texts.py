@@ -1,4 +1,4 @@
-"""Packed texts through the whole objective: each as if it were alone."""
+"""Packed texts through the whole loss: each as if it were alone."""
 
 import dataclasses
 
@@ -25,22 +25,22 @@ def objective(**settings) -> Loss:
         "n_kv_heads": 2, "vocab_size": 40, "n_classes": 4, "image_height": 2, "image_width": 2,
         "text_length": LENGTH, "eq17_logits": True,
     }  # fmt: skip
-    wanted = ObjectiveConfig(
+    weights = ObjectiveConfig(
         target=settings.pop("target", "one_hot"), p_self_condition=settings.pop("estimate", 0.0)
     )
     torch.manual_seed(0)
-    made = Loss(
+    loss = Loss(
         Config(
             model=ModelConfig(**model | settings),
-            objective=wanted,
+            objective=weights,
             data=DataConfig(caption_length=6, dialogue_length=LENGTH),
             seed=3,
         )
     )
-    for p in made.parameters():  # nothing may be zero at the start and hide a difference
+    for p in loss.parameters():  # nothing may be zero at the start and hide a difference
         with torch.no_grad():
             p.add_(0.05 * torch.randn_like(p))
-    return made
+    return loss
 
 
 def alone(number: int) -> Batch:
@@ -89,14 +89,14 @@ def packed(average_over: int = len(SIZES)) -> Batch:
     ],
 )
 def test_losses_and_gradients_are_those_of_the_texts_alone(settings) -> None:
-    made = objective(**settings)
+    loss = objective(**settings)
     batch = packed()
-    batch.check(made.model)
-    together = made(batch, 0)
+    batch.check(loss.model)
+    together = loss(batch, 0)
     together.total.backward()
-    grads = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
-    made.zero_grad()
-    singles = [made(alone(i), 0) for i in range(len(SIZES))]
+    grads = {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
+    loss.zero_grad()
+    singles = [loss(alone(i), 0) for i in range(len(SIZES))]
     scalars = [terms[:-2] for terms in singles]
     means = [torch.stack(term).mean() for term in zip(*scalars, strict=True)]
     for name, term, mean in zip(together._fields, together[:-2], means, strict=False):
@@ -104,15 +104,15 @@ def test_losses_and_gradients_are_those_of_the_texts_alone(settings) -> None:
     sums = sum(sums_by_conditioning(terms) for terms in singles)
     torch.testing.assert_close(sums_by_conditioning(together), sums, rtol=1e-5, atol=1e-6)
     means[0].backward()
-    assert {n for n, p in made.named_parameters() if p.grad is not None} == grads.keys()
-    for name, p in made.named_parameters():
+    assert {n for n, p in loss.named_parameters() if p.grad is not None} == grads.keys()
+    for name, p in loss.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("decoder", ["mamba", "transformer"])
 @torch.no_grad()
-def test_a_text_hears_nothing_of_its_neighbours(decoder: str) -> None:
+def test_a_text_does_not_depend_on_its_neighbours(decoder: str) -> None:
     network = objective(decoder=decoder).network
     batch = packed()
     z, count = torch.randn(ROWS, LENGTH, 16), len(batch.ids)
@@ -121,18 +121,18 @@ def test_a_text_hears_nothing_of_its_neighbours(decoder: str) -> None:
     row = next(r for r in range(ROWS) if len(batch.text_of[r].unique()) > 2)
     own = batch.text_of == batch.text_of[row, 0]
 
-    def says(z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    def predict(z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         return network(TextInput(z, level, batch.prompt, rows=rows), classes).text[own]
 
     other = torch.where(own.unsqueeze(2), z, z + torch.randn_like(z))
     else_level = torch.where(torch.arange(count) == batch.text_of[row, 0], level, level + 1)
-    torch.testing.assert_close(says(other, else_level), says(z, level), rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(says(z + own.unsqueeze(2), level), says(z, level))
+    torch.testing.assert_close(predict(other, else_level), predict(z, level), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(predict(z + own.unsqueeze(2), level), predict(z, level))
 
 
 def test_ranks_average_to_the_mean_over_all_texts() -> None:
-    made = objective()
-    whole = made(packed(), 0)
+    loss = objective()
+    whole = loss(packed(), 0)
     batch = packed(average_over=len(SIZES) // 2)
     halves = []
     for rows in (slice(0, 1), slice(1, ROWS)):
@@ -140,7 +140,7 @@ def test_ranks_average_to_the_mean_over_all_texts() -> None:
         first, last = int(text_of[text_of >= 0].min()), int(text_of.max()) + 1
         fields = {k: getattr(batch, k)[first:last] for k in ("ids", "keys", "epochs", "class_ids")}
         halves.append(
-            made(
+            loss(
                 dataclasses.replace(
                     batch,
                     **fields,

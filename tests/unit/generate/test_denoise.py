@@ -35,10 +35,10 @@ def model():
         ),
         data=DataConfig(caption_length=M, dialogue_length=M),
     )
-    made = MDM(config.model).eval()
-    torch.nn.init.normal_(made.network.image_out.weight, std=0.1)
-    torch.nn.init.normal_(made.network.text_out.weight, std=0.3)
-    return made
+    model = MDM(config.model).eval()
+    torch.nn.init.normal_(model.network.image_out.weight, std=0.1)
+    torch.nn.init.normal_(model.network.text_out.weight, std=0.3)
+    return model
 
 
 def request(image, text, b=3, first=0, **conditions):
@@ -59,7 +59,7 @@ def prefer(model, token, by):
 
 
 @pytest.mark.parametrize("solver", ["dpmpp2m", "eq9", "ddpm"])
-def test_results_belong_to_the_sample_not_to_the_batch(model, solver):
+def test_a_sample_does_not_depend_on_its_batch(model, solver):
     how = Sampling(image_steps=5, text_steps=7, solver=solver, image_guidance=1.0)
     together = denoise(model, request("generated", "generated"), how)
     alone = denoise(model, request("generated", "generated", b=1, first=2), how)
@@ -69,23 +69,23 @@ def test_results_belong_to_the_sample_not_to_the_batch(model, solver):
 
 
 def test_solvers_differ(model):
-    found = [
+    latents = [
         denoise(model, request("generated", "absent"), Sampling(image_steps=5, solver=s)).latents
         for s in ("dpmpp2m", "eq9", "ddpm")
     ]
-    assert not torch.allclose(found[0], found[1])
-    assert not torch.allclose(found[0], found[2])
+    assert not torch.allclose(latents[0], latents[1])
+    assert not torch.allclose(latents[0], latents[2])
 
 
 def test_solvers_agree_in_the_limit(model):
-    many = [
+    latents = [
         denoise(model, request("generated", "absent"), Sampling(image_steps=n, solver=s)).latents
         for s, n in (("dpmpp2m", 120), ("eq9", 239))
     ]
-    torch.testing.assert_close(*many, rtol=0, atol=0.02)
+    torch.testing.assert_close(*latents, rtol=0, atol=0.02)
 
 
-def test_guidance_acts_within_its_interval_alone(model):
+def test_guidance_acts_only_within_its_interval(model):
     calls = record(model.network)
 
     def drawn(w, interval):
@@ -111,7 +111,7 @@ def test_each_modality_has_its_own_guidance(model):
         assert len(calls) == expected
 
 
-def test_text_trails_by_a_share_of_the_images_steps(model):
+def test_text_trails_the_image_by_a_share_of_its_steps(model):
     calls = record(model.network)
     how = Sampling(image_steps=4, text_steps=6, text_delay=0.5)
     drawn = denoise(model, request("generated", "generated"), how)
@@ -123,14 +123,14 @@ def test_text_trails_by_a_share_of_the_images_steps(model):
     assert text[-1] == 4
 
 
-def test_after_the_first_eos_there_is_padding_alone(model):
+def test_only_padding_follows_the_first_eos(model):
     prefer(model, EOS, 100.0)
     tokens = denoise(model, request("absent", "generated"), Sampling(text_steps=3)).tokens
     assert (tokens[:, 0] == EOS).all()
     assert (tokens[:, 1:] == PAD).all()
 
 
-def test_an_eos_in_the_prompt_ends_nothing(model):
+def test_an_eos_in_the_prompt_does_not_end_the_text(model):
     prefer(model, 7, 100.0)
     given = torch.full((3, M), EOS)
     prompt = torch.arange(M).expand(3, M) < torch.tensor([[2], [4], [0]])
@@ -139,7 +139,7 @@ def test_an_eos_in_the_prompt_ends_nothing(model):
     assert torch.equal(tokens, torch.where(prompt, EOS, 7))
 
 
-def test_blocks_are_drawn_in_turn_as_the_prompt_of_the_next(model):
+def test_each_block_is_the_prompt_of_the_next(model):
     prefer(model, EOS, -100.0)
     calls = record(model.network)
     how = Sampling(text_steps=4, text_blocks=3)
@@ -153,13 +153,13 @@ def test_blocks_are_drawn_in_turn_as_the_prompt_of_the_next(model):
     assert torch.equal(calls[4][0].z_t[:, 4:], fresh[:, 4:])
 
 
-def test_no_block_is_drawn_after_the_last_eos(model):
+def test_no_block_is_generated_after_every_text_has_ended(model):
     prefer(model, EOS, 100.0)
     how = Sampling(text_steps=4, text_blocks=3)
     assert denoise(model, request("absent", "generated"), how).selected.evaluations == 4
 
 
-def test_what_has_settled_keeps_its_value_and_leaves_the_scans(model):
+def test_a_settled_token_keeps_its_value_and_leaves_the_scans(model):
     prefer(model, EOS, -100.0)
     model.network.text_out.weight.data *= 4  # sure of most tokens
     calls = record(model.network)
@@ -185,7 +185,7 @@ def test_an_image_that_has_settled_needs_no_more_evaluations(model):
     assert (drawn.selected.image == 5).all()
 
 
-def test_nothing_is_dropped_while_the_other_modality_has_to_hear_it(model):
+def test_no_token_is_dropped_while_the_other_modality_depends_on_it(model):
     calls = record(model.network)
     how = Sampling(image_steps=9, text_steps=9, text_delay=0.8, selection=1e9)
     drawn = denoise(model, request("generated", "generated"), how)
@@ -213,7 +213,7 @@ def test_a_tiny_threshold_changes_nothing(model):
     assert torch.equal(plain.tokens, strict.tokens)
 
 
-def test_mistakes_name_the_way_out(model):
+def test_invalid_settings_are_refused_with_the_way_out(model):
     for settings, message in (
         ({"solver": "euler"}, "'euler'; choose one of dpmpp2m"),
         ({"text_delay": 1.5}, "text_delay is 1.5"),

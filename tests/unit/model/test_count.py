@@ -1,4 +1,4 @@
-"""Multiply-accumulates counted from sizes are those that the operations do."""
+"""Multiply-accumulates counted from sizes equal those of the operations."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ SMALL = ModelConfig(d_model=256, n_layer=3, d_state=16, headdim=32, chunk_size=3
 
 
 def counted(config: ModelConfig, length: int) -> int:
-    """Of products of matrices, as torch counts them."""
+    """Multiply-accumulates of matrix products, as torch counts them."""
     with torch.device("meta"):
         trunk, x = Trunk(config), torch.empty(1, length, config.d_model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

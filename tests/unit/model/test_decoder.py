@@ -59,16 +59,16 @@ def call(network: Decoder, z_txt, z_img, class_ids=None, text=None, images=None)
         {"decoder": "transformer", "n_heads": 4, "n_kv_heads": 2},
     ],
 )
-def test_every_token_hears_every_other(changes):
+def test_every_token_influences_every_other(changes):
     torch.manual_seed(0)
     network = Decoder(dataclasses.replace(SMALL, **changes))
     torch.nn.init.normal_(network.image_out.weight)
     z_txt = torch.randn(2, 5, 16, requires_grad=True)
     z_img = torch.randn(2, 6, 16, requires_grad=True)
-    said = call(network, z_txt, z_img)
-    assert said.image.shape == z_img.shape
-    assert said.text.shape == z_txt.shape
-    for output, source in ((said.image, z_txt), (said.text, z_img)):
+    prediction = call(network, z_txt, z_img)
+    assert prediction.image.shape == z_img.shape
+    assert prediction.text.shape == z_txt.shape
+    for output, source in ((prediction.image, z_txt), (prediction.text, z_img)):
         (grad,) = torch.autograd.grad(output[:, 2].sum(), source, retain_graph=True)
         assert (grad.abs().amax(-1) > 0).all()
 
@@ -94,9 +94,9 @@ def test_scans_of_every_mode(mode, scans, turns):
 
 def test_text_alone_runs_the_same_parameters():
     network = Decoder(SMALL)
-    said = call(network, torch.randn(2, 5, 16), None)
-    assert said.image is None
-    said.text.sum().backward()
+    prediction = call(network, torch.randn(2, 5, 16), None)
+    assert prediction.image is None
+    prediction.text.sum().backward()
     assert all(p.grad is not None for p in network.trunk.blocks.parameters())
 
 
@@ -133,7 +133,7 @@ def test_the_papers_parameters():
     assert whole == 7_611_515_552
 
 
-def test_the_documented_line_prints_what_it_says():
+def test_the_documented_command_prints_the_documented_line():
     page = (ROOT / "docs" / "reference" / "presets.md").read_text()
     (code,) = re.findall(r'^python -c "(import torch; from mdm.presets .*)"$', page, re.M)
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, text=True)
@@ -181,16 +181,16 @@ def test_long_skips_join_mirrored_blocks():
     torch.testing.assert_close(skipping(x, LAYOUT), y)
 
 
-def test_several_images_hear_each_other_and_their_place():
+def test_several_images_depend_on_each_other_and_on_their_positions():
     torch.manual_seed(0)
     network = Decoder(SMALL)
     torch.nn.init.normal_(network.image_out.weight)
     z_txt = torch.randn(2, 5, 16)
     z_img = torch.randn(2, 12, 16, requires_grad=True)
     levels = torch.tensor([[20.0, 0.0], [20.0, 1.0]])
-    said = call(network, z_txt, z_img, images={"level": levels}).image
-    assert said.shape == z_img.shape
-    (grad,) = torch.autograd.grad(said[:, 8].sum(), z_img, retain_graph=True)
+    prediction = call(network, z_txt, z_img, images={"level": levels}).image
+    assert prediction.shape == z_img.shape
+    (grad,) = torch.autograd.grad(prediction[:, 8].sum(), z_img, retain_graph=True)
     assert (grad.abs().amax(-1) > 0).all()
     places = torch.tensor([[0, 3], [1, 3]])
 
@@ -200,7 +200,7 @@ def test_several_images_hear_each_other_and_their_place():
     placed, moved, beside = at(places), at(places.flip(1)), at(torch.full((2, 2), -1))
     assert not torch.allclose(placed.text, moved.text)
     assert not torch.allclose(placed.text, beside.text)
-    torch.testing.assert_close(beside.image, said)
+    torch.testing.assert_close(beside.image, prediction)
 
 
 def test_eq_17_in_the_logits_is_its_energy():

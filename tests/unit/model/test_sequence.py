@@ -59,7 +59,7 @@ def trunk(**settings):
 
 @pytest.mark.parametrize("scan_mode", ["alternate", "separate"])
 @torch.no_grad()
-def test_each_sample_runs_as_if_alone_and_short(scan_mode):
+def test_each_sample_runs_as_if_alone_without_its_dropped_tokens(scan_mode):
     blocks = trunk(scan_mode=scan_mode)
     x = torch.randn(3, LENGTH, 32)
     keep = torch.rand(3, LENGTH) < torch.tensor([0.3, 0.8, 1.0]).unsqueeze(1)
@@ -76,7 +76,7 @@ def test_each_sample_runs_as_if_alone_and_short(scan_mode):
 
 
 @torch.no_grad()
-def test_keeping_all_changes_nothing():
+def test_keeping_all_tokens_changes_nothing():
     blocks = trunk()
     x = torch.randn(3, LENGTH, 32)
     full = blocks(x, LAYOUT)
@@ -84,7 +84,7 @@ def test_keeping_all_changes_nothing():
     torch.testing.assert_close(packed, full, rtol=1e-4, atol=1e-5)
 
 
-def test_head_and_pads_stay_unless_a_sample_is_done():
+def test_head_and_pads_are_kept_unless_a_sample_is_done():
     keep_txt = torch.tensor([[True, False], [False, False], [False, False]])
     keep_img = torch.tensor([[False, True, False], [False, True, False], [False] * 3])
     mask = Layout(2, 1, (1, 3)).mask(keep_txt, keep_img).int().tolist()
@@ -97,7 +97,7 @@ def test_head_and_pads_stay_unless_a_sample_is_done():
 
 
 @torch.no_grad()
-def test_what_a_dropped_token_holds_reaches_the_others_only_through_the_embedding():
+def test_a_dropped_token_reaches_the_others_only_through_the_embedding():
     config = ModelConfig(
         d_model=32, n_layer=4, d_state=8, headdim=16, chunk_size=8, vocab_size=20,
         n_classes=3, image_height=3, image_width=4, text_length=M,
