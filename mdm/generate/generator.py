@@ -52,16 +52,14 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         settings: Config,
         model: MDM,
         pieces: Tokenizer,
-        first_stage: Decodes,
+        first_stage: Decodes | None,
         *,
-        compiled: bool = False,
         precision: str = AUTO,
         provenance: Provenance = Provenance(),  # noqa: B008 - frozen
     ) -> None:
-        """Compiled blocks (`model.kernel compiled`) pay off from some hundred samples on."""
+        """Without a `first_stage` the model generates text alone."""
         self.precision, self.provenance = resolve(precision), provenance
-        self.compiled = compiled and model.network.trunk.compiled
-        model.network.trunk.compiled = self.compiled
+        self.compiled = model.network.config.kernel == "compiled"
         self.config, self.model = settings, model.eval()
         self.tokenizer, self.autoencoder = pieces, first_stage
         self.grid = (settings.model.image_height, settings.model.image_width)
@@ -83,7 +81,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             folder: the export, or its name on the hub.
             tokenizer: SentencePiece model; the export's own by default.
             autoencoder: first-stage autoencoder; the run's own by default.
-            compiled: compile the blocks, if the run did.
+            compiled: compile the blocks, if the run did; pays off from some hundred samples on.
             precision: of matrix products: bf16, fp32, or auto, whichever this CPU is fast in, in
                 whatever precision the run was trained.
             hub: for a name on the hub, the arguments of `huggingface_hub.snapshot_download`.
@@ -127,10 +125,9 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             )
         return cls(
             config,
-            load_model(place, config),
+            load_model(place, config, compiled),
             pieces,
             load_first_stage(autoencoder, provenance, place),
-            compiled=compiled,
             precision=precision,
             provenance=provenance,
         )
@@ -314,9 +311,10 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         return torch.cat(latents)[:n] if latents else torch.empty(0), tokens
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        return torch.cat(
-            [self.autoencoder.decode(part, self.grid) for part in latents.split(BATCH)]
-        )
+        decoder = self.autoencoder
+        if decoder is None:
+            raise ValueError("the model was trained on text alone: it generates no images")
+        return torch.cat([decoder.decode(part, self.grid) for part in latents.split(BATCH)])
 
     def _texts(self, tokens: Tensor) -> list[str]:
         return [self.tokenizer.decode(row) for row in tokens.tolist()]

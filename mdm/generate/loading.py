@@ -22,10 +22,14 @@ class Decodes(Protocol):
         ...
 
 
-def load_model(folder: Path, config: Config) -> MDM:
-    """The model of an export; ValueError if its weights belong to another configuration."""
-    # A model trained with CUDA kernels runs anywhere: torch computes the same scans.
-    kernel = "torch" if config.model.kernel == "fused" else config.model.kernel
+def load_model(folder: Path, config: Config, compiled: bool = False) -> MDM:
+    """The model of an export, its blocks `compiled` if those of the run were.
+
+    Raises:
+        ValueError: the weights belong to another configuration.
+    """
+    # Whichever kernel the run was trained with, torch computes the same scans.
+    kernel = "compiled" if compiled and config.model.kernel == "compiled" else "torch"
     model = MDM(dataclasses.replace(config.model, kernel=kernel))
     weights = load_file(folder / "model.safetensors")
     # The loss saves more than the model.
@@ -37,18 +41,12 @@ def load_model(folder: Path, config: Config) -> MDM:
     return model
 
 
-class TextAlone:
-    """Takes the autoencoder's place if the training data held no images."""
+def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes | None:
+    """The autoencoder at `path`, None if the training data held no images.
 
-    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Raises ValueError."""
-        raise ValueError(
-            "the model was trained on text alone: it has no autoencoder to decode images"
-        )
-
-
-def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes:
-    """The autoencoder at `path`; ValueError unless it encoded the data of the export `folder`."""
+    Raises:
+        ValueError: it did not encode the training data of the export `folder`.
+    """
     if provenance.autoencoder == PIXELS:
         raise ValueError(
             f"{folder} was trained on pixel patches, which no autoencoder decodes; "
@@ -57,5 +55,5 @@ def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes
     if provenance.autoencoder:
         check_autoencoder(path, provenance.autoencoder, f"the data of {folder} was encoded with")
     elif provenance.tokenizer and not (Path(path) / "config.json").is_file():
-        return TextAlone()
+        return None
     return Autoencoder.load(path)

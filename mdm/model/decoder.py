@@ -129,17 +129,6 @@ class Trunk(nn.Module):
         self.skips = nn.ModuleList(skips)
         self.checkpointing = False  # recompute each block in the backward pass
 
-    @property
-    def compiled(self) -> bool:
-        """Whether the blocks are compiled, which takes seconds for every new shape."""
-        return any(isinstance(block, Block) and block.compiled for block in self.blocks)
-
-    @compiled.setter
-    def compiled(self, on: bool) -> None:
-        for block in self.blocks:
-            if isinstance(block, Block):
-                block.compiled = on
-
     def forward(self, x: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor:
         """[b, l, d] -> [b, l, d].
 

@@ -1,4 +1,4 @@
-"""A training step never waits for its GPU: tried on the meta device, whose tensors have no values."""
+"""A step never waits for its GPU: tried on the meta device, whose tensors have no values."""
 
 import dataclasses
 from collections.abc import Iterator

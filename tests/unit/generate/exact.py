@@ -1,7 +1,5 @@
 """Networks whose answers are known exactly, to put in place of the decoder."""
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +24,7 @@ class Exact(nn.Module):
     ) -> None:
         """Points: normalised images [K, N, C], texts i64 [K, M], classes i64 [K]."""
         super().__init__()
-        self.config, self.trunk = config, SimpleNamespace(compiled=False)
+        self.config = config
         self.means = means.double()  # [V, C], orthogonal
         self.z_img, self.tokens, self.classes = z_img.double(), tokens, classes
 

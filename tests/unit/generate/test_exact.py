@@ -122,7 +122,7 @@ class Scores(nn.Module):
 
     def __init__(self, exact: Exact, first: int, second: int, score) -> None:
         super().__init__()
-        self.config, self.trunk = exact.config, exact.trunk
+        self.config = exact.config
         self.means, self.score, self.pair = exact.means, score, [first, second]
 
     def forward(self, text, class_ids, images=None) -> Prediction:
