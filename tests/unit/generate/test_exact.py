@@ -68,8 +68,8 @@ def generator(tokenizer: Tokenizer, network: type[Exact], texts: list[list[int]]
         tokens = torch.tensor([ids + [PAD] * (M - len(ids)) for ids in texts])
         z_img = mdm.vae.normalize_image(latents)
         mdm.network = network(model, means, z_img, tokens, torch.arange(k))
-    made = Generator(config, mdm, tokenizer, Patches(), precision="fp32")
-    return made, latents
+    model_of_points = Generator(config, mdm, tokenizer, Patches(), precision="fp32")
+    return model_of_points, latents
 
 
 @pytest.fixture(scope="module")
