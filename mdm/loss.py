@@ -26,8 +26,9 @@ from mdm.diffusion.time_warp import TimeWarp
 from mdm.first_stage.tokenizer import PAD
 from mdm.model.decoder import Prediction
 from mdm.model.embedding import CLEAN, DROPPED
+from mdm.model.inputs import ImageInput, TextInput
 from mdm.model.mdm import MDM, text_logits
-from mdm.model.packing import Texts
+from mdm.model.sequence import TextRows, Texts
 from mdm.model.vae import kl
 
 MIN_ALPHA_BAR = 0.05  # caps the weight of almost pure noise
@@ -48,11 +49,10 @@ class LossTerms(NamedTuple):
 
 
 class NoisyText(NamedTuple):
-    """Texts at their noise levels, and what the VAE alone contributes."""
+    """Texts at their noise levels, and the loss terms of the VAE alone."""
 
-    z_t: Tensor  # [R, M, C], clean where `prompt`
+    input: TextInput
     abar: Tensor  # [R, M], or [B, 1] unless packed
-    prompt: Tensor  # bool [R, M]
     tokens: Tensor  # i64 [R, M]
     texts: Texts
     means: Tensor  # [V, C], mu_v
@@ -62,9 +62,9 @@ class NoisyText(NamedTuple):
 
 
 class NoisyImage(NamedTuple):
-    """Images at their noise levels, and what the VAE alone contributes."""
+    """Images at their noise levels, and the loss terms of the VAE alone."""
 
-    z_t: Tensor  # [B, N, C]
+    input: ImageInput
     z_0: Tensor  # [B, N, C], normalised, detached
     eps: Tensor  # [B, N, C]
     abar: Tensor  # [B, I]
@@ -97,18 +97,17 @@ class Loss(nn.Module):
     def forward(self, batch: Batch, step: int) -> LossTerms:
         """Loss terms of one rank's share of a global step.
 
-        Raises:
-            ValueError: a batch that does not fit the model, with both values.
+        Args:
+            batch: on the CPU, where its noise is drawn; its loader has checked it.
+            step: the global step.
         """
-        batch.check(self.model)
-        noisy = self.noise_inputs(batch)
-        levels, text, image = noisy
+        levels, text, image = noisy = self.noise_inputs(batch)
         estimate = None
         if _self_conditions(step, self.weights.p_self_condition):
             with torch.no_grad():
-                h = self.predict(noisy, batch).text
+                h = self.predict(noisy).text
                 estimate = text_logits(h, text.means, text.bias).softmax(-1) @ text.means
-        prediction = self.predict(noisy, batch, estimate)
+        prediction = self.predict(noisy, estimate)
 
         se_txt = self.text_loss(prediction.text, text) * _is_noisy(levels.t_txt)  # [B]
         if self.text_warp is not None and self.training:
@@ -132,12 +131,17 @@ class Loss(nn.Module):
         return LossTerms(total, rec_img, text.rec, kl_term, *terms, levels.conditioning, per_sample)
 
     def noise_inputs(self, batch: Batch) -> NoisyInputs:
-        """Latents of both modalities, each at its own noise level."""
+        """Latents of both modalities, each at its own noise level, on the device of the weights."""
         n = 0 if batch.latents is None else batch.latents.shape[1]
         m, c = batch.tokens.shape[1], self.model.latent_dim
-        draws = noise.draw(self.seed, batch.keys, batch.epochs, n, m, c, batch.text_of)
+        device = self.vae.image_running_mean.device
+        draws = noise.draw(self.seed, batch.keys, batch.epochs, n, m, c, batch.text_of).to(device)
+        rows = None
+        if batch.text_of is not None:
+            rows = self.network.rows(batch.text_of, len(batch), device)
+        batch = batch.to(device)
         levels = self.draw_levels(draws.uniforms, batch)
-        text = self._noise_text(batch, draws, levels.t_txt)
+        text = self._noise_text(batch, draws, levels.t_txt, rows)
         image = None if batch.latents is None else self._noise_image(batch, draws, levels.t_img)
         return NoisyInputs(levels, text, image)
 
@@ -149,38 +153,27 @@ class Loss(nn.Module):
         has_prompt = batch.prompt.any(1)
         return draw_levels(self.weights, uniforms, images, batch.class_ids, has_prompt, steps)
 
-    def predict(
-        self, noisy: NoisyInputs, batch: Batch, estimate: Tensor | None = None
-    ) -> Prediction:
-        """What the decoder makes of it, given its last `estimate` of the clean text [R, M, C]."""
-        levels, text, image = noisy
-        prediction: Prediction = self.network(
-            text.z_t,
-            _log_snr(schedule.TEXT, levels.t_txt),
-            text.prompt,
-            levels.class_ids,
-            None if image is None else image.z_t,
-            None if image is None else _log_snr(schedule.IMAGE, levels.t_img),
-            estimate_txt=estimate,
-            image_at=batch.image_at,
-            text_of=batch.text_of,
-        )
+    def predict(self, noisy: NoisyInputs, estimate: Tensor | None = None) -> Prediction:
+        """The decoder's prediction, given its last `estimate` of the clean text [R, M, C]."""
+        text = noisy.text.input._replace(estimate=estimate)
+        image = None if noisy.image is None else noisy.image.input
+        prediction: Prediction = self.network(text, noisy.levels.class_ids, image)
         return prediction
 
     def text_loss(self, h: Tensor, text: NoisyText) -> Tensor:
-        """Score entropy over the whole vocabulary (Eq. 4), a mean over what is not prompt, [B].
+        """Score entropy over the whole vocabulary (Eq. 4), a mean outside the prompt, [B].
 
         `h` [R, M, C] is the decoder's text head.
         """
         logits = text_logits(h, text.means, text.bias)
         if self.weights.target == "theorem1":
-            with torch.no_grad():  # of z_t and the vocabulary alone: it ignores the context
+            with torch.no_grad():  # depends only on z_t and the vocabulary, not on the context
                 abar = text.abar.clamp(max=1 - 1e-6).expand(text.tokens.shape)
-                log_r = log_score_ratio(log_ratio_vocabulary(text.z_t, text.means, abar))
+                log_r = log_score_ratio(log_ratio_vocabulary(text.input.z_t, text.means, abar))
             per_token = score_entropy(log_score_ratio(logits), log_r)
         else:  # with a one-hot target: cross-entropy
             per_token = _cross_entropy(logits, text.tokens)
-        weight = ~text.prompt * torch.where(text.tokens == PAD, self.weights.pad_weight, 1.0)
+        weight = ~text.input.prompt * torch.where(text.tokens == PAD, self.weights.pad_weight, 1.0)
         return text.texts.sums(per_token * weight) / text.texts.sums(weight).clamp(min=1)
 
     def image_loss(self, v: Tensor, image: NoisyImage, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,27 +181,29 @@ class Loss(nn.Module):
 
         `v` [B, N, C] is the decoder's image head, `t` i64 [B, I].
         """
-        is_noisy = _is_noisy(t)
-        # Conditions and what is dropped carry no loss; the limits keep them finite.
+        is_noisy, z_t = _is_noisy(t), image.input.z_t
+        # Conditions and dropped images carry no loss; the limits keep them finite.
         abar = image.abar.clamp(1e-6, 1 - 1e-6)
         token_abar = self._by_token(abar)
         a = token_abar.unsqueeze(2)
-        eps_hat = a.sqrt() * v + (1 - a).sqrt() * image.z_t
+        eps_hat = a.sqrt() * v + (1 - a).sqrt() * z_t
         # 1/2 |eps - eps_hat|^2 / abar = 1/2 |v - v_hat|^2: without the weight almost nothing is
-        # learned where abar is small, and there an image takes the shape of its condition.
+        # learned where abar is small, which is where the condition shapes an image.
         weight = 1 / abar.clamp(min=MIN_ALPHA_BAR)
         eps_img = weight * 0.5 * self._by_image((eps_hat - image.eps).square()).mean((2, 3))
         others = _others(image.z_0, self.weights.se_in_batch)
         candidates = torch.cat([image.z_0.unsqueeze(2), self._trajectory(image, t), others], 2)
-        log_s = log_score_ratio(energy(image.z_t, candidates, token_abar, eps_hat))
+        log_s = log_score_ratio(energy(z_t, candidates, token_abar, eps_hat))
         if self.weights.target == "theorem1":
-            log_r = log_score_ratio(log_ratio(image.z_t, candidates, token_abar))
+            log_r = log_score_ratio(log_ratio(z_t, candidates, token_abar))
             se_img = self._by_image(score_entropy(log_s, log_r)).mean(2)
         else:  # Eq. 4 with a one-hot target is the cross-entropy
             se_img = -self._by_image(log_s[..., 0]).mean(2)
         return (eps_img * is_noisy).sum(1), (se_img * is_noisy).sum(1)
 
-    def _noise_text(self, batch: Batch, draws: noise.Draws, t: Tensor) -> NoisyText:
+    def _noise_text(
+        self, batch: Batch, draws: noise.Draws, t: Tensor, rows: TextRows | None
+    ) -> NoisyText:
         texts = Texts(batch.text_of, len(batch), batch.average_over)
         prompt = batch.prompt & texts.spread(t < schedule.STEPS)
         means, bias = self.vae.vocabulary()
@@ -221,7 +216,8 @@ class Loss(nn.Module):
         z_0 = s.detach()  # no gradient from the diffusion into the encoder
         z_t = schedule.noised(z_0, draws.text[:, 0], abar.unsqueeze(2))
         z_t = torch.where(prompt.unsqueeze(-1), z_0, z_t)
-        return NoisyText(z_t, abar, prompt, batch.tokens, texts, means, bias, rec, kl_term)
+        text = TextInput(z_t, _log_snr(schedule.TEXT, t), prompt, rows=rows)
+        return NoisyText(text, abar, batch.tokens, texts, means, bias, rec, kl_term)
 
     def _noise_image(self, batch: Batch, draws: noise.Draws, t: Tensor) -> NoisyImage:
         assert batch.latents is not None
@@ -237,10 +233,11 @@ class Loss(nn.Module):
             z_0 = z_0.detach()
         eps, abar = draws.image[:, 0], schedule.IMAGE.alpha_bar(t)
         z_t = schedule.noised(z_0, eps, self._by_token(abar).unsqueeze(2))
-        return NoisyImage(z_t, z_0, eps, abar, rec, kl(mean, sigma).mean())
+        image = ImageInput(z_t, _log_snr(schedule.IMAGE, t), batch.image_at)
+        return NoisyImage(image, z_0, eps, abar, rec, kl(mean, sigma).mean())
 
     def _trajectory(self, image: NoisyImage, t: Tensor) -> Tensor:
-        """States of each token's own path at evenly spaced earlier steps, [B, N, K, C]."""
+        """States of each token's noisy path at evenly spaced earlier steps, [B, N, K, C]."""
         k = self.weights.se_trajectory
         earlier = (t.unsqueeze(2) * torch.arange(1, k + 1, device=t.device)) // (k + 1)
         a = self._by_token(schedule.IMAGE.alpha_bar(earlier)).unsqueeze(3)
@@ -260,16 +257,16 @@ class Loss(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of each of tokens [R, M] under logits [R, M, V], [R, M].
+    """The cross-entropy of tokens [R, M] under logits [R, M, V], [R, M].
 
-    Each token's V numbers lie together: with V as the second of three axes it takes five times as
+    Each token's V logits are contiguous: with V as the second of three axes it takes five times as
     long on a CPU.
     """
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
 
 def _is_noisy(t: Tensor) -> Tensor:
-    """1 where a step carries a loss: neither given nor dropped."""
+    """1 at noise levels that carry a loss: neither given nor dropped."""
     return ((t > 0) & (t < schedule.STEPS)).float()
 
 
@@ -278,7 +275,7 @@ def _log_snr(table: schedule.Schedule, t: Tensor) -> Tensor:
 
 
 def _self_conditions(step: int, share: float) -> bool:
-    """Whether this global step makes an estimate first: the same answer on every rank."""
+    """Whether this global step computes an estimate first; the same on every rank."""
     return int((step + 1) * share) > int(step * share)
 
 
@@ -296,8 +293,8 @@ def _others(z_0: Tensor, k: int) -> Tensor:
         torch.distributed.all_gather(parts, z_0.contiguous())
         pool, first = torch.cat(parts), torch.distributed.get_rank() * b
     k = min(k, len(pool) - 1)
-    own = first + torch.arange(b, device=z_0.device)
-    index = (own.unsqueeze(1) + torch.arange(1, k + 1, device=z_0.device)) % len(pool)
+    sample = first + torch.arange(b, device=z_0.device)
+    index = (sample.unsqueeze(1) + torch.arange(1, k + 1, device=z_0.device)) % len(pool)
     return pool[index].transpose(1, 2)
 
 

@@ -95,9 +95,8 @@ def train(out: Path, data: Path, ranks: int, flags: list[str]) -> dict[str, floa
 def load(export: Path, setting: Setting, compiled: bool = True) -> Generator:
     """The generator of exported weights, with pixel patches in the autoencoder's place."""
     config = from_dict(Config, load_json(export / "config.json"))
-    model = load_model(export, config)
-    pieces = Tokenizer(setting.tokenizer)
-    return Generator(config, model, pieces, setting.pixels, compiled=compiled)
+    model = load_model(export, config, compiled)
+    return Generator(config, model, Tokenizer(setting.tokenizer), setting.pixels)
 
 
 def run(flags: Flags) -> dict[str, Any]:

@@ -74,10 +74,9 @@ class Collator:
         world: World,
         model: ModelConfig | None = None,
     ) -> None:
-        self.world = world
+        self.world, self._model = world, model
         self._lengths = lengths
         self._cache = cache
-        self._model = model
         self._layouts = [layout_of(s) for s in mixture.sources]
         self._rows = mixture.global_batch
         self._packs = mixture.texts_per_row > 1

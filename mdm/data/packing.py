@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdm.first_stage.tokenizer import PAD
+from mdm.model.sequence import FRAME
 
 ALGORITHM = "longest first into the emptiest row, 1"  # to be changed with what `plan` does
-FRAME = 4  # places that a text takes beside its tokens: time, class, and a pad before and after
 
 
 def plan(lengths: Sequence[int], length: int, rows: int) -> list[list[int]]:

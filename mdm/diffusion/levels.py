@@ -1,7 +1,7 @@
-"""Which noise level each modality of each sample gets: this alone expresses the conditioning.
+"""The noise level of each modality of each sample. Noise levels alone express the conditioning.
 
-t = 0 is given, t = T is dropped. A text's prompt and all images but the last are given wherever
-anything is:
+t = 0 is given, t = T is dropped. A text's prompt and all images but the last are given unless their
+modality is dropped:
 
     class -> image              text dropped, class kept
     text -> image               text given; earlier images of a dialogue too
@@ -59,7 +59,7 @@ def draw_levels(
         images: images a sample; 0 for text alone.
         class_ids: i64 [B], -1 without a class.
         has_prompt: bool [B], whether a sample's text begins with a prompt; unused without images.
-        text_steps: uniforms [B] to noise steps of texts; evenly over 1 ... T - 1 by default.
+        text_steps: maps uniforms [B] to noise steps of texts; evenly over 1 ... T - 1 by default.
     """
     last = schedule.STEPS
     task, u_img, u_txt, u_class = uniforms[:, :4].unbind(1)
@@ -69,18 +69,19 @@ def draw_levels(
         alone = torch.full_like(class_ids, CONDITIONINGS.index("text_alone"))
         return Levels(t_img.unsqueeze(1), t_txt, torch.full_like(class_ids, -1), alone)
     w = weights
-    edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text])
-    kind = torch.bucketize(task.contiguous(), edges.cumsum(0).to(task.device), right=True)
+    edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text]).cumsum(0)
+    edges = edges.to(task.device, non_blocking=True)
+    kind = torch.bucketize(task.contiguous(), edges, right=True)
     t_txt = torch.where(kind == 0, 0, torch.where(kind == 2, last, t_txt))
-    # Where images are few, one that is always given clean is memorised.
+    # In small data sets, an image that is always given clean is memorised.
     given = (u_img * (w.condition_noise * last)).long()
     t_img = torch.where(kind == 1, given, torch.where(kind == 3, last, t_img))
     keep = (kind == 2) & (u_class < w.p_class)
     earlier = torch.where((kind == 2) | (kind == 3), last, 0).unsqueeze(1)
     t_img = torch.cat([earlier.expand(-1, images - 1), t_img.unsqueeze(1)], 1)
     class_ids = torch.where(keep, class_ids, -1)
-    conditioning = torch.tensor([CONDITIONINGS.index(name) for name in _KINDS]).to(kind.device)
-    conditioning = conditioning[kind]
+    indices = torch.tensor([CONDITIONINGS.index(name) for name in _KINDS])
+    conditioning = indices.to(kind.device, non_blocking=True)[kind]
     conditioning[(kind == 2) & (class_ids >= 0)] = CONDITIONINGS.index("class_to_image")
     conditioning[(kind == 1) & has_prompt] = CONDITIONINGS.index("answer")
     return Levels(t_img, t_txt, class_ids, conditioning)

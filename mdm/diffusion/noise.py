@@ -17,6 +17,12 @@ class Draws(NamedTuple):
     image: Tensor | None
     text: Tensor
 
+    def to(self, device: torch.device) -> "Draws":
+        """The same numbers on `device`, without waiting for it."""
+        image = None if self.image is None else self.image.to(device, non_blocking=True)
+        uniforms, text = (t.to(device, non_blocking=True) for t in (self.uniforms, self.text))
+        return Draws(uniforms, image, text)
+
 
 def draw(
     seed: int,
@@ -27,7 +33,7 @@ def draw(
     latent_dim: int,
     text_of: Tensor | None = None,
 ) -> Draws:
-    """Uniforms and normals of each sample.
+    """Uniforms and normals of each sample, on the CPU.
 
     Args:
         seed: the run's seed.
@@ -54,9 +60,9 @@ def draw(
             (2, end - start, latent_dim), np.float32
         )
     return Draws(
-        torch.from_numpy(uniforms).to(keys.device),
-        torch.from_numpy(image).to(keys.device) if n_image else None,
-        torch.from_numpy(text).to(keys.device),
+        torch.from_numpy(uniforms),
+        torch.from_numpy(image) if n_image else None,
+        torch.from_numpy(text),
     )
 
 
@@ -66,7 +72,7 @@ def _generator(key: list[int], stream: int) -> np.random.Generator:
 
 def _spans(text_of: Tensor) -> list[tuple[int, int, int]]:
     """(row, first token, end) of each packed text, in the order of the texts."""
-    flat, width = text_of.cpu().flatten().numpy(), text_of.shape[1]
+    flat, width = text_of.flatten().numpy(), text_of.shape[1]
     texts, first, lengths = np.unique(flat, return_index=True, return_counts=True)
     spans = []
     for text, at, length in zip(texts.tolist(), first.tolist(), lengths.tolist(), strict=True):

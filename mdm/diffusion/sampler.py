@@ -13,10 +13,11 @@ from torch import Tensor
 from mdm.diffusion.schedule import Schedule
 
 SOLVERS = ("dpmpp2m", "eq9", "ddpm")
+LOW, HIGH = -9.0, 7.0  # log-SNR beyond which an evaluation has no effect
 
 
 class Solver(Protocol):
-    """A list of noise levels at which z_0 is estimated, and the step of z between two of them."""
+    """The noise levels at which z_0 is estimated, and the step of z between two of them."""
 
     levels: Tensor  # float64 [evaluations], the log-SNR at each evaluation
 
@@ -55,10 +56,8 @@ def make_solver(
     raise ValueError(f"solver is {name!r}; choose one of {', '.join(SOLVERS)}")
 
 
-def log_snr_grid(schedule: Schedule, steps: int, low: float = -9.0, high: float = 7.0) -> Tensor:
+def log_snr_grid(schedule: Schedule, steps: int) -> Tensor:
     """Noise levels of `steps` evaluations, float64 [steps], from noise to data.
-
-    `low` and `high` cut off the ends of the schedule, where an evaluation has no effect.
 
     Raises:
         ValueError: fewer than two steps.
@@ -66,7 +65,7 @@ def log_snr_grid(schedule: Schedule, steps: int, low: float = -9.0, high: float 
     if steps < 2:
         raise ValueError(f"sampling takes {steps} steps; a second-order solver needs at least 2")
     first, last = schedule.log_snr_range()
-    return torch.linspace(max(last, low), min(first, high), steps, dtype=torch.float64)
+    return torch.linspace(max(last, LOW), min(first, HIGH), steps, dtype=torch.float64)
 
 
 class DPMSolverPP2M:

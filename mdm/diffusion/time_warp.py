@@ -16,7 +16,7 @@ MOMENTUM = 0.05
 
 
 class TimeWarp(nn.Module):
-    """Maps uniforms to steps 1 ... T - 1. Its learned state is a buffer, saved in checkpoints."""
+    """Maps uniforms to steps 1 ... T - 1. Its learned curve is a buffer, saved in checkpoints."""
 
     loss: Tensor
 

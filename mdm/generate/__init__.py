@@ -1,4 +1,4 @@
-"""From exported weights to images and text."""
+"""Images and text from exported weights."""
 
 from mdm.generate.generator import Generator
 

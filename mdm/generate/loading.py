@@ -1,5 +1,6 @@
-"""The parts of a generator, from an export and a first-stage folder."""
+"""The parts of a generator, loaded from an export and a first-stage folder."""
 
+import dataclasses
 from pathlib import Path
 from typing import Protocol
 
@@ -21,11 +22,17 @@ class Decodes(Protocol):
         ...
 
 
-def load_model(folder: Path, config: Config) -> MDM:
-    """The model of an export; ValueError if its weights belong to another configuration."""
-    model = MDM(config.model)
+def load_model(folder: Path, config: Config, compiled: bool = False) -> MDM:
+    """The model of an export, its blocks `compiled` if those of the run were.
+
+    Raises:
+        ValueError: the weights belong to another configuration.
+    """
+    # Whichever kernel the run was trained with, torch computes the same scans.
+    kernel = "compiled" if compiled and config.model.kernel == "compiled" else "torch"
+    model = MDM(dataclasses.replace(config.model, kernel=kernel))
     weights = load_file(folder / "model.safetensors")
-    # What the loss keeps beside the model is no part of it.
+    # The loss saves more than the model.
     model_weights = {k: v for k, v in weights.items() if k.startswith(("network.", "vae."))}
     try:
         model.load_state_dict(model_weights)
@@ -34,23 +41,19 @@ def load_model(folder: Path, config: Config) -> MDM:
     return model
 
 
-class TextAlone:
-    """In an autoencoder's place where the training data held no images."""
+def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes | None:
+    """The autoencoder at `path`, None if the training data held no images.
 
-    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Raises ValueError."""
-        raise ValueError("the model was trained on text alone: no autoencoder decodes its latents")
-
-
-def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes:
-    """The autoencoder at `path`; ValueError unless the data of the export `folder` came of it."""
+    Raises:
+        ValueError: it did not encode the training data of the export `folder`.
+    """
     if provenance.autoencoder == PIXELS:
         raise ValueError(
             f"{folder} was trained on pixel patches, which no autoencoder decodes; "
-            "examples/digits/learn.py draws from it"
+            "generate with examples/digits/learn.py"
         )
     if provenance.autoencoder:
         check_autoencoder(path, provenance.autoencoder, f"the data of {folder} was encoded with")
     elif provenance.tokenizer and not (Path(path) / "config.json").is_file():
-        return TextAlone()
+        return None
     return Autoencoder.load(path)

@@ -3,13 +3,13 @@
 A missing kernel raises ImportError; there is no silent fallback to torch.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from mdm.kernels import conv
-from mdm.kernels.ssd import check
+from mdm.kernels.ssd import Options, check
 
 INSTALL = 'pip install -c infra/constraints.txt --no-build-isolation ".[gpu]"'
 
@@ -22,35 +22,17 @@ def ssd(
     C: Tensor,
     *,
     chunk_size: int,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    seq_idx: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    return_final_states: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`mdm.kernels.ssd.ssd` with mamba_ssm's Triton kernel; same arguments and results."""
-    check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, initial_states)
+    check(x, dt, A, B, C, chunk_size, **options)
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError as error:
         raise missing("mamba_ssm", error) from error
-    result: Tensor | tuple[Tensor, Tensor] = mamba_chunk_scan_combined(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        chunk_size,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        initial_states=initial_states,
-        seq_idx=_kernel_seq_idx(seq_idx),
-        dt_softplus=dt_softplus,
-        return_final_states=return_final_states,
-    )
+    options["seq_idx"] = _kernel_seq_idx(options.get("seq_idx"))
+    result: Tensor | tuple[Tensor, Tensor]
+    result = mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, **options)
     return result
 
 

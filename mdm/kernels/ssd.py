@@ -1,17 +1,30 @@
 """The Mamba-2 scan in torch: chunked matrix products, and the recurrence as their reference.
 
-State-space duality (Dao & Gu 2024, Sec. 6): inside a chunk the scan is a masked attention,
-between chunks a short recurrence over states.
+State-space duality (Dao & Gu 2024, Sec. 6): inside a chunk the scan is a masked attention, between
+chunks a short recurrence over states.
 
 Shapes: b batch, l length, h heads, p channels per head, g groups, n state size, c chunks, q tokens
 per chunk.
 """
 
 import math
+from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Options(TypedDict, total=False):
+    """Optional arguments of `ssd` and its twins; see there."""
+
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    seq_idx: Tensor | None
+    initial_states: Tensor | None
+    return_final_states: bool
 
 
 def ssd(
@@ -55,7 +68,8 @@ def ssd(
     Raises:
         ValueError: shapes or dtypes do not match; the message gives both values.
     """
-    check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, initial_states)
+    options = Options(D=D, z=z, dt_bias=dt_bias, seq_idx=seq_idx, initial_states=initial_states)
+    check(x, dt, A, B, C, chunk_size, **options)
     dtype, length = x.dtype, x.shape[1]
     heads_per_group = x.shape[2] // B.shape[2]
     dt = dt.float()
@@ -125,23 +139,18 @@ def ssd_reference(
     C: Tensor,
     *,
     chunk_size: int,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    seq_idx: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    return_final_states: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`ssd` as the plain recurrence, token by token: its reference in tests. Same signature."""
-    check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, initial_states)
+    """`ssd` as the plain recurrence, token by token: its reference in tests. Same arguments."""
+    check(x, dt, A, B, C, chunk_size, **options)
+    seq_idx, initial = options.get("seq_idx"), options.get("initial_states")
     b, length, h, p = x.shape
     Bh, Ch = (t.repeat_interleave(h // B.shape[2], 2).to(x.dtype) for t in (B, C))
-    if dt_bias is not None:
-        dt = dt + dt_bias
-    if dt_softplus:
+    if (bias := options.get("dt_bias")) is not None:
+        dt = dt + bias
+    if options.get("dt_softplus"):
         dt = F.softplus(dt)
-    state = x.new_zeros(b, h, p, B.shape[3]) if initial_states is None else initial_states
+    state = x.new_zeros(b, h, p, B.shape[3]) if initial is None else initial
     outputs = []
     for i in range(length):
         if seq_idx is not None and i > 0:
@@ -151,8 +160,8 @@ def ssd_reference(
         update = (dt[:, i, :, None] * x[:, i]).unsqueeze(-1) * Bh[:, i].unsqueeze(-2)
         state = decay * state + update
         outputs.append((state * Ch[:, i].unsqueeze(-2)).sum(-1))
-    y = _skip_and_gate(torch.stack(outputs, 1), x, D, z)
-    return (y, state) if return_final_states else y
+    y = _skip_and_gate(torch.stack(outputs, 1), x, options.get("D"), options.get("z"))
+    return (y, state) if options.get("return_final_states") else y
 
 
 def chunk_length(length: int, chunk_size: int) -> int:
@@ -199,11 +208,7 @@ def check(
     B: Tensor,
     C: Tensor,
     chunk_size: int,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_states: Tensor | None,
+    **options: Unpack[Options],
 ) -> None:
     """Raise ValueError, with both values, if shapes or dtypes do not match."""
     if chunk_size < 1:
@@ -217,6 +222,7 @@ def check(
         raise ValueError("x has length 0; a scan needs at least one token")
     if B.dim() != 4 or not B.shape[2] or h % B.shape[2]:
         raise ValueError(f"B has shape {tuple(B.shape)}; its groups must divide the {h} heads of x")
+    D = options.get("D")
     expected = {
         "x": (x, (b, length, h, p)),
         "dt": (dt, (b, length, h)),
@@ -224,13 +230,13 @@ def check(
         "B": (B, (b, length, *B.shape[2:])),
         "C": (C, tuple(B.shape)),
         "D": (D, (h,) if D is None or D.dim() != 2 else (h, p)),
-        "z": (z, (b, length, h, p)),
-        "dt_bias": (dt_bias, (h,)),
-        "initial_states": (initial_states, (b, h, p, B.shape[3])),
+        "z": (options.get("z"), (b, length, h, p)),
+        "dt_bias": (options.get("dt_bias"), (h,)),
+        "initial_states": (options.get("initial_states"), (b, h, p, B.shape[3])),
     }
     for name, (tensor, shape) in expected.items():
         check_tensor(name, tensor, shape, x)
-    check_seq_idx(seq_idx, x)
+    check_seq_idx(options.get("seq_idx"), x)
 
 
 def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The model: a decoder inside a noisy-latent VAE. It is what is trained, exported and sampled."""
+"""The model that is trained, exported and sampled: a decoder inside a noisy-latent VAE."""
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ class MDM(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.network = Decoder(config)  # checkpoints call it so
+        self.network = Decoder(config)  # the name in checkpoints
         self.vae = NoisyLatentVAE(config.latent_dim, config.vocab_size)
 
 

@@ -24,7 +24,7 @@ from mdm.data.batch import Batch
 from mdm.kernels import fused
 from mdm.loss import Loss
 from mdm.model.decoder import Trunk
-from mdm.model.packing import N_HEAD
+from mdm.model.sequence import Layout
 from mdm.planning.footprint import Live, saved_activations
 from mdm.utils.precision import autocast
 
@@ -56,7 +56,7 @@ def largest_batch(config: Config, samples: int, with_image: bool = True) -> Batc
     keys = torch.arange(samples)
     n = model.image_height * model.image_width
     latents = torch.randn(samples, n, model.latent_dim) if with_image else None
-    text = text_length(config.data, with_image)
+    text = longest(config, with_image).text
     return Batch(
         ids=tuple(f"sample-{i}" for i in range(samples)),
         keys=keys,
@@ -68,27 +68,20 @@ def largest_batch(config: Config, samples: int, with_image: bool = True) -> Batc
     )
 
 
-def text_length(data: DataConfig, with_image: bool) -> int:
-    """Text tokens of the longest sample of either task."""
-    return data.caption_length if with_image else data.dialogue_length
-
-
-def sequence_length(config: Config, with_image: bool) -> int:
-    """Tokens of the trunk's sequence for the longest sample of either task."""
-    text = N_HEAD + text_length(config.data, with_image) + 2
-    grid = config.model.image_height * config.model.image_width
-    return text + (grid + 2 if with_image else 0)
+def longest(config: Config, with_image: bool) -> Layout:
+    """The trunk's sequence for the longest sample of either task."""
+    text = config.data.caption_length if with_image else config.data.dialogue_length
+    return Layout.of(config.model, text, int(with_image))
 
 
 def _trunk(
     config: Config, samples: int, with_image: bool, precision: str
 ) -> tuple[int, int, int, int]:
     """The first four numbers of `Activations`."""
-    model, text = config.model, text_length(config.data, with_image)
+    model, layout = config.model, longest(config, with_image)
     if model.kernel == "compiled":  # keeps less; counted as what it is compiled from
         model = dataclasses.replace(model, kernel="torch")
-    grid = (model.image_height, model.image_width) if with_image else None
-    shape = (samples, sequence_length(config, with_image), model.d_model)
+    shape = (samples, layout.length, model.d_model)
     small = dataclasses.replace(
         model,
         n_layer=min(4, model.n_layer),  # every kind of block is among the first four
@@ -101,12 +94,12 @@ def _trunk(
     )
     # Scan orders are cached: this makes them, as real tensors.
     with torch.no_grad():
-        Trunk(small)(torch.zeros(1, shape[1], small.d_model), text, grid)
+        Trunk(small)(torch.zeros(1, shape[1], small.d_model), layout)
 
     def run(trunk: nn.Module) -> tuple[Tensor, int]:
         x = torch.randn(shape, requires_grad=True)
         with autocast(precision), saved_activations(trunk) as saved:
-            return trunk(x, text, grid), saved.bytes
+            return trunk(x, layout), saved.bytes
 
     with FakeTensorMode(allow_non_fake_inputs=True), _shapes_of_fused_kernels():
         whole = Trunk(model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mdm.config import Config
 from mdm.model.count import trunk_macs
-from mdm.planning.activations import sequence_length
+from mdm.planning.activations import longest
 from mdm.planning.memory_plan import shapes_of
 from mdm.train.deepspeed_config import load_deepspeed_config, zero_settings
 
@@ -47,7 +47,7 @@ def mean_sample(config: Config, text_share: float) -> tuple[float, float]:
     passes = 3 + config.objective.p_self_condition
     tokens = flops = 0.0
     for with_image, share in ((True, 1 - text_share), (False, text_share)):
-        length = sequence_length(config, with_image)
+        length = longest(config, with_image).length
         tokens += share * length
         flops += share * 2 * passes * sum(trunk_macs(config.model, length))
     return tokens, flops

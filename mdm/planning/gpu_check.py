@@ -20,7 +20,7 @@ from mdm.kernels import ssd as torch_ssd
 from mdm.loss import Loss
 from mdm.model.count import trunk_macs
 from mdm.model.decoder import Trunk, block_scans
-from mdm.planning.activations import largest_batch, sequence_length
+from mdm.planning.activations import largest_batch, longest
 from mdm.presets import PRESETS
 from mdm.utils.command_line import fail
 from mdm.utils.precision import BF16, autocast
@@ -208,7 +208,7 @@ def measure(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int) ->
 def train_loss(config: Config, model: ModelConfig, flags: Flags, steps: int) -> tuple[float, int]:
     """Seconds and peak bytes of a step of `Loss` with the sizes of `model`."""
     loss = Loss(dataclasses.replace(config, model=model)).to(DEVICE).train()
-    batch = largest_batch(config, flags.batch).to(DEVICE)
+    batch = largest_batch(config, flags.batch)
     step = itertools.count()
     return measure(lambda: loss(batch, next(step)).total, list(loss.parameters()), steps)
 
@@ -231,7 +231,8 @@ def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, 
     """Rows for one block and for training steps of a preset, with our blocks and stock ones."""
     config = PRESETS[name]
     model = dataclasses.replace(config.model, kernel="fused")
-    length = sequence_length(config, with_image=True)
+    layout = longest(config, with_image=True)
+    length = layout.length
     shape = (flags.batch, length, model.d_model)
     rows: list[dict[str, Any]] = []
 
@@ -253,8 +254,7 @@ def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, 
         stock = f"{what}, stock mixers"
         add(stock, plain, lambda: train_blocks(StockStack(plain), shape, flags.steps))
 
-    layout = (config.data.caption_length, (model.image_height, model.image_width))
-    add_both("block", 1, lambda sizes: train_blocks(Trunk(sizes), shape, flags.steps, *layout))
+    add_both("block", 1, lambda sizes: train_blocks(Trunk(sizes), shape, flags.steps, layout))
 
     peaks = []
     for n_layer in (2, 4):

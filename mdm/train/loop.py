@@ -251,7 +251,7 @@ def take_step(run: Run) -> tuple[int, float]:
     engine, state, clock, guard = run.engine, run.state, run.clock, run.guard
     run.heartbeat.begin_step(state.step)
     with clock.part("data"):
-        batch = next(run.loader).to(engine.device)
+        batch = next(run.loader)
     if not state.time_to_first_batch:
         state.time_to_first_batch = time.time() - psutil.Process().create_time()
     buffers = engine.buffers()

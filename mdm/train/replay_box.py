@@ -156,7 +156,7 @@ def replay(folder: Path, make_loss: Callable[[Config], nn.Module]) -> tuple[floa
             buffer.data.copy_(value)
         module.zero_grad()
         with torch.set_grad_enabled(gradient), autocast(kind, device.type):
-            loss = module(part.to(device), step).total
+            loss = module(part, step).total
         if not gradient:
             return float(loss.detach()), 0.0
         loss.backward()

@@ -15,20 +15,15 @@ import torch
 from mdm.config import Config, ModelConfig
 from mdm.data.batch import Batch
 from mdm.model.count import trunk_macs
+from mdm.model.sequence import Layout
 from mdm.utils.gpu import peak_flops
 from mdm.utils.ranks import World, exchange
 
 
-def sequence_length(model: ModelConfig, text: int, image: int) -> int:
-    """Tokens of `[time][class] [pad text pad] [pad image pad]...`: `image` of all images."""
-    images = image // (model.image_height * model.image_width)
-    return 4 + text + image + 2 * images
-
-
 @lru_cache(maxsize=64)
-def step_flops(model: ModelConfig, text: int, image: int) -> int:
-    """Floating-point operations of one sample's forward and backward pass."""
-    return 3 * 2 * sum(trunk_macs(model, sequence_length(model, text, image)))
+def step_flops(model: ModelConfig, text: int, images: int) -> int:
+    """Floating-point operations of one sample's forward and backward."""
+    return 3 * 2 * sum(trunk_macs(model, Layout.of(model, text, images).length))
 
 
 class Throughput:
@@ -49,8 +44,9 @@ class Throughput:
         text = batch.tokens.shape[1]
         image = 0 if batch.latents is None else batch.latents.shape[1]
         self._tokens += rows * (text + image)
-        self._images += rows * image // (self._model.image_height * self._model.image_width)
-        self._flops += rows * step_flops(self._model, text, image)
+        images = image // (self._model.image_height * self._model.image_width)
+        self._images += rows * images
+        self._flops += rows * step_flops(self._model, text, images)
 
     def rates(self, seconds: float) -> dict[str, float]:
         """Rates over the last `seconds`, and reset; `mfu` only if the GPU's peak is known."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from mdm.data.batch import Batch
 from mdm.diffusion import noise
 from mdm.loss import Loss
+from mdm.train.metrics import sums_by_conditioning
 from tests.golden.test_losses import CONFIG, batch
 
 GLOBAL_BATCH = 6
@@ -48,8 +49,8 @@ def take_steps(
         own = share(batch(step), part)
         draws, terms = random_draws(objective, own), objective(own, step)
         terms.total.backward()
-        *scalars, sums = [t.detach() for t in terms]
-        rows.append((draws, torch.stack(scalars), sums))
+        scalars = [t.detach() for t in terms if t.dim() == 0]
+        rows.append((draws, torch.stack(scalars), sums_by_conditioning(terms)))
     return rows
 
 

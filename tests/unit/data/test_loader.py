@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -203,6 +204,22 @@ def test_a_missing_shard_is_named(local: Mixture) -> None:
     Path(manifest.location, manifest.shards[0].key).unlink()
     with Loader(local, 7, **LENGTHS) as loader, pytest.raises(StoreError, match="does not exist"):
         take(loader, 20)
+
+
+def test_a_batch_that_does_not_fit_the_model_is_refused_where_it_is_collated(
+    local: Mixture,
+) -> None:
+    fitting = ModelConfig(vocab_size=100, image_height=2, image_width=2, text_length=10)
+    small = dataclasses.replace(fitting, vocab_size=8)
+    with Loader(local, 7, **LENGTHS, model=fitting) as loader:
+        take(loader, 4)
+    with (
+        Loader(local, 7, **LENGTHS, model=small) as loader,
+        pytest.raises(
+            ValueError, match=r"sample images:\d+ has \d+ in tokens; it lies in 0 \.\.\. 7"
+        ),
+    ):
+        take(loader, 4)
 
 
 def test_memory_stays_within_its_budget(local: Mixture) -> None:

@@ -32,14 +32,14 @@ def test_attention_is_softmax_over_shared_keys():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_packed_sequences_do_not_hear_each_other():
+def test_packed_sequences_do_not_mix():
     block = AttentionBlock(SMALL, 1)
     a, b = torch.randn(1, 3, 32), torch.randn(1, 4, 32)
     packed = block(torch.cat([a, b], 1), seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1, 1]]))
     torch.testing.assert_close(packed, torch.cat([block(a), block(b)], 1))
 
 
-def test_tokens_are_told_apart_by_their_embedding_alone():
+def test_attention_itself_has_no_order():
     block = AttentionBlock(SMALL, 1)
     x, turned = torch.randn(2, 7, 32), torch.randperm(7)
     torch.testing.assert_close(block(x)[:, turned], block(x[:, turned]))
