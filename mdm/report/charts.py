@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 
 SOFT, LINE, ACCENT, BAD = "#6d6a63", "#d9d5cc", "#3b5bcc", "#c8452f"
 THEME = {SOFT: "--soft", LINE: "--line", ACCENT: "--accent", BAD: "--no"}
@@ -49,17 +50,16 @@ MARKS = ("|", "d", "x")  # of a row chart's references
 
 
 @contextmanager
-def _axes(width: float, height: float) -> Iterator[Axes]:
-    """The axes of a new figure of this size in inches, in the style of all charts."""
+def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A new figure of this size in inches and its axes, in the style of all charts."""
     with matplotlib.rc_context(STYLE):
-        yield Figure(figsize=(width, height), layout="constrained").subplots()
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots()
 
 
-def _svg(axes: Axes, title: str) -> Markup:
-    """The figure of `axes` as an SVG element, without date and metadata."""
+def _svg(figure: Figure, title: str) -> Markup:
+    """The figure as an SVG element, without date and metadata."""
     buffer = io.StringIO()
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     text = buffer.getvalue()
@@ -81,12 +81,11 @@ def _log_axis(axis: Axis, low: float, high: float) -> None:
     axis.set_tick_params(which="minor", size=0)
 
 
-def smooth(values: Sequence[float], share: float = 0.03) -> list[float]:
+def smooth(values: Sequence[float], share: float = 0.03) -> NDArray[np.float64]:
     """Centred moving mean over `share` of the values on each side."""
-    padded = [0.0, *np.cumsum(values)]
-    reach, n = int(len(values) * share), len(values)
-    bounds = [(max(0, i - reach), min(n, i + reach + 1)) for i in range(n)]
-    return [float(padded[high] - padded[low]) / (high - low) for low, high in bounds]
+    window = np.ones(2 * int(len(values) * share) + 1)
+    sums = np.convolve(values, window, mode="same")
+    return sums / np.convolve(np.ones(len(values)), window, mode="same")
 
 
 def line_chart(x: Sequence[float], y: Sequence[float], title: str, y_label: str) -> Markup:
@@ -101,7 +100,7 @@ def line_chart(x: Sequence[float], y: Sequence[float], title: str, y_label: str)
     if len(points) < 2:
         raise ValueError(f"{title}: {len(points)} finite values; a line needs at least 2")
     xs, ys = zip(*points, strict=True)
-    with _axes(3.6, 2.0) as axes:
+    with _figure(3.6, 2.0) as (figure, axes):
         axes.plot(xs, ys, color=ACCENT, linewidth=0.7, alpha=0.35)
         axes.plot(xs, smooth(ys), color=ACCENT, linewidth=1.6)
         axes.set(xlabel="samples seen", ylabel=y_label)
@@ -110,14 +109,14 @@ def line_chart(x: Sequence[float], y: Sequence[float], title: str, y_label: str)
         if 0 < 10 * min(ys) < max(ys):
             _log_axis(axes.yaxis, min(ys), max(ys))
         axes.grid(axis="y")
-        return _svg(axes, title)
+        return _svg(figure, title)
 
 
 def histogram(counts: Mapping[int, int], title: str, x_label: str, y_label: str) -> Markup:
     """At most `BARS` bars of equal width over the integers in `counts`, which is not empty."""
     low, high = min(counts), max(counts)
     width = -(-(high - low + 1) // BARS)
-    with _axes(4.8, 2.2) as axes:
+    with _figure(4.8, 2.2) as (figure, axes):
         axes.hist(
             list(counts),
             bins=range(low, high + width + 1, width),
@@ -130,7 +129,7 @@ def histogram(counts: Mapping[int, int], title: str, x_label: str, y_label: str)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(axis="y")
-        return _svg(axes, title)
+        return _svg(figure, title)
 
 
 def solver_chart(
@@ -160,7 +159,7 @@ def solver_chart(
         raise ValueError(f"{title}: {len(counts)} numbers of evaluations; a line needs at least 2")
     if not all(math.isfinite(value) and (value > 0 or not log) for value in values):
         raise ValueError(f"{title}: {min(values)} ... {max(values)} do not fit the axis")
-    with _axes(4.8, 2.6) as axes:
+    with _figure(4.8, 2.6) as (figure, axes):
         for name, line in measured.items():
             axes.plot(sorted(line), [line[n] for n in sorted(line)], marker=".", label=name)
         for value, name, style in zip(references.values(), references, ("--", ":"), strict=False):
@@ -173,10 +172,8 @@ def solver_chart(
             values += references.values()
             _log_axis(axes.yaxis, min(values), max(values))
         axes.grid(axis="y")
-        figure = axes.get_figure(root=True)
-        assert figure is not None
         figure.legend(loc="outside right upper", fontsize=7)
-        return _svg(axes, title)
+        return _svg(figure, title)
 
 
 def row_chart(
@@ -194,7 +191,7 @@ def row_chart(
         references: {reference, such as "target": {row: value}}, at most three, drawn as marks.
     """
     places = {name: place for place, name in enumerate(rows)}
-    with _axes(4.8, 0.6 + 0.2 * len(rows) + (0.2 if references else 0)) as axes:
+    with _figure(4.8, 0.6 + 0.2 * len(rows) + (0.2 if references else 0)) as (figure, axes):
         y = [places[name] for name, values in rows.items() for _ in values]
         dots = [value for values in rows.values() for value in values]
         axes.scatter(dots, y, s=20, color=ACCENT, alpha=0.7, linewidths=0, zorder=3, label="value")
@@ -212,15 +209,15 @@ def row_chart(
             axes.legend(
                 loc="lower right", bbox_to_anchor=(1, 1), ncols=len(references) + 1, fontsize=7
             )
-        return _svg(axes, title)
+        return _svg(figure, title)
 
 
 def bar_chart(values: Mapping[str, float], title: str, x_label: str) -> Markup:
     """A horizontal bar for each name, with its value beside it."""
-    with _axes(4.8, 0.5 + 0.2 * len(values)) as axes:
+    with _figure(4.8, 0.5 + 0.2 * len(values)) as (figure, axes):
         bars = axes.barh(list(values), list(values.values()), color=ACCENT, height=0.6)
         axes.bar_label(bars, fmt="{:.0f}", padding=3)
         axes.invert_yaxis()
         axes.set(xlabel=x_label)
         axes.grid(axis="x")
-        return _svg(axes, title)
+        return _svg(figure, title)

@@ -7,7 +7,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,16 +59,12 @@ class Target:
         if value is not None and bound is not None:
             ok = value <= bound if self.at_least is None else value >= bound
         sign = "≤" if self.at_least is None else "≥"
-        return {
-            "metric": self.metric,
-            "title": self.title,
+        return asdict(self) | {
             "value": value,
             "beside": metrics.get(self.beside),
             "bound": bound,
             "target": "" if bound is None else f"{sign} {bound:.2f}",
             "ok": ok,
-            "note": self.note,
-            "share": self.share,
         }
 
 
