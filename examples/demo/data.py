@@ -154,8 +154,8 @@ def write_emoji(root: Path, limit: int) -> dict[str, int]:
     for name, members in files.items():
         _write_tgz(root / "data" / name, members)
     for split, records in rows.items():
-        path = root / ANNOTATIONS[split]
-        _write_tgz(path, [(path.name.removesuffix(".tgz"), _json_lines(records))])
+        annotations = root / ANNOTATIONS[split]
+        _write_tgz(annotations, [(annotations.name.removesuffix(".tgz"), _json_lines(records))])
     return {split: len(records) for split, records in rows.items()}
 
 

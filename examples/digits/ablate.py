@@ -96,8 +96,8 @@ def run_one(flags: Flags, setting: Setting, variant: str, seed: int) -> dict[str
         raise RuntimeError(
             f"{variant}, seed {seed}: training ended with exit code {code}; see {folder}/log.txt"
         )
-    metrics, generated = evaluate(load(folder / "train" / "export", setting), setting.ruler, flags)
-    shown = generated.images[: len(WORDS)]
+    metrics, images, _ = evaluate(load(folder / "train" / "export", setting), setting.ruler, flags)
+    shown = images["drawn"][: len(WORDS)]
     sheet = save_sheet(shown, folder / "images.png", columns=len(shown))
     rows = read_lines(folder / "train" / "metrics.jsonl", {"loss": float})
     losses = [row["loss"] for row in rows]

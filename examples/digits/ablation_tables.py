@@ -30,6 +30,7 @@ CHARTS = {  # the unit, and the metric of real images
     "fid64": ("squared distance of features", "fid64_floor"),
     "loss": ("Eq. 18", ""),
 }
+SOLVER_CHARTS = ("t2i_accuracy", "fid64")
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -97,23 +98,20 @@ def section(ablation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What the page shows of `ablation`, whose first seeds' images are in `folder`."""
     runs: Runs = ablation["variants"]
     shipped = next(iter(runs.values()))[0]
-    real = {metric: shipped[floor] for metric, (_, floor) in CHARTS.items() if floor in shipped}
     charts, solver_charts = [], []
-    for metric, (unit, _) in CHARTS.items():
+    for metric, (unit, floor) in CHARTS.items():
         title = COLUMNS[metric]
+        real = {"real images": shipped[floor]} if floor in shipped else {}
         rows = {variant: [seed[metric] for seed in seeds] for variant, seeds in runs.items()}
-        references = {"real images": dict.fromkeys(rows, real[metric])} if metric in real else {}
-        charts.append({"title": title, "svg": row_chart(rows, title, unit, references)})
-    solvers = ablation.get("solvers", {})
-    for metric in ("t2i_accuracy", "fid64") if solvers else ():
-        lines = {
-            name: {int(n): metrics[metric] for n, metrics in by_count.items()}
-            for name, by_count in solvers.items()
-        }
-        title = f"{COLUMNS[metric]}, by evaluations"
-        references = {"real images": real[metric]} if metric in real else {}
-        svg = solver_chart(lines, title, CHARTS[metric][0], references=references)
-        solver_charts.append({"title": title, "svg": svg})
+        marks = {name: dict.fromkeys(rows, value) for name, value in real.items()}
+        charts.append({"title": title, "svg": row_chart(rows, title, unit, marks)})
+        if metric in SOLVER_CHARTS and "solvers" in ablation:
+            lines = {
+                solver: {int(n): metrics[metric] for n, metrics in by_count.items()}
+                for solver, by_count in ablation["solvers"].items()
+            }
+            svg = solver_chart(lines, f"{title}, by evaluations", unit, references=real)
+            solver_charts.append({"title": f"{title}, by evaluations", "svg": svg})
     return {
         "flags": ablation["flags"],
         "charts": charts,

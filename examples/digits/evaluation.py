@@ -16,6 +16,7 @@ from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import image
 from mdm.evaluate.caption import ClassNames, caption_accuracy
 from mdm.evaluate.classifier import Classifier
+from mdm.evaluate.suite import Label
 from mdm.generate import Generator
 
 
@@ -40,19 +41,6 @@ class Task:
     latents: Tensor  # of `real`, f32 [n, N, C]
     labels: Tensor  # of `real`, i64 [n]
     captions: Callable[[Sequence[int]], list[str]]  # a caption for each class
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Generated images and captions, with the classes that the classifier sees."""
-
-    images: Tensor  # from `prompts`
-    prompts: list[str]
-    seen: list[int]  # classes of `images`
-    captions: list[str]  # of the held-out images
-    joint_images: Tensor
-    joint_captions: list[str]
-    joint_seen: list[int]
 
 
 class Ruler:
@@ -99,39 +87,48 @@ class Ruler:
 
 def evaluate(
     generator: Generator, ruler: Ruler, sampling: Sampling, seed: int = 0
-) -> tuple[dict[str, Any], Generated]:
-    """Metrics with their floors, and the images and texts behind them.
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, list[Label]]]:
+    """Evaluate `generator` on the task of `ruler`.
 
     As many images of each class are generated as are held out, so that every distance is between
     equally many images.
+
+    Returns:
+        Metrics with their floors; images f32 [n, 3, H, W] by name; the labels of the images.
     """
-    task, wanted, prompts = ruler.task, ruler.wanted.numpy(), ruler.prompts
+    task, wanted, names = ruler.task, ruler.wanted.numpy(), ruler.task.names
     text: dict[str, Any] = {
         "steps": 2 * sampling.steps,
         "seed": seed,
         "solver": sampling.text_solver,
     }
-    images, unguided = (
+    drawn, unguided = (
         generator.text_to_image(
-            prompts, guidance=guidance, steps=sampling.steps, seed=seed, solver=sampling.solver
+            ruler.prompts, guidance=weight, steps=sampling.steps, seed=seed, solver=sampling.solver
         )
-        for guidance in (sampling.guidance, 0.0)
+        for weight in (sampling.guidance, 0.0)
     )
-    metrics, seen = ruler.measure(images)
+    metrics, seen = ruler.measure(drawn)
     metrics |= {f"{name}_unguided": value for name, value in ruler.measure(unguided)[0].items()}
     captions = generator.image_to_text(task.latents, guidance=0.0, **text)
-    n = len(task.labels)
-    joint_images, joint_captions = generator.joint(n, guidance=sampling.joint_guidance, **text)
-    joint_seen = ruler.judge.judge(joint_images)[0]
-    named = np.array([task.names.named(caption) for caption in joint_captions])
+    n, classes = len(task.labels), task.labels.tolist()
+    joint, joint_captions = generator.joint(n, guidance=sampling.joint_guidance, **text)
+    joint_seen = ruler.judge.judge(joint)[0]
+    named = np.array([names.named(caption) for caption in joint_captions])
     metrics |= ruler.floor() | {
         "shuffled_control": image.shuffled_control(seen, wanted, seed=seed),
-        "i2t_accuracy": caption_accuracy(task.names, captions, task.labels.tolist())[0],
+        "i2t_accuracy": caption_accuracy(names, captions, classes)[0],
         "joint_agreement": image.agreement(named, joint_seen),
         "joint_class_shares": ruler.class_shares(joint_seen),
         "n": n,
     }
-    generated = Generated(
-        images, prompts, seen.tolist(), captions, joint_images, joint_captions, joint_seen.tolist()
-    )
-    return metrics, generated
+    labels = {
+        "drawn": map(Label, ruler.prompts, [""] * n, (seen == wanted).tolist()),
+        "described": [
+            Label(caption, names.names[c][0], names.named(caption) == c)
+            for caption, c in zip(captions, classes, strict=True)
+        ],
+        "joint": map(Label, joint_captions, [""] * n, (named == joint_seen).tolist()),
+    }
+    images = {"drawn": drawn, "described": task.real, "joint": joint, "real": task.real}
+    return metrics, images, {name: list(row) for name, row in labels.items()}

@@ -108,7 +108,7 @@ def run(flags: Flags) -> dict[str, Any]:
     done = load_json(out / "train" / "done.json")
     trained = time.monotonic()
     export = out / "train" / "export"
-    metrics, generated = evaluate(load(export, setting), setting.ruler, flags, flags.seed)
+    metrics, images, labels = evaluate(load(export, setting), setting.ruler, flags, flags.seed)
     evaluated = time.monotonic() - trained
     report = metrics | {
         "train_seconds": done["wall_seconds"],
@@ -117,7 +117,7 @@ def run(flags: Flags) -> dict[str, Any]:
         "evaluate_seconds": evaluated,
         "wall_seconds": prepared + done["wall_seconds"] + evaluated,
     }
-    return learn_report.write(out, report, setting.ruler.task, generated, vars(flags))
+    return learn_report.write(out, report, images, labels, vars(flags))
 
 
 @job("learn", ValueError)

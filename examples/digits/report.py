@@ -1,13 +1,14 @@
 """The report of `make learn`: `report.json` for programs, `report.html` for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from examples.digits.ablation_tables import section
-from examples.digits.evaluation import Generated, Task
 from mdm.evaluate.suite import Label
-from mdm.report.image_grid import save_sheet
+from mdm.report.image_grid import save_sheets
 from mdm.report.page import (
     Target,
     loss_charts,
@@ -44,38 +45,11 @@ def targets(metrics: Mapping[str, Any]) -> list[Target]:
     ]  # fmt: skip
 
 
-def save_sheets(task: Task, generated: Generated, folder: Path) -> None:
-    """Save images with their labels: texts, and whether the classifier or a caption is correct."""
-    named, g = task.names.named, generated
-    labels = {
-        "drawn": [
-            Label(prompt, "", seen == i % len(task.names))
-            for i, (prompt, seen) in enumerate(zip(g.prompts, g.seen, strict=True))
-        ],
-        "described": [
-            Label(caption, task.names.names[c][0], named(caption) == c)
-            for caption, c in zip(g.captions, task.labels.tolist(), strict=True)
-        ],
-        "joint": [
-            Label(caption, "", named(caption) == seen)
-            for caption, seen in zip(g.joint_captions, g.joint_seen, strict=True)
-        ],
-        "real": [Label("")] * len(task.real),
-    }
-    images = (g.images, task.real, g.joint_images, task.real)
-    sheets = {
-        name: vars(save_sheet(pixels[:SHOWN], folder / f"{name}.png", columns=10))
-        for name, pixels in zip(labels, images, strict=True)
-    }
-    shown = {name: [vars(label) for label in row[:SHOWN]] for name, row in labels.items()}
-    write_json(folder / SHEETS, {"sheets": sheets, "labels": shown})
-
-
 def write(
     run: Path,
     metrics: Mapping[str, Any],
-    task: Task,
-    generated: Generated,
+    images: Mapping[str, Tensor],
+    labels: Mapping[str, Sequence[Label]],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write both reports into `run`, whose folder `train` is the training run's.
@@ -86,7 +60,13 @@ def write(
     metrics = {**metrics, "class_share_min": min(shares), "class_share_max": max(shares)}
     rows = [target.row(metrics) for target in targets(metrics)]
     report = metrics | {"targets": reached(rows), "settings": dict(settings)}
-    save_sheets(task, generated, run / "sheets")
+    shown = {name: pixels[:SHOWN] for name, pixels in images.items()}
+    sheets = save_sheets(shown, run / "sheets", columns=10)
+    content = {
+        "sheets": {name: vars(sheet) for name, sheet in sheets.items()},
+        "labels": {name: [vars(label) for label in row[:SHOWN]] for name, row in labels.items()},
+    }
+    write_json(run / "sheets" / SHEETS, content)
     write_page(run, report)
     return report
 

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
+from typing import Any
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 SOFT, LINE, ACCENT, BAD = "#6d6a63", "#d9d5cc", "#3b5bcc", "#c8452f"
 THEME = {SOFT: "--soft", LINE: "--line", ACCENT: "--accent", BAD: "--no"}
 SERIES = ("#2980b9", "#d35400", "#27ae60", "#8e44ad", "#7f8c8d", "#c0392b")
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout on every machine
     "font.size": 8,
     "svg.fonttype": "none",  # text stays text
@@ -36,7 +36,6 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=SERIES),
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "xtick.major.size": 0,
@@ -72,13 +71,13 @@ def _svg(figure: Figure, title: str) -> Markup:
     return Markup(text)
 
 
-def _log_axis(axis: Axis, low: float, high: float) -> None:
-    """A logarithmic axis for values in [low, high], labelled with plain round numbers."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3)))
-    axis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_tick_params(which="minor", size=0)
+def _log_y(axes: Axes, low: float, high: float) -> None:
+    """A logarithmic vertical axis for values in [low, high], labelled with round numbers."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(which="minor", size=0)
 
 
 def smooth(values: Sequence[float], share: float = 0.03) -> NDArray[np.float64]:
@@ -107,7 +106,7 @@ def line_chart(x: Sequence[float], y: Sequence[float], title: str, y_label: str)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if 0 < 10 * min(ys) < max(ys):
-            _log_axis(axes.yaxis, min(ys), max(ys))
+            _log_y(axes, min(ys), max(ys))
         axes.grid(axis="y")
         return _svg(figure, title)
 
@@ -160,8 +159,9 @@ def solver_chart(
     if not all(math.isfinite(value) and (value > 0 or not log) for value in values):
         raise ValueError(f"{title}: {min(values)} ... {max(values)} do not fit the axis")
     with _figure(4.8, 2.6) as (figure, axes):
-        for name, line in measured.items():
-            axes.plot(sorted(line), [line[n] for n in sorted(line)], marker=".", label=name)
+        for i, (name, line) in enumerate(measured.items()):
+            x, y = zip(*sorted(line.items()), strict=True)
+            axes.plot(x, y, marker=".", color=SERIES[i % len(SERIES)], label=name)
         for value, name, style in zip(references.values(), references, ("--", ":"), strict=False):
             axes.axhline(value, color=SOFT, linestyle=style, linewidth=1, label=name)
         axes.set_xscale("log")
@@ -170,7 +170,7 @@ def solver_chart(
         axes.minorticks_off()
         if log:
             values += references.values()
-            _log_axis(axes.yaxis, min(values), max(values))
+            _log_y(axes, min(values), max(values))
         axes.grid(axis="y")
         figure.legend(loc="outside right upper", fontsize=7)
         return _svg(figure, title)

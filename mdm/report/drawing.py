@@ -72,18 +72,6 @@ class Flags:
 
 def generate(generator: Generator, flags: Flags) -> list[str]:
     """Generate what `flags` describe and save the images; lines with the results and files."""
-    lines = draw(generator, flags)
-    if flags.selection_map:
-        assert generator.selected is not None
-        path = Path(flags.selection_map)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_map(generator.selected, generator.grid)).save(path)
-        lines.append(str(path))
-    return lines
-
-
-def draw(generator: Generator, flags: Flags) -> list[str]:
-    """Run the task and save its images; lines with the results."""
     common: dict[str, Any] = {
         "seed": flags.seed,
         "solver": flags.solver,
@@ -95,27 +83,35 @@ def draw(generator: Generator, flags: Flags) -> list[str]:
     text_steps = flags.text_steps or flags.steps
     text = common | {"guidance": flags.text_guidance or 0.0, "steps": text_steps}
     inputs = [item for item in split_inputs(flags) for _ in range(flags.n)]
+    pixels = None
     match flags.task:
         case "joint":
-            guidance = flags.text_guidance
-            pixels, names = generator.joint(
-                flags.n, **image, text_guidance=guidance, text_steps=text_steps
-            )
+            joint = image | {"text_guidance": flags.text_guidance, "text_steps": text_steps}
+            pixels, names = generator.joint(flags.n, **joint)
         case "class-to-image":
-            names = [f"class {item}" for item in inputs]
             pixels = generator.class_to_image([int(item) for item in inputs], **image)
+            names = [f"class {item}" for item in inputs]
         case "text-to-image":
             pixels, names = generator.text_to_image(inputs, **image), inputs
         case "image-to-text":
-            return paired(inputs, generator.image_to_text(encode(generator, inputs), **text))
-        case _:
+            names = generator.image_to_text(encode(generator, inputs), **text)
+        case "reply":
+            images = encode(generator, flags.images) if flags.images else None
+            if images is not None:
+                images = images.expand(len(inputs), *images.shape)
             dialogues = [[turn.strip() for turn in item.split("=>")] for item in inputs]
-            images = None
-            if flags.images:
-                latents = encode(generator, flags.images)
-                images = latents.expand(len(inputs), *latents.shape)
-            return paired(inputs, generator.reply(dialogues, images=images, **text))
-    return save(pixels, names, Path(flags.out))
+            names = generator.reply(dialogues, images=images, **text)
+    if pixels is None:
+        lines = [f"{item}: {reply}" for item, reply in zip(inputs, names, strict=True)]
+    else:
+        lines = save(pixels, names, Path(flags.out))
+    if flags.selection_map:
+        assert generator.selected is not None
+        path = Path(flags.selection_map)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_map(generator.selected, generator.grid)).save(path)
+        lines.append(str(path))
+    return lines
 
 
 def split_inputs(flags: Flags) -> list[str]:
@@ -143,11 +139,6 @@ def encode(generator: Generator, files: Sequence[str]) -> Tensor:
         pixels = decode_image(Path(file).read_bytes(), autoencoder.image_size)
         images.append(torch.from_numpy(pixels))
     return autoencoder.encode(torch.stack(images))
-
-
-def paired(inputs: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Each input with its text."""
-    return [f"{item}: {text}" for item, text in zip(inputs, texts, strict=True)]
 
 
 def save(pixels: Tensor, names: Sequence[str], folder: Path) -> list[str]:

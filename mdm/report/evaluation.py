@@ -108,10 +108,9 @@ def run(flags: Flags) -> dict[str, Any]:
     settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})
     result = run_demo(model, judge, data, settings)
     sheets = save_sheets(result.images, out, columns=10)
-    snapshots = []
-    n_classes = len(data.names)
-    for folder in tqdm(list_snapshots(flags), desc="over training", unit="snapshot"):
-        texts = _spread_texts(data)
+    n_classes, texts, snapshots = len(data.names), _spread_texts(data), []
+    files = Path(flags.snapshots).glob("step-*/model.safetensors") if flags.snapshots else ()
+    for folder in tqdm(sorted(f.parent for f in files), desc="over training", unit="snapshot"):
         images, accuracy = snapshot(load(folder), judge, n_classes, texts, settings)
         sheet = vars(save_sheet(images, out / f"{folder.name}.png", columns=n_classes))
         seen = samples_seen(folder)
@@ -135,13 +134,6 @@ def run(flags: Flags) -> dict[str, Any]:
     if flags.tracking:
         log(flags, report, snapshots)
     return report
-
-
-def list_snapshots(flags: Flags) -> list[Path]:
-    """The exports of `--snapshots`, oldest first."""
-    if not flags.snapshots:
-        return []
-    return sorted(file.parent for file in Path(flags.snapshots).glob("step-*/model.safetensors"))
 
 
 def _spread_texts(data: DemoData) -> list[str]:

@@ -28,7 +28,7 @@ def ruler(digits: Digits, judge: Classifier) -> Ruler:
 
 
 def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: Path) -> None:
-    metrics, generated = evaluate(Oracle(digits), ruler, SAMPLING)
+    metrics, images, labels = evaluate(Oracle(digits), ruler, SAMPLING)
     assert metrics["t2i_accuracy"] > 0.9
     assert metrics["i2t_accuracy"] == 1.0
     assert metrics["joint_agreement"] > 0.9
@@ -40,7 +40,7 @@ def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: 
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "train" / "metrics.jsonl").write_text(text)
     run = {"samples_seen": 3, "wall_seconds": 1.0, "samples_per_second": 3.0}
-    report = learn_report.write(tmp_path, metrics | run, ruler.task, generated, vars(SAMPLING))
+    report = learn_report.write(tmp_path, metrics | run, images, labels, vars(SAMPLING))
     assert json.loads((tmp_path / "report.json").read_text()) == report
     wanted = {"class_share_min", "class_share_max", "recall", "fid64", "joint_agreement"}
     assert wanted <= {name for name, ok in report["targets"].items() if ok}
@@ -53,7 +53,7 @@ def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: 
 
 
 def test_a_model_that_ignores_its_condition_is_at_chance(ruler: Ruler, digits: Digits) -> None:
-    metrics, _ = evaluate(Oracle(digits, deaf=True), ruler, SAMPLING)
+    metrics, _, _ = evaluate(Oracle(digits, deaf=True), ruler, SAMPLING)
     assert metrics["t2i_accuracy"] < 0.2
     assert metrics["i2t_accuracy"] < 0.2
     assert metrics["fid64"] < 2 * metrics["fid64_floor"], "its images are as real as any"
