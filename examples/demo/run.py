@@ -22,6 +22,7 @@ from examples.demo.stages import (
     JobStageError,
     Runner,
     Service,
+    command,
     end_leftovers,
     locked,
     run_supervised,
@@ -58,47 +59,30 @@ class Flags:
             raise ValueError(f"--store is {self.store!r}; choose s3 or file")
 
 
-def command(script: str, **flags: object) -> list[str]:
-    """The command of a job; a flag with a list is repeated for each of its items."""
-    words = [PYTHON, script]
-    for name, value in flags.items():
-        if isinstance(value, list):
-            words += [f"--{name}={item}" for item in value]
-        else:
-            words += [f"--{name}", str(value)]
-    return words
-
-
 def stages(flags: Flags) -> list[JobStage]:
     """The job stages of the demo in their order."""
     out, preset = flags.out, PRESETS["demo"]
-    data, train, evaluation = f"{out}/data", f"{out}/train", f"{out}/evaluation"
-    tokenizer, autoencoder, judge = f"{out}/tokenizer", f"{out}/autoencoder", f"{out}/classifier"
+    data, tokenizer, autoencoder = f"{out}/data", f"{out}/tokenizer", f"{out}/autoencoder"
+    judge, run_dir, evaluation = f"{out}/classifier", f"{out}/train", f"{out}/evaluation"
     encoded = f"s3://{BUCKET}/encoded" if flags.store == "s3" else f"{out}/encoded"
     digits, emoji = f"imagenet={data}/digits", f"journeydb={data}/emoji"
     first_stage = {"tokenizer": f"{tokenizer}/tokenizer.model", "autoencoder": autoencoder}
     store = ["s3"] if flags.store == "s3" else []
+    # The store first: Ray's workers have its environment.
+    encoding_needs = store if os.environ.get("RAY_ADDRESS") else [*store, "ray"]
     untracked = {} if flags.tracking else {"tracking": "false"}
 
     def encode(dataset: str, name: str, split: str, target: str) -> JobStage:
-        report, uri = f"{out}/reports/encode-{target}.json", f"{encoded}/{target}"
+        source = {"dataset": dataset, "root": f"{data}/{name}", "split": split}
+        lengths = {"text_length": preset.model.text_length}
+        outputs = {"out": f"{encoded}/{target}", "report": f"{out}/reports/encode-{target}.json"}
         return JobStage(
             f"encode-{target}",
             f"Encode {name}, {split}",
-            command(
-                "pipelines/encode.py",
-                dataset=dataset,
-                root=f"{data}/{name}",
-                split=split,
-                **first_stage,
-                text_length=preset.model.text_length,
-                out=uri,
-                report=report,
-            ),
-            outputs=[uri, report],
-            # The store first: Ray's workers have its environment.
-            needs=[*store, *([] if os.environ.get("RAY_ADDRESS") else ["ray"])],
-            report=Path(report),
+            command("pipelines/encode.py", **source, **first_stage, **lengths, **outputs),
+            outputs=list(outputs.values()),
+            needs=encoding_needs,
+            report=Path(outputs["report"]),
         )
 
     write_data = command("examples/demo/data.py", out=data)
@@ -111,33 +95,18 @@ def stages(flags: Flags) -> list[JobStage]:
     train_autoencoder = command(
         "pipelines/train_autoencoder.py", datasets=[digits, emoji], out=autoencoder, steps=600
     )
+    classes = {"classes": digits, "others": emoji}
     train_classifier = command(
-        "pipelines/train_classifier.py",
-        classes=digits,
-        others=emoji,
-        autoencoder=autoencoder,
-        out=judge,
+        "pipelines/train_classifier.py", **classes, autoencoder=autoencoder, out=judge
     )
-    pretrain = command(
-        "pipelines/pretrain.py",
-        preset="demo",
-        **{"data.root": encoded},
-        run_dir=train,
-        **first_stage,
-        **untracked,
-    )
+    training = {"preset": "demo", "data.root": encoded, "run_dir": run_dir}
+    pretrain = command("pipelines/pretrain.py", **training, **first_stage, **untracked)
     launcher = [str(Path(PYTHON).parent / "deepspeed"), "--num_accelerators", str(flags.ranks)]
+    weights = {"checkpoint": f"{run_dir}/export", "snapshots": f"{run_dir}/snapshots"}
+    real = {"data": encoded, "raw": data, "judge": judge}
+    drawn = {"n": flags.n, "out": evaluation}
     evaluate = command(
-        "pipelines/evaluate.py",
-        checkpoint=f"{train}/export",
-        snapshots=f"{train}/snapshots",
-        data=encoded,
-        raw=data,
-        judge=judge,
-        **first_stage,
-        n=flags.n,
-        out=evaluation,
-        **untracked,
+        "pipelines/evaluate.py", **weights, **real, **first_stage, **drawn, **untracked
     )
     return [
         JobStage("data", "Write the published data sets", write_data, outputs=[data]),
@@ -166,9 +135,9 @@ def stages(flags: Flags) -> list[JobStage]:
             "Train the model",
             [*launcher, *pretrain[1:], *flags.train_flags.split()],
             inputs=[fingerprint(preset)],
-            outputs=[train],
+            outputs=[run_dir],
             needs=store,
-            report=Path(train, "done.json"),
+            report=Path(run_dir, "done.json"),
         ),
         JobStage(
             "evaluate",

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,17 +101,6 @@ class Service:
         os.environ.update(self._former)
 
 
-@dataclass
-class Usage:
-    """The time and memory that a job stage has used so far, over all attempts."""
-
-    fingerprint: str
-    seconds: float = 0.0
-    peak_rss_gib: float = 0.0
-    attempts: int = 0
-    processes: list[dict[str, Any]] = field(default_factory=list)
-
-
 def _memory(process: psutil.Process) -> int:
     # PSS shares a page fairly among the processes that map it, so that sums over a tree are true.
     try:
@@ -132,18 +122,18 @@ def _measure_tree() -> tuple[int, list[dict[str, Any]]]:
 
 
 @contextlib.contextmanager
-def metered(usage: Usage, path: Path, every: float = 3.0) -> Iterator[None]:
-    """Add the time and memory of the body to `usage`, and keep it in the file `path`.
+def metered(usage: dict[str, Any], path: Path, every: float = 3.0) -> Iterator[None]:
+    """Add the time and memory of the body to `usage`, whose shape is `_USAGE`.
 
-    The file is written every few seconds, so that an attempt that is killed still counts.
+    It is written to `path` every few seconds, so that an attempt that is killed still counts.
     """
-    before, begun, stop = usage.seconds, time.monotonic(), threading.Event()
+    before, begun, stop = usage["seconds"], time.monotonic(), threading.Event()
 
     def measure() -> None:
-        total, usage.processes = _measure_tree()
-        usage.seconds = before + time.monotonic() - begun
-        usage.peak_rss_gib = max(usage.peak_rss_gib, total / GIB)
-        write_json(path, vars(usage))
+        total, usage["processes"] = _measure_tree()
+        usage["seconds"] = before + time.monotonic() - begun
+        usage["peak_rss_gib"] = max(usage["peak_rss_gib"], total / GIB)
+        write_json(path, usage)
 
     def measure_until_stopped() -> None:
         while not stop.wait(every):
@@ -196,6 +186,17 @@ def locked(folder: Path, timeout: float = 15.0) -> Iterator[None]:
                     raise
                 time.sleep(0.2)
         yield
+
+
+def command(script: str, **flags: object) -> list[str]:
+    """The command of a job; a flag with a list is repeated for each of its items."""
+    words = [sys.executable, script]
+    for name, value in flags.items():
+        if isinstance(value, list):
+            words += [f"--{name}={item}" for item in value]
+        else:
+            words += [f"--{name}", str(value)]
+    return words
 
 
 def run_supervised(command: Sequence[str], env: Mapping[str, str]) -> int:
@@ -260,10 +261,10 @@ class Runner:
         begun = read_json(attempt, _USAGE)
         for name in stage.needs:
             self.services[name].start(self.env)
-        usage = Usage(fingerprint)
+        usage = {"fingerprint": fingerprint, "seconds": 0.0, "peak_rss_gib": 0.0, "attempts": 0}
         if begun.get("fingerprint") == fingerprint:
-            usage = Usage(**{key: begun[key] for key in _USAGE})
-            state = f": continues after {usage.seconds:.1f} s"
+            usage = begun
+            state = f": continues after {usage['seconds']:.1f} s"
         elif not begun and not former and (attempt.exists() or marker.exists()):
             # The output may be this job stage's own, so it is not removed.
             state = ": its record is damaged; continues with the output that is there"
@@ -274,17 +275,17 @@ class Runner:
             for output in stage.outputs:
                 remove(output)
         print(f"> {stage.title}{state}")
-        usage.attempts += 1
+        usage["attempts"] += 1
         with metered(usage, attempt):
             code = run_supervised(stage.command, self.env)
         if code != 0:
             raise JobStageError(f"{stage.title} failed: {stage.name} ended with exit code {code}")
-        content = {name: getattr(usage, name) for name in _TOTALS} | {
+        content = {name: usage[name] for name in _TOTALS} | {
             "title": stage.title,
             "command": list(stage.command),
             "report": read_json(stage.report) if stage.report else {},
         }
         write_json(marker, content)
         attempt.unlink()
-        print(f"+ {stage.title}: {usage.seconds:.1f} s, at most {usage.peak_rss_gib:.2f} GiB")
+        print(f"+ {stage.title}: {usage['seconds']:.1f} s, at most {usage['peak_rss_gib']:.2f} GiB")
         return content

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from examples.demo.stages import command, run_supervised
 from examples.digits import data as digits
 from examples.digits import report as learn_report
 from examples.digits.evaluation import Ruler, Sampling, Task, evaluate
@@ -26,7 +27,7 @@ from mdm.first_stage.pixel_patches import PixelPatches
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.generate import Generator
 from mdm.generate.loading import load_model
-from mdm.launch.processes import CPU_ENV, supervised
+from mdm.launch.processes import CPU_ENV
 from mdm.report.page import target_lines
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.files import load_json
@@ -74,17 +75,12 @@ def prepare(folder: Path) -> Setting:
     return Setting(Ruler(judge, task), pixels, folder)
 
 
-def training_flags(setting: Setting, run: Path, seed: int, *more: str) -> list[str]:
-    """The command line of the training job, from its script on."""
-    flags = {
-        "preset": "learn",
-        "data.root": setting.folder / "encoded",
-        "tokenizer": setting.folder / "tokenizer.model",
-        "run_dir": run,
-        "seed": seed,
-    }
-    pairs = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return ["pipelines/pretrain.py", *pairs, *more]
+def training_job(setting: Setting, run_dir: Path, seed: int, more: str) -> list[str]:
+    """The command that trains the preset, with `more` flags, separated by spaces."""
+    data = {"data.root": setting.folder / "encoded"}
+    tokenizer = setting.folder / "tokenizer.model"
+    flags = {"preset": "learn", **data, "tokenizer": tokenizer, "run_dir": run_dir, "seed": seed}
+    return [*command("pipelines/pretrain.py", **flags), *more.split()]
 
 
 def load(export: Path, setting: Setting, compiled: bool = True) -> Generator:
@@ -102,8 +98,8 @@ def run(flags: Flags) -> dict[str, Any]:
     setting = prepare(out / "data")
     prepared = time.monotonic() - began
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators"]
-    job = training_flags(setting, out / "train", flags.seed, *flags.train_flags.split())
-    if code := supervised([*launcher, str(flags.ranks), *job], env=CPU_ENV).wait():
+    train = training_job(setting, out / "train", flags.seed, flags.train_flags)[1:]
+    if code := run_supervised([*launcher, str(flags.ranks), *train], CPU_ENV):
         fail(f"learn: the training job ended with exit code {code}; run it again to continue")
     done = load_json(out / "train" / "done.json")
     trained = time.monotonic()

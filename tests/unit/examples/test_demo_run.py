@@ -1,6 +1,7 @@
 """The job stages of the demo, without running them."""
 
-from examples.demo.run import Flags, command, stages, table
+from examples.demo.run import Flags, stages, table
+from examples.demo.stages import command
 
 
 def test_a_command_repeats_a_flag_for_each_item_of_a_list():
