@@ -95,8 +95,7 @@ def run() -> Result:
         measured,
         "distance to the data by evaluations of the network",
         "Wasserstein-1 distance, standard deviations",
-        log=True,
-        references={"floor: the data": floor},
+        {"floor: the data": floor},
     )
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "sampler.svg").write_text(svg, encoding="utf-8")

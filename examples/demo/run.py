@@ -24,12 +24,12 @@ from examples.demo.stages import (
     Service,
     command,
     end_leftovers,
-    locked,
     run_supervised,
 )
 from mdm.config import doc, fingerprint
 from mdm.launch.processes import CPU_ENV, die_with_parent
 from mdm.presets import PRESETS
+from mdm.storage.lease import OtherJobError, hold_folder
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.files import DamagedFileError
 
@@ -172,7 +172,7 @@ def run(flags: Flags) -> int:
         "s3": Service(s3, SERVICES["s3"]),
         "ray": Service(command("pipelines/ray_server.py"), SERVICES["ray"]),
     }
-    with locked(out):
+    with hold_folder(out, "demo"):
         if ended := end_leftovers(out / "stages"):
             print(f"ended {ended} processes that a killed run had left behind")
         todo = stages(flags)
@@ -204,7 +204,7 @@ def review(flags: Flags) -> int:
         return 0
 
 
-@job("demo")
+@job("demo", OtherJobError)
 def main() -> int:
     """Run the demo, or the review."""
     flags = parse_cli(Flags, description=__doc__ or "")
@@ -224,8 +224,6 @@ def main() -> int:
     except JobStageError as error:
         print(f"{error}; run the demo again to continue from there", file=sys.stderr)
         return 1
-    except BlockingIOError:
-        fail(f"another demo is running in {flags.out}: wait for it, or choose another --out")
     except KeyboardInterrupt:
         seconds = time.monotonic() - began
         print(f"interrupted after {seconds:.0f} s; run it again to continue", file=sys.stderr)

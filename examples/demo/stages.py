@@ -7,7 +7,6 @@ command has changed starts over without its former output, and so do those after
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -169,23 +168,6 @@ def end_leftovers(folder: Path) -> int:
                     ended.append(process)
     psutil.wait_procs(ended, timeout=10)
     return len(ended)
-
-
-@contextlib.contextmanager
-def locked(folder: Path, timeout: float = 15.0) -> Iterator[None]:
-    """Hold the lock of `folder`; BlockingIOError if another run holds it for `timeout` seconds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w", encoding="utf-8") as lock:
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
-        yield
 
 
 def command(script: str, **flags: object) -> list[str]:

@@ -110,7 +110,7 @@ def section(ablation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 solver: {int(n): metrics[metric] for n, metrics in by_count.items()}
                 for solver, by_count in ablation["solvers"].items()
             }
-            svg = solver_chart(lines, f"{title}, by evaluations", unit, references=real)
+            svg = solver_chart(lines, f"{title}, by evaluations", unit, real)
             solver_charts.append({"title": f"{title}, by evaluations", "svg": svg})
     return {
         "flags": ablation["flags"],

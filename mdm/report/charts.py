@@ -19,7 +19,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 SOFT, LINE, ACCENT, BAD = "#6d6a63", "#d9d5cc", "#3b5bcc", "#c8452f"
 THEME = {SOFT: "--soft", LINE: "--line", ACCENT: "--accent", BAD: "--no"}
@@ -61,52 +61,49 @@ def _svg(figure: Figure, title: str) -> Markup:
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(
-        "<svg", f'<svg role="img" aria-label="{escape(title)}"', 1
-    )
+    _, _, rest = buffer.getvalue().partition("<svg")
+    text = f'<svg role="img" aria-label="{escape(title)}"{rest}'
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # the charts of a page would share these ids
     for colour, variable in THEME.items():
         text = text.replace(colour, f"var({variable}, {colour})")
     return Markup(text)
 
 
-def _log_y(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic vertical axis for values in [low, high], labelled with round numbers."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3)))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(which="minor", size=0)
+def _scale_y(axes: Axes, values: ArrayLike) -> None:
+    """A logarithmic vertical axis if `values` are positive and span more than a factor of ten."""
+    low, high = np.min(values), np.max(values)
+    if 0 < 10 * low < high:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(which="minor", size=0)
 
 
-def smooth(values: Sequence[float], share: float = 0.03) -> NDArray[np.float64]:
+def smooth(values: ArrayLike, share: float = 0.03) -> NDArray[np.float64]:
     """Centred moving mean over `share` of the values on each side."""
-    window = np.ones(2 * int(len(values) * share) + 1)
-    sums = np.convolve(values, window, mode="same")
-    return sums / np.convolve(np.ones(len(values)), window, mode="same")
+    ones = np.ones(np.shape(values))
+    window = np.ones(2 * int(len(ones) * share) + 1)
+    return np.convolve(values, window, "same") / np.convolve(ones, window, "same")
 
 
 def line_chart(x: Sequence[float], y: Sequence[float], title: str, y_label: str) -> Markup:
     """`y` over the samples seen `x`, thin as measured and bold smoothed.
 
-    The vertical axis is logarithmic if all values are positive and span more than a factor of ten.
-
     Raises:
         ValueError: x and y differ in length, or fewer than two values are finite.
     """
-    points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)]
-    if len(points) < 2:
-        raise ValueError(f"{title}: {len(points)} finite values; a line needs at least 2")
-    xs, ys = zip(*points, strict=True)
+    points = np.array([x, y], np.float64)
+    xs, ys = points[:, np.isfinite(points).all(0)]
+    if len(xs) < 2:
+        raise ValueError(f"{title}: {len(xs)} finite values; a line needs at least 2")
     with _figure(3.6, 2.0) as (figure, axes):
         axes.plot(xs, ys, color=ACCENT, linewidth=0.7, alpha=0.35)
         axes.plot(xs, smooth(ys), color=ACCENT, linewidth=1.6)
         axes.set(xlabel="samples seen", ylabel=y_label)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        if 0 < 10 * min(ys) < max(ys):
-            _log_y(axes, min(ys), max(ys))
+        _scale_y(axes, ys)
         axes.grid(axis="y")
         return _svg(figure, title)
 
@@ -115,14 +112,9 @@ def histogram(counts: Mapping[int, int], title: str, x_label: str, y_label: str)
     """At most `BARS` bars of equal width over the integers in `counts`, which is not empty."""
     low, high = min(counts), max(counts)
     width = -(-(high - low + 1) // BARS)
+    edges, heights = range(low, high + width + 1, width), list(counts.values())
     with _figure(4.8, 2.2) as (figure, axes):
-        axes.hist(
-            list(counts),
-            bins=range(low, high + width + 1, width),
-            weights=list(counts.values()),
-            color=ACCENT,
-            rwidth=0.9,
-        )
+        axes.hist(list(counts), edges, weights=heights, color=ACCENT, rwidth=0.9)
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         for axis in (axes.xaxis, axes.yaxis):
@@ -135,9 +127,7 @@ def solver_chart(
     measured: Mapping[str, Mapping[int, float]],
     title: str,
     y_label: str,
-    *,
-    log: bool = False,
-    references: Mapping[str, float] | None = None,
+    references: Mapping[str, float],
 ) -> Markup:
     """A line for each solver over its evaluations of the network, on a logarithmic axis.
 
@@ -145,32 +135,28 @@ def solver_chart(
         measured: {solver: {evaluations: value}}.
         title: what is measured.
         y_label: the value, with its unit.
-        log: the vertical axis too; for errors.
-        references: {name: value}, such as a floor or a target, as dashed lines.
+        references: {name: value}, such as a floor, as dashed lines.
 
     Raises:
-        ValueError: fewer than two numbers of evaluations, or a value that the axis cannot show.
+        ValueError: fewer than two numbers of evaluations, or a value that is not finite.
     """
     counts = sorted({n for line in measured.values() for n in line})
-    references = references or {}
     values = [value for line in measured.values() for value in line.values()]
     if len(counts) < 2:
         raise ValueError(f"{title}: {len(counts)} numbers of evaluations; a line needs at least 2")
-    if not all(math.isfinite(value) and (value > 0 or not log) for value in values):
+    if not all(map(math.isfinite, values)):
         raise ValueError(f"{title}: {min(values)} ... {max(values)} do not fit the axis")
     with _figure(4.8, 2.6) as (figure, axes):
         for i, (name, line) in enumerate(measured.items()):
             x, y = zip(*sorted(line.items()), strict=True)
             axes.plot(x, y, marker=".", color=SERIES[i % len(SERIES)], label=name)
-        for value, name, style in zip(references.values(), references, ("--", ":"), strict=False):
-            axes.axhline(value, color=SOFT, linestyle=style, linewidth=1, label=name)
+        for name, value in references.items():
+            axes.axhline(value, color=SOFT, linestyle="--", linewidth=1, label=name)
         axes.set_xscale("log")
         axes.set(xlabel="evaluations of the network", ylabel=y_label)
         axes.set_xticks(counts, labels=[str(n) for n in counts])
         axes.minorticks_off()
-        if log:
-            values += references.values()
-            _log_y(axes, min(values), max(values))
+        _scale_y(axes, [*values, *references.values()])
         axes.grid(axis="y")
         figure.legend(loc="outside right upper", fontsize=7)
         return _svg(figure, title)
@@ -180,7 +166,7 @@ def row_chart(
     rows: Mapping[str, Sequence[float]],
     title: str,
     x_label: str,
-    references: Mapping[str, Mapping[str, float]] | None = None,
+    references: Mapping[str, Mapping[str, float]],
 ) -> Markup:
     """A row for each name: a dot for each value and a bar at their mean.
 
@@ -191,13 +177,13 @@ def row_chart(
         references: {reference, such as "target": {row: value}}, at most three, drawn as marks.
     """
     places = {name: place for place, name in enumerate(rows)}
-    with _figure(4.8, 0.6 + 0.2 * len(rows) + (0.2 if references else 0)) as (figure, axes):
+    with _figure(4.8, 0.8 + 0.2 * len(rows)) as (figure, axes):
         y = [places[name] for name, values in rows.items() for _ in values]
         dots = [value for values in rows.values() for value in values]
         axes.scatter(dots, y, s=20, color=ACCENT, alpha=0.7, linewidths=0, zorder=3, label="value")
         means = {places[name]: np.mean(row) for name, row in rows.items() if len(row) > 1}
         axes.scatter(list(means.values()), list(means), s=70, marker="|", color=ACCENT)
-        for mark, (name, by_row) in zip(MARKS, (references or {}).items(), strict=False):
+        for mark, (name, by_row) in zip(MARKS, references.items(), strict=False):
             y = [places[row] for row in by_row]
             colour = BAD if mark == "|" else SOFT
             axes.scatter(list(by_row.values()), y, s=36, marker=mark, color=colour, label=name)
@@ -205,10 +191,8 @@ def row_chart(
         axes.invert_yaxis()
         axes.set(xlabel=x_label)
         axes.grid()
-        if references:
-            axes.legend(
-                loc="lower right", bbox_to_anchor=(1, 1), ncols=len(references) + 1, fontsize=7
-            )
+        columns = 1 + len(references)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=columns, fontsize=7)
         return _svg(figure, title)
 
 

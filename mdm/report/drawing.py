@@ -27,17 +27,11 @@ class Flags:
 
     checkpoint: str = doc("runs/demo/train/export", "folder of an export")
     task: str = doc("joint", ", ".join(TASKS))
-    input: tuple[str, ...] = doc(
-        (), "class, caption, image file or dialogue, depending on the task; repeat for several"
-    )
-    images: tuple[str, ...] = doc(
-        (), "image file that all dialogues are about, for reply; repeat for several"
-    )
+    input: tuple[str, ...] = doc((), "class, caption, image file or dialogue; repeat for several")
+    images: tuple[str, ...] = doc((), "image file for all replies; repeat for several")
     n: int = doc(1, "results for each input, or in all for joint")
     guidance: float = doc(3.0, "how strongly images follow their condition; 0 for none")
-    text_guidance: float | None = doc(
-        None, "how strongly captions follow their image; none, or --guidance for joint"
-    )
+    text_guidance: float | None = doc(None, "the same of captions; for joint, default --guidance")
     guidance_from: float = doc(-math.inf, "log-SNR below which guidance is off")
     guidance_to: float = doc(math.inf, "log-SNR above which guidance is off")
     steps: int = doc(30, "denoising steps")

@@ -108,7 +108,10 @@ def run(flags: Flags) -> dict[str, Any]:
     settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})
     result = run_demo(model, judge, data, settings)
     sheets = save_sheets(result.images, out, columns=10)
-    n_classes, texts, snapshots = len(data.names), _spread_texts(data), []
+    n_classes, others, snapshots = len(data.names), data.others_train, []
+    assert others is not None
+    spread = torch.linspace(0, len(others) - 1, n_classes).long().tolist()
+    texts = [others.texts[i] for i in spread]
     files = Path(flags.snapshots).glob("step-*/model.safetensors") if flags.snapshots else ()
     for folder in tqdm(sorted(f.parent for f in files), desc="over training", unit="snapshot"):
         images, accuracy = snapshot(load(folder), judge, n_classes, texts, settings)
@@ -134,13 +137,6 @@ def run(flags: Flags) -> dict[str, Any]:
     if flags.tracking:
         log(flags, report, snapshots)
     return report
-
-
-def _spread_texts(data: DemoData) -> list[str]:
-    """A text for each class, spread over the other training images."""
-    assert data.others_train is not None
-    rows = torch.linspace(0, len(data.others_train) - 1, len(data.names)).long().tolist()
-    return [data.others_train.texts[i] for i in rows]
 
 
 def log(flags: Flags, report: dict[str, Any], snapshots: list[dict[str, Any]]) -> None:

@@ -1,7 +1,10 @@
 """The job stages of the demo, without running them."""
 
-from examples.demo.run import Flags, stages, table
+import pytest
+
+from examples.demo.run import Flags, run, stages, table
 from examples.demo.stages import command
+from mdm.storage.lease import OtherJobError, hold_folder
 
 
 def test_a_command_repeats_a_flag_for_each_item_of_a_list():
@@ -48,3 +51,11 @@ def test_the_table_adds_up():
     ).splitlines()
     assert lines[2].split() == ["B", "5.0", "1.00", "7"]
     assert lines[3].split() == ["all", "15.0", "1.00"]
+
+
+def test_two_demos_cannot_write_to_one_folder(tmp_path):
+    with (
+        hold_folder(tmp_path / "demo", "demo"),
+        pytest.raises(OtherJobError, match="is being written by another job"),
+    ):
+        run(Flags(out=str(tmp_path / "demo")))

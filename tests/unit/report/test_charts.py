@@ -13,7 +13,7 @@ SOLVERS = {"a": {5: 1.0, 10: 0.1}, "b": {5: 0.5, 10: 0.2}}
 CHARTS: dict[str, Callable[[], str]] = {
     "line": lambda: charts.line_chart([0, 1000, 2000], [3, 2, 1], "<loss>", "nats"),
     "histogram": lambda: charts.histogram({3: 10, 5: 20}, "<lengths>", "tokens", "texts"),
-    "solver": lambda: charts.solver_chart(SOLVERS, "<error>", "error", log=True),
+    "solver": lambda: charts.solver_chart(SOLVERS, "<error>", "error", {}),
     "row": lambda: charts.row_chart({"one": [0.5]}, "<share>", "share", {"goal": {"one": 0.7}}),
     "bar": lambda: charts.bar_chart({"one": 3.0}, "<time>", "seconds"),
 }
@@ -81,26 +81,26 @@ def test_a_smaller_error_is_lower_and_more_evaluations_are_further_right():
         (left, high), (right, low) = line_ends(svg, colour)
         assert left < right
         assert high < low  # the axis points down
-    floor = charts.solver_chart(SOLVERS, "error", "error", log=True, references={"floor": 0.01})
+    floor = charts.solver_chart(SOLVERS, "error", "error", {"floor": 0.01})
     assert "floor" in texts(floor)
     assert "0.01" in texts(floor), "the axis reaches down to the floor"
 
 
 def test_what_no_axis_can_show_is_refused():
     with pytest.raises(ValueError, match="1 numbers of evaluations; a line needs at least 2"):
-        charts.solver_chart({"a": {5: 1.0}}, "error", "error")
-    with pytest.raises(ValueError, match=r"error: 0\.0 \.\.\. 1\.0 do not fit"):
-        charts.solver_chart({"a": {5: 1.0, 10: 0.0}}, "error", "error", log=True)
+        charts.solver_chart({"a": {5: 1.0}}, "error", "error", {})
+    with pytest.raises(ValueError, match=r"error: 1\.0 \.\.\. inf do not fit"):
+        charts.solver_chart({"a": {5: 1.0, 10: float("inf")}}, "error", "error", {})
 
 
 def test_a_row_has_a_dot_for_each_value_and_names_are_escaped():
     def marks(**rows: list[float]) -> int:
-        return charts.row_chart(rows, "share", "share").count("<use")
+        return charts.row_chart(rows, "share", "share", {}).count("<use")
 
     assert marks(a=[0.1, 0.2]) - marks(a=[0.1]) == 2  # the dot and the bar at the mean
     assert marks(a=[0.1, 0.2, 0.4]) - marks(a=[0.1, 0.2]) == 1
     assert marks(a=[0.1], b=[0.2]) - marks(a=[0.1]) >= 1
-    svg = charts.row_chart({"$x$ <b>": [1.0]}, "share", "share")
+    svg = charts.row_chart({"$x$ <b>": [1.0]}, "share", "share", {})
     assert "$x$ &lt;b&gt;" in svg
     assert "<b>" not in svg
 
