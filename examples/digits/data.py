@@ -1,7 +1,7 @@
-"""The smallest real task: scikit-learn's 8 x 8 digits with captions of several templates.
+"""The smallest real task: scikit-learn's 8 x 8 digits with captions from several templates.
 
-Writes what the trainer reads (a tokenizer and an encoded data set) and keeps held-out images
-back. 1,797 handwritten digits (UCI, Alpaydin and Kaynak, CC BY 4.0); a fifth is held out.
+Writes the tokenizer and the encoded data set that the trainer reads. A fifth of the 1,797
+handwritten digits (UCI, Alpaydin and Kaynak, CC BY 4.0) is held out.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Digits:
 
 
 def split() -> tuple[Digits, Digits]:
-    """Training and held-out images; every class gives a fifth of its own."""
+    """Training and held-out images; a fifth of every class is held out."""
     bunch = load_digits()
     grey = torch.from_numpy(bunch.images / 16.0).float()
     labels = torch.from_numpy(bunch.target).long()
@@ -67,7 +67,7 @@ def split() -> tuple[Digits, Digits]:
 def write(folder: Path) -> tuple[Digits, Digits, PixelPatches]:
     """Write `tokenizer.model` and `encoded/digits` into `folder`: each image with each caption.
 
-    Returns training images, held-out images, and the way between images and tokens.
+    Returns training images, held-out images, and the mapping between images and latents.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train, heldout = split()
@@ -105,14 +105,14 @@ def write(folder: Path) -> tuple[Digits, Digits, PixelPatches]:
 
 
 def _corpus() -> list[str]:
-    """Captions, and the set's own description: a few words alone would make pieces of letters."""
+    """Captions and the set's description: too few words would give pieces of single letters."""
     lines = [caption(c, t) for c in range(len(WORDS)) for t in range(len(TEMPLATES))]
     return lines * 100 + [line.strip() for line in load_digits().DESCR.splitlines() if line.strip()]
 
 
 def _examples(digits: Digits, pixels: PixelPatches, tokenizer: Tokenizer) -> Samples:
     n, k = len(digits.labels), len(TEMPLATES)
-    # Captions of one image lie far apart, so that a window of the order holds many images.
+    # The captions of an image are far apart, so that a shuffle window holds many images.
     rows = [(i, (i + turn) % k) for turn in range(k) for i in range(n)]
     picks = np.array([i for i, _ in rows])
     latents = to_bfloat16_bits(pixels.encode(digits.grey).flatten(1).numpy())
@@ -130,5 +130,5 @@ def _examples(digits: Digits, pixels: PixelPatches, tokenizer: Tokenizer) -> Sam
 
 
 def captions(labels: Sequence[int]) -> list[str]:
-    """A caption for each label, the templates in turn."""
+    """A caption for each label, from each template in turn."""
     return [caption(c, i // len(WORDS)) for i, c in enumerate(labels)]

@@ -1,46 +1,39 @@
-"""What a model has learnt of a small captioned set: both directions, both at once, and how wide.
+"""Evaluates a model of a small captioned set: caption to image, image to caption, both at once.
 
 Shapes: n images, 64 feature dimensions of an independent classifier.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mdm.config import doc
+from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import image
 from mdm.evaluate.caption import ClassNames, caption_accuracy
 from mdm.evaluate.classifier import Classifier
+from mdm.evaluate.suite import Label
+from mdm.generate import Generator
 
 
-class Generates(Protocol):
-    """What is asked of a generator; results are a function of the arguments alone."""
+@dataclass(frozen=True)
+class Sampling:
+    """How images and captions are generated."""
 
-    def text_to_image(
-        self, texts: Sequence[str], *, guidance: float, steps: int, seed: int, solver: str
-    ) -> Tensor:
-        """Pixels f32 [B, 3, H, W] in [0, 1]."""
-        ...
-
-    def image_to_text(
-        self, latents: Tensor, *, guidance: float, steps: int, seed: int, solver: str
-    ) -> list[str]:
-        """A caption for each of `latents` f32 [B, N, C]."""
-        ...
-
-    def joint(
-        self, n: int, *, guidance: float, steps: int, seed: int, solver: str
-    ) -> tuple[Tensor, list[str]]:
-        """Images and captions, drawn together."""
-        ...
+    guidance: float = doc(0.2, "guidance weight of images")
+    joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
+    steps: int = doc(20, "solver steps")
+    solver: str = doc("dpmpp2m", f"of images: one of {', '.join(SOLVERS)}")
+    text_solver: str = doc("ddpm", "of captions, and of images drawn with their captions")
 
 
 @dataclass(frozen=True)
 class Task:
-    """The set: held-out images as pixels, tokens and classes, as many training images."""
+    """The set: held-out images as pixels, tokens and classes, and as many training images."""
 
     names: ClassNames
     real: Tensor  # held out, f32 [n, 3, H, W]
@@ -48,19 +41,6 @@ class Task:
     latents: Tensor  # of `real`, f32 [n, N, C]
     labels: Tensor  # of `real`, i64 [n]
     captions: Callable[[Sequence[int]], list[str]]  # a caption for each class
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What was drawn, for people to look at."""
-
-    images: Tensor  # from captions
-    captions: list[str]  # that they were drawn from
-    seen: list[int]  # what the classifier takes them for
-    described: list[str]  # captions of the held-out images
-    joint_images: Tensor
-    joint_captions: list[str]
-    joint_seen: list[int]
 
 
 class Ruler:
@@ -72,81 +52,83 @@ class Ruler:
         self.unit = float(np.sqrt(np.mean(reference**2)))
         self.reference = reference / self.unit
         self.wanted = torch.arange(len(task.labels)) % self.classes
-        self.texts = task.captions(self.wanted.tolist())
+        self.prompts = task.captions(self.wanted.tolist())
 
     def measure(self, images: Tensor) -> tuple[dict[str, Any], image.Labels]:
-        """Numbers of as many images as are held out, drawn from `texts`; their classes."""
+        """Metrics of n images generated from `prompts`, and the classes seen in them."""
         seen, features = self.judge.judge(images)
-        features = features / self.unit
-        precision, recall = image.precision_recall(self.reference, features)
-        shares = image.class_shares(seen, self.classes) * self.classes
         return {
             "t2i_accuracy": image.agreement(seen, self.wanted.numpy()),
-            "precision": precision,
-            "recall": recall,
-            "fid64": image.frechet_distance(self.reference, features),
-            "class_shares": [round(float(s), 3) for s in shares],
+            **self._distances(features, ""),
+            "class_shares": self.class_shares(seen),
         }, seen
 
     def floor(self) -> dict[str, float]:
-        """The same of other real images."""
-        features = self.judge.judge(self.task.other)[1] / self.unit
-        precision, recall = image.precision_recall(self.reference, features)
+        """The same metrics of other real images."""
         return {
             "classifier_accuracy": image.agreement(self.seen, self.task.labels.numpy()),
-            "precision_floor": precision,
-            "recall_floor": recall,
-            "fid64_floor": image.frechet_distance(self.reference, features),
+            **self._distances(self.judge.judge(self.task.other)[1], "_floor"),
+        }
+
+    def class_shares(self, seen: image.Labels) -> list[float]:
+        """Share of each class among `seen`, over an even share."""
+        shares = image.class_shares(seen, self.classes) * self.classes
+        return [round(float(share), 3) for share in shares]
+
+    def _distances(self, features: image.Features, suffix: str) -> dict[str, float]:
+        features = features / self.unit
+        precision, recall = image.precision_recall(self.reference, features)
+        return {
+            f"precision{suffix}": precision,
+            f"recall{suffix}": recall,
+            f"fid64{suffix}": image.frechet_distance(self.reference, features),
         }
 
 
 def evaluate(
-    generator: Generates,
-    ruler: Ruler,
-    *,
-    guidance: float,
-    joint_guidance: float,
-    steps: int,
-    solver: str,
-    text_solver: str,
-    seed: int = 0,
-) -> tuple[dict[str, Any], Drawn]:
-    """Numbers beside their floors, and the images and texts behind them.
+    generator: Generator, ruler: Ruler, sampling: Sampling, seed: int = 0
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, list[Label]]]:
+    """Evaluate `generator` on the task of `ruler`.
 
-    Images are asked for by caption, as many of each class as are held out; every distance is
-    between equally many images. `text_solver` draws captions, alone and with their images.
+    As many images of each class are generated as are held out, so that every distance is between
+    equally many images.
+
+    Returns:
+        Metrics with their floors; images f32 [n, 3, H, W] by name; the labels of the images.
     """
-    task, wanted, texts = ruler.task, ruler.wanted.numpy(), ruler.texts
-    images = generator.text_to_image(
-        texts, guidance=guidance, steps=steps, seed=seed, solver=solver
+    task, wanted, names = ruler.task, ruler.wanted.numpy(), ruler.task.names
+    text: dict[str, Any] = {
+        "steps": 2 * sampling.steps,
+        "seed": seed,
+        "solver": sampling.text_solver,
+    }
+    drawn, unguided = (
+        generator.text_to_image(
+            ruler.prompts, guidance=weight, steps=sampling.steps, seed=seed, solver=sampling.solver
+        )
+        for weight in (sampling.guidance, 0.0)
     )
-    metrics, seen = ruler.measure(images)
-    free = generator.text_to_image(texts, guidance=0.0, steps=steps, seed=seed, solver=solver)
-    metrics |= {f"{name}_unguided": value for name, value in ruler.measure(free)[0].items()}
-    described = generator.image_to_text(
-        task.latents, guidance=0.0, steps=2 * steps, seed=seed, solver=text_solver
-    )
-    n = len(task.labels)
-    joint_images, joint_captions = generator.joint(
-        n, guidance=joint_guidance, steps=2 * steps, seed=seed, solver=text_solver
-    )
-    joint_seen = ruler.judge.judge(joint_images)[0]
-    named = np.array([task.names.named(text) for text in joint_captions])
-    joint_shares = image.class_shares(joint_seen, ruler.classes) * ruler.classes
+    metrics, seen = ruler.measure(drawn)
+    metrics |= {f"{name}_unguided": value for name, value in ruler.measure(unguided)[0].items()}
+    captions = generator.image_to_text(task.latents, guidance=0.0, **text)
+    n, classes = len(task.labels), task.labels.tolist()
+    joint, joint_captions = generator.joint(n, guidance=sampling.joint_guidance, **text)
+    joint_seen = ruler.judge.judge(joint)[0]
+    named = np.array([names.named(caption) for caption in joint_captions])
     metrics |= ruler.floor() | {
         "shuffled_control": image.shuffled_control(seen, wanted, seed=seed),
-        "i2t_accuracy": caption_accuracy(task.names, described, task.labels.tolist())[0],
+        "i2t_accuracy": caption_accuracy(names, captions, classes)[0],
         "joint_agreement": image.agreement(named, joint_seen),
-        "joint_class_shares": [round(float(s), 3) for s in joint_shares],
+        "joint_class_shares": ruler.class_shares(joint_seen),
         "n": n,
     }
-    drawn = Drawn(
-        images,
-        texts,
-        seen.tolist(),
-        described,
-        joint_images,
-        joint_captions,
-        joint_seen.tolist(),
-    )
-    return metrics, drawn
+    labels = {
+        "drawn": map(Label, ruler.prompts, [""] * n, (seen == wanted).tolist()),
+        "described": [
+            Label(caption, names.names[c][0], names.named(caption) == c)
+            for caption, c in zip(captions, classes, strict=True)
+        ],
+        "joint": map(Label, joint_captions, [""] * n, (named == joint_seen).tolist()),
+    }
+    images = {"drawn": drawn, "described": task.real, "joint": joint, "real": task.real}
+    return metrics, images, {name: list(row) for name, row in labels.items()}

@@ -33,14 +33,14 @@ class Flags(Settings):
 
     checkpoint: str = doc("runs/demo/train/export", "folder of exported weights")
     suite: str = doc("demo", "demo")
-    data: str = doc("s3://mdm-demo/encoded", "folder or s3:// prefix that holds the encoded sets")
+    data: str = doc("s3://mdm-demo/encoded", "folder or s3:// prefix of the encoded sets")
     raw: str = doc("runs/demo/data", "folder of the published sets: real images and prompts")
     judge: str = doc("runs/demo/classifier", "folder of the independent classifier")
     tokenizer: str = doc("runs/demo/tokenizer/tokenizer.model", "SentencePiece .model file")
     autoencoder: str = doc("runs/demo/autoencoder", "folder of the frozen autoencoder")
-    snapshots: str = doc("", "folder of earlier exports, step-XXXXXXXX each; for grids")
+    snapshots: str = doc("", "folder of earlier exports, step-XXXXXXXX each, to show the progress")
     out: str = doc("runs/demo/evaluation", "folder to write")
-    tracking: bool = doc(True, "log to MLflow, below the training run; false: nothing is written")
+    tracking: bool = doc(True, "log to MLflow, below the training run")
     prompts: int = doc(8, "dialogues to answer")
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Flags(Settings):
 
 
 def load_data(flags: Flags, autoencoder: Autoencoder) -> tuple[DemoData, dict[str, Any]]:
-    """What the suite compares with, and what encoding counted, by set."""
+    """The real data that the suite compares with, and what encoding counted, by set."""
     tokenizer, raw = Tokenizer(flags.tokenizer), Path(flags.raw)
     sets, counted = {}, {}
     for name in tqdm(SETS, desc="held-out data", leave=False):
@@ -79,24 +79,19 @@ def load_data(flags: Flags, autoencoder: Autoencoder) -> tuple[DemoData, dict[st
     return data, counted
 
 
-def samples_seen(folder: Path, config: Config) -> int:
-    """How many samples the weights in `folder` had seen: by its step's name, or all."""
-    step = re.fullmatch(r"step-(\d+)", folder.name)
+def samples_seen(export: Path) -> int:
+    """The samples that exported weights have seen: up to the step in the folder's name, or all."""
+    config = from_dict(Config, load_json(export / "config.json"))
+    step = re.fullmatch(r"step-(\d+)", export.name)
     return (int(step[1]) if step else config.train.steps) * config.data.global_batch
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration beside exported weights."""
-    return from_dict(Config, load_json(folder / "config.json"))
-
-
 def run(flags: Flags) -> dict[str, Any]:
-    """Generate, judge, write; returns what `metrics.json` holds."""
-    began, out = time.perf_counter(), Path(flags.out)
+    """Generate, judge and write everything into `--out`; returns the content of `metrics.json`."""
+    began, out, export = time.perf_counter(), Path(flags.out), Path(flags.checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    autoencoder = Autoencoder.load(flags.autoencoder)
 
-    def generator(folder: Path) -> Generator:
+    def load(folder: Path) -> Generator:
         return Generator.from_pretrained(
             folder,
             tokenizer=flags.tokenizer,
@@ -106,65 +101,55 @@ def run(flags: Flags) -> dict[str, Any]:
             local_files_only=True,
         )
 
-    export = Path(flags.checkpoint)
-    config, model = read_config(export), generator(export)
+    autoencoder, model = Autoencoder.load(flags.autoencoder), load(export)
     judge, _ = classifier.load(Path(flags.judge))
     data, counted = load_data(flags, autoencoder)
     loaded = time.perf_counter()
     settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})
     result = run_demo(model, judge, data, settings)
     sheets = save_sheets(result.images, out, columns=10)
-    wishes = _spread_texts(data)
-    shots = []
-    for folder in tqdm(snapshots(flags), desc="over training", unit="snapshot"):
-        images, accuracy = snapshot(generator(folder), judge, len(data.names), wishes, settings)
-        sheet = save_sheet(images, out / f"{folder.name}.png", columns=len(data.names))
-        seen = samples_seen(folder, read_config(folder))
-        shots.append({"samples_seen": seen, "accuracy": accuracy, "sheet": vars(sheet)})
-    seconds = time.perf_counter() - loaded
-    drawn = 5 * settings.n
+    n_classes, others, snapshots = len(data.names), data.others_train, []
+    assert others is not None
+    spread = torch.linspace(0, len(others) - 1, n_classes).long().tolist()
+    texts = [others.texts[i] for i in spread]
+    files = Path(flags.snapshots).glob("step-*/model.safetensors") if flags.snapshots else ()
+    for folder in tqdm(sorted(f.parent for f in files), desc="over training", unit="snapshot"):
+        images, accuracy = snapshot(load(folder), judge, n_classes, texts, settings)
+        sheet = vars(save_sheet(images, out / f"{folder.name}.png", columns=n_classes))
+        seen = samples_seen(folder)
+        snapshots.append({"samples_seen": seen, "accuracy": accuracy, "sheet": sheet})
+    ended = time.perf_counter()
     report = result.metrics | {
-        "samples_seen": samples_seen(export, config),
-        "seconds": time.perf_counter() - began,
-        "samples_per_second": drawn / seconds,
+        "samples_seen": samples_seen(export),
+        "seconds": ended - began,
+        "samples_per_second": 5 * settings.n / (ended - loaded),
     }
-    plain = result.plain() | {
+    evaluation = result.plain() | {
         "sheets": {name: vars(sheet) for name, sheet in sheets.items()},
-        "snapshots": shots,
+        "snapshots": snapshots,
         "settings": vars(settings),
         "samples_seen": report["samples_seen"],
         "counts": counted,
     }
-    write_json(out / "evaluation.json", plain)
+    write_json(out / "evaluation.json", evaluation)
     poster.draw(sheets, result.labels, out, out / "readme.png")
     write_json(out / "metrics.json", report)
     if flags.tracking:
-        log(flags, config, report, shots)
+        log(flags, report, snapshots)
     return report
 
 
-def snapshots(flags: Flags) -> list[Path]:
-    """Exports over training, oldest first."""
-    if not flags.snapshots:
-        return []
-    return sorted(file.parent for file in Path(flags.snapshots).glob("step-*/model.safetensors"))
-
-
-def _spread_texts(data: DemoData) -> list[str]:
-    assert data.others_train is not None
-    rows = torch.linspace(0, len(data.others_train) - 1, len(data.names)).long().tolist()
-    return [data.others_train.texts[i] for i in rows]
-
-
-def log(flags: Flags, config: Config, report: dict[str, Any], shots: list[dict[str, Any]]) -> None:
-    """A child of the training run: metrics by samples seen, sheets, the plain results."""
-    note = read_json(Path(flags.checkpoint).parent / "tracking.json", {"run_id": str})
-    metrics = [({"snapshot_accuracy": s["accuracy"]}, s["samples_seen"]) for s in shots]
+def log(flags: Flags, report: dict[str, Any], snapshots: list[dict[str, Any]]) -> None:
+    """Log to a child of the training run in MLflow: metrics by samples seen, and all files."""
+    export = Path(flags.checkpoint)
+    experiment = from_dict(Config, load_json(export / "config.json")).experiment
+    training = read_json(export.parent / "tracking.json", {"run_id": str})
+    metrics = [({"snapshot_accuracy": s["accuracy"]}, s["samples_seen"]) for s in snapshots]
     numbers = {k: v for k, v in report.items() if k != "samples_seen"}
     tracking.log_result(
-        config.experiment,
+        experiment,
         "evaluate",
-        parent=note.get("run_id", ""),
+        parent=training.get("run_id", ""),
         params={k: v for k, v in vars(flags).items() if k != "tracking"},
         metrics=[*metrics, (numbers, report["samples_seen"])],
         artifacts={"evaluation": str(Path(flags.out).absolute())},

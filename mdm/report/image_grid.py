@@ -1,4 +1,4 @@
-"""Sheets: many small images in one PNG, cut apart again by the report.
+"""Sheets: many small images in one PNG, which the report cuts into tiles again.
 
 Shapes: n images of H x W pixels, f32 [n, 3, H, W] in [0, 1].
 """
@@ -16,7 +16,7 @@ GAP = 2
 
 @dataclass(frozen=True)
 class Sheet:
-    """A PNG of `count` tiles, row by row, `columns` a row, each `height` x `width` pixels."""
+    """A PNG of `count` tiles of `height` x `width` pixels, with `columns` tiles in a row."""
 
     file: str
     count: int
@@ -26,7 +26,7 @@ class Sheet:
 
 
 def save_sheet(pixels: Tensor, path: Path, *, columns: int) -> Sheet:
-    """Write `pixels` as a sheet to `path`. Raises ValueError if there is no image."""
+    """Write `pixels` [n, 3, H, W] as a sheet to `path`; ValueError if there is no image."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) == 0:
         raise ValueError(f"images have shape {tuple(pixels.shape)}, not [n, 3, H, W]")
     n, _, height, width = pixels.shape

@@ -1,13 +1,13 @@
-"""What every report page shares: images inside the file, charts of the losses, the template.
+"""What all report pages share: targets, loss charts, embedded images, the template.
 
-A page is one file: images, charts and styles are in it, and it asks nothing of any network.
+A page is one file: images, charts and styles are in it, and it loads nothing over the network.
 """
 
 import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +15,81 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
-from mdm.report.charts import line_chart
+from mdm.report.charts import line_chart, row_chart
 from mdm.report.image_grid import Sheet, cut_sheet
-from mdm.utils.files import write_bytes
+from mdm.utils.files import read_lines, write_bytes
 
-TERMS = {
-    "total": "total",
-    "eps_img": "noise prediction, image",
-    "se_img": "score entropy, image",
-    "se_txt": "score entropy, text",
-    "rec_img": "reconstruction, image",
-    "rec_txt": "reconstruction, text",
-    "kl": "KL",
+TERMS = {  # title and unit
+    "total": ("total", "Eq. 18"),
+    "eps_img": ("noise prediction, image", "squared error / ᾱ"),
+    "se_img": ("score entropy, image", "score entropy"),
+    "se_txt": ("score entropy, text", "score entropy"),
+    "rec_img": ("reconstruction, image", "squared error"),
+    "rec_txt": ("reconstruction, text", "nats per token"),
+    "kl": ("KL", "nats per token"),
 }
 TASKS = {"image_text": "Images with text", "text": "Text alone"}
 CONDITIONINGS = {
     "class_to_image": ("class → image", ("eps_img",)),
     "text_to_image": ("text → image", ("eps_img",)),
-    "image": ("image of nothing", ("eps_img",)),
+    "image": ("unconditional image", ("eps_img",)),
     "image_to_text": ("image → text", ("se_txt",)),
     "answer": ("image and question → answer", ("se_txt",)),
-    "both": ("both at once", ("eps_img", "se_txt")),
+    "both": ("image and text together", ("eps_img", "se_txt")),
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """A number that a run should reach, and the number to read it beside."""
+    """A metric of a run, the bound it should reach, and the metric to compare it with."""
 
     metric: str
     title: str
     at_least: float | None = None
     at_most: float | None = None
     beside: str = ""  # metric of the floor, ceiling or control
-    note: str = ""
+    note: str = ""  # what `beside` is
+    share: bool = True  # a share of 1, drawn in the chart
 
     def row(self, metrics: Mapping[str, float]) -> dict[str, Any]:
-        """As the table shows it; `ok` is None where there is no target."""
+        """What the table shows; `ok` is None where there is no target."""
         value = metrics.get(self.metric)
+        bound = self.at_most if self.at_least is None else self.at_least
         ok = None
-        if value is not None and self.at_least is not None:
-            ok = value >= self.at_least
-        elif value is not None and self.at_most is not None:
-            ok = value <= self.at_most
-        wanted = (
-            f"≥ {self.at_least:.2f}"
-            if self.at_least is not None
-            else f"≤ {self.at_most:.2f}"
-            if self.at_most is not None
-            else ""
-        )
-        return {
-            "metric": self.metric,
-            "title": self.title,
+        if value is not None and bound is not None:
+            ok = value <= bound if self.at_least is None else value >= bound
+        sign = "≤" if self.at_least is None else "≥"
+        return asdict(self) | {
             "value": value,
             "beside": metrics.get(self.beside),
-            "target": wanted,
+            "bound": bound,
+            "target": "" if bound is None else f"{sign} {bound:.2f}",
             "ok": ok,
-            "note": self.note,
         }
+
+
+def reached(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Whether each metric that has a target reaches it, from the rows of the targets."""
+    return {row["metric"]: row["ok"] for row in rows if row["ok"] is not None}
+
+
+def target_chart(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """The shares among the rows of the targets, with their bounds, floors and ceilings."""
+    shares = [row for row in rows if row["share"] and row["value"] is not None]
+    references = {
+        name: {row["title"]: row[key] for row in shares if row[key] is not None}
+        for name, key in (("target", "bound"), ("compared with", "beside"))
+    }
+    values = {row["title"]: [row["value"]] for row in shares}
+    return row_chart(values, "shares and their targets", "share", references)
+
+
+def target_lines(report: Mapping[str, Any]) -> str:
+    """The outcome of every target in a `report.json`, a line each."""
+    return "\n".join(
+        f"{'reached' if ok else 'MISSED ':8}{metric} = {report[metric]:.3f}"
+        for metric, ok in report["targets"].items()
+    )
 
 
 def data_uri(image: Image.Image) -> str:
@@ -87,37 +103,44 @@ def tiles(
     sheets: Mapping[str, Any], labels: Mapping[str, Any], folder: Path
 ) -> dict[str, list[dict[str, Any]]]:
     """The tiles of every sheet in `folder` with their labels, as the macros take them."""
-    found = {}
-    for name, plain in sheets.items():
-        images = cut_sheet(Sheet(**plain), folder)
+    by_name = {}
+    for name, sheet in sheets.items():
+        images = cut_sheet(Sheet(**sheet), folder)
         texts = labels.get(name) or [{}] * len(images)
-        found[name] = [
+        by_name[name] = [
             {"src": data_uri(image), "text": "", "truth": "", "right": None} | text
             for image, text in zip(images, texts, strict=True)
         ]
-    return found
+    return by_name
 
 
-def loss_charts(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A chart of the loss, of every term of every task, and of the chief ones by conditioning."""
-    wanted = {"loss": "Loss, all tasks (Eq. 18)"} | {
-        f"{task}/{term}": f"{task_title}: {term_title}"
-        for task, task_title in TASKS.items()
-        for term, term_title in TERMS.items()
-    }
-    wanted |= {
-        f"{name}/{term}": f"{title}: {TERMS[term]}"
-        for name, (title, terms) in CONDITIONINGS.items()
-        for term in terms
-    }
+def loss_charts(metrics_file: Path) -> list[dict[str, Any]]:
+    """A chart of the loss, of each term of each task, and of the main terms by conditioning.
+
+    Args:
+        metrics_file: the run's `metrics.jsonl`. Terms with fewer than two values are left out.
+    """
+    lines = read_lines(metrics_file, {"samples_seen": float})
+    keys = {f"{task}/{term}": f"{title}: " for task, title in TASKS.items() for term in TERMS}
+    for conditioning, (title, terms) in CONDITIONINGS.items():
+        keys |= {f"{conditioning}/{term}": f"{title}: " for term in terms}
+    wanted = [("loss", "Loss, all tasks", "Eq. 18")]
+    for key, prefix in keys.items():
+        title, unit = TERMS[key.partition("/")[2]]
+        wanted.append((key, prefix + title, unit))
     charts = []
-    for name, title in wanted.items():
-        rows = [(r["samples_seen"], r[name]) for r in lines if name in r]
+    for name, title, unit in wanted:
+        rows = [(line["samples_seen"], line[name]) for line in lines if name in line]
         if len(rows) > 1:
             x, y = zip(*rows, strict=True)
-            tail = y[-max(1, len(y) // 20) :]
-            svg = Markup(line_chart(x, y, title))
-            charts.append({"title": title, "svg": svg, "last": sum(tail) / len(tail)})
+            last = y[-max(1, len(y) // 20) :]
+            charts.append(
+                {
+                    "title": title,
+                    "svg": line_chart(x, y, title, unit),
+                    "last": sum(last) / len(last),
+                }
+            )
     return charts
 
 
@@ -145,10 +168,7 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
     return env.get_template(template.name).render(**content)
 
 
-def write_report(run: Path, page: str, plain: Mapping[str, Any]) -> None:
+def write_report(run: Path, page: str, report: Mapping[str, Any]) -> None:
     """Write `report.html` and `report.json` into `run`, each whole or not at all."""
-    for name, text in (
-        ("report.html", page),
-        ("report.json", json.dumps(plain, indent=2) + "\n"),
-    ):
-        write_bytes(run / name, text.encode())
+    write_bytes(run / "report.html", page.encode())
+    write_bytes(run / "report.json", (json.dumps(report, indent=2) + "\n").encode())

@@ -161,7 +161,7 @@ def drawing(options: dict[str, Any]) -> Draw | None:
     """The function that generates images with each snapshot; None without the option `draw`."""
     if not options.get("draw"):
         return None
-    from mdm.report.samples import draw_samples
+    from mdm.report.drawing import draw_samples
 
     return functools.partial(draw_samples, n=2)
 

@@ -1,10 +1,9 @@
-"""The report of a small but complete run folder."""
+"""The report of a small but complete run."""
 
 import json
 import math
 import re
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -12,7 +11,6 @@ from PIL import Image
 from examples.demo import report
 from mdm.evaluate.classifier import Classifier
 from mdm.evaluate.suite import DemoData, Settings, run_demo, snapshot
-from mdm.report import charts
 from mdm.report.image_grid import save_sheet, save_sheets
 from tests.unit.conftest import Digits, Oracle
 
@@ -104,9 +102,18 @@ def test_json_has_metrics_and_totals_at_the_top(run: Path, page: str) -> None:
 @pytest.mark.parametrize(
     "heading",
     [
-        *("Targets", "Learning", "Loss", "Real beside generated", "Captions", "Replies", "Stages"),
-        *("From text to image", "Image and caption at once", "What the model reads"),
-        *("Where the data came from", "Exactly how"),
+        "Targets",
+        "Learning",
+        "Loss",
+        "Real and generated",
+        "Captions",
+        "From text to image",
+        "Image and caption at once",
+        "Replies",
+        "Job stages",
+        "First stage",
+        "Data",
+        "Reproduce",
     ],
 )
 def test_page_has_every_section(page: str, heading: str) -> None:
@@ -114,8 +121,8 @@ def test_page_has_every_section(page: str, heading: str) -> None:
 
 
 def test_page_is_self_contained_and_names_no_folder_of_this_machine(page: str, run: Path) -> None:
-    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:)[^"'\s)>]""", page)
-    assert "://" not in page
+    assert not re.search(r"""(?:src|href|url)\s*[=(]\s*["']?(?!data:|#)[^"'\s)>]""", page)
+    assert "://" not in page.replace("http://www.w3.org/", "")  # names of XML, not addresses
     assert "<script" not in page
     assert str(run) not in page
     assert "/home/" not in page
@@ -127,32 +134,9 @@ def test_page_shows_counts_sources_and_escapes_what_a_model_wrote(page: str) -> 
     assert "Someone &amp; others" in page
     assert "&lt;b&gt;hello&lt;/b&gt;" in page
     assert "<b>hello</b>" not in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 7  # five losses, the targets, the job stages
 
 
-def test_a_missing_stage_is_named(run: Path) -> None:
+def test_a_missing_job_stage_is_named(run: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"decode\.json is missing"):
         report.collect(run, ("decode",))
-
-
-def test_targets_compare_the_right_way() -> None:
-    low = report.Target("a", "A", at_least=0.5).row({"a": 0.4})
-    high = report.Target("a", "A", at_most=0.5).row({"a": 0.4})
-    none = report.Target("a", "A").row({"a": 0.4})
-    assert (low["ok"], high["ok"], none["ok"]) == (False, True, None)
-
-
-def test_chart_is_well_formed_and_stays_inside() -> None:
-    y = [100.0] + [1.0 / i for i in range(1, 1000)]
-    svg = charts.line_chart(list(range(1000)), y, "loss")
-    root = ElementTree.fromstring(svg)
-    numbers = [float(v) for p in root.iter("path") for v in re.findall(r"[\d.]+", p.get("d", ""))]
-    assert max(numbers) <= charts.WIDTH
-    with pytest.raises(ValueError, match="make no line"):
-        charts.line_chart([1.0], [2.0], "loss")
-
-
-def test_smoothing_keeps_a_constant_and_damps_noise() -> None:
-    assert charts.smooth([2.0] * 50) == pytest.approx([2.0] * 50)
-    wave = charts.smooth([(-1.0) ** i for i in range(200)])
-    assert max(map(abs, wave)) < 0.2

@@ -1,4 +1,4 @@
-"""What the learning report says of a perfect model, and of one that ignores what it is asked."""
+"""The metrics and the report of a perfect model, and of one that ignores its condition."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from examples.digits import report as learn_report
-from examples.digits.evaluation import Ruler, Task, evaluate
+from examples.digits.evaluation import Ruler, Sampling, Task, evaluate
 from mdm.evaluate.classifier import Classifier
 from tests.unit.conftest import NAMES, WORDS, Digits, Oracle
 
-HOW = {"guidance": 1.0, "joint_guidance": 1.0, "steps": 4, "solver": "ddpm", "text_solver": "ddpm"}
+SAMPLING = Sampling(guidance=1.0, steps=4, solver="ddpm")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def ruler(digits: Digits, judge: Classifier) -> Ruler:
 
 
 def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: Path) -> None:
-    metrics, drawn = evaluate(Oracle(digits), ruler, **HOW)
+    metrics, images, labels = evaluate(Oracle(digits), ruler, SAMPLING)
     assert metrics["t2i_accuracy"] > 0.9
     assert metrics["i2t_accuracy"] == 1.0
     assert metrics["joint_agreement"] > 0.9
@@ -40,19 +40,20 @@ def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: 
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "train" / "metrics.jsonl").write_text(text)
     run = {"samples_seen": 3, "wall_seconds": 1.0, "samples_per_second": 3.0}
-    plain = learn_report.write(tmp_path, metrics | run, ruler.task, drawn, HOW)
-    assert json.loads((tmp_path / "report.json").read_text()) == plain
+    report = learn_report.write(tmp_path, metrics | run, images, labels, vars(SAMPLING))
+    assert json.loads((tmp_path / "report.json").read_text()) == report
     wanted = {"class_share_min", "class_share_max", "recall", "fid64", "joint_agreement"}
-    assert wanted <= {name for name, ok in plain["targets"].items() if ok}
+    assert wanted <= {name for name, ok in report["targets"].items() if ok}
     page = (tmp_path / "report.html").read_text()
     for title in ("Does it learn?", "Targets", "Captions of held-out images", "Loss"):
         assert title in page
+    assert "Loss, all tasks" in page
     assert page.count("data:image/png;base64,") >= 300
     assert str(tmp_path) not in page
 
 
 def test_a_model_that_ignores_its_condition_is_at_chance(ruler: Ruler, digits: Digits) -> None:
-    metrics, _ = evaluate(Oracle(digits, deaf=True), ruler, **HOW)
+    metrics, _, _ = evaluate(Oracle(digits, deaf=True), ruler, SAMPLING)
     assert metrics["t2i_accuracy"] < 0.2
     assert metrics["i2t_accuracy"] < 0.2
     assert metrics["fid64"] < 2 * metrics["fid64_floor"], "its images are as real as any"

@@ -1,4 +1,4 @@
-"""Stage logic with toy commands that are real processes."""
+"""Job stages with toy commands, which are real processes."""
 
 import json
 import os
@@ -11,15 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from examples.demo.stages import Runner, Service, Stage, StageFailed, end_leftovers, only_one
+from examples.demo.stages import JobStage, JobStageError, Runner, Service, end_leftovers
 
 ROOT = Path(__file__).parents[3]
 
 
-def count(folder: Path, name: str, code: int = 0) -> Stage:
-    """A stage that adds a line to `name`.txt."""
+def count(folder: Path, name: str, code: int = 0) -> JobStage:
+    """A job stage that appends a line to `name`.txt."""
     script = f"open({str(folder / name)!r} + '.txt', 'a').write('x\\n'); raise SystemExit({code})"
-    return Stage(
+    return JobStage(
         name,
         name,
         (sys.executable, "-c", script),
@@ -33,13 +33,12 @@ def lines(folder: Path, name: str) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def changed(stage: Stage) -> Stage:
-    return Stage(stage.name, stage.title, stage.command, ("changed",), stage.outputs)
+def changed(stage: JobStage) -> JobStage:
+    return JobStage(stage.name, stage.title, stage.command, ("changed",), stage.outputs)
 
 
-def test_finished_stages_are_skipped_and_reports_kept(tmp_path: Path) -> None:
-    said: list[str] = []
-    runner = Runner(tmp_path / "stages", say=said.append)
+def test_finished_job_stages_are_skipped_and_reports_kept(tmp_path: Path, capsys) -> None:
+    runner = Runner(tmp_path / "stages")
     stages = [count(tmp_path, "one"), count(tmp_path, "two")]
     (tmp_path / "two.report").write_text('{"samples_per_second": 7}')
     first = runner.run(stages)
@@ -49,11 +48,11 @@ def test_finished_stages_are_skipped_and_reports_kept(tmp_path: Path) -> None:
     assert first["two"]["report"] == {"samples_per_second": 7}
     assert first["one"]["seconds"] > 0
     assert 0 < first["one"]["peak_rss_gib"] < 16
-    assert said[-1].startswith("= two: done before")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("= two: already finished")
 
 
-def test_a_change_redoes_that_stage_and_those_after_from_nothing(tmp_path: Path) -> None:
-    runner = Runner(tmp_path / "stages", say=lambda _: None)
+def test_a_changed_job_stage_and_those_after_it_start_over(tmp_path: Path) -> None:
+    runner = Runner(tmp_path / "stages")
     one, two, three = (count(tmp_path, n) for n in ("one", "two", "three"))
     runner.run([one, two, three])
     (tmp_path / "one.txt").write_text("x\nkept\n")
@@ -63,13 +62,13 @@ def test_a_change_redoes_that_stage_and_those_after_from_nothing(tmp_path: Path)
     assert (tmp_path / "three.txt").read_text() == "x\n"
 
 
-def test_a_failure_stops_and_the_next_run_goes_on_there(tmp_path: Path) -> None:
-    runner = Runner(tmp_path / "stages", say=lambda _: None)
+def test_the_next_run_continues_from_the_job_stage_that_failed(tmp_path: Path) -> None:
+    runner = Runner(tmp_path / "stages")
     flag = tmp_path / "flag"
     script = f"import os, sys; sys.exit(0 if os.path.exists({str(flag)!r}) else 3)"
-    shaky = Stage("shaky", "shaky", (sys.executable, "-c", script))
+    shaky = JobStage("shaky", "shaky", (sys.executable, "-c", script))
     last = count(tmp_path, "last")
-    with pytest.raises(StageFailed, match="exit code 3"):
+    with pytest.raises(JobStageError, match="exit code 3"):
         runner.run([shaky, last])
     assert lines(tmp_path, "last") == 0
     flag.touch()
@@ -78,7 +77,7 @@ def test_a_failure_stops_and_the_next_run_goes_on_there(tmp_path: Path) -> None:
     assert lines(tmp_path, "last") == 1
 
 
-# Serves until it is ended, and keeps an account of both.
+# Serves until it is ended, and records both in a file.
 SERVER = """
 import signal, sys, time
 account = open(sys.argv[1], "a")
@@ -90,34 +89,34 @@ print("down", file=account)
 """
 
 
-def test_a_service_is_up_from_the_first_to_the_last_stage_that_needs_it(
+def test_a_service_is_up_from_the_first_to_the_last_job_stage_that_needs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SERVED", "before")
     account = tmp_path / "account"
     service = Service((sys.executable, "-c", SERVER, str(account)), ("SERVED",))
-    runner = Runner(tmp_path / "stages", services={"server": service}, say=lambda _: None)
+    runner = Runner(tmp_path / "stages", services={"server": service})
 
-    def stage(name: str, needs: tuple[str, ...], expected: str) -> Stage:
+    def stage(name: str, needs: tuple[str, ...], expected: str) -> JobStage:
         script = f"import os; assert os.environ['SERVED'] == {expected!r}"
-        return Stage(name, name, (sys.executable, "-c", script), needs=needs)
+        return JobStage(name, name, (sys.executable, "-c", script), needs=needs)
 
-    needy = [stage(name, ("server",), str(account)) for name in ("b", "c")]
+    served = [stage(name, ("server",), str(account)) for name in ("b", "c")]
     runner.run([stage("a", (), "before")])
     assert not account.exists()
-    runner.run([stage("a", (), "before"), *needy, stage("d", (), "before")])
-    runner.run([stage("a", (), "before"), *needy])
+    runner.run([stage("a", (), "before"), *served, stage("d", (), "before")])
+    runner.run([stage("a", (), "before"), *served])
     assert account.read_text() == "up\ndown\n"
 
 
-def test_a_service_that_does_not_come_up_fails_its_stage(tmp_path: Path) -> None:
+def test_a_service_that_does_not_start_fails_its_job_stage(tmp_path: Path) -> None:
     service = Service((sys.executable, "-c", "print('export OTHER=1')"), ("SERVED",))
-    runner = Runner(tmp_path / "stages", services={"server": service}, say=lambda _: None)
-    with pytest.raises(StageFailed, match="did not start"):
-        runner.run([Stage("a", "a", (sys.executable, "-c", ""), needs=("server",))])
+    runner = Runner(tmp_path / "stages", services={"server": service})
+    with pytest.raises(JobStageError, match="did not start"):
+        runner.run([JobStage("a", "a", (sys.executable, "-c", ""), needs=("server",))])
 
 
-# A stage whose grandchild leaves its session, as launchers' and daemons' children do.
+# A job stage whose grandchild leaves its session, as launchers' and daemons' children do.
 ESCAPING = """
 import os, subprocess, sys, time
 kept = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"],
@@ -129,10 +128,10 @@ time.sleep(float(sys.argv[2]))
 DRIVER = """
 import signal, sys
 from pathlib import Path
-from examples.demo.stages import Runner, Stage
+from examples.demo.stages import JobStage, Runner
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell makes it ignored
 folder, script, pids, seconds = sys.argv[1:]
-Runner(Path(folder)).run([Stage("s", "s", (sys.executable, "-c", script, pids, seconds))])
+Runner(Path(folder)).run([JobStage("s", "s", (sys.executable, "-c", script, pids, seconds))])
 """
 
 
@@ -178,7 +177,7 @@ def test_no_process_outlives_a_killed_driver(tmp_path: Path, signum: signal.Sign
 
 
 @pytest.mark.chaos
-def test_what_a_finished_stage_leaves_running_is_ended(tmp_path: Path) -> None:
+def test_processes_left_running_by_a_finished_job_stage_are_ended(tmp_path: Path) -> None:
     driver, pids = start(tmp_path, "0.2")
     assert driver.wait(timeout=30) == 0
     assert gone(pids)
@@ -206,18 +205,12 @@ def test_leftovers_are_ended_only_if_they_are_the_recorded_processes(tmp_path: P
             process.wait()
 
 
-def test_two_runs_of_one_folder_do_not_meet(tmp_path: Path) -> None:
-    with only_one(tmp_path), pytest.raises(BlockingIOError), only_one(tmp_path, patience=0.1):
-        pass
-
-
 @pytest.mark.parametrize("data", [b"", bytes(200), b'{"fingerprint": "', b"\xff", b"[]", b"{}"])
 @pytest.mark.parametrize("damaged", ["marker", "attempt"])
 def test_a_damaged_record_costs_no_outputs(
-    tmp_path: Path, caplog, damaged: str, data: bytes
+    tmp_path: Path, caplog, capsys, damaged: str, data: bytes
 ) -> None:
-    said: list[str] = []
-    runner = Runner(tmp_path / "stages", say=said.append)
+    runner = Runner(tmp_path / "stages")
     stage = count(tmp_path, "one")
     runner.run([stage])
     marker, attempt = tmp_path / "stages" / "one.json", tmp_path / "stages" / "one.attempt.json"
@@ -227,7 +220,7 @@ def test_a_damaged_record_costs_no_outputs(
     path.write_bytes(data)
     end_leftovers(tmp_path / "stages")
     done = runner.run([stage])
-    assert lines(tmp_path, "one") == 2  # it went on with what was there
+    assert lines(tmp_path, "one") == 2  # the second attempt kept the output of the first
     assert runner.run([stage]) == done
-    assert "its record is damaged" in said[2]
+    assert "its record is damaged" in capsys.readouterr().out.splitlines()[2]
     assert f"{path} is damaged" in caplog.text

@@ -130,7 +130,7 @@ def test_autoencoder_job(demo, tmp_path):
         ),
         (train_autoencoder, ["--steps", "0"], "steps is 0"),
         (demo_data, ["--limit", "-1"], "limit is -1"),
-        (demo_data, ["--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
+        (demo_data, ["--out", "/proc/nowhere"], "demo_data: /proc/nowhere"),
     ],
 )
 def test_mistakes_end_in_one_line(job, flags, message, demo, tmp_path, capsys):
