@@ -245,7 +245,8 @@ class Runner:
         begun = read_json(attempt, _USAGE)
         for name in stage.needs:
             self.services[name].start(self.env)
-        usage = {"fingerprint": fingerprint, "seconds": 0.0, "peak_rss_gib": 0.0, "attempts": 0}
+        usage: dict[str, Any] = {"seconds": 0.0, "peak_rss_gib": 0.0, "attempts": 0}
+        usage["fingerprint"] = fingerprint
         if begun.get("fingerprint") == fingerprint:
             usage = begun
             state = f": continues after {usage['seconds']:.1f} s"

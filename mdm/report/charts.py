@@ -82,9 +82,10 @@ def _scale_y(axes: Axes, values: ArrayLike) -> None:
 
 def smooth(values: ArrayLike, share: float = 0.03) -> NDArray[np.float64]:
     """Centred moving mean over `share` of the values on each side."""
-    ones = np.ones(np.shape(values))
-    window = np.ones(2 * int(len(ones) * share) + 1)
-    return np.convolve(values, window, "same") / np.convolve(ones, window, "same")
+    numbers = np.asarray(values, dtype=np.float64)
+    window = np.ones(2 * int(len(numbers) * share) + 1)
+    count: NDArray[np.float64] = np.convolve(np.ones(len(numbers)), window, "same")
+    return np.convolve(numbers, window, "same") / count
 
 
 def line_chart(x: Sequence[float], y: Sequence[float], title: str, y_label: str) -> Markup:
