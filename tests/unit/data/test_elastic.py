@@ -44,7 +44,7 @@ def data(root: str, texts_per_row: int, staged: bool = True) -> DataConfig:
         FIRST,
         24,
         2,
-        stages=(LATER,) if staged else (),
+        mixture_stages=(LATER,) if staged else (),
         texts_per_row=texts_per_row,
         **LENGTHS,
     )
@@ -121,7 +121,7 @@ def test_past_mixture_stages_cannot_be_changed_and_future_ones_can(root: str) ->
     _, state = live(plan | {"data": to_dict(data(root, 1)), "state": None})
     onward = plan | {"state": state, "steps": 1}
     live(onward | {"data": to_dict(data(root, 1, staged=False))})  # not begun, so it may be dropped
-    moved = replace(data(root, 1), stages=(replace(LATER, step=13),))
+    moved = replace(data(root, 1), mixture_stages=(replace(LATER, step=13),))
     with pytest.raises(ResumeError, match=r"(?s)at step 14: .*'step': 0.*this run.*'step': 13"):
         live(onward | {"data": to_dict(moved)})
     other = replace(data(root, 1), sources=(SourceConfig("images", 0.6), FIRST[1]))

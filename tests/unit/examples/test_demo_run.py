@@ -30,9 +30,9 @@ def test_flags_reach_their_job_stages(monkeypatch):
     assert changed["encode-emoji"].outputs[0] == "runs/demo/encoded/emoji"
     train, evaluate = " ".join(changed["train"].command), " ".join(changed["evaluate"].command)
     assert "--num_accelerators 4 pipelines/pretrain.py --preset demo" in train
-    assert train.endswith("--tracking false --train.steps 30")
+    assert train.endswith("--no_tracking --train.steps 30")
     assert "--n 7" in evaluate
-    assert evaluate.endswith("--tracking false")
+    assert evaluate.endswith("--no_tracking")
 
 
 def test_the_encoding_uses_a_running_ray_cluster(monkeypatch):
