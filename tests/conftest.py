@@ -1,5 +1,6 @@
 """Fixtures that several test folders share."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,12 @@ from mdm.utils.precision import describe, resolve
 def pytest_report_header() -> str:
     """Print the precision in which training and generation are tested on this machine."""
     return f"precision auto: {describe(resolve('auto'))}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let the jobs that tests start receive SIGINT, which a shell ignores for background jobs."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
