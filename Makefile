@@ -1,12 +1,12 @@
-# One door for people and CI. `make demo` and `make test` work as the first command on a fresh clone.
+# Commands for people and CI. `make demo` and `make test` work as the first command on a fresh clone.
 PY := .venv/bin/python
 export DS_ACCELERATOR ?= cpu
-# How long a thread waits for its peers by spinning: some 50 us. Without, every one of a picture's
-# hundreds of small products waits for the kernel to wake a thread; with the default of some
-# milliseconds, threads starve each other as soon as a core is busy elsewhere.
+# OpenMP threads spin for about 50 us while they wait for each other. Without spinning, the kernel has
+# to wake a thread for each of the hundreds of small matrix products in an image. With the default of
+# a few milliseconds, threads starve each other as soon as another process uses a core.
 export GOMP_SPINCOUNT ?= 5000
 
-.PHONY: setup demo test check format bench learn learn-ablate drill review gpu-check clean
+.PHONY: setup demo test check format bench learn learn-ablate drill review docs gpu-check clean
 
 setup: .venv/.ready
 
@@ -16,11 +16,11 @@ setup: .venv/.ready
 	.venv/bin/pip install -q -c infra/constraints.txt torch==2.13.0
 	.venv/bin/pip install -q -c infra/constraints.txt -e ".[eval,demo,web,dev]"
 	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE .venv/bin/pip install -q -c infra/constraints.txt \
-		--no-build-isolation --no-cache-dir --no-deps mamba-ssm  # its Triton sources, for the tests
+		--no-build-isolation --no-cache-dir --no-deps mamba-ssm  # the tests use its Triton sources
 	touch $@
 
 demo: setup
-	$(PY) pipelines/demo.py
+	$(PY) examples/demo/run.py
 
 check: setup
 	.venv/bin/ruff format --check .
@@ -36,16 +36,24 @@ format: setup
 	.venv/bin/ruff check --fix .
 
 review: setup
-	$(PY) pipelines/demo.py --review true
+	$(PY) examples/demo/run.py --review
 
 learn: setup
-	$(PY) pipelines/learn.py
+	$(PY) examples/digits/learn.py
 
 learn-ablate: setup
-	$(PY) pipelines/learn_ablate.py
+	$(PY) examples/digits/ablate.py
 
 bench: setup
-	$(PY) -m tests.benchmarks
+	$(PY) -m benchmarks
+
+docs: .venv/.docs-ready
+	.venv/bin/sphinx-build -W -n --keep-going -q -b html docs build/docs
+	@echo build/docs/index.html
+
+.venv/.docs-ready: .venv/.ready
+	.venv/bin/pip install -q -c infra/constraints.txt -e ".[docs]"
+	touch $@
 
 gpu-check: setup
 	$(PY) pipelines/gpu_check.py
@@ -54,4 +62,5 @@ drill: setup
 	$(PY) -m tests.drills
 
 clean:
-	rm -rf runs build
+	rm -rf runs build docs/how-to/runbooks docs/reference/api
+	rm -f docs/reference/commands.md docs/reference/configuration.md

@@ -1,9 +1,10 @@
 #!/bin/bash
-# This node's supervisor in a job of several nodes: SLURM and Kubernetes start one on each.
-# HOSTS: DeepSpeed's hostfile. MEET: a folder that all nodes see. NODE: this one's name in HOSTS.
-# All arguments go to pretrain.py.
+# Starts the supervisor of this node. In a job with several nodes, SLURM or Kubernetes runs it on each.
+# HOSTS: DeepSpeed's hostfile. RENDEZVOUS: the rendezvous folder, shared by all nodes. NODE: the name of this
+# node in HOSTS. All arguments are passed to pretrain.py.
 set -eu
-: "${HOSTS:?}" "${MEET:?}" "${NODE:=${SLURMD_NODENAME:?}}"
+: "${HOSTS:?set it to the DeepSpeed hostfile}" "${RENDEZVOUS:?set it to a folder that all nodes share}"
+: "${NODE:=${SLURMD_NODENAME:?set NODE to the name of this node in HOSTS}}"
 exec "${PYTHON:-.venv/bin/python}" pipelines/supervise.py \
-    --hostfile "$HOSTS" --meet "$MEET" --node "$NODE" --min_nodes "${MIN_NODES:-0}" -- \
+    --hostfile "$HOSTS" --rendezvous "$RENDEZVOUS" --node "$NODE" --min_nodes "${MIN_NODES:-0}" -- \
     "${LAUNCHER:-.venv/bin/deepspeed}" pipelines/pretrain.py "$@"

@@ -1,1 +1,1 @@
-"""Multi-Modal Diffusion Mamba: one Mamba-2 diffusion decoder for pictures and text."""
+"""Multi-Modal Diffusion Mamba: one Mamba-2 diffusion decoder for images and text."""

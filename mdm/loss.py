@@ -1,17 +1,7 @@
-"""The training objective (Eq. 18): noise both modalities at their own levels, score the prediction.
+"""The loss (Eq. 18): noise both modalities at their own levels, score the prediction.
 
-Shapes: b batch, p pictures a sample, n image tokens of all of them, m text tokens, c latent width,
-v vocabulary, k candidates.
-
-What is a condition is a matter of noise levels alone: t = 0 is given, t = T is dropped. A text's
-prompt and all pictures but the last are given wherever anything is:
-
-    class -> image              text dropped, class kept
-    text -> image               text given; former pictures of a dialogue too
-    image -> text               picture given, text noised
-    question + image -> answer  the same, with the question as the text's prompt
-    text -> text                no picture, the former turns as prompt
-    both at once                both noised, each at its own level
+Shapes: B batch, I images a sample, N image tokens of all of them, R rows and M text tokens (R = B
+unless texts are packed), C latent width, V vocabulary, K candidates.
 """
 
 from typing import NamedTuple
@@ -24,6 +14,7 @@ from torch import Tensor, nn
 from mdm.config import Config
 from mdm.data.batch import Batch
 from mdm.diffusion import noise, schedule
+from mdm.diffusion.levels import Levels, draw_levels
 from mdm.diffusion.score_entropy import (
     energy,
     log_ratio,
@@ -33,25 +24,14 @@ from mdm.diffusion.score_entropy import (
 )
 from mdm.diffusion.time_warp import TimeWarp
 from mdm.first_stage.tokenizer import PAD
-from mdm.model.decoder import Network
+from mdm.model.decoder import Prediction
 from mdm.model.embedding import CLEAN, DROPPED
-from mdm.model.packing import Texts
-from mdm.model.vae import NoisyLatentVAE, kl
+from mdm.model.inputs import ImageInput, TextInput
+from mdm.model.mdm import MDM, text_logits
+from mdm.model.sequence import TextRows, Texts
+from mdm.model.vae import kl
 
 MIN_ALPHA_BAR = 0.05  # caps the weight of almost pure noise
-
-
-CONDITIONINGS = (
-    "class_to_image",
-    "image",  # nothing given
-    "text_to_image",
-    "image_to_text",
-    "answer",  # to a question about a picture
-    "text_alone",  # with or without a prompt
-    "both",
-)
-_KINDS = ("text_to_image", "image_to_text", "image", "text_alone", "both")  # as they are drawn
-CONDITIONED_TERMS = ("samples", "eps_img", "se_img", "se_txt")
 
 
 class LossTerms(NamedTuple):
@@ -64,158 +44,182 @@ class LossTerms(NamedTuple):
     eps_img: Tensor  # 1/2 |eps - eps_hat|^2 / abar, a mean over a token's numbers
     se_img: Tensor  # score entropy over image candidates
     se_txt: Tensor  # score entropy over the vocabulary
-    # [CONDITIONINGS, CONDITIONED_TERMS] sums over the samples of each conditioning, for metrics
-    by_conditioning: Tensor
+    conditioning: Tensor  # i64 [B], index into CONDITIONINGS
+    per_sample: Tensor  # [B, 3], eps_img, se_img and se_txt of each sample, detached
 
 
-class Levels(NamedTuple):
-    """Noise levels of a batch."""
+class NoisyText(NamedTuple):
+    """Texts at their noise levels, and the loss terms of the VAE alone."""
 
-    t_img: Tensor  # i64 [b, p], 0 ... T
-    t_txt: Tensor  # i64 [b]
-    class_ids: Tensor  # i64 [b], -1 where dropped
-    conditioning: Tensor  # i64 [b], index into CONDITIONINGS
+    input: TextInput
+    abar: Tensor  # [R, M], or [B, 1] unless packed
+    tokens: Tensor  # i64 [R, M]
+    texts: Texts
+    means: Tensor  # [V, C], mu_v
+    bias: Tensor  # [V]
+    rec: Tensor  # Eq. 16
+    kl: Tensor
 
 
-class Objective(nn.Module):
-    """Network, VAE and loss; all randomness comes from (seed, sample, epoch)."""
+class NoisyImage(NamedTuple):
+    """Images at their noise levels, and the loss terms of the VAE alone."""
+
+    input: ImageInput
+    z_0: Tensor  # [B, N, C], normalised, detached
+    eps: Tensor  # [B, N, C]
+    abar: Tensor  # [B, I]
+    rec: Tensor  # Eq. 15
+    kl: Tensor
+
+
+class NoisyInputs(NamedTuple):
+    """A batch as the decoder reads it."""
+
+    levels: Levels
+    text: NoisyText
+    image: NoisyImage | None
+
+
+class Loss(nn.Module):
+    """The model and its loss; all randomness comes from (seed, sample, epoch).
+
+    State-dict names are those of `MDM`, whose modules it holds.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.seed, self.weights, self.model = config.seed, config.objective, config.model
-        self.network = Network(config.model)
+        model = MDM(config.model)
+        self.network, self.vae = model.network, model.vae
         self.network.trunk.checkpointing = config.train.activation_checkpointing
-        self.vae = NoisyLatentVAE(config.model.latent_dim, config.model.vocab_size)
         self.text_warp = TimeWarp(config.model.vocab_size) if self.weights.text_warp else None
 
     def forward(self, batch: Batch, step: int) -> LossTerms:
         """Loss terms of one rank's share of a global step.
 
-        Raises:
-            ValueError: a batch that does not fit the model, with both values.
+        Args:
+            batch: on the CPU, where its noise is drawn; its loader has checked it.
+            step: the global step.
         """
-        batch.check(self.model)
-        n = 0 if batch.latents is None else batch.latents.shape[1]
-        draws = noise.draw(
-            self.seed,
-            batch.keys,
-            batch.epochs,
-            n,
-            batch.tokens.shape[1],
-            self.model.latent_dim,
-            batch.text_of,
-        )
-        levels = self.draw_levels(draws.uniforms, batch)
-        texts = Texts(batch.text_of, len(batch), batch.average_over)
-        prompt = batch.prompt & texts.spread(levels.t_txt < schedule.STEPS)
-        means, bias = self.vae.vocabulary()
-
-        # Text: z_0 around mu_v, without a gradient from the diffusion into the encoder.
-        mean_txt = means[batch.tokens]
-        sigma_txt = self.vae.text_sigma(mean_txt)
-        s_txt = mean_txt + sigma_txt * draws.text[:, 1]
-        rec_txt = texts.mean(_cross_entropy(self.vae.decode_text(s_txt).float(), batch.tokens))
-        kl_term = texts.mean(kl(mean_txt, sigma_txt))
-        abar_txt = texts.spread(schedule.TEXT.alpha_bar(levels.t_txt))
-        z_0_txt = s_txt.detach()
-        z_txt = schedule.noised(z_0_txt, draws.text[:, 0], abar_txt.unsqueeze(2))
-        z_txt = torch.where(prompt.unsqueeze(-1), z_0_txt, z_txt)
-
-        image = self._image_latents(batch, draws) if batch.latents is not None else None
-        abar_img = schedule.IMAGE.alpha_bar(levels.t_img)
-        z_img = level_img = None
-        if image is not None:
-            z_img = schedule.noised(image.z_0, image.eps, self._by_token(abar_img).unsqueeze(2))
-            level_img = _level(schedule.IMAGE, levels.t_img)
-        level_txt = _level(schedule.TEXT, levels.t_txt)
-
+        levels, text, image = noisy = self.noise_inputs(batch)
         estimate = None
         if _self_conditions(step, self.weights.p_self_condition):
             with torch.no_grad():
-                first = self.network(
-                    *(z_txt, level_txt, prompt, levels.class_ids, z_img, level_img),
-                    picture_at=batch.picture_at,
-                    text_of=batch.text_of,
-                )
-                estimate = (first.text.float() @ means.T + bias).softmax(-1) @ means
-        said = self.network(
-            *(z_txt, level_txt, prompt, levels.class_ids, z_img, level_img),
-            estimate_txt=estimate,
-            picture_at=batch.picture_at,
-            text_of=batch.text_of,
-        )
+                h = self.predict(noisy).text
+                estimate = text_logits(h, text.means, text.bias).softmax(-1) @ text.means
+        prediction = self.predict(noisy, estimate)
 
-        logits = said.text.float() @ means.T + bias
-        text_losses = self._text_losses(logits, batch.tokens, prompt, z_txt, abar_txt, means, texts)
-        text_losses = text_losses * _noisy(levels.t_txt)
+        se_txt = self.text_loss(prediction.text, text) * _is_noisy(levels.t_txt)  # [B]
         if self.text_warp is not None and self.training:
-            self.text_warp.update(levels.t_txt, text_losses, schedule.STEPS)
-        rec_img = logits.new_zeros(())
-        image_losses = logits.new_zeros(2, len(batch))
-        if image is not None and said.image is not None and z_img is not None:
-            rec_img, kl_img = image.rec, image.kl
-            kl_term = kl_term + kl_img
-            image_losses = self._image_losses(
-                said.image.float(), image, z_img, abar_img, levels.t_img
-            )
+            self.text_warp.update(levels.t_txt, se_txt, schedule.STEPS)
+        rec_img, kl_term = se_txt.new_zeros(()), text.kl
+        eps_img = se_img = se_txt.new_zeros(len(batch))
+        if image is not None and prediction.image is not None:
+            rec_img, kl_term = image.rec, text.kl + image.kl
+            eps_img, se_img = self.image_loss(prediction.image.float(), image, levels.t_img)
+
         # Means over all samples, not over the noisy ones: ranks then average to the global loss.
-        eps_img, se_img = image_losses.mean(1)
-        se_txt = texts.average(text_losses)
+        terms = eps_img.mean(), se_img.mean(), text.texts.average(se_txt)
         w = self.weights
         total = (
             rec_img
-            + rec_txt
+            + text.rec
             + w.beta_kl * kl_term
-            + w.lambda_se * (w.eps_image * eps_img + w.se_image * se_img + se_txt)
+            + w.lambda_se * (w.eps_image * terms[0] + w.se_image * terms[1] + terms[2])
         )
-        losses = torch.stack([*image_losses, text_losses], 1).detach()
-        return LossTerms(
-            *(total, rec_img, rec_txt, kl_term, eps_img, se_img, se_txt),
-            _by_conditioning(levels.conditioning, losses),
-        )
+        per_sample = torch.stack([eps_img, se_img, se_txt], 1).detach()
+        return LossTerms(total, rec_img, text.rec, kl_term, *terms, levels.conditioning, per_sample)
+
+    def noise_inputs(self, batch: Batch) -> NoisyInputs:
+        """Latents of both modalities, each at its own noise level, on the device of the weights."""
+        n = 0 if batch.latents is None else batch.latents.shape[1]
+        m, c = batch.tokens.shape[1], self.model.latent_dim
+        device = self.vae.image_running_mean.device
+        draws = noise.draw(self.seed, batch.keys, batch.epochs, n, m, c, batch.text_of).to(device)
+        rows = None
+        if batch.text_of is not None:
+            rows = self.network.rows(batch.text_of, len(batch), device)
+        batch = batch.to(device)
+        levels = self.draw_levels(draws.uniforms, batch)
+        text = self._noise_text(batch, draws, levels.t_txt, rows)
+        image = None if batch.latents is None else self._noise_image(batch, draws, levels.t_img)
+        return NoisyInputs(levels, text, image)
 
     def draw_levels(self, uniforms: Tensor, batch: Batch) -> Levels:
-        """Noise levels and kept classes from uniforms [b, 8]."""
-        w, last = self.weights, schedule.STEPS
-        task, u_img, u_txt, u_class = uniforms[:, :4].unbind(1)
-        t_img = 1 + (u_img * (last - 1)).long()
-        t_txt = 1 + (u_txt * (last - 1)).long()
-        if self.text_warp is not None:
-            t_txt = self.text_warp.steps(u_txt, last)
-        if batch.latents is None:
-            alone = torch.full_like(batch.class_ids, CONDITIONINGS.index("text_alone"))
-            return Levels(t_img.unsqueeze(1), t_txt, torch.full_like(batch.class_ids, -1), alone)
-        edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text])
-        kind = torch.bucketize(task.contiguous(), edges.cumsum(0).to(task.device), right=True)
-        t_txt = torch.where(kind == 0, 0, torch.where(kind == 2, last, t_txt))
-        # A picture that is always given clean is learnt by heart where pictures are few.
-        given = (u_img * (w.condition_noise * last)).long()
-        t_img = torch.where(kind == 1, given, torch.where(kind == 3, last, t_img))
-        keep = (kind == 2) & (u_class < w.p_class)
-        former = torch.where((kind == 2) | (kind == 3), last, 0).unsqueeze(1)
-        former = former.expand(-1, batch.latents.shape[1] // self._grid - 1)
-        t_img = torch.cat([former, t_img.unsqueeze(1)], 1)
-        class_ids = torch.where(keep, batch.class_ids, -1)
-        conditioning = torch.tensor([CONDITIONINGS.index(name) for name in _KINDS]).to(kind.device)
-        conditioning = conditioning[kind]
-        labelled, asked = (kind == 2) & (class_ids >= 0), (kind == 1) & batch.prompt.any(1)
-        conditioning[labelled] = CONDITIONINGS.index("class_to_image")
-        conditioning[asked] = CONDITIONINGS.index("answer")
-        return Levels(t_img, t_txt, class_ids, conditioning)
+        """Noise levels and kept classes from uniforms [B, 8]; see `mdm.diffusion.levels`."""
+        images = 0 if batch.latents is None else batch.latents.shape[1] // self._grid
+        warp = self.text_warp
+        steps = None if warp is None else lambda u: warp.steps(u, schedule.STEPS)
+        has_prompt = batch.prompt.any(1)
+        return draw_levels(self.weights, uniforms, images, batch.class_ids, has_prompt, steps)
 
-    @property
-    def _grid(self) -> int:
-        return self.model.image_height * self.model.image_width
+    def predict(self, noisy: NoisyInputs, estimate: Tensor | None = None) -> Prediction:
+        """The decoder's prediction, given its last `estimate` of the clean text [R, M, C]."""
+        text = noisy.text.input._replace(estimate=estimate)
+        image = None if noisy.image is None else noisy.image.input
+        prediction: Prediction = self.network(text, noisy.levels.class_ids, image)
+        return prediction
 
-    def _by_token(self, by_picture: Tensor) -> Tensor:
-        """[b, p, ...] -> [b, n, ...]: a picture's value for each of its tokens."""
-        return by_picture.repeat_interleave(self._grid, 1)
+    def text_loss(self, h: Tensor, text: NoisyText) -> Tensor:
+        """Score entropy over the whole vocabulary (Eq. 4), a mean outside the prompt, [B].
 
-    def _by_picture(self, by_token: Tensor) -> Tensor:
-        """[b, n, ...] -> [b, p, tokens of a picture, ...]."""
-        return by_token.view(len(by_token), -1, self._grid, *by_token.shape[2:])
+        `h` [R, M, C] is the decoder's text head.
+        """
+        logits = text_logits(h, text.means, text.bias)
+        if self.weights.target == "theorem1":
+            with torch.no_grad():  # depends only on z_t and the vocabulary, not on the context
+                abar = text.abar.clamp(max=1 - 1e-6).expand(text.tokens.shape)
+                log_r = log_score_ratio(log_ratio_vocabulary(text.input.z_t, text.means, abar))
+            per_token = score_entropy(log_score_ratio(logits), log_r)
+        else:  # with a one-hot target: cross-entropy
+            per_token = _cross_entropy(logits, text.tokens)
+        weight = ~text.input.prompt * torch.where(text.tokens == PAD, self.weights.pad_weight, 1.0)
+        return text.texts.sums(per_token * weight) / text.texts.sums(weight).clamp(min=1)
 
-    def _image_latents(self, batch: Batch, draws: noise.Draws) -> "_ImageLatents":
+    def image_loss(self, v: Tensor, image: NoisyImage, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted noise prediction error, and the score entropy over candidates, [B] each.
+
+        `v` [B, N, C] is the decoder's image head, `t` i64 [B, I].
+        """
+        is_noisy, z_t = _is_noisy(t), image.input.z_t
+        # Conditions and dropped images carry no loss; the limits keep them finite.
+        abar = image.abar.clamp(1e-6, 1 - 1e-6)
+        token_abar = self._by_token(abar)
+        a = token_abar.unsqueeze(2)
+        eps_hat = a.sqrt() * v + (1 - a).sqrt() * z_t
+        # 1/2 |eps - eps_hat|^2 / abar = 1/2 |v - v_hat|^2: without the weight almost nothing is
+        # learned where abar is small, which is where the condition shapes an image.
+        weight = 1 / abar.clamp(min=MIN_ALPHA_BAR)
+        eps_img = weight * 0.5 * self._by_image((eps_hat - image.eps).square()).mean((2, 3))
+        others = _others(image.z_0, self.weights.se_in_batch)
+        candidates = torch.cat([image.z_0.unsqueeze(2), self._trajectory(image, t), others], 2)
+        log_s = log_score_ratio(energy(z_t, candidates, token_abar, eps_hat))
+        if self.weights.target == "theorem1":
+            log_r = log_score_ratio(log_ratio(z_t, candidates, token_abar))
+            se_img = self._by_image(score_entropy(log_s, log_r)).mean(2)
+        else:  # Eq. 4 with a one-hot target is the cross-entropy
+            se_img = -self._by_image(log_s[..., 0]).mean(2)
+        return (eps_img * is_noisy).sum(1), (se_img * is_noisy).sum(1)
+
+    def _noise_text(
+        self, batch: Batch, draws: noise.Draws, t: Tensor, rows: TextRows | None
+    ) -> NoisyText:
+        texts = Texts(batch.text_of, len(batch), batch.average_over)
+        prompt = batch.prompt & texts.spread(t < schedule.STEPS)
+        means, bias = self.vae.vocabulary()
+        mean = means[batch.tokens]
+        sigma = self.vae.text_sigma(mean)
+        s = mean + sigma * draws.text[:, 1]
+        rec = texts.mean(_cross_entropy(self.vae.decode_text(s).float(), batch.tokens))
+        kl_term = texts.mean(kl(mean, sigma))
+        abar = texts.spread(schedule.TEXT.alpha_bar(t))
+        z_0 = s.detach()  # no gradient from the diffusion into the encoder
+        z_t = schedule.noised(z_0, draws.text[:, 0], abar.unsqueeze(2))
+        z_t = torch.where(prompt.unsqueeze(-1), z_0, z_t)
+        text = TextInput(z_t, _log_snr(schedule.TEXT, t), prompt, rows=rows)
+        return NoisyText(text, abar, batch.tokens, texts, means, bias, rec, kl_term)
+
+    def _noise_image(self, batch: Batch, draws: noise.Draws, t: Tensor) -> NoisyImage:
         assert batch.latents is not None
         assert draws.image is not None
         mean, sigma = self.vae.encode_image(batch.latents)
@@ -227,105 +231,56 @@ class Objective(nn.Module):
         z_0 = self.vae.normalize_image(s)
         if self.weights.detach_latents:
             z_0 = z_0.detach()
-        return _ImageLatents(z_0, draws.image[:, 0], rec, kl(mean, sigma).mean())
+        eps, abar = draws.image[:, 0], schedule.IMAGE.alpha_bar(t)
+        z_t = schedule.noised(z_0, eps, self._by_token(abar).unsqueeze(2))
+        image = ImageInput(z_t, _log_snr(schedule.IMAGE, t), batch.image_at)
+        return NoisyImage(image, z_0, eps, abar, rec, kl(mean, sigma).mean())
 
-    def _image_losses(
-        self, v: Tensor, image: "_ImageLatents", z_t: Tensor, abar: Tensor, t: Tensor
-    ) -> Tensor:
-        """[2, b]: the weighted noise prediction error, and the score entropy over candidates."""
-        noisy = _noisy(t)
-        abar = abar.clamp(1e-6, 1 - 1e-6)  # conditions and drops carry no loss, only no NaN either
-        token_abar = self._by_token(abar)
-        a = token_abar.unsqueeze(2)
-        eps_hat = a.sqrt() * v + (1 - a).sqrt() * z_t
-        # 1/2 |eps - eps_hat|^2 / abar = 1/2 |v - v_hat|^2: without the weight almost nothing is
-        # learned where abar is small, and there a picture takes the shape that was asked for.
-        weight = 1 / abar.clamp(min=MIN_ALPHA_BAR)
-        eps_img = weight * 0.5 * self._by_picture((eps_hat - image.eps).square()).mean((2, 3))
-        candidates = torch.cat(
-            [
-                image.z_0.unsqueeze(2),
-                self._trajectory(image, t),
-                _others(image.z_0, self.weights.se_in_batch),
-            ],
-            2,
-        )
-        log_s = log_score_ratio(energy(z_t, candidates, token_abar, eps_hat))
-        if self.weights.target == "theorem1":
-            log_r = log_score_ratio(log_ratio(z_t, candidates, token_abar))
-            se_img = self._by_picture(score_entropy(log_s, log_r)).mean(2)
-        else:  # Eq. 4 with a one-hot target is the cross-entropy
-            se_img = -self._by_picture(log_s[..., 0]).mean(2)
-        return torch.stack([(eps_img * noisy).sum(1), (se_img * noisy).sum(1)])
-
-    def _trajectory(self, image: "_ImageLatents", t: Tensor) -> Tensor:
-        """States of each token's own path at evenly spaced earlier steps, [b, n, k, c]."""
+    def _trajectory(self, image: NoisyImage, t: Tensor) -> Tensor:
+        """States of each token's noisy path at evenly spaced earlier steps, [B, N, K, C]."""
         k = self.weights.se_trajectory
         earlier = (t.unsqueeze(2) * torch.arange(1, k + 1, device=t.device)) // (k + 1)
         a = self._by_token(schedule.IMAGE.alpha_bar(earlier)).unsqueeze(3)
         return schedule.noised(image.z_0.unsqueeze(2), image.eps.unsqueeze(2), a)
 
-    def _text_losses(
-        self,
-        logits: Tensor,
-        tokens: Tensor,
-        prompt: Tensor,
-        z_t: Tensor,
-        abar: Tensor,
-        means: Tensor,
-        texts: Texts,
-    ) -> Tensor:
-        """Score entropy over the whole vocabulary, a mean over what is not prompt, [b]."""
-        if self.weights.target == "theorem1":
-            with torch.no_grad():  # of z_t and the vocabulary alone: nothing tells it the context
-                token_abar = abar.clamp(max=1 - 1e-6).expand(tokens.shape)
-                log_r = log_score_ratio(log_ratio_vocabulary(z_t, means, token_abar))
-            per_token = score_entropy(log_score_ratio(logits), log_r)
-        else:  # with a one-hot target: cross-entropy
-            per_token = _cross_entropy(logits, tokens)
-        weight = ~prompt * torch.where(tokens == PAD, self.weights.pad_weight, 1.0)
-        return texts.sums(per_token * weight) / texts.sums(weight).clamp(min=1)
+    @property
+    def _grid(self) -> int:
+        return self.model.image_height * self.model.image_width
 
+    def _by_token(self, by_image: Tensor) -> Tensor:
+        """[B, I, ...] -> [B, N, ...]: an image's value for each of its tokens."""
+        return by_image.repeat_interleave(self._grid, 1)
 
-class _ImageLatents(NamedTuple):
-    z_0: Tensor  # [b, n, c], normalised, detached
-    eps: Tensor  # [b, n, c]
-    rec: Tensor
-    kl: Tensor
+    def _by_image(self, by_token: Tensor) -> Tensor:
+        """[B, N, ...] -> [B, I, tokens of an image, ...]."""
+        return by_token.view(len(by_token), -1, self._grid, *by_token.shape[2:])
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Of each of tokens [b, m] under logits [b, m, v], [b, m].
+    """The cross-entropy of tokens [R, M] under logits [R, M, V], [R, M].
 
-    Rows of v numbers that lie together: with v as the second of three axes it takes five times as
+    Each token's V logits are contiguous: with V as the second of three axes it takes five times as
     long on a CPU.
     """
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
 
-def _noisy(t: Tensor) -> Tensor:
-    """1 where a step carries a loss: neither given nor dropped."""
+def _is_noisy(t: Tensor) -> Tensor:
+    """1 at noise levels that carry a loss: neither given nor dropped."""
     return ((t > 0) & (t < schedule.STEPS)).float()
 
 
-def _by_conditioning(conditioning: Tensor, losses: Tensor) -> Tensor:
-    """Sums of [1, losses [b, terms]] over the samples of each conditioning."""
-    rows = torch.cat([torch.ones_like(losses[:, :1]), losses], 1).double()
-    sums = rows.new_zeros(len(CONDITIONINGS), rows.shape[1])
-    return sums.index_add_(0, conditioning, rows)
-
-
-def _level(table: schedule.Schedule, t: Tensor) -> Tensor:
+def _log_snr(table: schedule.Schedule, t: Tensor) -> Tensor:
     return table.log_snr(t).clamp(DROPPED, CLEAN)
 
 
 def _self_conditions(step: int, share: float) -> bool:
-    """Whether this global step makes an estimate first: the same answer on every rank."""
+    """Whether this global step computes an estimate first; the same on every rank."""
     return int((step + 1) * share) > int(step * share)
 
 
 def _others(z_0: Tensor, k: int) -> Tensor:
-    """Up to k other latents of the global batch at the same place in the picture, [b, n, k, c].
+    """Up to k other latents of the global batch at the same place in the image, [B, N, K, C].
 
     The pool is the global batch in its own order, so candidates do not depend on how many ranks
     share it.
@@ -338,13 +293,13 @@ def _others(z_0: Tensor, k: int) -> Tensor:
         torch.distributed.all_gather(parts, z_0.contiguous())
         pool, first = torch.cat(parts), torch.distributed.get_rank() * b
     k = min(k, len(pool) - 1)
-    own = first + torch.arange(b, device=z_0.device)
-    index = (own.unsqueeze(1) + torch.arange(1, k + 1, device=z_0.device)) % len(pool)
+    sample = first + torch.arange(b, device=z_0.device)
+    index = (sample.unsqueeze(1) + torch.arange(1, k + 1, device=z_0.device)) % len(pool)
     return pool[index].transpose(1, 2)
 
 
 def _global_moments(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance [c] over the global batch."""
+    """Mean and variance [C] over the global batch."""
     sums = torch.stack([s.mean((0, 1)), s.square().mean((0, 1))])
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(sums)

@@ -39,7 +39,7 @@ DEMO = Config(
         ),
         global_batch=64,
         caption_length=10,
-        dialogue_length=28,  # with its two pads as long as a caption and a picture
+        dialogue_length=28,  # with its two pads as long as a caption and an image
     ),
     train=TrainConfig(
         steps=2900,
@@ -90,7 +90,7 @@ LEARN = Config(
         root="runs/learn/data/encoded",
         sources=(SourceConfig("digits", 1.0),),
         global_batch=64,
-        window=16,
+        shuffle_window=16,
         caption_length=10,
         dialogue_length=10,
     ),

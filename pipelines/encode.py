@@ -1,314 +1,33 @@
 """Encode a published data set into verified Arrow shards and a manifest, on Ray.
 
-Interrupt it anywhere and run it again: it goes on from its receipts and gives the same manifest.
-On a cluster set RAY_ADDRESS; without, Ray runs on this machine for the length of the job.
-`--plan true` predicts what a run would write and how long it would take, and writes nothing.
+Interrupted anywhere, the same command continues from its receipts and writes the same manifest.
+On a cluster, set RAY_ADDRESS; without it, Ray runs on this machine while the job runs.
+`--plan` predicts what a run would write and how long it would take, and writes nothing.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
-import dataclasses
 import json
-import os
 import sys
-import tempfile
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from mdm import sources
-from mdm.config import doc
-from mdm.data.manifest import Manifest, ManifestError
-from mdm.evaluate.card import card_page
-from mdm.first_stage.folder import describe
-from mdm.first_stage.tokenizer import Tokenizer
-from mdm.preprocess import encoding, forecast, publish
-from mdm.preprocess.duplicates import Ledger
-from mdm.preprocess.receipt import Receipt, Sample, get_sealed, lowest, receipt_key, survey_key
-from mdm.preprocess.recipe import Recipe, inputs_sha256
-from mdm.preprocess.survey import Group, Survey, plan
-from mdm.sources.record import Unit, describe_fully
-from mdm.storage import Store, StoreError, StoreOptions, open_store
-from mdm.storage.lease import Lease, OtherJobError, hold
+from mdm.data.manifest import ManifestError
+from mdm.preprocess.encode import Flags, run
+from mdm.preprocess.ray_executor import RayFailedError
+from mdm.report.card import card_page
+from mdm.sources.record import describe_fully
+from mdm.storage import StoreError
+from mdm.storage.lease import OtherJobError
 from mdm.utils.command_line import fail, parse_cli
-from pipelines import encode_on_ray
-from pipelines.encode_on_ray import GroupEncoder, Place, RayFailedError
-
-
-@dataclass(frozen=True)
-class Flags:
-    """Flags of this job."""
-
-    dataset: str = field(metadata={"help": f"published layout: {', '.join(sources.READERS)}"})
-    root: str = field(metadata={"help": "folder of the data set as published"})
-    split: str = field(metadata={"help": "train, val, ... as the data set names it"})
-    tokenizer: str = field(metadata={"help": "SentencePiece .model file"})
-    out: str = field(metadata={"help": "where to write: s3://bucket/prefix or a folder"})
-    autoencoder: str = doc("", "folder of the frozen autoencoder; text-only data sets need none")
-    plan: bool = doc(False, "predict shards, bytes, requests and hours; write nothing")
-    text_length: int = doc(512, "longest text in tokens, EOS included")
-    min_chars: int = doc(2, "captions and replies of fewer characters are dropped")
-    text_filters: bool = doc(True, "drop low-quality texts")
-    near_duplicates: bool = doc(True, "drop near duplicates, not exact ones alone")
-    shard_rows: int = doc(8192, "about how many examples a shard holds")
-    batch_rows: int = doc(64, "examples in a record batch")
-    encode_batch: int = doc(64, "pictures the autoencoder takes at once")
-    encoders: int = doc(0, "autoencoders at a time; 0: one a core over encoder_threads, one a GPU")
-    encoder_threads: int = doc(1, "threads of an autoencoder")
-    device: str = doc("cpu", "where the autoencoder runs: cpu or cuda")
-    decoders: int = doc(0, "groups decoded at a time; 0: one a core")
-    unit_bytes: int = doc(256 << 20, "about how much input one reader takes")
-    max_bad_share: float = doc(0.5, "stop if more than this share of the records is bad")
-    report: str = doc("", "file for the summary, beside printing it")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is {self.max_bad_share}; a share is from 0 to 1")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device is {self.device!r}; choose cpu or cuda")
-        for name in ("encoders", "decoders"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is needed")
-
-
-class TooManyBadError(ValueError):
-    """The data set is broken, or read wrongly."""
-
-
-def make_recipe(flags: Flags, units: Sequence[Unit]) -> Recipe:
-    """What these flags and inputs would give; ValueError names what is missing."""
-    tokenizer = Tokenizer(flags.tokenizer)
-    pictures: dict[str, Any] = {
-        "autoencoder_sha256": None,
-        "image_size": None,
-        "image_grid": None,
-        "latent_dim": 0,
-    }
-    if encoding.has_pictures(units):
-        if not flags.autoencoder:
-            raise ValueError(f"{flags.dataset} has pictures: --autoencoder is needed")
-        autoencoder = describe(flags.autoencoder)
-        pictures = {
-            "autoencoder_sha256": autoencoder.sha256,
-            "image_size": autoencoder.image_size,
-            "image_grid": autoencoder.grid,
-            "latent_dim": autoencoder.latent_dim,
-        }
-    return Recipe(
-        dataset=flags.dataset,
-        split=flags.split,
-        inputs_sha256=inputs_sha256(units),
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        text_length=flags.text_length,
-        min_chars=flags.min_chars,
-        text_filters=flags.text_filters,
-        near_duplicates=flags.near_duplicates,
-        shard_rows=flags.shard_rows,
-        batch_rows=flags.batch_rows,
-        encode_batch=flags.encode_batch,
-        encoder_threads=flags.encoder_threads,
-        device=flags.device,
-        **pictures,
-    )
-
-
-def check_bad(bad: Counter[str], total: int, share: float) -> None:
-    """TooManyBadError if the records bad for these reasons are more than `share` of `total`."""
-    if bad.total() > share * total:
-        raise TooManyBadError(
-            f"{bad.total()} of {total} records are bad, more than --max_bad_share {share:g} "
-            "allows: " + "; ".join(sorted(bad)[:5])
-        )
-
-
-def run(flags: Flags) -> dict[str, Any]:
-    """The whole job; its summary, or with `plan` the prediction."""
-    began = time.perf_counter()
-    reader = sources.get(flags.dataset)
-    root = Path(flags.root)
-    units = reader.units(root, flags.split, unit_bytes=flags.unit_bytes)
-    names: Callable[[Path], tuple[str, ...]] = getattr(reader, "class_names", lambda _: ())
-    class_names = names(root)
-    recipe = make_recipe(flags, units)
-    if flags.plan:
-        cores = flags.decoders or os.cpu_count() or 1
-        return forecast.predict(
-            units, recipe, Tokenizer(flags.tokenizer), flags.autoencoder, cores
-        ).to_json()
-    store = open_store(flags.out)
-    publish.finished(
-        store, recipe, write=False
-    )  # another recipe's output is refused before anything else
-    resumed, seconds = 0, dict[str, float]()
-    with hold(store, f"recipe {recipe.hash[:16]}") as lease:
-        manifest = publish.finished(store, recipe)
-        lost = [] if manifest is None else publish.missing(store, manifest)
-        if lost:
-            print(f"{flags.out} lacks {len(lost)} objects: writing them again", file=sys.stderr)
-        for key in lost:  # one that is cut short would be taken for what is to be written
-            store.delete(key)
-        if manifest is None or lost:
-            with encode_on_ray.cluster():
-                receipts, resumed, seconds = _encode(flags, units, store, recipe, lease)
-            lease.confirm()
-            manifest = publish.finish(store, recipe, receipts, class_names, card_page)
-        else:
-            print(f"{flags.out} is already encoded with this recipe", file=sys.stderr)
-        publish.clean(store, manifest)
-    if warning := publish.unknown_warning(publish.unknown_share(manifest.counts)):
-        print(f"encode: {flags.dataset}/{flags.split}: {warning}", file=sys.stderr)
-    return _summary(flags, manifest, resumed, seconds, time.perf_counter() - began)
-
-
-def _encode(
-    flags: Flags, units: Sequence[Unit], store: Store, recipe: Recipe, lease: Lease
-) -> tuple[list[Receipt], int, dict[str, float]]:
-    """Receipts of all groups in order, how many were there before, and seconds by stage."""
-    cores = encode_on_ray.cores()
-    decoders = flags.decoders or cores
-    place = Place(
-        flags.out,
-        StoreOptions.from_environment(),
-        str(Path(flags.tokenizer).absolute()),
-        str(Path(flags.autoencoder).absolute()) if flags.autoencoder else "",
-    )
-    # The first encoder loads its network during the survey.
-    if recipe.image_size is None:
-        encoder = GroupEncoder(recipe, place, decoders)
-    else:
-        encoders = flags.encoders or (
-            encode_on_ray.gpus()
-            if flags.device == "cuda"
-            else max(1, cores // flags.encoder_threads)
-        )
-        start = partial(encode_on_ray.start_encoder, recipe, place.autoencoder)
-        encoder = GroupEncoder(recipe, place, decoders, start, encoders)
-    began = time.perf_counter()
-    encoder.seconds["survey"] = survey_all(units, store, recipe, place, decoders)
-    groups, total, bad = plan_groups(units, store, recipe)
-    encoder.seconds["survey on the clock"] = time.perf_counter() - began
-    check_bad(Counter({"unreadable": bad}), total, flags.max_bad_share)
-    done, samples = load_receipts(store, recipe, groups)
-    resumed = len(done)
-    todo = [g for g in groups if g.index not in done]
-    before = sum(r.counts.get("records", 0) for r in done.values())
-    reasons = Counter(_kind(q.reason) for r in done.values() for q in r.quarantine)
-    title = f"{flags.dataset}/{flags.split}"
-    with tqdm(total=total, initial=before, desc=title, unit=" records") as bar:
-        for group, receipt in encoder.run(todo, total - before, bar.update):
-            lease.check()
-            done[group.index] = dataclasses.replace(receipt, samples=())
-            samples = lowest([*samples, *receipt.samples])
-            reasons.update(_kind(q.reason) for q in receipt.quarantine)
-            check_bad(reasons, total, flags.max_bad_share)
-    done[0] = dataclasses.replace(done[0], samples=samples)
-    return [done[g.index] for g in groups], resumed, encoder.seconds
-
-
-def _kind(reason: str) -> str:
-    return reason.split(":")[0]
-
-
-def survey_all(
-    units: Sequence[Unit], store: Store, recipe: Recipe, place: Place, decoders: int
-) -> float:
-    """See that every unit's survey lies in the store; the seconds that the missing ones took."""
-    known = store.listing(f"{recipe.work}/survey/")
-    keys = [survey_key(recipe, number) for number in range(len(units))]
-    todo = [(unit, key) for unit, key in zip(units, keys, strict=True) if key not in known]
-    if not todo:
-        return 0.0
-    found = encode_on_ray.survey_units(todo, place, recipe.near_duplicates, 2 * decoders)
-    taken = 0.0
-    for _, _, seconds in tqdm(found, "survey", len(todo), unit=" units", leave=False):
-        taken += seconds
-    return taken
-
-
-def plan_groups(
-    units: Sequence[Unit], store: Store, recipe: Recipe
-) -> tuple[list[Group], int, int]:
-    """The groups of work, and the records and bad records of all units.
-
-    Surveys come one by one and go to files: memory does not grow with them.
-    """
-    sizes, bad = [], 0
-    with (
-        tempfile.TemporaryDirectory(prefix="mdm-encode-") as folder,
-        Ledger(Path(folder), pictures=recipe.image_size is not None) as ledger,
-    ):
-        for number in range(len(units)):
-            key = survey_key(recipe, number)
-            data = get_sealed(store, key)
-            if data is None:
-                store.delete(key)
-                raise StoreError(f"{store.uri}/{key} is damaged, and was removed; run it again")
-            found = Survey.from_bytes(data)
-            ledger.add(number, found)
-            sizes.append(len(found))
-            bad += found.bad
-        left_out = ledger.left_out(len(units))
-    return plan(units, sizes, left_out, recipe.shard_rows), sum(sizes), bad
-
-
-def load_receipts(
-    store: Store, recipe: Recipe, groups: Sequence[Group]
-) -> tuple[dict[int, Receipt], tuple[Sample, ...]]:
-    """Receipts of groups that are done, by group index, and the lowest samples of all of them.
-
-    One whose shards are gone counts not.
-    """
-    known = store.listing(f"{recipe.work}/group/")
-    shards = store.listing("shards/") if known else {}
-    found: dict[int, Receipt] = {}
-    samples: tuple[Sample, ...] = ()
-    for group in groups:
-        key = receipt_key(recipe, group.index)
-        if key in known and (data := get_sealed(store, key)) is not None:
-            receipt = Receipt.from_bytes(data)
-            if all(shards.get(s.key) == s.bytes for s in receipt.shards):
-                found[group.index] = dataclasses.replace(receipt, samples=())
-                samples = lowest([*samples, *receipt.samples])  # their pictures take memory
-    return found, samples
-
-
-def _summary(
-    flags: Flags, manifest: Manifest, resumed: int, spent: dict[str, float], seconds: float
-) -> dict[str, Any]:
-    counts = manifest.counts
-    return {
-        "dataset": manifest.dataset,
-        "split": manifest.split,
-        "out": flags.out,
-        "manifest_sha256": manifest.sha256,
-        "recipe_hash": manifest.recipe_hash,
-        "examples": manifest.rows,
-        "records": counts.get("records", 0),
-        "dropped": sum(v for k, v in counts.items() if k.startswith("dropped: ")),
-        "quarantined": counts["quarantined"],
-        "unknown_tokens": round(publish.unknown_share(counts), 6),
-        "shards": len(manifest.shards),
-        "bytes": sum(s.bytes for s in manifest.shards),
-        "resumed_groups": resumed,
-        "seconds": round(seconds, 2),
-        "stage_seconds": {k: round(v, 2) for k, v in sorted(spent.items())},
-        "samples_per_second": round(manifest.rows / seconds, 1),
-    }
+from mdm.utils.files import write_json
 
 
 @job("encode", ManifestError, StoreError, ValueError, advice=": run it again to go on from here")
 def main() -> int:
-    """Encode, print the summary as one line of JSON."""
+    """Encode and print the summary as one line of JSON."""
     flags = parse_cli(Flags, description=__doc__)
     try:
-        summary = run(flags)
+        summary = run(flags, card_page)
     except OtherJobError as error:
         print(f"encode: {error}", file=sys.stderr)
         return 1
@@ -316,11 +35,9 @@ def main() -> int:
         fail(f"encode: {', '.join([describe_fully(error), *getattr(error, '__notes__', [])])}")
     except RayFailedError as error:
         fail(f"encode: {error}; run it again to go on from here")
-    line = json.dumps(summary)
-    print(line)
+    print(json.dumps(summary))
     if flags.report:
-        Path(flags.report).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.report).write_text(line + "\n", encoding="utf-8")
+        write_json(Path(flags.report), summary)
     return 0
 
 

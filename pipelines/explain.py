@@ -1,11 +1,11 @@
-"""Say what a step consumed, or which steps consume a sample.
+"""List what a step consumed, or which steps consume a sample.
 
-`--step N` lists the samples of step N: id, record, origin, shard, row, and of packed texts the row
+`--step N` lists the samples of step N: id, record, origin, shard, row, and for packed texts the row
 they share. `--sample ID` takes a sample id (source:row), a record's own id or its origin, and lists
-the steps below `--steps` that use it. The other flags are the run's own.
+the steps below `--steps` that use it. Give the run's values for the other flags.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import json
 import sys
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from mdm.config import DataConfig, SourceConfig, StageConfig, doc
 from mdm.data.manifest import ManifestError
 from mdm.data.mixture import Mixture, open_mixture
-from mdm.data.order import Order
+from mdm.data.order import SampleOrder
 from mdm.data.trace import find, locate, packs_of, uses
 from mdm.storage import StoreError
 from mdm.utils.command_line import parse_cli
@@ -28,15 +28,15 @@ class Flags:
     sources: tuple[SourceConfig, ...] = field(
         metadata={"help": "the run's name:weight,name:weight; names are folders of --data"}
     )
-    stages: tuple[StageConfig, ...] = doc((), "the run's step=name:weight,...;step=...")
+    mixture_stages: tuple[StageConfig, ...] = doc((), "the run's step=name:weight,...;step=...")
     seed: int = doc(0, "the run's seed")
-    global_batch: int = doc(64, "samples a step, over all ranks; of packed texts, rows")
-    texts_per_row: int = doc(1, "text-only samples a row; above 1 they are packed")
-    dialogue_length: int = doc(48, "text tokens of a row of packed texts")
-    window: int = doc(4, "record batches shuffled together")
+    global_batch: int = doc(64, "samples per step over all ranks; packed texts: rows")
+    texts_per_row: int = doc(1, "text-only samples per row; above 1 they are packed")
+    dialogue_length: int = doc(48, "text tokens of a packed row")
+    shuffle_window: int = doc(4, "record batches shuffled together")
     step: int = doc(-1, "step to explain")
     sample: str = doc("", "sample to look for")
-    steps: int = doc(10_000, "up to which step to list the uses of --sample")
+    steps: int = doc(10_000, "list the uses of --sample below this step")
 
     def __post_init__(self) -> None:
         if (self.step >= 0) == bool(self.sample):
@@ -44,8 +44,8 @@ class Flags:
 
 
 def explain_step(mixture: Mixture, flags: Flags) -> None:
-    """One line of JSON a sample."""
-    draw = Order(mixture, flags.seed).draw(flags.step)
+    """Print one line of JSON per sample."""
+    draw = SampleOrder(mixture, flags.seed).draw(flags.step)
     print(f"step {flags.step}: {draw.task}, {len(draw.ids)} samples", file=sys.stderr)
     packs = packs_of(mixture, draw, flags.dialogue_length)
     for trace in locate(mixture, draw.ids, draw.epochs.tolist(), packs):
@@ -53,7 +53,7 @@ def explain_step(mixture: Mixture, flags: Flags) -> None:
 
 
 def explain_sample(mixture: Mixture, flags: Flags) -> None:
-    """The sample's place, then one line of JSON a use."""
+    """Print the sample's place, then one line of JSON per use."""
     known = flags.sample.rpartition(":")[0] in {s.name for s in mixture.sources}
     samples = [flags.sample] if known else find(mixture, flags.sample)
     if not samples:
@@ -73,8 +73,8 @@ def main() -> int:
             root=flags.data,
             sources=flags.sources,
             global_batch=flags.global_batch,
-            window=flags.window,
-            stages=flags.stages,
+            shuffle_window=flags.shuffle_window,
+            mixture_stages=flags.mixture_stages,
             texts_per_row=flags.texts_per_row,
         )
     )

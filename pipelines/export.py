@@ -1,12 +1,12 @@
-"""Export a committed checkpoint's weights for generation, whatever world size wrote it.
+"""Export a committed checkpoint's weights for generation; any world size may have written it.
 
 `python pipelines/export.py --checkpoint runs/demo/train/checkpoints/step-00003600 --out DIR`
 
-The checkpoint may lie in S3. `--out` gets config.json, model.safetensors, the tokenizer and a model
-card, and loads with `MDM.from_pretrained(DIR)`, without DeepSpeed.
+The checkpoint may be in S3. `--out` gets config.json, model.safetensors, the tokenizer and a model
+card, and loads with `Generator.from_pretrained(DIR)`, without DeepSpeed.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import sys
 from dataclasses import dataclass
@@ -21,25 +21,25 @@ from mdm.utils.command_line import parse_cli
 
 @dataclass(frozen=True)
 class Flags:
-    """What to export, and to where."""
+    """What to export, and where."""
 
     checkpoint: str
     out: str
     weights: str = doc(
         "ema",
-        "ema: averaged weights; ema2: the second average; raw: the last step's; several, separated "
-        "by commas: the first becomes model.safetensors, the others model.<name>.safetensors",
+        "ema: averaged weights; ema2: the second average; raw: those of the last step. Of several, "
+        "separated by commas, the first becomes model.safetensors, others model.<name>.safetensors",
     )
-    tokenizer: str = doc("", "SentencePiece .model file, if the run's is not where it was")
+    tokenizer: str = doc("", "SentencePiece .model file, if the run's has moved")
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
             if kind not in KINDS:
-                raise ValueError(f"--weights names {kind!r}; choose of {', '.join(KINDS)}")
+                raise ValueError(f"--weights names {kind!r}; choose from {', '.join(KINDS)}")
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of weights asked for."""
+        """The kinds of weights to export."""
         return self.weights.split(",")
 
 

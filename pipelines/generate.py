@@ -1,226 +1,44 @@
-"""Generate with exported weights: pictures from classes or text, text from pictures or dialogue.
+"""Generate with exported weights: images from classes or text, text from images or dialogue.
 
   generate.py --checkpoint runs/demo/train/export --task class-to-image --input 0,1,2,3
   generate.py --checkpoint runs/demo/train/export --task text-to-image --input "handwritten seven"
   generate.py --checkpoint runs/demo/train/export --task image-to-text --input a.png --input b.jpg
   generate.py --checkpoint runs/demo/train/export --task reply --input "How are you?"
-  generate.py --task reply --input "<image> Which digit is this?" --pictures a.png
+  generate.py --task reply --input "<image> Which digit is this?" --images a.png
   generate.py --checkpoint runs/demo/train/export --task joint --n 16
   generate.py --checkpoint runs/demo/train/export --selection 0.5 --selection_map map.png
 
-Repeat --input for several inputs; classes may be separated by commas too, texts and dialogues by
-'|'. Images go to --out, one PNG each and a grid; texts are printed. A dialogue's turns are
-separated by '=>', user first; `<image>` in them marks where each of `--pictures` stands. A step is
-one evaluation of the network, whatever the solver. `--selection_map` saves which tokens
-had settled at which evaluation: a row a result, a column an evaluation, orange for settled tokens
-of the image and, below it, of the text.
+Repeat --input for several inputs; commas also separate classes, and '|' separates texts and
+dialogues. Images are written to --out, one PNG each and a grid; texts are printed. '=>' separates
+the turns of a dialogue, user first; `<image>` marks the place of each of `--images`. A step is one
+evaluation of the network, whatever the solver. `--selection_map` shows which tokens had settled at
+each evaluation: one row per result, one column per evaluation, with settled tokens in orange, those
+of the image above those of the text.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
-import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from mdm.config import doc
-from mdm.diffusion.sampler import SOLVERS
-from mdm.first_stage.autoencoder import Autoencoder
-from mdm.generate import MDM
-from mdm.generate.generator import Options
-from mdm.generate.selection import draw_map
-from mdm.preprocess.image import decode_image
+from mdm.generate import Generator
+from mdm.report.drawing import Flags, generate
 from mdm.storage import StoreError
 from mdm.utils.command_line import parse_cli
-
-TASKS = ("class-to-image", "text-to-image", "image-to-text", "reply", "joint")
-
-
-@dataclass(frozen=True)
-class Flags:
-    """Flags of this job."""
-
-    checkpoint: str = doc("runs/demo/train/export", "folder of an export")
-    task: str = doc("joint", ", ".join(TASKS))
-    input: tuple[str, ...] = doc(
-        (), "class, caption, image file or dialogue turns, as the task needs; repeat it for several"
-    )
-    pictures: tuple[str, ...] = doc(
-        (), "image file that every dialogue is about, for reply; repeat it for several"
-    )
-    n: int = doc(1, "results an input (or in all, for joint)")
-    guidance: float = doc(3.0, "how strongly pictures follow their condition; 0 for none")
-    text_guidance: float | None = doc(
-        None, "how strongly captions follow their picture; none, or --guidance for joint"
-    )
-    guidance_from: float = doc(-math.inf, "log-SNR below which guidance rests")
-    guidance_to: float = doc(math.inf, "log-SNR above which guidance rests")
-    steps: int = doc(30, "denoising steps")
-    text_steps: int = doc(0, "denoising steps of texts; 0 for as many as --steps")
-    text_blocks: int = doc(1, "blocks of tokens, each denoised after those before it")
-    solver: str = doc("dpmpp2m", ", ".join(SOLVERS))
-    selection: float = doc(0.0, "nats below which a token has settled and is dropped; 0 for off")
-    selection_map: str = doc("", "PNG of the tokens that had settled at each step")
-    precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
-    seed: int = doc(0, "starting noise")
-    out: str = doc("runs/generated", "folder for pictures")
-    tokenizer: str = doc("", "SentencePiece model, if not the run's own")
-    autoencoder: str = doc("", "first-stage autoencoder, if not the run's own")
-
-    def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"--task is {self.task!r}; choose one of {', '.join(TASKS)}")
-        if self.n < 1:
-            raise ValueError(f"--n is {self.n}; at least 1 result is needed")
-        if not self.input and self.task != "joint":
-            raise ValueError(f"--task {self.task} needs --input")
-        if self.pictures and self.task != "reply":
-            raise ValueError(f"--pictures belong to --task reply, not to {self.task}")
-        if self.selection_map and not self.selection:
-            raise ValueError(
-                f"--selection_map {self.selection_map} shows nothing with --selection "
-                f"{self.selection}; choose a threshold such as 0.1"
-            )
 
 
 @job("generate", StoreError, ValueError)
 def main() -> int:
     """Run the job; returns its exit code."""
     flags = parse_cli(Flags, description=__doc__ or "")
-    generator = MDM.from_pretrained(
+    generator = Generator.from_pretrained(
         flags.checkpoint,
         tokenizer=flags.tokenizer,
         autoencoder=flags.autoencoder,
         precision=flags.precision,
         local_files_only=True,
     )
-    generate(generator, flags)
+    print("\n".join(generate(generator, flags)))
     return 0
-
-
-def generate(generator: MDM, flags: Flags) -> None:
-    """Do what `flags` ask; print texts, save pictures."""
-    draw(generator, flags)
-    if flags.selection_map:
-        assert generator.selected is not None
-        path = Path(flags.selection_map)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw_map(generator.selected, generator.grid)).save(path)
-        print(path)
-
-
-def draw(generator: MDM, flags: Flags) -> None:
-    """The task itself."""
-    seed, guidance, steps = flags.seed, flags.guidance, flags.steps
-    text_steps = flags.text_steps or steps
-    options = Options(
-        solver=flags.solver,
-        interval=(flags.guidance_from, flags.guidance_to),
-        text_blocks=flags.text_blocks,
-        selection=flags.selection,
-    )
-    if flags.task == "joint":
-        pixels, captions = generator.joint(
-            flags.n,
-            guidance=guidance,
-            steps=steps,
-            seed=seed,
-            text_guidance=flags.text_guidance,
-            text_steps=text_steps,
-            **options,
-        )
-        save(pixels, captions, Path(flags.out))
-        return
-    inputs = [item for item in parts(flags) for _ in range(flags.n)]
-    if flags.task == "class-to-image":
-        classes = [int(item) for item in inputs]
-        pixels = generator.class_to_image(
-            classes, guidance=guidance, steps=steps, seed=seed, **options
-        )
-        save(pixels, [f"class {item}" for item in inputs], Path(flags.out))
-    elif flags.task == "text-to-image":
-        pixels = generator.text_to_image(
-            inputs, guidance=guidance, steps=steps, seed=seed, **options
-        )
-        save(pixels, inputs, Path(flags.out))
-    elif flags.task == "image-to-text":
-        texts = generator.image_to_text(
-            encode(generator, inputs),
-            guidance=flags.text_guidance or 0.0,
-            steps=text_steps,
-            seed=seed,
-            **options,
-        )
-        tell(inputs, texts)
-    else:
-        dialogues = [[turn.strip() for turn in item.split("=>")] for item in inputs]
-        shown = None
-        if flags.pictures:
-            latents = encode(generator, flags.pictures)
-            shown = latents.expand(len(inputs), *latents.shape)
-        texts = generator.reply(
-            dialogues,
-            pictures=shown,
-            guidance=flags.text_guidance or 0.0,
-            steps=text_steps,
-            seed=seed,
-            **options,
-        )
-        tell(inputs, texts)
-
-
-def parts(flags: Flags) -> list[str]:
-    """The inputs one by one."""
-    if flags.task == "image-to-text":
-        return list(flags.input)
-    separator = "," if flags.task == "class-to-image" else "|"
-    return [part.strip() for item in flags.input for part in item.split(separator)]
-
-
-def encode(generator: MDM, files: Sequence[str]) -> Tensor:
-    """First-stage latents [b, n, c] of picture files."""
-    autoencoder = generator.autoencoder
-    if not isinstance(autoencoder, Autoencoder):
-        raise ValueError("the model was trained on text alone: it takes no images")
-    size = autoencoder.image_size
-    pictures = [torch.from_numpy(decode_image(read(i), size)) for i in files]
-    return autoencoder.encode(torch.stack(pictures))
-
-
-def read(file: str) -> bytes:
-    """An image file's bytes; ValueError if there is none."""
-    try:
-        return Path(file).read_bytes()
-    except FileNotFoundError:
-        several = "; give several files by repeating the flag" if "," in file else ""
-        raise ValueError(f"there is no file {file}{several}") from None
-
-
-def tell(inputs: Sequence[str], texts: Sequence[str]) -> None:
-    """Print each input with its text."""
-    for given, text in zip(inputs, texts, strict=True):
-        print(f"{given}: {text}")
-
-
-def save(pixels: Tensor, names: Sequence[str], folder: Path) -> None:
-    """Write pictures [b, 3, h, w] in [0, 1] as PNGs and as one grid; print what each shows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = (pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
-    b, height, width, _ = arrays.shape
-    columns = min(b, 10)
-    grid = Image.new("RGB", (columns * width, -(-b // columns) * height), "white")
-    for i, (array, name) in enumerate(zip(arrays, names, strict=True)):
-        picture = Image.fromarray(array.numpy())
-        picture.save(folder / f"{i:04d}.png")
-        grid.paste(picture, (i % columns * width, i // columns * height))
-        print(f"{folder / f'{i:04d}.png'}: {name}")
-    grid.save(folder / "grid.png")
-    print(folder / "grid.png")
 
 
 if __name__ == "__main__":

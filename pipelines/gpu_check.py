@@ -1,327 +1,38 @@
 """Check and measure the CUDA kernels: `make gpu-check`, on a machine with a GPU.
 
-Installs the extra `gpu`, compares the fused kernels with torch's in fp32 and bf16, and measures one
-block and a few training steps of `mdm_1b` and `mdm_7b`, with as many layers as fit, against a stack
-of stock `mamba_ssm.Mamba2`. Without a CUDA device it says so and exits with 0.
+Installs the extra `gpu`, compares the fused kernels with the torch reference in fp32 and bf16, and
+measures one block and a few training steps of `mdm_1b` and `mdm_7b`, with as many layers as fit,
+against a stack of stock `mamba_ssm.Mamba2` blocks. Without a CUDA device it prints one line and
+exits with 0.
 
-**Not run** so far beyond that sentence: no machine with a GPU was at hand.
+**Not run** beyond that line so far: no machine with a GPU was available.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
-import dataclasses
-import importlib
-import json
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from mdm.config import Config, ModelConfig, doc
-from mdm.data.batch import Batch
-from mdm.kernels import conv, fused
-from mdm.kernels import ssd as torch_ssd
-from mdm.loss import Objective
-from mdm.model.count import trunk_macs
-from mdm.model.decoder import Trunk, block_scans
-from mdm.model.packing import N_HEAD
-from mdm.presets import PRESETS
-from mdm.utils.command_line import fail, parse_cli
-from mdm.utils.precision import BF16, autocast
-
-DEVICE = "cuda"
-MEASURED = ("mdm_1b", "mdm_7b")
-# Dense bf16 tensor-core peaks as the makers publish them, in TFLOP/s.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "RTX 4090": 165.0,
-}
-# Largest error as a share of the largest value. Triton multiplies fp32 in TF32, of 10 bits.
-TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
-COLUMNS = ("what", "layers", "ms", "tokens/s", "MFU", "GiB")
-
-
-@dataclasses.dataclass(frozen=True)
-class Flags:
-    """Flags of this job."""
-
-    batch: int = doc(8, "sequences a step")
-    steps: int = doc(10, "measured steps, after three that do not count")
-    peak_tflops: float = doc(0.0, "dense bf16 peak of the GPU; 0 looks its name up")
-    out: str = doc("runs/gpu-check/report.json", "where the report goes")
-
-
-def peak_flops(name: str, given_tflops: float) -> float | None:
-    """FLOP/s that the device `name` could reach; None if it is neither given nor known."""
-    if given_tflops > 0:
-        return 1e12 * given_tflops
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-
-
-def layers_that_fit(budget: int, two: int, four: int, n_layer: int) -> int:
-    """Layers within `budget` bytes, from the peaks of a step with two and with four of them."""
-    a_layer = max((four - two) // 2, 1)
-    return max(0, min(n_layer, 2 + (budget - two) // a_layer))
-
-
-def row(
-    what: str, layers: int, seconds: float, tokens: int, flops: int, peak: float | None, memory: int
-) -> dict[str, Any]:
-    """One measured line: a step of `tokens` whose forward pass has `flops`."""
-    mfu = None if peak is None else 3 * flops / seconds / peak  # backward costs two forwards
-    values = (what, layers, 1e3 * seconds, tokens / seconds, mfu, memory / 2**30)
-    return dict(zip(COLUMNS, values, strict=True))
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text; None is a dash."""
-
-    def show(value: Any) -> str:
-        if value is None:
-            return "-"
-        return f"{value:,.3f}" if isinstance(value, float) else str(value)
-
-    cells = [list(rows[0]), *([show(v) for v in r.values()] for r in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
-    )
-
-
-def install() -> None:
-    """The extra `gpu`, built for this machine; what `make setup` left without CUDA is replaced."""
-    probe = [sys.executable, "-c", "import causal_conv1d, mamba_ssm"]
-    if subprocess.run(probe, stderr=subprocess.DEVNULL).returncode == 0:
-        return
-    pip = [sys.executable, "-m", "pip", "install", "-c", "infra/constraints.txt"]
-    pip += ["--no-build-isolation", "--no-cache-dir"]  # a cached wheel may lack the kernels
-    kernels = ["--force-reinstall", "--no-deps", "causal-conv1d", "mamba-ssm"]
-    try:
-        subprocess.run([*pip, *kernels], check=True)
-        subprocess.run([*pip, "-e", ".[gpu]"], check=True)
-    except subprocess.CalledProcessError as error:
-        fail(f"gpu-check: {error}; the kernels are built with nvcc of the CUDA that torch has")
-    importlib.invalidate_caches()
-
-
-def compare(
-    name: str, dtype: torch.dtype, ours: Sequence[Tensor], theirs: Sequence[Tensor]
-) -> dict[str, Any]:
-    """The worst difference between two lists of tensors, each relative to its largest value."""
-    errors = [
-        (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-12)
-        for a, b in zip(ours, theirs, strict=True)
-    ]
-    error = float(torch.stack(errors).max())  # NaN if one is
-    return {
-        "what": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "error": error,
-        "limit": TOLERANCE[dtype],
-        "passed": error <= TOLERANCE[dtype],
-    }
-
-
-def outputs_and_gradients(run: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What `run` returns for `inputs`, then the gradient of every input."""
-    leaves = [t.detach().to(DEVICE, copy=True).requires_grad_() for t in inputs]
-    results = run(*leaves)
-    outputs = list(results) if isinstance(results, tuple) else [results]
-    total = sum(
-        (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum()
-        for y in outputs
-    )
-    assert isinstance(total, Tensor)
-    return [y.detach() for y in outputs] + list(torch.autograd.grad(total, leaves))
-
-
-def parity(dtype: torch.dtype, packed: bool) -> list[dict[str, Any]]:
-    """Scan and convolution, fused against torch, on the same inputs."""
-    torch.manual_seed(0)
-    b, length, h, p, n = 2, 300, 8, 64, 128
-    seq_idx = None
-    if packed:
-        place = torch.arange(length)
-        seq_idx = ((place >= 70).long() + (place >= 260)).expand(b, -1).to(DEVICE)
-    x, z = (torch.randn(b, length, h, p, dtype=dtype) for _ in range(2))
-    B, C = (torch.randn(b, length, 1, n, dtype=dtype) for _ in range(2))
-    dt, A, D = torch.rand(b, length, h), -torch.rand(h) - 0.1, torch.randn(h)
-    dt_bias, initial = torch.randn(h), torch.randn(b, h, p, n)
-
-    def scan(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*t: Tensor) -> Any:
-            names = ("D", "z", "dt_bias", "initial_states")
-            options = dict(zip(names, t[5:], strict=True))
-            return kernel(
-                *t[:5],
-                **options,
-                chunk_size=128,
-                dt_softplus=True,
-                seq_idx=seq_idx,
-                return_final_states=True,
-            )
-
-        return run
-
-    scan_inputs = (x, dt, A, B, C, D, z, dt_bias, initial)
-    scans = [outputs_and_gradients(scan(k), scan_inputs) for k in (fused.ssd, torch_ssd.ssd)]
-    conv_inputs = (x.flatten(2), torch.randn(h * p, 1, 4), torch.randn(h * p))
-    convs = [
-        outputs_and_gradients(lambda *t, kernel=kernel: kernel(*t, seq_idx), conv_inputs)
-        for kernel in (fused.causal_conv, conv.causal_conv)
-    ]
-    kind = "packed " if packed else ""
-    return [
-        compare(f"{kind}scan, forward and gradients", dtype, *scans),
-        compare(f"{kind}convolution, forward and gradients", dtype, *convs),
-    ]
-
-
-class StockStack(nn.Module):
-    """What a user of mamba_ssm would stack: x + the mean of a block's mixers over RMSNorm(x)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        names = ("d_model", "d_state", "headdim", "expand", "d_conv", "chunk_size")
-        sizes = {name: getattr(config, name) for name in names}
-        blocks = block_scans(config)
-        self.norms = nn.ModuleList(nn.RMSNorm(config.d_model, eps=1e-5) for _ in blocks)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(fused.stock_mixer(**sizes) for _ in scans) for scans in blocks
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[b, l, d] -> [b, l, d]."""
-        for norm, mixers in zip(self.norms, self.blocks, strict=True):
-            assert isinstance(mixers, nn.ModuleList)
-            normed = norm(x)
-            x = x + sum(mixer(normed) for mixer in mixers) / len(mixers)
-        return x
-
-
-def measure(loss: Callable[[], Tensor], parameters: list[Tensor], steps: int) -> tuple[float, int]:
-    """Median seconds of a training step in bf16 autocast with AdamW, and bytes at the peak."""
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    torch.cuda.reset_peak_memory_stats()
-    taken = []
-    for _ in range(steps + 3):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        with autocast(BF16, DEVICE):
-            value = loss()
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[3:]), torch.cuda.max_memory_allocated()
-
-
-def sequences(config: Config, size: int) -> Batch:
-    """Random pictures with captions of the preset's length, on the GPU."""
-    model = config.model
-    keys = torch.arange(size)
-    return Batch(
-        ids=tuple(str(i) for i in range(size)),
-        keys=keys,
-        epochs=torch.zeros_like(keys),
-        class_ids=keys % model.n_classes,
-        tokens=torch.randint(4, model.vocab_size, (size, config.data.caption_length)),
-        prompt=torch.zeros(size, config.data.caption_length, dtype=torch.bool),
-        latents=torch.randn(size, model.image_height * model.image_width, model.latent_dim),
-    ).to(DEVICE)
-
-
-def train_ours(config: Config, model: ModelConfig, flags: Flags, steps: int) -> tuple[float, int]:
-    """Seconds and peak bytes of a step of `Objective` with the sizes of `model`."""
-    objective = Objective(dataclasses.replace(config, model=model)).to(DEVICE).train()
-    batch = sequences(config, flags.batch)
-    step = iter(range(10**9))
-    return measure(lambda: objective(batch, next(step)).total, list(objective.parameters()), steps)
-
-
-def train_block(
-    model: ModelConfig, text: int, shape: tuple[int, ...], steps: int
-) -> tuple[float, int]:
-    """Seconds and peak bytes of a step of our blocks alone, in the orders of their own scans."""
-    trunk = Trunk(model).to(DEVICE).train()
-    x, grid = torch.randn(shape, device=DEVICE), (model.image_height, model.image_width)
-    return measure(lambda: _loss(trunk(x, text, grid)), list(trunk.parameters()), steps)
-
-
-def train_stock(model: ModelConfig, shape: tuple[int, ...], steps: int) -> tuple[float, int]:
-    """Seconds and peak bytes of a step of stock mixers."""
-    stack = StockStack(model).to(DEVICE).train()
-    x = torch.randn(shape, device=DEVICE)
-    return measure(lambda: _loss(stack(x)), list(stack.parameters()), steps)
-
-
-def _loss(y: Tensor) -> Tensor:
-    return y.float().square().mean()
-
-
-def check_preset(name: str, flags: Flags, peak: float | None) -> list[dict[str, Any]]:
-    """One block and a few training steps of a preset, ours and stock."""
-    config = PRESETS[name]
-    model = dataclasses.replace(config.model, kernel="fused")
-    text = config.data.caption_length
-    length = N_HEAD + text + 2 + model.image_height * model.image_width + 2
-    shape = (flags.batch, length, model.d_model)
-    rows: list[dict[str, Any]] = []
-
-    def add(what: str, sizes: ModelConfig, run: Callable[[], tuple[float, int]]) -> None:
-        try:
-            seconds, memory = run()
-        except torch.OutOfMemoryError:
-            print(f"{name} {what}: {sizes.n_layer} layers do not fit at batch {flags.batch}")
-            return
-        finally:
-            torch.cuda.empty_cache()
-        tokens, flops = flags.batch * length, 2 * flags.batch * sum(trunk_macs(sizes, length))
-        rows.append(row(f"{name} {what}", sizes.n_layer, seconds, tokens, flops, peak, memory))
-
-    def add_both(what: str, n_layer: int, ours: Callable[[ModelConfig], tuple[float, int]]) -> None:
-        sizes = dataclasses.replace(model, n_layer=n_layer)
-        add(what, sizes, lambda: ours(sizes))
-        plain = dataclasses.replace(sizes, long_skip=False)
-        add(f"{what}, stock mixers", plain, lambda: train_stock(plain, shape, flags.steps))
-
-    add_both("block", 1, lambda sizes: train_block(sizes, text, shape, flags.steps))
-
-    peaks = []
-    for n_layer in (2, 4):
-        sizes = dataclasses.replace(model, n_layer=n_layer)
-        peaks.append(train_ours(config, sizes, flags, 1)[1])
-        torch.cuda.empty_cache()
-    budget = int(0.92 * torch.cuda.get_device_properties(0).total_memory)
-    fit = layers_that_fit(budget, peaks[0], peaks[1], model.n_layer)
-    if fit == 0:
-        print(f"{name}: not even one layer fits at batch {flags.batch}; lower --batch")
-        return rows
-    add_both("training", fit, lambda sizes: train_ours(config, sizes, flags, flags.steps))
-    return rows
+from mdm.planning.gpu_check import (
+    MEASURED,
+    TOLERANCE,
+    Flags,
+    check_preset,
+    install,
+    parity,
+    table,
+)
+from mdm.utils.command_line import parse_cli
+from mdm.utils.files import write_json
+from mdm.utils.gpu import peak_flops
 
 
 @job("gpu_check")
 def main() -> int:
     """Check, measure, report; 1 if a kernel differs."""
-    flags = parse_cli(Flags, description=__doc__ or "", default=Flags())
+    flags = parse_cli(Flags, description=__doc__ or "")
     if not torch.cuda.is_available():
         print("not run: no CUDA device")
         return 0
@@ -337,8 +48,7 @@ def main() -> int:
     measured = [line for name in MEASURED for line in check_preset(name, flags, peak)]
     print(table(measured))
     report = {"device": device, "torch": torch.__version__, "parity": compared, "speed": measured}
-    Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(flags.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(Path(flags.out), report)
     return 0 if all(line["passed"] for line in compared) else 1
 
 

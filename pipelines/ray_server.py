@@ -1,9 +1,9 @@
-"""A small Ray on loopback for several encode jobs, which otherwise start one each.
+"""A small Ray cluster on loopback, shared by several encode jobs that would each start their own.
 
-Prints `export NAME=VALUE` for what leads a job to it, and serves until SIGINT or SIGTERM.
+Prints the `export NAME=VALUE` lines that connect a job to it, and serves until SIGINT or SIGTERM.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
 import os
 import secrets
@@ -14,25 +14,25 @@ from dataclasses import dataclass
 
 from mdm.utils.command_line import parse_cli
 
-# Read when ray is imported. Only jobs that are given the token may connect.
+# Ray reads these when it is imported. Only jobs that have the token may connect.
 os.environ.pop("RAY_ADDRESS", None)
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
-from pipelines import encode_on_ray
+from mdm.preprocess import ray_executor
 
 
 @dataclass(frozen=True)
 class Flags:
-    """This job has no flags: it takes all cores."""
+    """This job has no flags: it uses all cores."""
 
 
-@job("ray_server", encode_on_ray.RayFailedError)
+@job("ray_server", ray_executor.RayFailedError)
 def main() -> int:
     """Serve until SIGINT or SIGTERM."""
-    parse_cli(Flags, description=__doc__ or "", default=Flags())
-    with suppress(KeyboardInterrupt), encode_on_ray.cluster():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # Ray has put its own there
-        print(f"export RAY_ADDRESS={encode_on_ray.address()}")
+    parse_cli(Flags, description=__doc__ or "")
+    with suppress(KeyboardInterrupt), ray_executor.cluster():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # replaces Ray's handler
+        print(f"export RAY_ADDRESS={ray_executor.address()}")
         for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
             print(f"export {name}={os.environ[name]}")
         sys.stdout.flush()

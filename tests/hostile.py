@@ -1,7 +1,7 @@
-"""Records of hostile metadata: what is beside the pixels and texts may hold anything.
+"""Records with hostile metadata: everything except pixels and texts may hold anything.
 
-Every image is known by construction to be sound (then a clean copy says what its pixels are) or
-damaged. Annotations are known to be usable or not.
+Every image is valid or damaged by construction, and a valid one comes with a clean copy of its
+pixels. Every annotation is usable or not by construction.
 """
 
 import io
@@ -19,12 +19,15 @@ from PIL import Image
 
 from tests.unit.sources.damage import chunk, png_of_rows, saved
 
-TURNS = [None, *(Image.Transpose(n) for n in (0, 3, 1, 5, 4, 6, 2))]  # of EXIF's values 1 to 8
+TRANSPOSES = [
+    None,
+    *(Image.Transpose(n) for n in (0, 3, 1, 5, 4, 6, 2)),
+]  # for EXIF's values 1 to 8
 
 
 @dataclass(frozen=True)
 class Hostile:
-    """A file; `clean` is a PNG of its pixels, upright, or None where they are damaged."""
+    """A file; `clean` is a PNG of its upright pixels, or None if they are damaged."""
 
     name: str
     data: bytes
@@ -37,51 +40,60 @@ def noise(random: Random, width: int = 40, height: int = 28) -> Image.Image:
 
 
 def upright(data: bytes, value: int) -> bytes:
-    """A clean PNG of what plain Pillow sees in a file without metadata, turned."""
-    picture = Image.open(io.BytesIO(data)).convert("RGB")
-    turn = TURNS[value - 1]
-    return saved(picture if turn is None else picture.transpose(turn), "PNG")
+    """A clean PNG of a file without metadata, read by plain Pillow and turned by an EXIF value."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    transpose = TRANSPOSES[value - 1]
+    return saved(image if transpose is None else image.transpose(transpose), "PNG")
 
 
 # ---- EXIF
 
-FORMS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 11: "f", 13: "I"}  # fit in the field
+FORMS = {
+    1: "B",
+    3: "H",
+    4: "I",
+    6: "b",
+    8: "h",
+    9: "i",
+    11: "f",
+    13: "I",
+}  # formats that fit in the field
 TAGS = (0x10E, 0x10F, 0x11A, 0x128, 0x132, 0x201, 0x202, 0x2BC, 0x8769, 0x8825, 0xA005, 0x927C)
 TYPES = (*range(14), 255, 0xFFFF)
 COUNTS = (0, 1, 2, 5, 38, 1000, 0xFFFFFFFF)
-OFFSETS = (0, 1, 8, 26, 60, 1 << 16, 0xFFFFFFFF)  # of values: the directory itself is at 8
+OFFSETS = (0, 1, 8, 26, 60, 1 << 16, 0xFFFFFFFF)  # of values; the directory itself is at 8
 
 
 def exif(random: Random, value: int) -> tuple[bytes, int]:
-    """A TIFF block of odd tags, one of which may be the orientation; and what that says."""
+    """A TIFF block of odd tags, and the orientation that it gives (1 if it gives none)."""
     order = random.choice("<>")
     rows = [
         struct.pack(order + "HHII", *map(random.choice, (TAGS, TYPES, COUNTS, OFFSETS)))
         for _ in range(random.randrange(6))
     ]
-    said = value
+    orientation = value
     how = random.randrange(10)
     if how < 7:
         form = order + FORMS[kind := random.choice((3, *FORMS))]
         field = struct.pack(form, value).ljust(4, b"\0")
         rows.append(struct.pack(order + "HHI", 0x112, kind, 1) + field)
-    elif how == 7:  # a fraction behind the directory
+    elif how == 7:  # a fraction after the directory
         at = 8 + 2 + 12 * (len(rows) + 1) + 4
         rows.append(struct.pack(order + "HHII", 0x112, 5, 1, at))
     else:
         rows.append(struct.pack(order + "HHII", 0x112, random.choice(TYPES), 1, 0xFFFFFFFF))
-        said = 1
+        orientation = 1
     random.shuffle(rows)
     entries = len(rows) + random.choice((0, 0, 7, 3000))
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
-    after = random.choice((0, 8, 0xFFFFFFFF))  # the next directory: none, this one, out of reach
+    after = random.choice((0, 8, 0xFFFFFFFF))  # the next directory: none, this one, beyond the end
     tiff = head + struct.pack(order + "H", entries) + b"".join(rows)
     tiff += struct.pack(order + "I", after) + struct.pack(order + "II", value, 1)
-    return tiff, said
+    return tiff, orientation
 
 
 def no_exif(random: Random) -> bytes:
-    """No directory can be read from it."""
+    """A block from which no directory can be read."""
     junk = random.randbytes(random.randrange(40))
     return random.choice(
         [junk, b"II*\0", b"MM\0*\xff\xff\xff\xff" + junk, b"II*\0\4\0\0\0", b"\0" * 40, b"Exif\0\0"]
@@ -97,7 +109,7 @@ def segment(code: int, body: bytes, length: int | None = None) -> bytes:
 
 
 def jpeg_segments(random: Random) -> bytes:
-    """One that a decoder may trip over, and that no pixel needs."""
+    """A segment that may confuse a decoder and is not needed for any pixel."""
     junk = random.randbytes(random.randrange(1, 30))
     profile = b"ICC_PROFILE\0" + bytes((random.randrange(4), random.randrange(4)))
     thumbnail = saved(noise(random, 8, 8))
@@ -109,8 +121,8 @@ def jpeg_segments(random: Random) -> bytes:
             segment(0xE2, profile + junk),
             segment(0xE2, profile + random.randbytes(9000)),
             segment(0xE2, b"ICC_PROFILE\0"),
-            segment(0xE2, profile + plain, 400),  # longer than it is
-            segment(0xE2, profile + plain + b"\0" * 60, 20),  # shorter
+            segment(0xE2, profile + plain, 400),  # claims more bytes than it has
+            segment(0xE2, profile + plain + b"\0" * 60, 20),  # claims fewer
             segment(0xE2, mpf + junk),
             segment(0xE2, b"MPF\0" + junk),
             segment(0xE2, b"FPXR\0" + junk),
@@ -135,23 +147,24 @@ def jpeg_segments(random: Random) -> bytes:
 
 
 def header_marks(jpeg: bytes) -> list[int]:
-    """Where segments begin, up to the first scan."""
-    at, found = 2, []
+    """The positions of segments, up to the first scan."""
+    at, positions = 2, []
     while jpeg[at + 1] != 0xDA:
-        found.append(at)
+        positions.append(at)
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
-    return [*found, at]
+    return [*positions, at]
 
 
 def jpeg(random: Random, value: int) -> tuple[bytes, bytes, int]:
+    """(file, the same file without metadata, orientation), as in the functions below."""
     options = ({}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2})
     mode = random.choice(("RGB", "RGB", "L", "CMYK"))
     plain = saved(noise(random).convert(mode), "JPEG", **random.choice(options))
     marks = header_marks(plain)
     inserted: list[tuple[int, bytes]] = []
-    said = 1
+    orientation = 1
     if random.random() < 0.7:
-        block, said = exif(random, value)
+        block, orientation = exif(random, value)
         inserted.append((random.choice(marks[:2]), segment(0xE1, b"Exif\0\0" + block)))
     elif random.random() < 0.5:
         inserted.append((marks[1], segment(0xE1, b"Exif\0\0" + no_exif(random))))
@@ -162,7 +175,7 @@ def jpeg(random: Random, value: int) -> tuple[bytes, bytes, int]:
     for at, part in sorted(inserted, key=lambda pair: pair[0], reverse=True):
         data = data[:at] + part + data[at:]
     tail = random.choice((b"", b"\0" * 40, b"<html>", plain, random.randbytes(64)))
-    return data + tail, plain, said
+    return data + tail, plain, orientation
 
 
 # ---- PNG
@@ -199,13 +212,13 @@ def png_chunks(random: Random) -> bytes:
 
 def png(random: Random, value: int) -> tuple[bytes, bytes, int]:
     mode = random.choice(("RGB", "RGB", "L", "RGBA", "P", "1"))
-    picture = noise(random).convert(mode if mode != "RGBA" else "RGB")
+    image = noise(random).convert(mode if mode != "RGBA" else "RGB")
     if mode == "RGBA":
-        picture.putalpha(255)
-    plain = saved(picture, "PNG")
-    said, parts = 1, [png_chunks(random) for _ in range(random.randrange(4))]
+        image.putalpha(255)
+    plain = saved(image, "PNG")
+    orientation, parts = 1, [png_chunks(random) for _ in range(random.randrange(4))]
     if random.random() < 0.7:
-        block, said = exif(random, value)
+        block, orientation = exif(random, value)
         text = b"\nexif\n%8d\n%s\n" % (len(block) + 6, (b"Exif\0\0" + block).hex().encode())
         key = b"Raw profile type exif\0"
         parts.insert(
@@ -222,31 +235,31 @@ def png(random: Random, value: int) -> tuple[bytes, bytes, int]:
         )
     at = random.choice((33, plain.index(b"IEND") - 4))
     tail = random.choice((b"", b"\0" * 40, random.randbytes(64)))
-    return plain[:at] + b"".join(parts) + plain[at:] + tail, plain, said
+    return plain[:at] + b"".join(parts) + plain[at:] + tail, plain, orientation
 
 
 # ---- WebP, GIF, BMP
 
 
 def webp(random: Random, value: int) -> tuple[bytes, bytes, int]:
-    picture = noise(random)
+    image = noise(random)
     options: dict[str, object] = random.choice(({"lossless": True}, {"quality": 80}))
-    plain = saved(picture, "WEBP", **options)
+    plain = saved(image, "WEBP", **options)
     more: dict[str, object] = {}
-    said = 1
+    orientation = 1
     if random.random() < 0.7:
-        more["exif"], said = exif(random, value)
+        more["exif"], orientation = exif(random, value)
         if random.random() < 0.5:
             more["exif"] = b"Exif\0\0" + more["exif"]  # type: ignore[operator]
     if random.random() < 0.5:
         more["xmp"] = random.randbytes(21)
     if random.random() < 0.5:
         more["icc_profile"] = random.randbytes(34)
-    data = saved(picture, "WEBP", **options, **more)
+    data = saved(image, "WEBP", **options, **more)
     tail = random.choice((b"", b"\0" * 40, b"XMP \xff\xff\xff\x7fxx", b"abcd\4\0\0\0wxyz"))
     if random.random() < 0.3:
-        data = data[:4] + struct.pack("<I", len(data) + 99) + data[8:]  # a wrong size of the file
-    return data + tail, plain, said
+        data = data[:4] + struct.pack("<I", len(data) + 99) + data[8:]  # a wrong file size
+    return data + tail, plain, orientation
 
 
 def gif(random: Random, value: int) -> tuple[bytes, bytes, int]:
@@ -277,7 +290,7 @@ def bmp(random: Random, value: int) -> tuple[bytes, bytes, int]:
 
 
 def damaged(random: Random, kind: str, data: bytes, plain: bytes) -> bytes:
-    """`data` with its pixels damaged beyond doubt, whatever stands beside them."""
+    """`data` with its pixels certainly damaged, whatever its metadata."""
     if kind == "jpeg":
         at = data.index(plain[header_marks(plain)[-1] :][:16])
         end = at + len(plain) - header_marks(plain)[-1]
@@ -311,15 +324,15 @@ KINDS: dict[str, Callable[[Random, int], tuple[bytes, bytes, int]]] = {
 
 
 def images(count: int, seed: int = 0) -> Iterator[Hostile]:
-    """Files of all kinds, most of them JPEG, and one in ten of them damaged."""
+    """Files of all kinds, mostly JPEG; one in ten is damaged."""
     random = Random(f"hostile {seed}")
     kinds = ("jpeg", "jpeg", "jpeg", "png", "png", "webp", "gif", "bmp")
     for number, kind in zip(range(count), itertools.cycle(kinds)):
-        data, plain, value = KINDS[kind](random, random.randrange(1, 9))
+        data, plain, orientation = KINDS[kind](random, random.randrange(1, 9))
         broken = random.random() < 0.1
         if broken:
             data = damaged(random, kind, data, plain)
-        yield Hostile(f"{number:05d}_{kind}", data, None if broken else upright(plain, value))
+        yield Hostile(f"{number:05d}_{kind}", data, None if broken else upright(plain, orientation))
 
 
 # ---- annotations
@@ -343,19 +356,19 @@ VALUES = {
     "object": '{"caption": "x"}',
     "latin-1": '"caf\udce9"',
 }
-# The parser itself gives up on these, wherever they stand.
+# The parser itself fails on these, in any field.
 UNREADABLE = ("huge", "deep", "latin-1")
 
 
 def write_annotations(root: Path, count: int, seed: int = 0) -> tuple[set[str], int]:
-    """COCO's captions with odd values in any field; ids that are usable, and how many are not."""
+    """Write COCO captions with odd values in any field; (usable ids, number of unusable ones)."""
     random = Random(f"annotations {seed}")
-    files, rows = [], []
+    image_entries, caption_entries = [], []
     good: set[str] = set()
     (root / "train2017").mkdir(parents=True)
     for number in range(count):
         (root / "train2017" / f"{number}.jpg").write_bytes(saved(noise(random)))
-        files.append(f'{{"id": {number}, "file_name": "{number}.jpg"}}')
+        image_entries.append(f'{{"id": {number}, "file_name": "{number}.jpg"}}')
         fields = {
             "image_id": str(number),
             "id": str(number),
@@ -368,8 +381,10 @@ def write_annotations(root: Path, count: int, seed: int = 0) -> tuple[set[str], 
             fields[field] = VALUES[name]
         if name == "plain" or (field == "score" and name not in UNREADABLE):
             good.add(f"coco/train2017/{number}")
-        rows.append("{" + ", ".join(f'"{k}": {v}' for k, v in fields.items()) + "}")
-    text = f'{{"images": [{", ".join(files)}], "annotations": [{", ".join(rows)}]}}'
+        caption_entries.append("{" + ", ".join(f'"{k}": {v}' for k, v in fields.items()) + "}")
+    text = (
+        f'{{"images": [{", ".join(image_entries)}], "annotations": [{", ".join(caption_entries)}]}}'
+    )
     (root / "annotations").mkdir()
     path = root / "annotations" / "captions_train2017.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -1,9 +1,10 @@
-"""Small data sets in the layouts that are published, as the readers of `mdm.sources` expect them.
+"""Small data sets in their published layouts, as the readers of `mdm.sources` expect them.
 
-Every writer takes a folder and returns it. Pictures are bytes that say their own name: readers do
-not decode them.
+Every writer takes a folder and returns it. The bytes of an image are its name, since readers do not
+decode images.
 """
 
+import gzip
 import io
 import json
 import tarfile
@@ -18,8 +19,8 @@ import pyarrow.parquet as pq
 INFO = {"description": "small", "version": "1.0", "year": 2014}
 
 
-def picture(name: str) -> bytes:
-    return f"picture {name}".encode()
+def image_bytes(name: str) -> bytes:
+    return f"image {name}".encode()
 
 
 def write_json(path: Path, value: object) -> None:
@@ -27,10 +28,10 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value))
 
 
-def write_pictures(root: Path, names: Iterable[str]) -> None:
+def write_images(root: Path, names: Iterable[str]) -> None:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(picture(name))
+        (root / name).write_bytes(image_bytes(name))
 
 
 def write_zip(path: Path, files: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> None:
@@ -40,17 +41,23 @@ def write_zip(path: Path, files: Mapping[str, bytes], method: int = zipfile.ZIP_
             packed.writestr(name, data)
 
 
-def write_tgz(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
+def tar_bytes(files: Iterable[tuple[str, bytes]]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
         for name, data in files:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def write_tgz(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(tar_bytes(files)))
 
 
 def pack(root: Path, archive: str) -> None:
-    """Move all that `archive` would extract to beside itself, `archive: its folder`, into it."""
+    """Move files into an archive next to them; `archive` is "<archive>:<its folder or file>"."""
     path, _, folder = archive.partition(":")
     base = (root / path).parent
     files = {p.relative_to(base).as_posix(): p for p in sorted((base / folder).rglob("*.*"))}
@@ -71,25 +78,25 @@ def coco_name(number: int, edition: str) -> str:
     return f"COCO_{edition}_{number:012d}.jpg" if "2014" in edition else f"{number:012d}.jpg"
 
 
-def write_coco(root: Path, edition: str = "train2014", pictures: int = 3) -> Path:
-    """Two captions a picture; images stand before or after them, as in the editions."""
+def write_coco(root: Path, edition: str = "train2014", count: int = 3) -> Path:
+    """Two captions per image."""
     images = [
         {"license": 3, "file_name": coco_name(9 * n, edition), "coco_url": "http://x", "id": 9 * n}
-        for n in range(1, pictures + 1)
+        for n in range(1, count + 1)
     ]
     captions = [
         {"image_id": 9 * n, "id": 100 * n + k, "caption": f"Caption {k} of é {n}."}
         for k in range(2)
-        for n in range(pictures, 0, -1)
+        for n in range(count, 0, -1)
     ]
     plain = {"info": INFO, "images": images, "licenses": [{"id": 1}], "annotations": captions}
     write_json(root / f"annotations/captions_{edition}.json", plain)
-    write_pictures(root, (f"{edition}/{image['file_name']}" for image in images))
+    write_images(root, (f"{edition}/{image['file_name']}" for image in images))
     return root
 
 
 def write_karpathy(root: Path, name: str, parts: Sequence[str], folder: str = "") -> Path:
-    """One picture a part, of two sentences; COCO's pictures lie in val2014."""
+    """One image with two sentences per part; COCO's images are in val2014."""
     images = []
     for n, part in enumerate(parts):
         place = {"filepath": "val2014", "cocoid": 9 * n} if name == "coco" else {}
@@ -102,21 +109,21 @@ def write_karpathy(root: Path, name: str, parts: Sequence[str], folder: str = ""
         image = {"filename": file, "imgid": n, "split": part, "sentids": ids}
         images.append({**place, **image, "sentences": sentences})
     write_json(root / f"dataset_{name}.json", {"images": images, "dataset": name})
-    write_pictures(root, (f"{folder or 'val2014'}/{image['filename']}" for image in images))
+    write_images(root, (f"{folder or 'val2014'}/{image['filename']}" for image in images))
     return root
 
 
-def write_flickr30k(root: Path, pictures: int = 3) -> Path:
+def write_flickr30k(root: Path, count: int = 3) -> Path:
     lines = [
-        f"{1000 + n}.jpg#{k}\tA caption {k} , of {n} .\n" for n in range(pictures) for k in range(5)
+        f"{1000 + n}.jpg#{k}\tA caption {k} , of {n} .\n" for n in range(count) for k in range(5)
     ]
     root.mkdir(parents=True, exist_ok=True)
     (root / "results_20130124.token").write_text("".join(lines))
-    write_pictures(root, (f"flickr30k-images/{1000 + n}.jpg" for n in range(pictures)))
+    write_images(root, (f"flickr30k-images/{1000 + n}.jpg" for n in range(count)))
     return root
 
 
-def write_gqa(root: Path, split: str = "train", pictures: int = 3) -> Path:
+def write_gqa(root: Path, split: str = "train", count: int = 3) -> Path:
     plain = {
         f"{n:08d}": {
             "semantic": [{"operation": "select", "dependencies": [], "argument": "sky (2)"}],
@@ -128,15 +135,15 @@ def write_gqa(root: Path, split: str = "train", pictures: int = 3) -> Path:
             "answer": f"thing {n}",
             "fullAnswer": f"It is thing {n}.",
         }
-        for n in range(pictures)
+        for n in range(count)
     }
     write_json(root / f"{split}_balanced_questions.json", plain)
-    write_pictures(root, {f"images/{entry['imageId']}.jpg" for entry in plain.values()})
+    write_images(root, {f"images/{entry['imageId']}.jpg" for entry in plain.values()})
     return root
 
 
 def write_ocrvqa(root: Path, books: int = 4) -> Path:
-    """Books take turns in the splits; the second one's picture keeps the address's extension."""
+    """Books alternate between the splits; the second one's image has the extension of its URL."""
     plain = {}
     for n in range(books):
         extension = ".png" if n == 1 else ".jpg"
@@ -147,7 +154,7 @@ def write_ocrvqa(root: Path, books: int = 4) -> Path:
             "title": f"Title {n}",
             "split": 1 + n % 3,
         }
-        write_pictures(root, [f"images/0{n}X{extension}"])
+        write_images(root, [f"images/0{n}X{extension}"])
     write_json(root / "dataset.json", plain)
     return root
 
@@ -160,7 +167,7 @@ def votes(*answers: str) -> list[dict[str, Any]]:
 
 
 def write_textvqa(root: Path, split: str = "train", questions: int = 3) -> Path:
-    rows = [
+    entries = [
         {
             "question": f"what does sign {n} say?",
             "image_id": f"00{n}a12",
@@ -177,18 +184,18 @@ def write_textvqa(root: Path, split: str = "train", questions: int = 3) -> Path:
         "dataset_type": split,
         "dataset_name": "textvqa",
         "dataset_version": "0.5.1",
-        "data": rows,
+        "data": entries,
     }
     write_json(root / f"TextVQA_0.5.1_{split}.json", plain)
-    write_pictures(root, (f"train_images/{row['image_id']}.jpg" for row in rows))
+    write_images(root, (f"train_images/{entry['image_id']}.jpg" for entry in entries))
     return root
 
 
-def write_visual_genome(root: Path, pictures: int = 3) -> Path:
-    """Pictures take turns in the two folders."""
+def write_visual_genome(root: Path, count: int = 3) -> Path:
+    """Images alternate between the two folders."""
     qas, regions = [], []
-    for n in range(1, pictures + 1):
-        found = [
+    for n in range(1, count + 1):
+        questions = [
             {
                 "a_objects": [],
                 "question": f"What colour is {n}?",
@@ -199,22 +206,22 @@ def write_visual_genome(root: Path, pictures: int = 3) -> Path:
             }
             for k in range(2)
         ]
-        qas.append({"id": n, "qas": found})
+        qas.append({"id": n, "qas": questions})
         box = {"region_id": 1380 + n, "width": 82, "height": 139, "image_id": n, "x": 421, "y": 57}
         regions.append({"regions": [{**box, "phrase": f"the clock {n} is green"}], "id": n})
-        write_pictures(root, [f"VG_100K{'' if n % 2 else '_2'}/{n}.jpg"])
+        write_images(root, [f"VG_100K{'' if n % 2 else '_2'}/{n}.jpg"])
     write_json(root / "question_answers.json", qas)
     write_json(root / "region_descriptions.json", regions)
     return root
 
 
 def write_mscoco_vqa(root: Path, prefix: str, split: str = "train", questions: int = 4) -> Path:
-    """VQAv2 with prefix "v2_", OK-VQA with ""; two questions a picture."""
+    """VQAv2 with prefix "v2_", OK-VQA with ""; two questions per image."""
     edition = f"{split}2014"
-    asked, annotated = [], []
+    question_entries, annotations = [], []
     for n in range(questions):
         ids = {"image_id": 458752 + n // 2, "question_id": 458752000 + n}
-        asked.append({**ids, "question": f"What is this number {n}?"})
+        question_entries.append({**ids, "question": f"What is this number {n}?"})
         answers = {
             "question_type": "what is",
             "answer_type": "other",
@@ -222,23 +229,23 @@ def write_mscoco_vqa(root: Path, prefix: str, split: str = "train", questions: i
         }
         if prefix:
             answers["multiple_choice_answer"] = f"ball {n}"
-        annotated.append({**answers, **ids})
+        annotations.append({**answers, **ids})
     head = {"info": INFO, "license": {"name": "CC"}, "data_subtype": edition}
     kinds = {"task_type": "Open-Ended", "data_type": "mscoco"}
     write_json(
         root / f"{prefix}OpenEnded_mscoco_{edition}_questions.json",
-        {**head, **kinds, "questions": asked},
+        {**head, **kinds, "questions": question_entries},
     )
     write_json(
-        root / f"{prefix}mscoco_{edition}_annotations.json", {**head, "annotations": annotated}
+        root / f"{prefix}mscoco_{edition}_annotations.json", {**head, "annotations": annotations}
     )
-    names = {coco_name(q["image_id"], edition) for q in asked}
-    write_pictures(root, (f"{edition}/{name}" for name in names))
+    names = {coco_name(q["image_id"], edition) for q in question_entries}
+    write_images(root, (f"{edition}/{name}" for name in names))
     return root
 
 
 def write_vizwiz(root: Path, split: str = "train", questions: int = 3) -> Path:
-    rows = [
+    entries = [
         {
             "image": f"VizWiz_{split}_{n:08d}.jpg",
             "question": f"What's this {n}?",
@@ -251,8 +258,8 @@ def write_vizwiz(root: Path, split: str = "train", questions: int = 3) -> Path:
         }
         for n in range(questions)
     ]
-    write_json(root / f"Annotations/{split}.json", rows)
-    write_pictures(root, (f"{split}/{row['image']}" for row in rows))
+    write_json(root / f"Annotations/{split}.json", entries)
+    write_images(root, (f"{split}/{entry['image']}" for entry in entries))
     return root
 
 
@@ -265,7 +272,7 @@ def write_llava(root: Path) -> Path:
         "vg/VG_100K/2.jpg",
         "vg/VG_100K_2/1.jpg",
     ]
-    rows: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for n, place in enumerate([*places, places[0]]):
         turns = [
             {"from": "human", "value": f"<image>\nWhat is in {n}?" if n % 2 else "What?\n<image>"},
@@ -273,11 +280,11 @@ def write_llava(root: Path) -> Path:
             {"from": "human", "value": "And?"},
             {"from": "gpt", "value": "No more."},
         ]
-        rows.append({"id": Path(place).stem, "image": place, "conversations": turns})
+        entries.append({"id": Path(place).stem, "image": place, "conversations": turns})
     talk = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
-    rows.insert(2, {"id": "wgByO4Y_0", "model": "", "conversations": talk})
-    write_json(root / "llava_v1_5_mix665k.json", rows)
-    write_pictures(root, places)
+    entries.insert(2, {"id": "wgByO4Y_0", "model": "", "conversations": talk})
+    write_json(root / "llava_v1_5_mix665k.json", entries)
+    write_images(root, places)
     return root
 
 

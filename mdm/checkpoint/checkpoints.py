@@ -1,13 +1,13 @@
-"""Committed checkpoints in a folder or an S3 bucket: what there is, what is valid, what to keep.
+"""Committed checkpoints in a folder or an S3 bucket: which exist, are valid, and are kept.
 
     step-00000500/
-      CLAIM                  when writing began; a name is never written to twice
+      CLAIM                  when writing began; no name is written to twice
       rank-00000.json        what this rank's share consists of
       rank-00000/KIND.0000   its numbers, raw fp32, 64 MiB an object
       rank-00000/buffers     its module's buffers (safetensors)
       manifest.json          format, TrainState, loader state, shapes, size and hash of all of these
       COMMITTED              sha256 of manifest.json, written last, after all ranks agreed
-      ASIDE                  why nobody shall read it again, if so
+      ASIDE                  if it is set aside: why it must not be used
 
 KIND is weights, exp_avg, exp_avg_sq, ema and, if there is a second average, ema2.
 """
@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from mdm.checkpoint.snapshot import DamagedError, fetch, side_by_side
+from mdm.checkpoint.snapshot import DamagedError, fetch, in_threads
 from mdm.checkpoint.state import RunError, TrainState
 from mdm.config import Config
 from mdm.storage import MissingObjectError, Store, join, open_store
@@ -34,22 +34,22 @@ _KEY = re.compile(rf"{CLAIM}|{MANIFEST}|{MARKER}|{ASIDE}|rank-\d{{5}}(\.json|/[a
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay."""
+    """Which checkpoints to keep."""
 
     newest: int = 2
     every: int = 0  # steps; 0 for none
-    best: bool = False  # the one with the smallest loss
+    best: bool = False  # also the one with the lowest loss
 
     @classmethod
     def of(cls, config: Config) -> "Keep":
-        """What a run's configuration asks for."""
+        """As a run is configured."""
         train = config.train
         return cls(train.keep, train.keep_every, train.keep_best)
 
 
 @dataclass(frozen=True)
 class Record:
-    """The manifest of a committed checkpoint; its bulk has not been read yet."""
+    """The manifest of a committed checkpoint; none of its weights are read yet."""
 
     name: str
     manifest: dict[str, Any]
@@ -61,18 +61,18 @@ class Record:
 
     @property
     def state(self) -> TrainState:
-        """Where the run stood; a fresh copy."""
+        """The run's state, as a fresh copy."""
         return TrainState.from_json(json.loads(json.dumps(self.manifest["state"])))
 
     @property
     def loss(self) -> float:
-        """Mean loss of the last line of metrics before it; infinite where none is known."""
+        """Mean loss of the last line of metrics before it; infinite if there was none."""
         loss = self.manifest["state"].get("loss")
         return float("inf") if loss is None else float(loss)
 
     @property
     def averages(self) -> list[str]:
-        """The averages it holds."""
+        """The kinds of averaged weights that it holds."""
         return list(self.manifest["averages"])
 
     @property
@@ -88,33 +88,33 @@ class Record:
 
 
 def uri_of(config: Config) -> str:
-    """Where a run's checkpoints lie."""
+    """The URI of a run's checkpoints."""
     return config.train.checkpoints or join(config.run_dir, "checkpoints")
 
 
 class Checkpoints:
-    """The checkpoints below one URI. No rank talks to another here.
+    """The checkpoints below one URI, used by a single process.
 
-    `confirm` is called before each change, and raises where another job has the right to them.
+    `confirm` is called before each change; it raises if another job has taken the lease.
     """
 
     def __init__(self, store: Store, confirm: Callable[[], None] = lambda: None) -> None:
         self.store, self.confirm = store, confirm
-        self._known: dict[str, Record] = {}
+        self._cache: dict[str, Record] = {}
 
     @classmethod
     def at(cls, uri: str) -> "Checkpoints":
-        """Those in a folder or below `s3://bucket/prefix`."""
+        """The checkpoints in a folder or below `s3://bucket/prefix`."""
         return cls(open_store(uri))
 
-    def contents(self) -> dict[str, set[str]]:
-        """Keys by checkpoint, newest first, valid or not; other people's objects are no part."""
-        found: dict[str, set[str]] = {}
-        for key in self.store.listing("step-"):
+    def contents(self, prefix: str = "step-") -> dict[str, set[str]]:
+        """Keys by checkpoint, newest first, valid or not; other objects are left out."""
+        keys: dict[str, set[str]] = {}
+        for key in self.store.listing(prefix):
             name, _, rest = key.partition("/")
             if _NAME.fullmatch(name) and _KEY.fullmatch(rest):
-                found.setdefault(name, set()).add(rest)
-        return dict(sorted(found.items(), key=lambda item: _order(item[0]), reverse=True))
+                keys.setdefault(name, set()).add(rest)
+        return dict(sorted(keys.items(), key=lambda item: _order(item[0]), reverse=True))
 
     def read(self, name: str) -> Record:
         """The manifest of a checkpoint.
@@ -140,113 +140,101 @@ class Checkpoints:
         return Record(name, manifest)
 
     def newest_first(self) -> tuple[list[Record], list[tuple[str, str]]]:
-        """Committed checkpoints, and why others are not among them. Their bulk is not read."""
-        records, passed = [], []
+        """Committed checkpoints, by their manifests alone, and why others are skipped.
+
+        One whose manifest is damaged is set aside.
+        """
+        records, skipped = [], []
         for name, keys in self.contents().items():
             if ASIDE in keys:
                 continue
             try:
                 records.append(self.read(name))
             except DamagedError as error:
-                passed.append((name, str(error)))
+                skipped.append((name, str(error)))
                 if MARKER in keys:
                     self.set_aside(name, str(error))
-        return records, passed
+        return records, skipped
 
     def why_invalid(self, name: str) -> str:
-        """The first reason not to trust a checkpoint, every byte read; empty for a valid one."""
+        """Why a checkpoint is invalid, after reading every byte; empty if it is valid."""
         try:
             record = self.read(name)
-            side_by_side(lambda f: len(fetch(self.store, *f)), record.files.items())
+            in_threads(lambda f: len(fetch(self.store, *f)), record.files.items())
         except DamagedError as error:
             return str(error)
         return ""
 
-    def latest_valid(self) -> tuple[Record | None, list[tuple[str, str]]]:
-        """The newest checkpoint whose every byte verifies, and why newer ones were passed over."""
-        records, passed = self.newest_first()
-        for record in records:
-            reason = self.why_invalid(record.name)
-            if not reason:
-                return record, [p for p in passed if _order(p[0]) > _order(record.name)]
-            passed.append((record.name, reason))
-        return None, passed
-
     def sweep(self) -> None:
-        """Remove what killed jobs left half-written; for the job that holds the lease."""
+        """Remove half-written objects of killed jobs; only the job with the lease may call it."""
         self.confirm()
         self.store.sweep("step-")
 
     def claim(self, step: int) -> str:
-        """A name for a checkpoint of `step` that nobody else writes to, or ever did."""
+        """Reserve a name for a checkpoint of `step` that was never written to."""
         self.confirm()
-        base, n, when = f"step-{step:08d}", 0, str(int(time.time())).encode()
-        while True:
-            name = f"{base}.{n}" if n else base
-            if not self._keys_of(name) and self.store.put(f"{name}/{CLAIM}", when, if_absent=True):
-                return name
+        now = str(int(time.time())).encode()
+        name, n = f"step-{step:08d}", 0
+        while self.contents(f"{name}/") or not self.store.put(
+            f"{name}/{CLAIM}", now, if_absent=True
+        ):
             n += 1
+            name = f"step-{step:08d}.{n}"
+        return name
 
     def commit(self, name: str, manifest: dict[str, Any]) -> None:
-        """Make `name` count: its manifest, then the marker."""
+        """Write the manifest, then the marker, which makes the checkpoint valid."""
         self.confirm()
         data = json.dumps({"format": FORMAT} | manifest, indent=1).encode()
         self.store.put(f"{name}/{MANIFEST}", data)
         self.store.put(f"{name}/{MARKER}", hashlib.sha256(data).hexdigest().encode())
 
     def set_aside(self, name: str, reason: str) -> None:
-        """Let nobody count it any more; it stays for whoever wants to look."""
+        """Exclude a checkpoint from use; its files stay for inspection."""
         self.confirm()
         self.store.put(f"{name}/{ASIDE}", reason.encode())
 
     def set_all_aside(self, reason: str) -> None:
-        """Have a run begin anew beside what there is."""
+        """Exclude all checkpoints, so that a run starts over beside them."""
         for name, keys in self.contents().items():
             if ASIDE not in keys:
                 self.set_aside(name, reason)
 
     def remove(self, name: str) -> None:
-        """Delete it, the marker first: a half-removed one must not look whole."""
+        """Delete a checkpoint, its marker first: half-removed, it must not look valid."""
         self.confirm()
         self.store.delete(f"{name}/{MARKER}")
-        for key in self._keys_of(name):
+        for key in self.contents(f"{name}/").get(name, ()):
             self.store.delete(f"{name}/{key}")
 
-    def _keys_of(self, name: str) -> list[str]:
-        """The keys of one checkpoint, below its name."""
-        keys = (key.removeprefix(f"{name}/") for key in self.store.listing(f"{name}/"))
-        return [key for key in keys if _KEY.fullmatch(key)]
-
     def prune(self, keep: Keep, *, asides: bool = False) -> list[str]:
-        """Remove what `keep` does not ask for, and what was never committed; returns the names.
+        """Remove what `keep` does not keep, and what was never committed; returns the names.
 
-        One that is newer than all committed ones may be being written: it goes with `asides` alone,
-        as those set aside do. Those whose manifest cannot be read stay.
+        An uncommitted checkpoint that is newer than all committed ones may still be being written:
+        like those set aside, it is removed only with `asides`. Checkpoints whose manifest cannot be
+        read stay.
         """
-        counted: list[Record] = []
-        gone: list[str] = []
+        records: list[Record] = []
+        names: list[str] = []  # to remove
         for name, keys in self.contents().items():
             if ASIDE in keys:
-                gone += [name] if asides else []
+                names += [name] if asides else []
             elif MARKER not in keys:
-                gone += [name] if counted or asides else []
+                names += [name] if records or asides else []
             else:
                 with suppress(DamagedError, RunError):
-                    counted.append(self._cached(name))
-        kept = kept_of(counted, keep)
-        gone += [record.name for record in counted if record.name not in kept]
-        for name in gone:
+                    if name not in self._cache:
+                        self._cache[name] = self.read(name)
+                    records.append(self._cache[name])
+        kept = kept_of(records, keep)
+        names += [record.name for record in records if record.name not in kept]
+        for name in names:
             self.remove(name)
-        return gone
-
-    def _cached(self, name: str) -> Record:
-        if name not in self._known:
-            self._known[name] = self.read(name)
-        return self._known[name]
+        return names
 
 
 def kept_of(newest_first: Iterable[Record], keep: Keep) -> list[str]:
-    """The names that a policy keeps; always the newest."""
+    """The names that `keep` keeps, always including the newest."""
     records = list(newest_first)
     kept = {record.name for record in records[: max(keep.newest, 1)]}
     if keep.every:

@@ -1,4 +1,4 @@
-"""A committed checkpoint's weights for generation, with no rank running and no DeepSpeed."""
+"""Exports the weights of a committed checkpoint, without running ranks and without DeepSpeed."""
 
 import logging
 from collections.abc import Sequence
@@ -25,18 +25,18 @@ def export_checkpoint(
     tokenizer: str = "",
     config: Config | None = None,
 ) -> None:
-    """Export some kinds of weights, the first as `model.safetensors`, whatever world wrote them.
+    """Export some kinds of weights of a checkpoint that any number of ranks wrote.
 
     Args:
         checkpoint: folder or s3:// prefix of one checkpoint.
         folder: where the export goes.
-        kinds: of `ema`, `ema2` and `raw`.
-        tokenizer: SentencePiece model, if the run's is not where it was.
-        config: the run's configuration as it is now; None for that of the checkpoint.
+        kinds: of `ema`, `ema2` and `raw`; the first becomes `model.safetensors`.
+        tokenizer: SentencePiece model, if it is no longer where the run had it.
+        config: the run's present configuration; None for the checkpoint's.
 
     Raises:
-        RunError: the checkpoint is damaged, of another format, or lacks a kind; or the tokenizer is
-            not the one that the training data was encoded with.
+        RunError: the checkpoint is damaged, of another format, or lacks a kind; or the training
+            data was encoded with another tokenizer.
     """
     uri, _, name = checkpoint.rstrip("/").rpartition("/")
     checkpoints = Checkpoints.at(uri or ".")
@@ -59,17 +59,17 @@ def export_checkpoint(
 
 
 def _tokenizer(path: str, provenance: Provenance, checkpoint: str) -> bytes:
-    """The tokenizer's file for an export; RunError unless it is the one of the training data."""
+    """The bytes of the tokenizer; raises RunError unless the training data was encoded with it."""
     if provenance.tokenizer:
         whose = f"the data of {checkpoint} was encoded with"
         try:
             return check_tokenizer(path, provenance.tokenizer, whose).model()
         except ValueError as error:
             raise RunError(str(error)) from None
-    found = Path(path).is_file()
-    kept = f"{path} is taken for it" if found else "the export holds none"
-    log.warning("%s does not record its tokenizer: %s", checkpoint, kept)
-    return read_model(path) if found else b""
+    exists = Path(path).is_file()
+    choice = f"the export gets {path}" if exists else "the export holds none"
+    log.warning("%s does not record its tokenizer: %s", checkpoint, choice)
+    return read_model(path) if exists else b""
 
 
 def _weights(checkpoints: Checkpoints, record: Record, kind: str) -> dict[str, Tensor]:

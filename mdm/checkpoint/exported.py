@@ -1,7 +1,7 @@
-"""A folder of exported weights, complete in itself but for the first stage it names.
+"""A folder of exported weights: complete, except for the autoencoder that it names.
 
 config.json                the run's configuration
-model.safetensors          weights by `state_dict` name; `model.<kind>.safetensors` for others.
+model.safetensors          weights by `state_dict` name; `model.<kind>.safetensors` for other kinds.
                            Their metadata hold the sha256 of tokenizer and autoencoder
 tokenizer.model            the run's tokenizer
 README.md                  the model card
@@ -33,7 +33,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Training:
-    """What a model card says about how the weights came about."""
+    """What a model card says about the training."""
 
     step: int = 0
     samples_seen: int = 0
@@ -47,32 +47,50 @@ def write_export(
     weights: Mapping[str, Mapping[str, Tensor]],
     tokenizer: bytes,
     provenance: Provenance,
+    *,
+    replace: bool = True,
 ) -> None:
-    """Write `folder` whole or not at all; an older one is replaced.
+    """Write an export.
 
     Args:
         folder: where to.
         config: the run's configuration.
-        training: for the card.
+        training: for the model card.
         weights: by kind, then by `state_dict` name; the first kind is `model.safetensors`.
         tokenizer: the `.model` file's bytes; empty for none.
         provenance: what the training data was encoded with.
+        replace: write `folder` whole or not at all, and replace an older one; False writes the
+            files one by one into a folder that exists.
     """
-    work = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write_files(work, config, training, weights, tokenizer, provenance)
-    shutil.rmtree(folder, ignore_errors=True)
-    work.rename(folder)
+    work = folder.with_name(folder.name + ".tmp") if replace else folder
+    if replace:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    # safetensors writes metadata in any order: a single entry keeps the file's bytes the same.
+    metadata = {_PROVENANCE: dumps(asdict(provenance))} if provenance.tokenizer else None
+    for name, tensors in zip(_weight_files(list(weights)), weights.values(), strict=True):
+        save_tensors(work / name, tensors, metadata)
+    store = LocalStore(work)
+    store.put("config.json", dumps(to_dict(config), indent=1).encode())
+    if tokenizer:
+        store.put(TOKENIZER, tokenizer)
+    store.put("README.md", _model_card(config, training, weights, provenance).encode())
+    if replace:
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+
+
+def _weight_files(kinds: Sequence[str]) -> list[str]:
+    """The file of each kind of weights; the first is the one that `from_pretrained` loads."""
+    return ["model.safetensors", *(f"model.{kind}.safetensors" for kind in kinds[1:])]
 
 
 def missing_files(folder: Path, config: Config, kinds: Sequence[str]) -> list[str]:
-    """What an export of these kinds of weights lacks, or holds only a part of."""
+    """Names of the files that an export of these kinds of weights lacks, or holds incompletely."""
     missing = []
-    for i, kind in enumerate(kinds):
-        name = f"model.{kind}.safetensors" if i else "model.safetensors"
+    for name in _weight_files(kinds):
         try:
-            with safe_open(folder / name, "pt"):  # its header tells how long it must be
+            with safe_open(folder / name, "pt"):  # its header says how long it must be
                 pass
         except (OSError, SafetensorError):
             missing.append(name)
@@ -85,33 +103,10 @@ def missing_files(folder: Path, config: Config, kinds: Sequence[str]) -> list[st
     return missing
 
 
-def write_files(
-    folder: Path,
-    config: Config,
-    training: Training,
-    weights: Mapping[str, Mapping[str, Tensor]],
-    tokenizer: bytes,
-    provenance: Provenance,
-) -> None:
-    """The files of an export, into a folder that exists; as `write_export` takes them."""
-    store, parameters = LocalStore(folder), 0
-    # One entry alone: safetensors writes several in any order.
-    metadata = {_PROVENANCE: dumps(asdict(provenance))} if provenance.tokenizer else None
-    for i, (kind, tensors) in enumerate(weights.items()):
-        name = f"model.{kind}.safetensors" if i else "model.safetensors"
-        save_tensors(folder / name, tensors, metadata)
-        parameters = sum(t.numel() for t in tensors.values())
-    store.put("config.json", dumps(to_dict(config), indent=1).encode())
-    if tokenizer:
-        store.put(TOKENIZER, tokenizer)
-    card = model_card(config, training, list(weights), parameters, provenance)
-    store.put("README.md", card.encode())
-
-
 def read_provenance(folder: Path) -> Provenance:
-    """What the training data of an export was encoded with; empty where it does not say.
+    """What the training data of an export was encoded with; empty where it is not recorded.
 
-    ValueError if the weights cannot be read.
+    Raises ValueError if the weights cannot be read.
     """
     path = folder / "model.safetensors"
     try:
@@ -122,18 +117,20 @@ def read_provenance(folder: Path) -> Provenance:
         raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def model_card(
-    config: Config, training: Training, kinds: list[str], parameters: int, provenance: Provenance
+def _model_card(
+    config: Config,
+    training: Training,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    provenance: Provenance,
 ) -> str:
     """The README.md of an export, in the form that model hubs read."""
-    model, first, *others = config.model, *kinds
-    files = [f"- `model.safetensors`: {KINDS[first]}, fp32"]
-    files += [f"- `model.{kind}.safetensors`: {KINDS[kind]}, fp32" for kind in others]
+    model, kinds = config.model, list(weights)
+    named = zip(_weight_files(kinds), kinds, strict=True)
+    files = [f"- `{name}`: {KINDS[kind]}, fp32" for name, kind in named]
+    parameters = sum(t.numel() for t in weights[kinds[0]].values())
     loss = "" if training.loss is None else f", last training loss {training.loss:.4f}"
     sources = ", ".join(f"{s.name} ({s.weight:g})" for s in config.data.sources) or "not recorded"
-    averages = f"{config.train.ema:g}"
-    if config.train.ema2:
-        averages += f" and {config.train.ema2:g}"
+    decays = " and ".join(f"{decay:g}" for decay in (config.train.ema, config.train.ema2) if decay)
     first_stage = f"`{config.autoencoder or 'none'}`"
     if provenance.autoencoder:
         first_stage += f", sha256 `{provenance.autoencoder}`"
@@ -146,7 +143,7 @@ tags: [mamba2, diffusion, multimodal, text-to-image, image-to-text]
 # Multi-Modal Diffusion Mamba
 
 One {model.decoder} decoder of {model.n_layer} blocks of width {model.d_model}, {parameters:,}
-numbers in all, for pictures of {model.image_height} x {model.image_width} latent tokens and texts
+numbers in all, for images of {model.image_height} x {model.image_width} latent tokens and texts
 of up to {model.text_length} tokens out of {model.vocab_size:,}.
 
 ## Files
@@ -160,16 +157,16 @@ The first-stage autoencoder is not part of it: {first_stage}.
 ## Training
 
 {training.step:,} steps, {training.samples_seen:,} samples{loss}; global batch
-{config.data.global_batch}, seed {config.seed}, decay of the averages {averages}.
+{config.data.global_batch}, seed {config.seed}, decay of the averages {decays}.
 Data sets and their shares: {sources}.
 
 ## Use
 
 ```python
-from mdm.generate import MDM
+from mdm.generate import Generator
 
-model = MDM.from_pretrained("this folder")
-pictures = model.text_to_image(["a caption"])
+model = Generator.from_pretrained("this folder")
+images = model.text_to_image(["a caption"])
 ```
 
 Outputs repeat what the training data holds, its errors and biases included; nothing filters them.

@@ -1,7 +1,7 @@
 """Where ZeRO keeps a rank's part of the weights and of Adam's state, in DeepSpeed 0.19.8.
 
-Stages 2 and 3 lay parameters out differently; `pieces` says how, and nobody else has to know. The
-attributes read here are DeepSpeed's own: its version is pinned, and tests compare every number.
+ZeRO stages 2 and 3 lay parameters out differently; only `pieces` knows how. The attributes read
+here are private to DeepSpeed: its version is pinned, and tests compare every number.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from mdm.checkpoint.snapshot import Piece
 from mdm.utils.ranks import World, gather_to_all
 
-CHUNK = 1 << 20  # numbers of a rank that travel together to rank 0
+CHUNK = 1 << 20  # numbers that a rank sends to rank 0 at a time
 
 
 class Shards:
-    """The flat fp32 tensors of one rank, and what they hold.
+    """The flat fp32 tensors of one rank, and which parameters they hold.
 
     Args:
         module: the model; under ZeRO-3 its parameters are partitioned.
         optimizer: DeepSpeed's ZeRO optimizer around an Adam.
-        stage: of ZeRO, 2 or 3.
+        stage: ZeRO stage, 2 or 3.
         world: this rank's place.
     """
 
@@ -40,24 +40,24 @@ class Shards:
         return flats
 
     def partitions(self) -> list[Tensor]:
-        """Master weights, live, one tensor an optimizer sub-group."""
+        """The live master weights, one tensor for each optimizer sub-group."""
         return [flat.data for flat in self._flats()]
 
     def pieces(self) -> list[Piece]:
-        """What this rank's flat partitions, end to end, hold of which parameter. Padding is none's.
+        """Which parts of which parameters this rank's flat partitions hold, without padding.
 
-        ZeRO-3 gives every rank an equal part of each parameter; ZeRO-2 lays the parameters of a
-        group end to end and gives every rank an equal part of that.
+        ZeRO-3 gives each rank an equal part of each parameter; ZeRO-2 lays the parameters of a
+        group end to end and gives each rank an equal part of that.
         """
-        found, at, optimizer, rank = [], 0, self._optimizer, self._world.rank
+        pieces, at, optimizer, rank = [], 0, self._optimizer, self._world.rank
         names = {id(p): name for name, p in self._module.named_parameters()}
         if self._stage == 3:
             for p in (p for group in optimizer.fp16_groups for p in group):
                 n = p.partition_numel()
                 start = min(rank * n, p.ds_numel)
-                found.append(Piece(names[id(p)], start, min(n, p.ds_numel - start), at))
+                pieces.append(Piece(names[id(p)], start, min(n, p.ds_numel - start), at))
                 at += n
-            return [piece for piece in found if piece.length]
+            return [piece for piece in pieces if piece.length]
         groups = zip(
             optimizer.round_robin_bit16_groups,
             optimizer.round_robin_bit16_offsets,
@@ -70,24 +70,24 @@ class Shards:
                 last = min(offset + p.numel(), (rank + 1) * size)
                 if first < last:
                     place = (first - offset, last - first, at + first - rank * size)
-                    found.append(Piece(names[id(p)], *place))
+                    pieces.append(Piece(names[id(p)], *place))
             at += size
-        return found
+        return pieces
 
     def shapes(self) -> dict[str, list[int]]:
-        """Shapes of the whole parameters by name, tied ones once."""
+        """Shapes of whole parameters by name; tied parameters appear once."""
         return {
             n: list(getattr(p, "ds_shape", p.shape)) for n, p in self._module.named_parameters()
         }
 
     def tied(self) -> dict[str, str]:
-        """Further names of parameters, each with the name that `shapes` has."""
+        """The other names of tied parameters, each with its name in `shapes`."""
         first = {id(p): name for name, p in self._module.named_parameters()}
         every = self._module.named_parameters(remove_duplicate=False)
         return {name: first[id(p)] for name, p in every if name != first[id(p)]}
 
     def live(self) -> dict[str, list[Tensor]]:
-        """This rank's flat fp32 weights and Adam's two moments, live, a list of sub-groups each."""
+        """This rank's live flat fp32 weights and Adam's two moments, as lists of sub-groups."""
         states = [self._adam(flat) for flat in self._flats()]
         return {
             "weights": self.partitions(),
@@ -97,11 +97,11 @@ class Shards:
 
     @property
     def optimizer_steps(self) -> int:
-        """Steps that Adam took; those that were skipped are not among them."""
+        """Steps that Adam took, without skipped ones."""
         return int(self._adam(self._flats()[0])["step"])
 
     def adopt(self, optimizer_steps: int) -> None:
-        """Make the parameters those of `live()`, which was written to; all ranks must call."""
+        """Update the parameters from `live()`, after it was written to; all ranks must call."""
         optimizer = self._optimizer
         for flat in self._flats():
             state = self._adam(flat)
@@ -120,7 +120,7 @@ class Shards:
             torch.distributed.all_gather(list(parts), own)
 
     def _adam(self, flat: Tensor) -> dict[str, Any]:
-        """Adam's state of one flat partition; made as its first step would make it, if need be."""
+        """Adam's state of one flat partition; if missing, made as Adam's first step would."""
         adam = self._optimizer.optimizer
         state: dict[str, Any] = adam.state[flat]
         if not state:
@@ -141,16 +141,16 @@ class Shards:
         }
 
     def load_buffers(self, values: dict[str, Tensor]) -> None:
-        """Continue with the buffers that `buffers` gave; those it lacks keep their values."""
+        """Set buffers to `values`, as returned by `buffers`; others keep their values."""
         for name, buffer in self._module.named_buffers():
             if name in values:
                 buffer.copy_(values[name])
 
     def gather(self, partitions: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Full tensors by `state_dict` name from all ranks' `partitions`, in rank 0's host memory.
+        """Whole tensors by `state_dict` name from all ranks' `partitions`, in rank 0's host memory.
 
-        All ranks must call; ranks other than 0 get an empty dict. Nothing of the running training
-        is touched. Buffers are rank 0's.
+        All ranks must call; ranks other than 0 get an empty dict. The training is not changed.
+        Buffers are rank 0's.
         """
         tables = gather_to_all(self.pieces())
         length = sum(flat.numel() for flat in partitions)

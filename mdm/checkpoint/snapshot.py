@@ -1,15 +1,14 @@
-"""One rank's share of the training state in host memory, and how shares travel to a store and back.
+"""One rank's share of the training state in host memory, written to a store and read back.
 
-A share is one flat fp32 vector a kind: weights, Adam's two moments, averages. `Piece` says which
-numbers of which parameter lie where in it, so that what n ranks wrote, m ranks can read: each picks
-its own numbers out of all shares.
+A share has one flat fp32 vector for each kind: weights, Adam's two moments, averages. A `Piece`
+says which numbers of which parameter lie where in it, so that m ranks can read what n ranks wrote:
+each picks its own numbers out of all shares.
 """
 
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -19,18 +18,19 @@ from torch import Tensor
 
 from mdm.storage import MissingObjectError, Store
 
-PART = 16 << 20  # numbers in one object: 64 MiB, small enough to try again
-THREADS = 4  # of one rank towards the store
+PART = 16 << 20  # numbers in one object: 64 MiB, small enough to retry
+THREADS = 4  # transfers of one rank at a time
+Files = Mapping[str, Mapping[str, Any]]  # size and hash of each object, by key
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class DamagedError(ValueError):
-    """Bytes are not those that were committed; the message says which."""
+    """Bytes differ from the committed ones; the message says which."""
 
 
 class Piece(NamedTuple):
-    """`length` numbers of a flattened parameter from `start` on, at `offset` of a share."""
+    """`length` numbers of a flattened parameter, from its `start` on, at `offset` of a share."""
 
     name: str
     start: int
@@ -47,12 +47,12 @@ class Copy(NamedTuple):
 
 
 def entry_of(data: bytes | memoryview) -> dict[str, Any]:
-    """What a manifest says about an object: its size and hash."""
+    """The size and hash of an object, as manifests hold them."""
     return {"bytes": len(data), "xxh3": xxhash.xxh3_128_hexdigest(data)}
 
 
 def fetch(store: Store, key: str, entry: Mapping[str, Any]) -> bytes:
-    """The object as it was committed; DamagedError if it is not."""
+    """The object at `key`; raises DamagedError unless it is the committed one."""
     try:
         data = store.get(key)
     except MissingObjectError:
@@ -64,8 +64,8 @@ def fetch(store: Store, key: str, entry: Mapping[str, Any]) -> bytes:
     return data
 
 
-def side_by_side(call: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """`call` of each item in a few threads; the first failure ends it."""
+def in_threads(call: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """The results of `call` for all items, a few at a time; raises the first error."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="mdm-checkpoint") as pool:
         running = [pool.submit(call, item) for item in items]
         try:
@@ -75,38 +75,38 @@ def side_by_side(call: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def table_key(folder: str, rank: int) -> str:
-    """Where a rank says what its share consists of."""
+    """The key of the table that says what a rank's share consists of."""
     return f"{folder}/rank-{rank:05d}.json"
 
 
 def part_key(folder: str, rank: int, kind: str, number: int) -> str:
-    """Where the `number`-th part of a share lies."""
+    """The key of the `number`-th part of a share."""
     return f"{folder}/rank-{rank:05d}/{kind}.{number:04d}"
 
 
 def buffers_key(folder: str, rank: int) -> str:
-    """Where a rank's module buffers lie."""
+    """The key of a rank's module buffers."""
     return f"{folder}/rank-{rank:05d}/buffers"
 
 
 def overlaps(sources: Sequence[Piece], targets: Sequence[Piece]) -> list[Copy]:
-    """What to copy from one share to have all of another's numbers that it holds."""
+    """The copies that bring all numbers that two shares have in common from one to the other."""
     by_name: dict[str, list[Piece]] = defaultdict(list)
     for piece in sources:
         by_name[piece.name].append(piece)
-    found = []
-    for mine in targets:
-        for theirs in by_name[mine.name]:
-            first = max(mine.start, theirs.start)
-            last = min(mine.start + mine.length, theirs.start + theirs.length)
+    copies = []
+    for target in targets:
+        for source in by_name[target.name]:
+            first = max(target.start, source.start)
+            last = min(target.start + target.length, source.start + source.length)
             if first < last:
-                at = (theirs.offset + first - theirs.start, mine.offset + first - mine.start)
-                found.append(Copy(*at, last - first))
-    return found
+                at = source.offset + first - source.start
+                copies.append(Copy(at, target.offset + first - target.start, last - first))
+    return copies
 
 
 def within(copies: Sequence[Copy], first: int, last: int) -> list[Copy]:
-    """The parts of `copies` whose sources lie in [first, last), sources counted from `first`."""
+    """The parts of `copies` with sources in [first, last), which then count from `first`."""
     cut = []
     for copy in copies:
         a, b = max(copy.source, first), min(copy.source + copy.length, last)
@@ -116,18 +116,18 @@ def within(copies: Sequence[Copy], first: int, last: int) -> list[Copy]:
 
 
 class Snapshot:
-    """Host memory for one share: taken from the device in one go, given back, written and read.
+    """One share in host memory: copied from the device and back, written to a store and read.
 
     Args:
-        live: the rank's flat fp32 tensors by kind; a share is each kind's tensors end to end.
-        pieces: what a share consists of.
+        live: the rank's flat fp32 tensors by kind; the share holds each kind's end to end.
+        pieces: what the share consists of.
     """
 
     def __init__(self, live: Mapping[str, Sequence[Tensor]], pieces: Sequence[Piece]) -> None:
         self.pieces = list(pieces)
         self.length = sum(t.numel() for t in next(iter(live.values())))
         self._on_device = any(t.device.type != "cpu" for ts in live.values() for t in ts)
-        # Zeros also have the pages mapped before the first step has to wait for them.
+        # Writing zeros maps the pages now, so that no step has to wait for it.
         self.host = {
             kind: torch.zeros(self.length, dtype=torch.float32, pin_memory=self._on_device)
             for kind in live
@@ -139,31 +139,28 @@ class Snapshot:
         return 4 * self.length * len(self.host)
 
     def take(self, live: Mapping[str, Sequence[Tensor]]) -> None:
-        """Copy the live tensors; what was held before is overwritten."""
+        """Copy the live tensors into the snapshot."""
         for host, flat in self._pairs(live):
             host.copy_(flat, non_blocking=True)
-        self._finish()
+        self._synchronize()
 
     def give(self, live: Mapping[str, Sequence[Tensor]]) -> None:
-        """Copy into the live tensors."""
+        """Copy the snapshot into the live tensors."""
         for host, flat in self._pairs(live):
             flat.copy_(host, non_blocking=True)
-        self._finish()
+        self._synchronize()
 
     def _pairs(self, live: Mapping[str, Sequence[Tensor]]) -> Iterable[tuple[Tensor, Tensor]]:
         for kind, flats in live.items():
-            ends = [0]
-            for flat in flats:
-                ends.append(ends[-1] + flat.numel())
-            for (a, b), flat in zip(pairwise(ends), flats, strict=True):
-                yield self.host[kind][a:b], flat.detach()
+            parts = self.host[kind].split([flat.numel() for flat in flats])
+            yield from zip(parts, (flat.detach() for flat in flats), strict=True)
 
-    def _finish(self) -> None:
+    def _synchronize(self) -> None:
         if self._on_device:
             torch.cuda.synchronize()
 
     def write(self, store: Store, folder: str, rank: int) -> dict[str, dict[str, Any]]:
-        """Put the share and its table below `folder`; returns size and hash by key."""
+        """Write the share and its table below `folder`; returns size and hash by key."""
         table = {"length": self.length, "kinds": list(self.host), "pieces": self.pieces}
         objects: dict[str, bytes | memoryview] = {
             table_key(folder, rank): json.dumps(table).encode()
@@ -174,32 +171,26 @@ class Snapshot:
                 objects[part_key(folder, rank, kind, number)] = view[at : at + 4 * PART]
         return write_objects(store, objects)
 
-    def read(
-        self,
-        store: Store,
-        folder: str,
-        world_size: int,
-        files: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """Fill this share from those that `world_size` ranks wrote, checking every byte read.
+    def read(self, store: Store, folder: str, world_size: int, files: Files) -> None:
+        """Fill this share from those that `world_size` ranks wrote, checking every byte.
 
         Raises:
             DamagedError: an object is not what `files` says.
             KeyError: the checkpoint lacks a parameter of this model, or a kind.
         """
-        found = 0
+        count = 0
         reads: list[tuple[str, str, list[Copy]]] = []
         for rank in range(world_size):
             key = table_key(folder, rank)
             table = json.loads(fetch(store, key, files[key]))
             copies = overlaps([Piece(*p) for p in table["pieces"]], self.pieces)
-            found += sum(copy.length for copy in copies)
+            count += sum(copy.length for copy in copies)
             for number, at in enumerate(range(0, table["length"], PART)):
-                if wanted := within(copies, at, at + PART):
-                    keys = {kind: part_key(folder, rank, kind, number) for kind in self.host}
-                    reads += [(kind, key, wanted) for kind, key in keys.items()]
-        if found != (wanting := sum(piece.length for piece in self.pieces)):
-            raise KeyError(f"it holds {found} of the {wanting} numbers of this rank's parameters")
+                if inside := within(copies, at, at + PART):
+                    for kind in self.host:
+                        reads.append((kind, part_key(folder, rank, kind, number), inside))
+        if count != (needed := sum(piece.length for piece in self.pieces)):
+            raise KeyError(f"it holds {count} of the {needed} numbers of this rank's parameters")
 
         def read_part(task: tuple[str, str, list[Copy]]) -> None:
             kind, key, copies = task
@@ -209,32 +200,32 @@ class Snapshot:
                 self.host[kind][target : target + length] = numbers[source : source + length]
 
         for host in self.host.values():
-            host.zero_()  # padding is nobody's
-        side_by_side(read_part, reads)
+            host.zero_()  # the padding, which no share holds
+        in_threads(read_part, reads)
 
 
 def write_objects(
     store: Store, objects: Mapping[str, bytes | memoryview]
 ) -> dict[str, dict[str, Any]]:
-    """Put all of them; returns size and hash by key."""
+    """Write all objects; returns size and hash by key."""
 
     def put(item: tuple[str, bytes | memoryview]) -> tuple[str, dict[str, Any]]:
         key, data = item
         store.put(key, data)
         return key, entry_of(data)
 
-    return dict(side_by_side(put, objects.items()))
+    return dict(in_threads(put, objects.items()))
 
 
 def read_whole(
     store: Store,
     folder: str,
     world_size: int,
-    files: Mapping[str, Mapping[str, Any]],
+    files: Files,
     kind: str,
     shapes: Mapping[str, Sequence[int]],
 ) -> dict[str, Tensor]:
-    """Full parameters of one kind by name, with no rank running."""
+    """Whole parameters of one kind by name, without running ranks; errors as in `Snapshot.read`."""
     pieces, at = [], 0
     for name, shape in shapes.items():
         pieces.append(Piece(name, 0, torch.Size(shape).numel(), at))

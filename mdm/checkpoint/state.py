@@ -1,17 +1,17 @@
-"""What a checkpoint carries beside weights, and when it may be continued."""
+"""What a checkpoint holds besides weights, and which configurations may continue it."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from mdm.config import Config, to_dict
+from mdm.config import Config, rename_keys, to_dict
 from mdm.utils.exit_codes import GAVE_UP, MISTAKE
 from mdm.utils.precision import AUTO, BF16, resolve
 from mdm.utils.ranks import from_main
 
-# Fields that may change between two attempts at one run: they steer its length and its reporting,
-# never what a step computes (a longer cosine changes later rates, which is what is asked for); or
-# they say where something lies whose content is compared instead.
+# Fields that may change between two attempts at one run: they control its length and reporting,
+# never what a step computes (except that a longer cosine intentionally changes later rates), or
+# they name a place whose content is compared instead.
 MAY_CHANGE = (
     "train.steps",
     "train.log_every",
@@ -21,12 +21,12 @@ MAY_CHANGE = (
     "train.keep_every",
     "train.keep_best",
     "train.snapshots",
-    "train.pictures",
-    "data.stages",  # those to come; the loader refuses a change of what was consumed
-    "data.root",  # manifests are compared by the loader,
-    "tokenizer",  # these two with the manifests,
-    "autoencoder",
-    "train.deepspeed",  # and this by what it holds
+    "train.images",
+    "data.mixture_stages",  # future ones; the loader refuses changes to those already consumed
+    "data.root",  # the loader compares manifests
+    "tokenizer",  # compared with the manifests
+    "autoencoder",  # compared with the manifests
+    "train.deepspeed",  # the content of the file is compared
     "train.threads",
     "data.cache_dir",
     "data.cache_gb",
@@ -35,29 +35,29 @@ MAY_CHANGE = (
     "train.peak_tflops",
     "run_dir",
     "experiment",
-    "guard.",  # all of it: after a spike it is what one wants to change
+    "guard.",  # all of it: after a spike one wants to change it
 )
 
 
 class RunError(ValueError):
-    """A run that cannot start or go on, for a reason that its user can mend: one line."""
+    """A run cannot start or continue, for a reason that the user can fix: one line."""
 
     code = MISTAKE
 
 
 class Diverged(RunError):
-    """The run cannot go on by itself, whatever is skipped."""
+    """The run cannot continue by itself, whatever it skips."""
 
     code = GAVE_UP
 
 
 @dataclass
 class TrainState:
-    """Where a run stands. Progress is counted in `samples_seen`."""
+    """The progress of a run, counted in `samples_seen`."""
 
     step: int = 0
     samples_seen: int = 0
-    # Seconds of committed work, by part of the step; what a kill threw away is not in it.
+    # Seconds of committed work, by part of the step; without work lost to kills.
     seconds: dict[str, float] = field(default_factory=dict)
     time_to_first_batch: float = 0.0
     tracking_id: str | None = None
@@ -69,7 +69,7 @@ class TrainState:
     # The guard's history, see `mdm.train.guard`.
     guard: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # what the DeepSpeed JSON held
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # the content of the DeepSpeed JSON
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as `state.json` holds them."""
@@ -77,14 +77,15 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
-        """The state that `to_json` wrote, in whatever version; what it lacks has its default."""
+        """The state that `to_json` of any version wrote; missing fields get their defaults."""
         # Before `train.precision` was recorded, every shipped configuration trained in bf16.
-        values.get("config", {}).get("train", {}).setdefault("precision", BF16)
+        values = values | {"config": rename_keys(values.get("config", {}))}
+        values["config"].get("train", {}).setdefault("precision", BF16)
         known = {f.name for f in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def on_ranks(self, size: int) -> "TrainState":
-        """The state as `size` ranks continue it: each adds its own mean to a window's sums."""
+        """The state for `size` ranks: each rank adds its own mean to the sums of `window`."""
         if size == self.world_size:
             return self
         window = {
@@ -94,10 +95,10 @@ class TrainState:
         return dataclasses.replace(self, world_size=size, window=window)
 
 
-def settled(config: Config, state: TrainState | None, device_type: str) -> Config:
-    """`config` with `auto` precision resolved: as the run of `state` began, else for this machine.
+def resolve_precision(config: Config, state: TrainState | None, device_type: str) -> Config:
+    """`config` with precision `auto` replaced by that of `state`, or else this machine's.
 
-    All ranks must call: rank 0's measurement decides for all.
+    All ranks must call: the measurement of rank 0 decides for all.
     """
     if config.train.precision != AUTO:
         return config
@@ -109,7 +110,7 @@ def settled(config: Config, state: TrainState | None, device_type: str) -> Confi
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, keys joined by dots."""
+    """A nested dict as a flat one, with keys joined by dots."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -120,9 +121,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_resumable(state: TrainState, config: Config, path: str) -> list[str]:
-    """Raise `RunError` unless `config` continues `state` exactly, on however many ranks.
+    """Raise RunError unless `config` continues `state` exactly, on any number of ranks.
 
-    Returns what is to be said of changes that are allowed.
+    Returns notices about changes that are allowed.
     """
     saved, now = flatten(state.config), flatten(to_dict(config))
     differing = [
@@ -135,14 +136,14 @@ def check_resumable(state: TrainState, config: Config, path: str) -> list[str]:
             f"{path} was made with another configuration: {'; '.join(differing)}. "
             "Give the former values, another --run_dir, or --resume none to start over"
         )
-    said = [
+    notices = [
         f"{path} does not record {key}; {now[key]!r} holds from now on"
         for key in sorted(now.keys() - saved.keys())
     ]
     key = "train.threads"
     if key in saved and saved[key] != now[key]:
-        said.append(
-            f"{key} was {saved[key]} and is {now[key]}: sums on the CPU may be taken in another "
-            "order, so that losses agree but not to the last bit"
+        notices.append(
+            f"{key} was {saved[key]} and is {now[key]}: the CPU may add in another order, so that "
+            "losses agree but not to the last bit"
         )
-    return said
+    return notices

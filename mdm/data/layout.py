@@ -1,8 +1,9 @@
-"""Where rows lie: row number <-> (shard, record batch, row in it) <-> (part, block, row in it).
+"""Where rows lie: row number <-> (shard, record batch, row in it), and the batches to shuffle.
 
-Rows of a data set are numbered through in storage order. A block is a full record batch. The short
-last batches of a part's shards are strung together and cut into blocks as well, so that all blocks
-of a part but one have the same size, and the rows of a part alone tell how many it has.
+The rows of a data set are numbered in storage order. For shuffling, the rows of a manifest part are
+cut into batches of equal size: first its full record batches, then merged batches, which join the
+short last record batches of its shards. Only the last merged batch may be short, so the number of
+rows in a part alone determines how many batches it has.
 """
 
 from functools import lru_cache
@@ -17,7 +18,7 @@ Rows = NDArray[np.int64]
 
 
 class PartLayout:
-    """The blocks of one part; its rows are counted from its own first one."""
+    """The batches of one manifest part; rows are counted from the part's first one."""
 
     def __init__(self, shard_rows: Rows, size: int) -> None:
         self.size = size
@@ -25,32 +26,28 @@ class PartLayout:
         self.full_start = starts(shard_rows // size)  # full batches before each shard
         self.tail_start = starts(shard_rows % size)  # rows in short batches before each shard
         self.full = int(self.full_start[-1])
-        self.blocks = -(-int(self.shard_start[-1]) // size)
+        self.batches = -(-int(self.shard_start[-1]) // size)
 
-    def block(self, index: int) -> Rows:
-        """Rows of a block."""
+    def batch(self, index: int) -> Rows:
+        """Rows of a full or merged batch."""
         if index < self.full:
             shard = int(np.searchsorted(self.full_start, index, side="right")) - 1
             first = self.shard_start[shard] + (index - self.full_start[shard]) * self.size
             return np.arange(first, first + self.size)
-        tail = np.arange(
-            (index - self.full) * self.size,
-            min((index - self.full + 1) * self.size, int(self.tail_start[-1])),
-        )
+        first = (index - self.full) * self.size
+        tail = np.arange(first, min(first + self.size, int(self.tail_start[-1])))
         shard_of = np.searchsorted(self.tail_start, tail, side="right") - 1
-        short = self.shard_start[shard_of + 1] - self.tail_start[shard_of + 1]
-        rows: Rows = short + tail
+        rows: Rows = self.shard_start[shard_of + 1] - self.tail_start[shard_of + 1] + tail
         return rows
 
-    def block_of(self, row: int) -> int:
-        """The block that holds a row."""
+    def batch_of(self, row: int) -> int:
+        """The full or merged batch that holds a row."""
         shard = int(np.searchsorted(self.shard_start, row, side="right")) - 1
-        batch = (row - int(self.shard_start[shard])) // self.size
+        within = row - int(self.shard_start[shard])
         full = int(self.full_start[shard + 1] - self.full_start[shard])
-        if batch < full:
-            return int(self.full_start[shard]) + batch
-        tail = row - int(self.shard_start[shard]) - full * self.size + int(self.tail_start[shard])
-        return self.full + tail // self.size
+        if within < full * self.size:
+            return int(self.full_start[shard]) + within // self.size
+        return self.full + (within - full * self.size + int(self.tail_start[shard])) // self.size
 
     def locate(self, rows: Rows) -> tuple[Rows, Rows, Rows]:
         """(shard of the part, record batch in it, row in the batch) of each row."""
@@ -60,17 +57,16 @@ class PartLayout:
 
 
 class RowLayout:
-    """The rows of a manifest. What lies in a part is known once that part has been fetched."""
+    """The rows of a manifest. The layout of a part is known once that part has been fetched."""
 
     def __init__(self, manifest: Manifest) -> None:
-        parts = manifest.shard_parts
+        parts = manifest.shards
         self.manifest = manifest
         self.size = manifest.batch_rows
         self.rows = manifest.rows
         self.parts = len(parts.infos)
         self.part_start = parts.row_start  # first row of each part, and the end
         self.part_rows = np.diff(parts.row_start)
-        self._shard_start = parts.item_start
 
         def layout(number: int) -> PartLayout:
             part = parts.part(number)
@@ -83,13 +79,17 @@ class RowLayout:
         """The part that holds a row."""
         return int(np.searchsorted(self.part_start, row, side="right")) - 1
 
-    def block(self, part: int, index: int) -> Rows:
-        """Row numbers of a block of a part."""
-        rows: Rows = self.part_start[part] + self.part(part).block(index)
+    def batch(self, part: int, index: int) -> Rows:
+        """Row numbers of a full or merged batch of a part."""
+        rows: Rows = self.part_start[part] + self.part(part).batch(index)
         return rows
 
     def locate(self, rows: Rows) -> tuple[Rows, Rows, Rows]:
-        """(shard, record batch in it, row in the batch) of each row number."""
+        """(shard, record batch in it, row in the batch) of each row number.
+
+        Raises:
+            ValueError: the data set has no such rows.
+        """
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
             raise ValueError(f"rows {rows.min()} to {rows.max()} of a data set of {self.rows} rows")
         if self.parts == 1:
@@ -98,7 +98,8 @@ class RowLayout:
         parts = np.searchsorted(self.part_start, rows, side="right") - 1
         for number in np.unique(parts).tolist():
             at = np.flatnonzero(parts == number)
-            found = self.part(number).locate(rows[at] - self.part_start[number])
-            shards[at], batches[at], within[at] = found
-            shards[at] += self._shard_start[number]
+            shard, batches[at], within[at] = self.part(number).locate(
+                rows[at] - self.part_start[number]
+            )
+            shards[at] = shard + self.manifest.shards.item_start[number]
         return shards, batches, within

@@ -1,7 +1,8 @@
 """Batches of a mixture from any step on: verified, prefetched, the same for every number of ranks.
 
-Reading happens in this process: pre-encoded rows cost less to read than to hand to another one. One
-thread makes the batches ahead of their use and reads folders itself; S3 is read by others.
+Reading happens in this process, because reading encoded samples costs less than handing them over
+from another process. One thread prepares batches ahead of their use and reads folders itself;
+other threads read S3.
 """
 
 import hashlib
@@ -12,25 +13,39 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from mdm.config import Config
+from mdm.config import Config, ModelConfig
 from mdm.data import resume
 from mdm.data.batch import Batch
 from mdm.data.blocklist import substituted
 from mdm.data.cache import NodeCache
 from mdm.data.collate import Collator, Plan
 from mdm.data.mixture import Mixture, open_mixture
-from mdm.data.order import Draw, Order, check_world
-from mdm.data.reader import RowCache, open_cache, open_readers
+from mdm.data.order import Draw, SampleOrder, check_world
+from mdm.data.reader import RecordBatchCache, open_cache, open_readers
 from mdm.data.resume import ResumeError as ResumeError
 from mdm.storage import StoreError
 from mdm.utils.ranks import World
+
+_TOGETHER = 512  # samples collated together: enough to amortise the cost of each call
 
 
 class Loader:
     """Iterates over this rank's `Batch` of step after step, endlessly.
 
-    `state_dict()` is JSON and the same on every rank; with it, any number of ranks that divides
-    the global batch goes on exactly where these stopped.
+    `state_dict()` is JSON and the same on every rank; any number of ranks that divides the global
+    batch continues from it exactly where these ranks stopped.
+
+    Args:
+        mixture: the data sets.
+        seed: of the sample order.
+        world: this rank and the number of ranks.
+        caption_length: text tokens of a sample with images.
+        dialogue_length: text tokens of a row of text alone.
+        prefetch: batches prepared ahead.
+        cache_bytes: record batches held in memory.
+        threads: that read S3.
+        node_cache: where record batches from S3 are kept on this node's disk.
+        model: what every batch must fit; None skips this validation.
     """
 
     def __init__(
@@ -45,24 +60,26 @@ class Loader:
         cache_bytes: int = 512 << 20,
         threads: int = 4,
         node_cache: NodeCache | None = None,
+        model: ModelConfig | None = None,
     ) -> None:
+        """With `model`, batches that do not fit it raise ValueError."""
         self.mixture = mixture
         self.seed = seed
         self.world = world or World()
         check_world(mixture.global_batch, self.world)
-        self._order = Order(mixture, seed)
+        self._order = SampleOrder(mixture, seed)
         self._lengths = {"image_text": caption_length, "text": dialogue_length}
         readers = open_readers(mixture, node_cache, cache_bytes)
-        self._cache = RowCache(readers, cache_bytes, threads, mixture.window)
-        self._collator = Collator(mixture, self._cache, self._lengths, self.world)
+        self._cache = RecordBatchCache(readers, cache_bytes, threads, mixture.shuffle_window)
+        self._collator = Collator(mixture, self._cache, self._lengths, self.world, model)
         self._prefetch = prefetch
         self._producer: _Producer | None = None
         self._began = time.perf_counter()
         self.step = 0  # the next one
         self.order_digest = ""  # of all global sample ids consumed
-        self.quarantined: frozenset[str] = frozenset()  # ids that are not shown any more
-        self.wait_seconds = 0.0  # in total, that the caller waited for batches
-        self.first_batch_seconds: float | None = None  # from construction or restored state
+        self.blocklist: frozenset[str] = frozenset()  # ids of samples that are not used any more
+        self.wait_seconds = 0.0  # total time that the caller waited for batches
+        self.first_batch_seconds: float | None = None  # since construction or a restored state
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -71,11 +88,11 @@ class Loader:
         began = time.perf_counter()
         if self._producer is None:
             self._producer = _Producer(self, self.step, self._prefetch)
-        made = self._producer.get()
-        if isinstance(made, BaseException):
+        prepared = self._producer.get()
+        if isinstance(prepared, BaseException):
             self._stop()
-            raise made
-        draw, batch = made
+            raise prepared
+        draw, batch = prepared
         self.order_digest = extend_digest(self.order_digest, draw.ids)
         self.step += 1
         now = time.perf_counter()
@@ -85,31 +102,31 @@ class Loader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been consumed of what, as JSON."""
+        """What has been consumed of which data, as JSON."""
         state = resume.state_dict(self._order, self._lengths["text"], self.step, self.order_digest)
-        return state | {"quarantined": sorted(self.quarantined)}
+        return state | {"quarantined": sorted(self.blocklist)}  # the key of earlier versions
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state; ResumeError names what differs, saved and present."""
+        """Continues from a saved state; ResumeError names what differs, saved and present."""
         resume.check(state, self._order, self._lengths["text"])
         self._stop()
         self.step = int(state["step"])
         self.order_digest = str(state["order_digest"])
-        self.quarantined = frozenset(state.get("quarantined", ()))
+        self.blocklist = frozenset(state.get("quarantined", ()))
         self._began, self.first_batch_seconds = time.perf_counter(), None
 
-    def quarantine(self, ids: Iterable[str]) -> None:
-        """From the next batch on, others take the places of these samples; every rank must call."""
+    def block(self, ids: Iterable[str]) -> None:
+        """Replaces these samples by others from the next batch on; every rank must call it."""
         self._stop()
-        self.quarantined |= frozenset(ids)
+        self.blocklist |= frozenset(ids)
 
     def sample_ids(self, step: int) -> list[str]:
-        """The global sample ids of any step, as they stand with what is quarantined now."""
-        return substituted(self._order, step, self.quarantined).ids
+        """The global sample ids of any step under the present blocklist."""
+        return substituted(self._order, step, self.blocklist).ids
 
     def plan(self, step: int) -> Plan:
-        """What a step reads; the reading begins."""
-        return self._collator.ask(substituted(self._order, step, self.quarantined))
+        """What a step reads; starts reading it."""
+        return self._collator.request(substituted(self._order, step, self.blocklist))
 
     def collate(self, plans: Sequence[Plan]) -> list[Batch]:
         """This rank's batch of each of these steps; StoreError if its data cannot be read."""
@@ -121,7 +138,7 @@ class Loader:
             self._producer = None
 
     def close(self) -> None:
-        """End the threads."""
+        """Ends the threads."""
         self._stop()
         self._cache.close()
 
@@ -132,23 +149,22 @@ class Loader:
         self.close()
 
 
-_Made = tuple[Draw, Batch] | BaseException
-_TOGETHER = 512  # samples: then what is paid by the call is little
+_Prepared = tuple[Draw, Batch] | BaseException
 
 
 class _Producer:
-    """A thread that makes the batches of the next steps ahead of their use.
+    """A thread that prepares the batches of the next steps.
 
-    Those at hand are made together and go over in one piece: waking another thread takes longer
-    than making a small batch.
+    Batches whose data has arrived are collated together and handed over in one message: waking
+    another thread takes longer than collating a small batch.
     """
 
     def __init__(self, loader: Loader, step: int, ahead: int) -> None:
         self._ahead = max(1, ahead)
-        # Both are C, and wake their reader without a condition variable.
-        self._ready: queue.SimpleQueue[list[_Made]] = queue.SimpleQueue()
-        self._turns: queue.SimpleQueue[int] = queue.SimpleQueue()  # batches to be made; 0: stop
-        self._taken: deque[_Made] = deque()  # by the reader, not used yet
+        # Simple queues are implemented in C and need no condition variable to wake their reader.
+        self._ready: queue.SimpleQueue[list[_Prepared]] = queue.SimpleQueue()
+        self._turns: queue.SimpleQueue[int] = queue.SimpleQueue()  # batches to prepare; 0: stop
+        self._taken: deque[_Prepared] = deque()  # out of the queue, but not used yet
         self._turns.put(self._ahead)
         self._stopping = False
         self._thread = threading.Thread(
@@ -158,32 +174,30 @@ class _Producer:
 
     def _run(self, loader: Loader, step: int) -> None:
         plans: deque[Plan] = deque()
-        asked = step
+        requested = step
         most = _TOGETHER
         try:
             while turns := self._turns.get():
                 while turns and not self._stopping:
-                    # Steps ahead are asked for before this one is made: their latency is hidden.
+                    # Steps ahead are requested before this one is collated, to hide their latency.
                     while len(plans) <= self._ahead:
-                        plans.append(loader.plan(asked))
-                        asked += 1
-                    some = _at_hand(plans, turns, most)
+                        plans.append(loader.plan(requested))
+                        requested += 1
+                    ready = _ready(plans, turns, most)
                     try:
-                        batches = loader.collate(some)
+                        batches = loader.collate(ready)
                     except StoreError:
-                        if len(some) == 1:
+                        if len(ready) == 1:
                             raise
-                        most = 1  # the batches before the one that fails are good
+                        most = 1  # the batches before the failing one are good
                         continue
-                    for _ in some:
-                        plans.popleft()
-                    draws = [plan.draw for plan in some]
+                    draws = [plans.popleft().draw for _ in ready]
                     self._ready.put(list(zip(draws, batches, strict=True)))
-                    turns -= len(some)
+                    turns -= len(ready)
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             self._ready.put([error])
 
-    def get(self) -> "_Made":
+    def get(self) -> "_Prepared":
         if not self._taken:
             self._taken.extend(self._ready.get())
             self._turns.put(len(self._taken))
@@ -195,36 +209,38 @@ class _Producer:
         self._thread.join()
 
 
-def _at_hand(plans: Iterable[Plan], steps: int, samples: int) -> list[Plan]:
-    """The first plan, and those after it that need no waiting, within these numbers."""
-    found: list[Plan] = []
+def _ready(plans: Iterable[Plan], steps: int, samples: int) -> list[Plan]:
+    """The first plan and those after it that need no waiting, up to so many steps and samples."""
+    ready: list[Plan] = []
     for plan in plans:
         samples -= len(plan.share.ids)
-        if found and (len(found) == steps or samples < 0 or not plan.is_ready):
+        if ready and (len(ready) == steps or samples < 0 or not plan.is_ready):
             break
-        found.append(plan)
-    return found
+        ready.append(plan)
+    return ready
 
 
 def extend_digest(digest: str, ids: list[str]) -> str:
-    """The rolling hash of consumed sample ids, one global batch further."""
+    """The rolling hash of consumed sample ids, extended by one global batch."""
     return hashlib.blake2b(f"{digest}\n{' '.join(ids)}".encode(), digest_size=16).hexdigest()
 
 
 def build_loader(config: Config, world: World) -> Loader:
-    """The loader of a run; ValueError or StoreError if its data is missing or fits no such model.
+    """The loader of a run. Its data sets are those of `config.data.sources` in `config.data.root`.
 
-    The encoded data sets are those of `config.data.sources` below `config.data.root`.
+    Raises:
+        ManifestError, StoreError: a data set is missing or damaged.
+        ValueError: a data set does not fit the model; the message names both values.
     """
     mixture = open_mixture(config.data)
     model = config.model
-    grid = (model.image_height, model.image_width)
     for source in mixture.sources:
         manifest = source.manifest
         pairs: list[tuple[str, Any, Any]] = [
             ("vocab_size", manifest.vocab_size, model.vocab_size),
         ]
         if manifest.image_grid is not None:
+            grid = (model.image_height, model.image_width)
             pairs.append(("latent_dim", manifest.latent_dim, model.latent_dim))
             pairs.append(("image_height x image_width", manifest.image_grid, grid))
         for name, encoded, wanted in pairs:
@@ -245,4 +261,5 @@ def build_loader(config: Config, world: World) -> Loader:
         caption_length=config.data.caption_length,
         dialogue_length=config.data.dialogue_length,
         node_cache=open_cache(mixture, config.data) if config.data.cache_dir else None,
+        model=model,
     )

@@ -1,12 +1,14 @@
-"""The long lists of a manifest in parts: immutable objects named by their hash, fetched as needed.
+"""The long lists of a manifest, split into manifest parts: immutable objects named by their hash.
 
-A manifest names its parts; a part holds `PART_SHARDS` shards with the places of their record
-batches (about a megabyte for two million samples), or `PART_QUARANTINE` records in quarantine.
+A part is fetched when one of its items is needed. It holds `PART_SHARDS` shards with the byte
+ranges of their record batches (about a megabyte for two million samples), or `PART_QUARANTINE`
+quarantined records.
 """
 
 import hashlib
 import json
 import threading
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ from mdm.storage import Store, StoreError, open_store
 T = TypeVar("T")
 PART_SHARDS = 256
 PART_QUARANTINE = 4096
-HELD = 32  # parts of one list in memory: those of two pools of the order
+HELD = 32  # parts of one list kept in memory: those of two shuffle pools
 _DIGITS = 16  # of a checksum
 
 
@@ -32,7 +34,7 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A record that could not be encoded, why, and where it lies."""
+    """A record that could not be encoded, why, and where it is."""
 
     id: str
     reason: str
@@ -40,44 +42,52 @@ class Quarantined:
 
 
 class PartInfo(NamedTuple):
-    """One part of a list: `parts/<sha256>.json`."""
+    """One manifest part: `parts/<sha256>.json`."""
 
     sha256: str
     items: int
-    rows: int  # examples in its shards; 0 for a part of the quarantine
+    rows: int  # samples in its shards; 0 for a part of the quarantine
 
     @property
     def key(self) -> str:
-        """Its object."""
+        """Key of its object."""
         return f"parts/{self.sha256}.json"
 
 
-class Places(Sequence[BatchInfo]):
-    """Where the record batches of a shard lie, one after the other, made when asked for."""
+class LazySequence(Sequence[T]):
+    """A sequence that builds an item each time it is read."""
+
+    @abstractmethod
+    def item(self, index: int) -> T:
+        """The item at `index`, which is within bounds."""
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+        if isinstance(index, slice):
+            return tuple(map(self.item, range(len(self))[index]))
+        return self.item(range(len(self))[index])
+
+
+class BatchList(LazySequence[BatchInfo]):
+    """The record batches of a shard."""
 
     def __init__(self, rows: int, batch_rows: int, offsets: NDArray[np.int64], sums: str) -> None:
-        self._rows, self._size = rows, batch_rows
-        self._offsets = offsets  # one more than batches: the last is the end
-        self._sums = sums  # checksums, one after the other
+        self._rows, self._batch_rows = rows, batch_rows
+        self._offsets = offsets  # where each batch begins, and where the last one ends
+        self._sums = sums  # the checksums, concatenated
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    @overload
-    def __getitem__(self, at: int) -> BatchInfo: ...
-    @overload
-    def __getitem__(self, at: slice) -> tuple[BatchInfo, ...]: ...
-    def __getitem__(self, at: int | slice) -> BatchInfo | tuple[BatchInfo, ...]:
-        if isinstance(at, slice):
-            return tuple(self[i] for i in range(*at.indices(len(self))))
-        at = range(len(self))[at]
-        offset, end = self._offsets[at : at + 2].tolist()
-        return BatchInfo(
-            offset,
-            end - offset,
-            min(self._size, self._rows - at * self._size),
-            self._sums[at * _DIGITS : (at + 1) * _DIGITS],
-        )
+    def item(self, index: int) -> BatchInfo:
+        """Where a record batch lies."""
+        offset, end = self._offsets[index : index + 2].tolist()
+        rows = min(self._batch_rows, self._rows - index * self._batch_rows)
+        checksum = self._sums[index * _DIGITS : (index + 1) * _DIGITS]
+        return BatchInfo(offset, end - offset, rows, checksum)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and tuple(self) == tuple(other)
@@ -86,101 +96,85 @@ class Places(Sequence[BatchInfo]):
         return hash(self._sums)
 
 
-class ShardPart(Sequence[ShardInfo]):
-    """Successive shards; all their record batches have `batch_rows` rows but a shard's last."""
+class ShardPart(LazySequence[ShardInfo]):
+    """Consecutive shards. A record batch has `batch_rows` rows, a shard's last one maybe fewer."""
 
     def __init__(self, batch_rows: int, shards: list[dict[str, Any]]) -> None:
-        self._size, self._shards = batch_rows, shards
-        for shard in shards:  # a fifth of a list's memory
+        self._batch_rows, self._shards = batch_rows, shards
+        for shard in shards:  # an array takes a fifth of a list's memory
             shard["offsets"] = np.array(shard["offsets"], np.int64)
         self.rows: NDArray[np.int64] = np.array([s["rows"] for s in shards], np.int64)
 
     def __len__(self) -> int:
         return len(self._shards)
 
-    @overload
-    def __getitem__(self, at: int) -> ShardInfo: ...
-    @overload
-    def __getitem__(self, at: slice) -> tuple[ShardInfo, ...]: ...
-    def __getitem__(self, at: int | slice) -> ShardInfo | tuple[ShardInfo, ...]:
-        if isinstance(at, slice):
-            return tuple(self[i] for i in range(*at.indices(len(self))))
-        s = self._shards[at]
-        places = Places(s["rows"], self._size, s["offsets"], s["xxh3"])
-        return ShardInfo(s["key"], s["rows"], s["bytes"], s["sha256"], places)
+    def item(self, index: int) -> ShardInfo:
+        """A shard."""
+        s = self._shards[index]
+        batches = BatchList(s["rows"], self._batch_rows, s["offsets"], s["xxh3"])
+        return ShardInfo(s["key"], s["rows"], s["bytes"], s["sha256"], batches)
 
     @staticmethod
     def encode(shards: Sequence[ShardInfo], batch_rows: int) -> bytes:
-        """A part of these; ManifestError if their record batches leave gaps or do not add up."""
+        """The bytes of a part; ManifestError if record batches leave gaps or do not add up."""
+        plain = []
         for shard in shards:
             _check_shard(shard, batch_rows)
-        plain = [
-            {
-                "key": s.key,
-                "rows": s.rows,
-                "bytes": s.bytes,
-                "sha256": s.sha256,
-                "offsets": [b.offset for b in s.batches]
-                + [b.offset + b.length for b in s.batches[-1:]],
-                "xxh3": "".join(b.xxh3 for b in s.batches),
-            }
-            for s in shards
-        ]
+            fields = {name: getattr(shard, name) for name in ("key", "rows", "bytes", "sha256")}
+            ends = [b.offset + b.length for b in shard.batches[-1:]]
+            fields["offsets"] = [b.offset for b in shard.batches] + ends
+            fields["xxh3"] = "".join(b.xxh3 for b in shard.batches)
+            plain.append(fields)
         return canonical({"batch_rows": batch_rows, "shards": plain})
 
     @classmethod
     def decode(cls, data: bytes) -> "ShardPart":
-        """What `encode` wrote."""
+        """The part that `encode` wrote."""
         plain = json.loads(data)
         return cls(plain["batch_rows"], plain["shards"])
 
 
-def _check_shard(shard: ShardInfo, size: int) -> None:
-    batches = shard.batches
-    if (
-        any(b.rows != size for b in batches[:-1])
-        or any(b.rows > size for b in batches)
-        or (sum(b.rows for b in batches) != shard.rows)
-    ):
-        raise ManifestError(f"shard {shard.key} is not {shard.rows} rows in batches of {size}")
-    for one, two in pairwise(batches):
+def _check_shard(shard: ShardInfo, batch_rows: int) -> None:
+    sizes = [b.rows for b in shard.batches]
+    if any(n != batch_rows for n in sizes[:-1]) or max(sizes, default=0) > batch_rows:
+        raise ManifestError(f"shard {shard.key}: record batches of {sizes}, not {batch_rows} rows")
+    if sum(sizes) != shard.rows:
+        raise ManifestError(
+            f"shard {shard.key}: {shard.rows} rows, its record batches {sum(sizes)}"
+        )
+    for one, two in pairwise(shard.batches):
         if one.offset + one.length != two.offset:
             raise ManifestError(
                 f"shard {shard.key}: a record batch ends at byte {one.offset + one.length}, the "
                 f"next one begins at {two.offset}"
             )
-    if any(len(b.xxh3) != _DIGITS for b in batches):
-        raise ManifestError(f"shard {shard.key}: a checksum has not {_DIGITS} digits")
-
-
-def encode_quarantine(records: Sequence[Quarantined]) -> bytes:
-    """A part of these."""
-    return canonical([asdict(q) for q in records])
+    if any(len(b.xxh3) != _DIGITS for b in shard.batches):
+        raise ManifestError(f"shard {shard.key}: a checksum does not have {_DIGITS} digits")
 
 
 def decode_quarantine(data: bytes) -> tuple[Quarantined, ...]:
-    """What `encode_quarantine` wrote."""
+    """The quarantined records of a manifest part."""
     return tuple(Quarantined(**q) for q in json.loads(data))
 
 
 class StoredParts:
-    """The parts of one data set in its store, each checked against its name."""
+    """The manifest parts of one data set in its store, each verified against its name."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
 
     def __call__(self, info: PartInfo) -> bytes:
-        """The part's bytes; StoreError if they are not what its name says, twice."""
+        """The part's bytes; StoreError if two reads in a row do not match its sha256."""
         store = open_store(self.uri)
-        for _ in range(2):  # bytes may be flipped on their way
+        for _ in range(2):  # bits may flip in transit
             data = store.get(info.key)
-            if (found := hashlib.sha256(data).hexdigest()) == info.sha256:
+            if (sha256 := hashlib.sha256(data).hexdigest()) == info.sha256:
                 return data
-        raise StoreError(f"{self.uri}/{info.key} is damaged: its sha256 is {found}")
+        raise StoreError(f"{self.uri}/{info.key} is damaged: its sha256 is {sha256}")
 
 
-class PartList(Sequence[T]):
-    """A list that lies in parts; those last used stay in memory, at most `HELD`."""
+class PartList(LazySequence[T]):
+    """A list stored in manifest parts; the last `HELD` parts used stay in memory."""
 
     def __init__(
         self,
@@ -190,7 +184,7 @@ class PartList(Sequence[T]):
     ) -> None:
         self.infos = tuple(infos)
         self.fetch = fetch
-        self.fetched = 0  # parts, again and again included
+        self.fetched = 0  # number of fetches, repeated ones included
         self.item_start = starts([i.items for i in self.infos])  # of each part, and the end
         self.row_start = starts([i.rows for i in self.infos])
         self._decode = decode
@@ -203,16 +197,10 @@ class PartList(Sequence[T]):
     def __len__(self) -> int:
         return int(self.item_start[-1])
 
-    @overload
-    def __getitem__(self, at: int) -> T: ...
-    @overload
-    def __getitem__(self, at: slice) -> tuple[T, ...]: ...
-    def __getitem__(self, at: int | slice) -> T | tuple[T, ...]:
-        if isinstance(at, slice):
-            return tuple(self[i] for i in range(*at.indices(len(self))))
-        at = range(len(self))[at]
-        number = int(np.searchsorted(self.item_start, at, side="right")) - 1
-        return self.part(number)[at - int(self.item_start[number])]
+    def item(self, index: int) -> T:
+        """An item; its part is fetched unless it is in memory."""
+        number = int(np.searchsorted(self.item_start, index, side="right")) - 1
+        return self.part(number)[index - int(self.item_start[number])]
 
     def __iter__(self) -> Iterator[T]:
         for number in range(len(self.infos)):
@@ -225,7 +213,7 @@ class PartList(Sequence[T]):
         return hash(self.infos)
 
     def part(self, number: int) -> Sequence[T]:
-        """One part, fetched unless it is held."""
+        """One part, fetched unless it is in memory."""
         with self._lock:
             if number not in self._held:
                 self._held[number] = self._decode(self.fetch(self.infos[number]))
@@ -236,7 +224,7 @@ class PartList(Sequence[T]):
             return self._held[number]
 
     def write(self, store: Store) -> None:
-        """Put every part that is not there yet into `store`."""
+        """Put every part that is missing into `store`."""
         if isinstance(self.fetch, StoredParts) and self.fetch.uri == store.uri:
             return
         for info in self.infos:
@@ -249,51 +237,47 @@ def shard_parts(
     store: Store | None = None,
     size: int = PART_SHARDS,
 ) -> PartList[ShardInfo]:
-    """These shards in parts of `size`, written to `store` as they are full, or kept in memory."""
-    return _cut(
-        shards, size, lambda s: ShardPart.encode(s, batch_rows), ShardPart.decode, _rows, store
-    )
+    """Splits shards into parts of `size`; each is put into `store` when full, or kept in memory.
+
+    Raises:
+        ManifestError: a shard's record batches leave gaps, do not add up or differ in size.
+    """
+    infos, fetch = _split(shards, size, lambda part: ShardPart.encode(part, batch_rows), store)
+    return PartList(infos, ShardPart.decode, fetch)
 
 
 def quarantine_parts(
-    records: Iterable[Quarantined], store: Store | None = None, size: int = PART_QUARANTINE
+    records: Iterable[Quarantined] = (), store: Store | None = None, size: int = PART_QUARANTINE
 ) -> PartList[Quarantined]:
-    """These records in parts of `size`, written to `store` as they are full, or kept in memory."""
-    return _cut(records, size, encode_quarantine, decode_quarantine, lambda _: 0, store)
+    """The same for quarantined records."""
+    infos, fetch = _split(records, size, lambda part: canonical(list(map(asdict, part))), store)
+    return PartList(infos, decode_quarantine, fetch)
 
 
-def _rows(shards: Sequence[ShardInfo]) -> int:
-    return sum(s.rows for s in shards)
-
-
-def _cut(
-    items: Iterable[T],
-    size: int,
-    encode: Callable[[Sequence[T]], bytes],
-    decode: Callable[[bytes], Sequence[T]],
-    rows: Callable[[Sequence[T]], int],
-    store: Store | None,
-) -> PartList[T]:
-    held: dict[PartInfo, bytes] = {}
+def _split(
+    items: Iterable[T], size: int, encode: Callable[[list[Any]], bytes], store: Store | None
+) -> tuple[list[PartInfo], Callable[[PartInfo], bytes]]:
+    """The parts that were written, and how to fetch one."""
+    in_memory: dict[PartInfo, bytes] = {}
     infos = []
     rest = iter(items)
     while part := list(islice(rest, size)):
         data = encode(part)
-        info = PartInfo(hashlib.sha256(data).hexdigest(), len(part), rows(part))
-        infos.append(info)
+        rows = sum(getattr(item, "rows", 0) for item in part)
+        infos.append(info := PartInfo(hashlib.sha256(data).hexdigest(), len(part), rows))
         if store is None:
-            held[info] = data
+            in_memory[info] = data
         else:
             store.put(info.key, data, if_absent=True)
-    return PartList(infos, decode, held.__getitem__ if store is None else StoredParts(store.uri))
+    return infos, in_memory.__getitem__ if store is None else StoredParts(store.uri)
 
 
-def starts(values: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each of some successive spans begins, and where the last one ends."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
+def starts(lengths: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """i64 [n + 1]: where each of n consecutive ranges begins, and where the last one ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def canonical(plain: Any) -> bytes:
-    """Sorted, unspaced JSON with a newline."""
+    """JSON with sorted keys, no spaces and a final newline."""
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return text.encode() + b"\n"

@@ -14,7 +14,7 @@ from mdm.config import DataConfig
 from mdm.data.manifest import Manifest
 from mdm.storage import join
 
-QUOTA_BLOCK = 10_000  # slots within which every share is exact
+QUOTA_PERIOD = 10_000  # slots in which every share is exact
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Source:
 
     name: str
     manifest: Manifest
-    weight: float = 1.0  # in the first stage that reads it
+    weight: float = 1.0  # in the first mixture stage that reads it
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
@@ -36,8 +36,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The shares from `step` to the next stage; a source that is not named rests."""
+class MixtureStage:
+    """The weights from `step` until the next mixture stage; sources not named are not read."""
 
     step: int
     weights: tuple[tuple[str, float], ...]
@@ -51,14 +51,14 @@ class Stage:
 class Mixture:
     """Data sets and their shares of the samples.
 
-    A step has one task, so the tasks share the steps and the sources of a task share its slots.
+    A step has one task, so tasks share the steps, and the sources of a task share its slots.
     Without `stages` the sources' own weights hold from the first step to the last.
     """
 
     sources: tuple[Source, ...]
     global_batch: int = 64
-    window: int = 4  # record batches shuffled together
-    stages: tuple[Stage, ...] = ()
+    shuffle_window: int = 4  # record batches shuffled together
+    stages: tuple[MixtureStage, ...] = ()
     texts_per_row: int = 1  # of a text-only task; above 1 they are packed
 
     def __post_init__(self) -> None:
@@ -67,22 +67,20 @@ class Mixture:
             raise ValueError("a mixture needs at least one source (data.sources is empty)")
         if len(set(names)) != len(names):
             raise ValueError(f"a source is named twice: {names}")
-        for name in ("global_batch", "window", "texts_per_row"):
+        for name in ("global_batch", "shuffle_window", "texts_per_row"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; it must be positive")
         if not self.stages:
-            first = Stage(0, tuple((s.name, s.weight) for s in self.sources))
+            first = MixtureStage(0, tuple((s.name, s.weight) for s in self.sources))
             object.__setattr__(self, "stages", (first,))
         self._check_stages(names)
-        for what in ("tokenizer_sha256", "vocab_size"):
-            self._same(what, self.sources)
-        for what in ("autoencoder_sha256", "image_grid", "latent_dim"):
-            self._same(what, self.pictures)
+        _check_equal(self.sources, "tokenizer_sha256", "vocab_size")
+        _check_equal(self.images, "autoencoder_sha256", "image_grid", "latent_dim")
 
     def _check_stages(self, names: Sequence[str]) -> None:
         steps = [s.step for s in self.stages]
         if steps[0] != 0 or any(a >= b for a, b in pairwise(steps)):
-            raise ValueError(f"stages begin at steps {steps}; they begin at 0 and go up")
+            raise ValueError(f"stages begin at steps {steps}; they must begin at 0 and increase")
         used = {name for stage in self.stages for name, _ in stage.weights}
         if used != set(names):
             raise ValueError(f"stages read {sorted(used)}, the sources are {sorted(names)}")
@@ -91,19 +89,9 @@ class Mixture:
                 if weight <= 0:
                     raise ValueError(f"weight of {name!r} from step {stage.step} on is {weight}")
 
-    @staticmethod
-    def _same(what: str, sources: Sequence[Source]) -> None:
-        for source in sources[1:]:
-            first, other = (getattr(s.manifest, what) for s in (sources[0], source))
-            if first != other:
-                raise ValueError(
-                    f"{sources[0].name!r} and {source.name!r} cannot be mixed: {what} is {first} "
-                    f"and {other}; encode both with the same tokenizer and autoencoder"
-                )
-
     @property
-    def pictures(self) -> tuple[Source, ...]:
-        """The sources that hold images, of whatever stage."""
+    def images(self) -> tuple[Source, ...]:
+        """The sources with images, of all mixture stages."""
         return tuple(s for s in self.sources if s.manifest.task == "image_text")
 
     @property
@@ -114,7 +102,7 @@ class Mixture:
     @property
     def autoencoder_sha256(self) -> str | None:
         """The autoencoder that all images were encoded with; None without one."""
-        return next((s.manifest.autoencoder_sha256 for s in self.pictures), None)
+        return next((s.manifest.autoencoder_sha256 for s in self.images), None)
 
     def slots(self, task: str) -> int:
         """Samples that a step of this task consumes."""
@@ -122,37 +110,49 @@ class Mixture:
 
     @cached_property
     def shares(self) -> tuple["Shares", ...]:
-        """How steps and slots are shared out in each stage."""
+        """How each mixture stage shares out its steps and slots."""
         return tuple(Shares(self, stage) for stage in self.stages)
 
     def stage_at(self, step: int) -> int:
-        """Index of the stage that `step` belongs to."""
+        """Index of the mixture stage that `step` belongs to."""
         return bisect_right([s.step for s in self.stages], step) - 1
 
 
-class Shares:
-    """One stage's exact shares: of the steps for each task, of a task's slots for each source."""
+def _check_equal(sources: Sequence[Source], *fields: str) -> None:
+    for name in fields:
+        for source in sources[1:]:
+            first, other = (getattr(s.manifest, name) for s in (sources[0], source))
+            if first != other:
+                raise ValueError(
+                    f"{sources[0].name!r} and {source.name!r} cannot be mixed: {name} is {first} "
+                    f"and {other}; encode both with the same tokenizer and autoencoder"
+                )
 
-    def __init__(self, mixture: Mixture, stage: Stage) -> None:
+
+class Shares:
+    """Exact shares of one mixture stage: of its steps by task, of a task's slots by source."""
+
+    def __init__(self, mixture: Mixture, stage: MixtureStage) -> None:
         weights = dict(stage.weights)
-        place = {s.name: i for i, s in enumerate(mixture.sources)}
-        of_task = {s.name: s.manifest.task for s in mixture.sources}
-        found = {of_task[name] for name in weights}
-        self.tasks = tuple(t for t in ("image_text", "text") if t in found)
-        # By name: a source that joins later, or another order in the configuration, moves no turn.
-        named = {t: [n for n in sorted(weights) if of_task[n] == t] for t in self.tasks}
+        index = {s.name: i for i, s in enumerate(mixture.sources)}
+        # Sorted by name: neither a source that joins later nor another order in the configuration
+        # changes the turns.
+        named: dict[str, list[str]] = {"image_text": [], "text": []}
+        for name in sorted(weights):
+            named[mixture.sources[index[name]].manifest.task].append(name)
+        self.tasks = tuple(task for task, names in named.items() if names)
         totals = [sum(weights[n] for n in named[t]) for t in self.tasks]
         self.steps = Interleaving(exact_quotas(totals, self.tasks))
-        # Task -> its sources' indices in the mixture, and how they take turns.
-        self.sources = {t: [place[n] for n in names] for t, names in named.items()}
+        # Task -> indices of its sources in the mixture, and how they take turns.
+        self.sources = {t: [index[n] for n in named[t]] for t in self.tasks}
         self.slots = {
-            t: Interleaving(exact_quotas([weights[n] for n in names], names))
-            for t, names in named.items()
+            t: Interleaving(exact_quotas([weights[n] for n in named[t]], named[t]))
+            for t in self.tasks
         }
         self._mixture = mixture
 
     def consumed(self, steps: int) -> NDArray[np.int64]:
-        """Samples of each source of the mixture that the stage's first `steps` steps take."""
+        """i64 [sources]: samples that the first `steps` steps of the stage consume."""
         count = np.zeros(len(self._mixture.sources), np.int64)
         for task, turns in zip(self.tasks, self.steps.before(steps).tolist(), strict=True):
             slots = turns * self._mixture.slots(task)
@@ -160,56 +160,61 @@ class Shares:
         return count
 
     def step_of(self, source: int, turn: int) -> int:
-        """The stage's step that takes its sample number `turn` of a source of its own."""
+        """The step, counted in the stage, that consumes its `turn`-th sample of a source."""
         task = next(t for t in self.tasks if source in self.sources[t])
         slot = self.slots[task].nth(self.sources[task].index(source), turn)
         return self.steps.nth(self.tasks.index(task), slot // self._mixture.slots(task))
 
 
 class Interleaving:
-    """Turns taken in fixed proportion: each block of QUOTA_BLOCK has its exact quota of each."""
+    """K participants take turns in fixed proportion: exact quotas in every QUOTA_PERIOD turns."""
 
     def __init__(self, quotas: Sequence[int]) -> None:
         self.quotas = np.array(quotas, np.int64)
-        self.block = interleave(quotas)  # [QUOTA_BLOCK] whose turn it is
-        taken = self.block[:, None] == np.arange(len(quotas))
+        self.pattern = interleave(quotas)  # [QUOTA_PERIOD] whose turn it is
+        taken = self.pattern[:, None] == np.arange(len(quotas))
         self.taken = np.concatenate([np.zeros((1, len(quotas)), np.int64), taken.cumsum(0)])
 
     def turns(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Whose turn slots `start` to `stop` are."""
-        turns: NDArray[np.int64] = self.block[np.arange(start, stop) % QUOTA_BLOCK]
+        """i64 [stop - start]: whose turn slots `start` to `stop` are."""
+        turns: NDArray[np.int64] = self.pattern[np.arange(start, stop) % QUOTA_PERIOD]
         return turns
 
     def before(self, slot: int) -> NDArray[np.int64]:
-        """How many turns each has had before `slot`."""
-        block, within = divmod(slot, QUOTA_BLOCK)
-        count: NDArray[np.int64] = block * self.quotas + self.taken[within]
+        """i64 [K]: how many turns each participant has before `slot`."""
+        periods, within = divmod(slot, QUOTA_PERIOD)
+        count: NDArray[np.int64] = periods * self.quotas + self.taken[within]
         return count
 
-    def nth(self, who: int, turn: int) -> int:
-        """The slot of `who`'s turn number `turn`."""
-        block, within = divmod(turn, int(self.quotas[who]))
-        return block * QUOTA_BLOCK + int(np.flatnonzero(self.block == who)[within])
+    def nth(self, participant: int, turn: int) -> int:
+        """The slot of a participant's `turn`-th turn."""
+        periods, within = divmod(turn, int(self.quotas[participant]))
+        place = int(np.flatnonzero(self.pattern == participant)[within])
+        return periods * QUOTA_PERIOD + place
 
 
 def exact_quotas(weights: Sequence[float], names: Sequence[str]) -> tuple[int, ...]:
-    """Whole numbers of sum QUOTA_BLOCK in proportion to `weights`, by largest remainder."""
+    """Integers of sum QUOTA_PERIOD in proportion to `weights`, by largest remainder.
+
+    Raises:
+        ValueError: a weight is too small for one turn in QUOTA_PERIOD.
+    """
     total = sum(weights)
-    ideal = [w * QUOTA_BLOCK / total for w in weights]
+    ideal = [w * QUOTA_PERIOD / total for w in weights]
     quotas = [int(x) for x in ideal]
     by_remainder = sorted(range(len(ideal)), key=lambda i: (quotas[i] - ideal[i], i))
-    for i in by_remainder[: QUOTA_BLOCK - sum(quotas)]:
+    for i in by_remainder[: QUOTA_PERIOD - sum(quotas)]:
         quotas[i] += 1
     for name, weight, quota in zip(names, weights, quotas, strict=True):
         if quota == 0:
             raise ValueError(
-                f"{name!r} has weight {weight} of {total}: less than one in {QUOTA_BLOCK}"
+                f"{name!r} has weight {weight} of {total}: less than one in {QUOTA_PERIOD}"
             )
     return tuple(quotas)
 
 
 def interleave(quotas: Sequence[int]) -> NDArray[np.int64]:
-    """[QUOTA_BLOCK] turns, quota k of k, each spread as evenly as can be."""
+    """i64 [QUOTA_PERIOD]: quota k turns of participant k, spread as evenly as possible."""
     places = np.concatenate([(np.arange(q) + 0.5) / q for q in quotas])
     owners = np.repeat(np.arange(len(quotas)), quotas)
     turns: NDArray[np.int64] = owners[np.argsort(places, kind="stable")]
@@ -217,8 +222,13 @@ def interleave(quotas: Sequence[int]) -> NDArray[np.int64]:
 
 
 def open_mixture(config: DataConfig) -> Mixture:
-    """The mixture that a run's configuration names; ManifestError if a data set is missing."""
-    stages = [(0, config.sources), *((s.step, s.sources) for s in config.stages)]
+    """The mixture that a run's configuration names.
+
+    Raises:
+        ManifestError: a data set is missing or damaged.
+        ValueError: the data sets do not fit together.
+    """
+    stages = [(0, config.sources), *((s.step, s.sources) for s in config.mixture_stages)]
     first: dict[str, float] = {}
     for _, sources in stages:
         for source in sources:
@@ -229,11 +239,11 @@ def open_mixture(config: DataConfig) -> Mixture:
             for name, weight in first.items()
         ),
         global_batch=config.global_batch,
-        window=config.window,
+        shuffle_window=config.shuffle_window,
         stages=tuple(
-            Stage(step, tuple((s.name, s.weight) for s in sources)) for step, sources in stages
-        )
-        if config.sources
-        else (),
+            MixtureStage(step, tuple((s.name, s.weight) for s in sources))
+            for step, sources in stages
+            if config.sources
+        ),
         texts_per_row=config.texts_per_row,
     )

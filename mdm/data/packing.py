@@ -1,8 +1,8 @@
 """Short texts packed into rows of one length: the plan of a step, and a rank's rows of it.
 
-A plan is a pure function of the token lengths of the step's texts, of the length of a row and of
-how many rows a step has; batches index its rows, so it is the same for every number of ranks. The
-texts come from shuffled windows, so nothing has to be planned ahead of a step.
+A plan is a pure function of the token lengths of the step's texts, the length of a row and the
+number of rows of a step; ranks index its rows, so it is the same for every number of ranks. Texts
+come from shuffle windows, so nothing has to be planned ahead of a step.
 
 Shapes: T texts, R rows, M text tokens of a row.
 """
@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdm.first_stage.tokenizer import PAD
+from mdm.model.sequence import FRAME
 
 ALGORITHM = "longest first into the emptiest row, 1"  # to be changed with what `plan` does
-FRAME = 4  # places that a text takes beside its tokens: time, class, and a pad before and after
 
 
 def plan(lengths: Sequence[int], length: int, rows: int) -> list[list[int]]:
@@ -25,8 +25,8 @@ def plan(lengths: Sequence[int], length: int, rows: int) -> list[list[int]]:
 
     Args:
         lengths: tokens of each text, none above `length`.
-        length: text tokens that a row holds if it holds one text; each more takes FRAME places.
-        rows: how many rows at least; where the texts do not fit in, there are more.
+        length: text tokens of a row with one text; every further text takes FRAME places more.
+        rows: least number of rows; there are more if the texts do not fit.
     """
     packs: list[list[int]] = [[] for _ in range(rows)]
     filled = [(0, row) for row in range(rows)]  # a heap: (places taken, row)
@@ -44,13 +44,13 @@ def plan(lengths: Sequence[int], length: int, rows: int) -> list[list[int]]:
 
 
 def share(packs: list[list[int]], rank: int, ranks: int) -> list[list[int]]:
-    """One rank's successive rows; every rank has as many, with an empty one where it must be."""
-    own = packs[rank * len(packs) // ranks : (rank + 1) * len(packs) // ranks]
-    return own + [[]] * (-(-len(packs) // ranks) - len(own))
+    """One rank's consecutive rows; all ranks have equally many, some of them maybe empty."""
+    rows = packs[rank * len(packs) // ranks : (rank + 1) * len(packs) // ranks]
+    return rows + [[]] * (-(-len(packs) // ranks) - len(rows))
 
 
 class PackedRows(NamedTuple):
-    """Rows of texts, one after the other from the row's first place on."""
+    """Rows of texts, each filled from its first place on."""
 
     tokens: NDArray[np.int64]  # [R, M], PAD after the last text
     prompt: NDArray[np.bool_]  # [R, M]

@@ -1,100 +1,88 @@
 """Whether a run's tokenizer and autoencoder are those that its data was encoded with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from itertools import combinations
+from typing import Any, TypeVar
 
 from mdm.config import Config
 from mdm.data.mixture import Mixture, Source
-from mdm.first_stage.folder import PIXELS, describe
+from mdm.first_stage.folder import PIXELS, FirstStage, describe
 from mdm.first_stage.tokenizer import Tokenizer
+
+F = TypeVar("F", Tokenizer, FirstStage)
 
 
 @dataclass(frozen=True)
 class Provenance:
     """The sha256 of what the training data was encoded with."""
 
-    tokenizer: str = ""  # empty where it was not recorded
-    autoencoder: str = ""  # empty for text alone, or where it was not recorded
+    tokenizer: str = ""  # empty if it was not recorded
+    autoencoder: str = ""  # empty for text alone, or if it was not recorded
 
     @classmethod
     def of(cls, loader_state: Mapping[str, Any]) -> "Provenance":
-        """What a loader's state says; nothing in those of earlier versions."""
-        found = (loader_state.get(f"{name}_sha256") for name in ("tokenizer", "autoencoder"))
-        return cls(*(sha256 or "" for sha256 in found))
+        """What a loader's state says; states of earlier versions say nothing."""
+        keys = ("tokenizer_sha256", "autoencoder_sha256")
+        return cls(*(loader_state.get(key) or "" for key in keys))
 
 
 def check_fit(mixture: Mixture, config: Config) -> None:
     """ValueError, naming both sides, unless tokenizer, autoencoder and labels fit all sources."""
     check_labels(mixture.sources)
-    whose = f"data set {mixture.sources[0].name!r} was encoded with"
-    found = check_tokenizer(config.tokenizer, mixture.tokenizer_sha256, whose)
-    if found.vocab_size != config.model.vocab_size:
+    owner = f"data set {mixture.sources[0].name!r} was encoded with"
+    tokenizer = check_tokenizer(config.tokenizer, mixture.tokenizer_sha256, owner)
+    if tokenizer.vocab_size != config.model.vocab_size:
         raise ValueError(
-            f"--tokenizer {config.tokenizer} has {found.vocab_size} pieces, model.vocab_size is "
-            f"{config.model.vocab_size}"
+            f"--tokenizer {config.tokenizer} has {tokenizer.vocab_size} pieces, model.vocab_size "
+            f"is {config.model.vocab_size}"
         )
     if mixture.autoencoder_sha256 is not None:
-        whose = f"data set {mixture.pictures[0].name!r} was encoded with"
-        check_autoencoder(config.autoencoder, mixture.autoencoder_sha256, whose)
+        owner = f"data set {mixture.images[0].name!r} was encoded with"
+        check_autoencoder(config.autoencoder, mixture.autoencoder_sha256, owner)
 
 
 def check_labels(sources: tuple[Source, ...]) -> None:
-    """ValueError where two sources mean different classes by the same label."""
-    for i, one in enumerate(sources):
-        for other in sources[:i]:
-            pairs = zip(one.manifest.class_names, other.manifest.class_names, strict=False)
-            for label, (name, former) in enumerate(pairs):
-                if name != former:
-                    raise ValueError(
-                        f"{other.name!r} and {one.name!r} cannot be mixed: class {label} is "
-                        f"{former!r} and {name!r}; encode both with the same list of classes"
-                    )
+    """ValueError if two sources name different classes by the same label."""
+    for first, second in combinations(sources, 2):
+        pairs = zip(first.manifest.class_names, second.manifest.class_names, strict=False)
+        for label, (one, other) in enumerate(pairs):
+            if one != other:
+                raise ValueError(
+                    f"{first.name!r} and {second.name!r} cannot be mixed: class {label} is "
+                    f"{one!r} and {other!r}; encode both with the same list of classes"
+                )
 
 
-def check_tokenizer(path: str, sha256: str, whose: str) -> Tokenizer:
-    """The tokenizer at `path`; ValueError unless it is the one of `sha256`, which `whose` says."""
+def check_tokenizer(path: str, sha256: str, owner: str) -> Tokenizer:
+    """The tokenizer at `path`; ValueError unless it has the sha256 that `owner` requires.
+
+    `owner` begins the message: `data set 'a' was encoded with`.
+    """
+    return _checked("tokenizer", path, sha256, owner, Tokenizer)
+
+
+def check_autoencoder(folder: str, sha256: str, owner: str) -> None:
+    """ValueError unless `folder` holds the autoencoder of the sha256 that `owner` requires."""
+    if sha256 != PIXELS:
+        _checked("autoencoder", folder, sha256, owner, describe)
+    elif folder:
+        raise ValueError(
+            f"autoencoder {folder} is given, but {owner} pixel patches, which need none; "
+            'give --autoencoder ""'
+        )
+
+
+def _checked(kind: str, path: str, sha256: str, owner: str, load: Callable[[str], F]) -> F:
+    advice = f"give that {'file' if kind == 'tokenizer' else 'folder'} as --{kind}"
     if not path:
-        raise ValueError(
-            f"{whose} the tokenizer of sha256 {sha256}, but none is given; give it as --tokenizer"
-        )
+        raise ValueError(f"{owner} the {kind} of sha256 {sha256}, but none is given; {advice}")
     try:
-        found = Tokenizer(path)
+        loaded = load(path)
     except ValueError as error:
+        raise ValueError(f"{error}; {owner} the one of sha256 {sha256}, {advice}") from None
+    if loaded.sha256 != sha256:
         raise ValueError(
-            f"{error}; {whose} the one of sha256 {sha256}, give that file as --tokenizer"
-        ) from None
-    if found.sha256 != sha256:
-        raise ValueError(
-            f"tokenizer {path} has sha256 {found.sha256}, but {whose} {sha256}; "
-            "give that file as --tokenizer"
+            f"{kind} {path} has sha256 {loaded.sha256}, but {owner} {sha256}; {advice}"
         )
-    return found
-
-
-def check_autoencoder(folder: str, sha256: str, whose: str) -> None:
-    """ValueError unless `folder` holds the autoencoder of `sha256`, which `whose` says."""
-    if sha256 == PIXELS:
-        if folder:
-            raise ValueError(
-                f"autoencoder {folder} is given, but {whose} pixel patches, which need none; "
-                'give --autoencoder ""'
-            )
-        return
-    if not folder:
-        raise ValueError(
-            f"{whose} the autoencoder of sha256 {sha256}, but none is given; "
-            "give its folder as --autoencoder"
-        )
-    try:
-        found = describe(Path(folder)).sha256
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; {whose} the one of sha256 {sha256}, give that folder as --autoencoder"
-        ) from None
-    if found != sha256:
-        raise ValueError(
-            f"autoencoder {folder} has sha256 {found}, but {whose} {sha256}; "
-            "give that folder as --autoencoder"
-        )
+    return loaded

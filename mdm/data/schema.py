@@ -1,13 +1,13 @@
-"""What a shard's row holds, and its bytes: Arrow IPC files whose record batches are read alone.
+"""The columns of a shard and its bytes: Arrow IPC files whose record batches can be read alone.
 
-Shapes: R rows of a record batch, N image tokens (rows x columns of the grid), C numbers a latent.
+Shapes: R rows of a record batch, N image tokens (rows x columns of the grid), C latent width.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +20,8 @@ SCHEMA_VERSION = 1
 MAX_VOCAB_SIZE = 1 << 16  # token ids are stored as uint16
 
 
-def example_schema(image_grid: tuple[int, int] | None, latent_dim: int) -> pa.Schema:
-    """EXAMPLE_SCHEMA: `latents` is there only in data sets with pictures (`image_grid` given)."""
+def sample_schema(image_grid: tuple[int, int] | None, latent_dim: int) -> pa.Schema:
+    """Arrow schema of encoded samples; only data sets with images (`image_grid`) have `latents`."""
     fields = [
         _field("id", pa.string(), "the record's id in its data set"),
         _field("origin", pa.string(), "file, or archive::member, below the data set's root"),
@@ -54,7 +54,7 @@ def _field(name: str, kind: pa.DataType, unit: str, **more: str) -> pa.Field:
 
 
 def to_bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Bits of the nearest bfloat16 (ties to even), same shape; ValueError if not finite."""
+    """Bits of the nearest bfloat16 (ties to even), same shape; ValueError unless all are finite."""
     if not np.isfinite(values).all():
         raise ValueError("a latent is not finite")
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
@@ -68,8 +68,8 @@ def from_bfloat16_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Encoded rows on their way into shards."""
+class Samples:
+    """Encoded samples that are not in a shard yet."""
 
     ids: Sequence[str]
     origins: Sequence[str]
@@ -81,30 +81,27 @@ class Examples:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, rows: NDArray[np.int64]) -> "Examples":
-        """The rows of these indices, in this order."""
-        return Examples(
-            [self.ids[i] for i in rows],
-            [self.origins[i] for i in rows],
-            self.class_ids[rows],
-            [self.tokens[i] for i in rows],
-            self.prompt_lengths[rows],
-            None if self.latents is None else self.latents[rows],
-        )
+    def take(self, indices: NDArray[np.int64]) -> "Samples":
+        """The samples at these indices, in this order."""
+        return Samples(*(_taken(column, indices) for column in vars(self).values()))
 
     @staticmethod
-    def concatenate(parts: Sequence["Examples"]) -> "Examples":
-        """One after the other; at least one part."""
-        return Examples(
-            [i for p in parts for i in p.ids],
-            [o for p in parts for o in p.origins],
-            np.concatenate([p.class_ids for p in parts]),
-            [t for p in parts for t in p.tokens],
-            np.concatenate([p.prompt_lengths for p in parts]),
-            None
-            if parts[0].latents is None
-            else np.concatenate([p.latents for p in parts if p.latents is not None]),
-        )
+    def concatenate(parts: Sequence["Samples"]) -> "Samples":
+        """All parts in a row; at least one."""
+        return Samples(*map(_joined, zip(*(vars(p).values() for p in parts), strict=True)))
+
+
+def _taken(column: Any, indices: NDArray[np.int64]) -> Any:
+    if column is None or isinstance(column, np.ndarray):
+        return None if column is None else column[indices]
+    return [column[i] for i in indices]
+
+
+def _joined(columns: Sequence[Any]) -> Any:
+    given = [column for column in columns if column is not None]
+    if not given or isinstance(given[0], np.ndarray):
+        return np.concatenate(given) if given else None
+    return [value for column in given for value in column]
 
 
 @dataclass(frozen=True)
@@ -128,46 +125,43 @@ class ShardInfo:
     batches: Sequence[BatchInfo]
 
 
-def write_shard(examples: Examples, schema: pa.Schema, batch_rows: int) -> tuple[bytes, ShardInfo]:
+def write_shard(samples: Samples, schema: pa.Schema, batch_rows: int) -> tuple[bytes, ShardInfo]:
     """The shard's bytes and description: record batches of `batch_rows`, the last one shorter."""
     sink = pa.BufferOutputStream()
-    spans: list[tuple[int, int, int]] = []
+    ranges: list[tuple[int, int, int]] = []
     with pa.ipc.new_file(sink, schema) as writer:
-        # The header is written with the first batch: until then tell() says 0.
+        # The header is written together with the first batch: until then tell() is 0.
         offset = 8 + schema.serialize().size
-        for start in range(0, len(examples), batch_rows):
-            rows = np.arange(start, min(start + batch_rows, len(examples)))
-            writer.write_batch(_record_batch(examples.take(rows), schema))
-            spans.append((offset, sink.tell() - offset, len(rows)))
+        for start in range(0, len(samples), batch_rows):
+            rows = np.arange(start, min(start + batch_rows, len(samples)))
+            writer.write_batch(_record_batch(samples.take(rows), schema))
+            ranges.append((offset, sink.tell() - offset, len(rows)))
             offset = sink.tell()
     data = sink.getvalue().to_pybytes()
     view = memoryview(data)
     batches = tuple(
-        BatchInfo(at, length, rows, checksum(view[at : at + length])) for at, length, rows in spans
+        BatchInfo(at, length, rows, checksum(view[at : at + length])) for at, length, rows in ranges
     )
     sha256 = hashlib.sha256(data).hexdigest()
-    return data, ShardInfo(f"shards/{sha256}.arrow", len(examples), len(data), sha256, batches)
+    return data, ShardInfo(f"shards/{sha256}.arrow", len(samples), len(data), sha256, batches)
 
 
-def _record_batch(examples: Examples, schema: pa.Schema) -> pa.RecordBatch:
-    lengths = np.fromiter((len(t) for t in examples.tokens), np.int32, len(examples))
-    offsets = np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
-    tokens = np.concatenate([*examples.tokens, np.zeros(0, np.uint16)]).astype(np.uint16)
+def _record_batch(samples: Samples, schema: pa.Schema) -> pa.RecordBatch:
+    offsets = np.cumsum([0, *map(len, samples.tokens)], dtype=np.int32)
+    tokens = np.concatenate([*samples.tokens, np.zeros(0, np.uint16)]).astype(np.uint16)
     columns = [
-        pa.array(examples.ids, pa.string()),
-        pa.array(examples.origins, pa.string()),
-        pa.array(examples.class_ids.astype(np.int32)),
+        pa.array(samples.ids, pa.string()),
+        pa.array(samples.origins, pa.string()),
+        pa.array(samples.class_ids.astype(np.int32)),
         pa.ListArray.from_arrays(
             pa.array(offsets), pa.array(tokens), type=schema.field("tokens").type
         ),
-        pa.array(examples.prompt_lengths.astype(np.uint16)),
+        pa.array(samples.prompt_lengths.astype(np.uint16)),
     ]
-    if examples.latents is not None:
-        columns.append(
-            pa.FixedSizeListArray.from_arrays(
-                pa.array(examples.latents.reshape(-1)), type=schema.field("latents").type
-            )
-        )
+    if samples.latents is not None:
+        kind = schema.field("latents").type
+        bits = pa.array(samples.latents.reshape(-1))
+        columns.append(pa.FixedSizeListArray.from_arrays(bits, type=kind))
     return pa.record_batch(columns, schema=schema)
 
 
@@ -176,11 +170,11 @@ def checksum(data: bytes | memoryview) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
-class Rows:
-    """One record batch as numpy views of its verified bytes, decoded when they are first used.
+class RecordBatch:
+    """One record batch as numpy views of its verified bytes, decoded on first use.
 
-    It needs no footer. Decoding waits because it is quicker for several in a row than for each
-    after its reading, which leaves the processor's caches full of other things.
+    It needs no footer. Decoding is deferred because decoding several in a row is faster than
+    decoding each right after it was read, when other data fills the processor's caches.
     """
 
     def __init__(self, data: bytes | memoryview, schema: pa.Schema) -> None:
@@ -188,7 +182,7 @@ class Rows:
 
     @cached_property
     def batch(self) -> pa.RecordBatch:
-        """The columns of `EXAMPLE_SCHEMA`."""
+        """The columns of `sample_schema`."""
         return pa.ipc.read_record_batch(pa.py_buffer(self._data), self._schema)
 
     @cached_property
@@ -198,13 +192,13 @@ class Rows:
 
     @cached_property
     def tokens(self) -> NDArray[np.uint16]:
-        """Of all texts, one after the other."""
+        """The tokens of all texts, concatenated."""
         return _view(self.batch.column(3).values, np.uint16)
 
     @cached_property
     def offsets(self) -> NDArray[np.int32]:
-        """[R + 1] into tokens."""
-        # np.frombuffer, not to_numpy: the latter imports pandas.
+        """[R + 1] into `tokens`."""
+        # np.frombuffer, because to_numpy imports pandas.
         return np.frombuffer(self.batch.column(3).buffers()[1], np.int32, self.batch.num_rows + 1)
 
     @cached_property
@@ -214,7 +208,7 @@ class Rows:
 
     @cached_property
     def latents(self) -> NDArray[np.uint16] | None:
-        """[R, N, C], bfloat16 bits."""
+        """[R, N, C], bfloat16 bits; None for text alone."""
         if (at := self._schema.get_field_index("latents")) < 0:
             return None
         shape = self._schema.field(at).metadata[b"shape"].decode().split(",")
@@ -222,8 +216,7 @@ class Rows:
         return bits.reshape(len(self), *map(int, shape))
 
     def __len__(self) -> int:
-        rows: int = self.batch.num_rows
-        return rows
+        return int(self.batch.num_rows)
 
     def text(self, row: int) -> NDArray[np.uint16]:
         """Token ids of one row."""
@@ -232,14 +225,12 @@ class Rows:
     @property
     def ids(self) -> list[str]:
         """The records' ids."""
-        ids: list[str] = self.batch.column(0).to_pylist()
-        return ids
+        return list(self.batch.column(0).to_pylist())
 
     @property
     def origins(self) -> list[str]:
         """Where the records came from."""
-        origins: list[str] = self.batch.column(1).to_pylist()
-        return origins
+        return list(self.batch.column(1).to_pylist())
 
 
 def _view(array: pa.Array, dtype: type[Number]) -> NDArray[Number]:

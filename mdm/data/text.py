@@ -9,19 +9,12 @@ from mdm.first_stage.tokenizer import PAD
 def fit(
     tokens: NDArray[np.uint16], prompt_length: int, length: int
 ) -> tuple[NDArray[np.uint16], int]:
-    """`tokens` cut to at most `length`, keeping the last one (EOS), and the prompt's new length.
-
-    What follows the prompt is kept before the prompt: a prompt loses its beginning, and at least
-    its last token (the mark after which the reply begins) stays.
-    """
+    """One text cut to at most `length` as `fit_all` does, and its new prompt length."""
     if len(tokens) <= length:
         return tokens, prompt_length
-    reply = tokens[prompt_length:]
-    longest = length - (1 if prompt_length else 0)
-    if len(reply) > longest:
-        reply = np.concatenate([reply[: longest - 1], reply[-1:]])
-    kept = length - len(reply) if prompt_length else 0
-    return np.concatenate([tokens[prompt_length - kept : prompt_length], reply]), kept
+    end = np.array([len(tokens)])
+    fitted, prompts = fit_all(tokens, end - end, end, np.array([prompt_length]), length)
+    return fitted[0].astype(np.uint16), int(prompts[0])
 
 
 def fit_all(
@@ -31,13 +24,15 @@ def fit_all(
     prompts: NDArray[np.int64],
     length: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """`fit` for R texts at once: ([R, length] tokens, PAD after their end, new prompts [R]).
+    """R texts cut to at most `length`: ([R, length] tokens, PAD after their end, prompts [R]).
 
-    Text r is `tokens[begin[r] : end[r]]`.
+    Text r is `tokens[begin[r] : end[r]]`, of which `prompts[r]` are the prompt. The last token
+    (EOS) stays. The reply is kept in preference to the prompt: a prompt loses its beginning, but at
+    least its last token (the mark after which the reply begins) stays.
     """
     long = end - begin > length
-    some_are_cut = bool(long.any())
-    if some_are_cut:
+    any_long = bool(long.any())
+    if any_long:
         reply = np.minimum(end - begin - prompts, length - (prompts > 0))
         kept = np.where(long, np.where(prompts > 0, length - reply, 0), prompts)
         begin = begin + np.where(long, prompts - kept, 0)
@@ -45,8 +40,8 @@ def fit_all(
     sizes = np.minimum(end - begin, length)
     places = np.arange(length)
     index = begin[:, None] + places
-    if some_are_cut:
-        index[np.arange(len(index)), sizes - 1] = end - 1  # whatever was cut, the last one stays
-    found = tokens.take(index, mode="clip").astype(np.int64)
-    found[places >= sizes[:, None]] = PAD
-    return found, prompts
+    if any_long:
+        index[np.arange(len(index)), sizes - 1] = end - 1  # the last token stays
+    fitted = tokens.take(index, mode="clip").astype(np.int64)
+    fitted[places >= sizes[:, None]] = PAD
+    return fitted, prompts

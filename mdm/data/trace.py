@@ -8,9 +8,9 @@ import numpy as np
 
 from mdm.data import packing
 from mdm.data.mixture import Mixture
-from mdm.data.order import Draw, Order, layout_of
+from mdm.data.order import Draw, SampleOrder, layout_of
 from mdm.data.reader import SourceReader
-from mdm.data.schema import Rows
+from mdm.data.schema import RecordBatch
 
 
 @dataclass(frozen=True)
@@ -37,81 +37,86 @@ def locate(
 ) -> list[Trace]:
     """Traces of sample ids (`source:row`), read from their shards.
 
-    ValueError for an id that the mixture does not have.
+    Raises:
+        ValueError: the mixture has no such sample.
     """
-    readers = {s.name: SourceReader(s) for s in mixture.sources}
-    by_name = {s.name: s for s in mixture.sources}
-    found = []
+    readers = [SourceReader(s) for s in mixture.sources]
+    traces = []
     for place, sample in enumerate(ids):
-        name, _, row = sample.rpartition(":")
-        if name not in by_name or not row.isdigit():
-            raise ValueError(
-                f"no sample {sample!r}; ids are source:row with a source of {', '.join(by_name)}"
-            )
-        shard, batch, within = (
-            int(v[0]) for v in layout_of(by_name[name]).locate(np.array([int(row)], np.int64))
-        )
-        info = by_name[name].manifest.shards[shard]
-        rows = _batch(readers[name], shard, batch)
-        found.append(
+        reader = readers[source_of(mixture, sample)]
+        shard, number, row = _place(reader, int(sample.rpartition(":")[2]))
+        info, batch = reader.manifest.shards[shard], _batch(reader, shard, number)
+        traces.append(
             Trace(
                 sample,
-                rows.ids[within],
-                rows.origins[within],
-                readers[name].store.uri,
+                batch.ids[row],
+                batch.origins[row],
+                reader.store.uri,
                 info.key,
-                batch,
-                within,
-                info.batches[batch].xxh3,
+                number,
+                row,
+                info.batches[number].xxh3,
                 None if epochs is None else epochs[place],
                 None if packs is None else packs[place],
             )
         )
-    return found
+    return traces
+
+
+def source_of(mixture: Mixture, sample: str) -> int:
+    """Index of the source of a sample id; ValueError if the mixture has no such sample."""
+    name, _, row = sample.rpartition(":")
+    names = [s.name for s in mixture.sources]
+    if name not in names or not row.isdigit():
+        raise ValueError(
+            f"no sample {sample!r}; ids are source:row with a source of {', '.join(names)}"
+        )
+    return names.index(name)
 
 
 def find(mixture: Mixture, record: str) -> list[str]:
-    """Sample ids (`source:row`) of the record with this id or origin, by reading all data sets."""
-    found = []
+    """Sample ids (`source:row`) of the record with this id or origin; reads all data sets."""
+    ids = []
     for source in mixture.sources:
         reader = SourceReader(source)
         first = 0
-        for shard, batch, info in source.manifest.batches():
-            rows = reader.read(shard, [batch])[0]
-            for i, names in enumerate(zip(rows.ids, rows.origins, strict=True)):
+        for shard, number, info in source.manifest.batches():
+            batch = reader.read(shard, [number])[0]
+            for i, names in enumerate(zip(batch.ids, batch.origins, strict=True)):
                 if record in names:
-                    found.append(f"{source.name}:{first + i}")
+                    ids.append(f"{source.name}:{first + i}")
             first += info.rows
-    return found
+    return ids
 
 
 def packs_of(mixture: Mixture, draw: Draw, dialogue_length: int) -> list[int] | None:
-    """The row of the global batch in which each sample of a step is packed; None unpacked."""
+    """The row of the global batch that holds each text of a step; None if it is not packed."""
     if draw.task != "text" or mixture.texts_per_row == 1:
         return None
     readers = [SourceReader(s) for s in mixture.sources]
-    lengths = [0] * len(draw.ids)
-    for place, (source, row) in enumerate(
-        zip(draw.sources.tolist(), draw.rows.tolist(), strict=True)
-    ):
-        at = layout_of(mixture.sources[source]).locate(np.array([row], np.int64))
-        shard, batch, within = (int(v[0]) for v in at)
-        text = _batch(readers[source], shard, batch).text(within)
-        lengths[place] = min(len(text), dialogue_length)
-    found = [0] * len(lengths)
+    lengths = []
+    for source, row in zip(draw.sources.tolist(), draw.rows.tolist(), strict=True):
+        shard, number, within = _place(readers[source], row)
+        text = _batch(readers[source], shard, number).text(within)
+        lengths.append(min(len(text), dialogue_length))
+    row_of = [0] * len(lengths)
     for number, pack in enumerate(packing.plan(lengths, dialogue_length, mixture.global_batch)):
         for place in pack:
-            found[place] = number
-    return found
+            row_of[place] = number
+    return row_of
+
+
+def _place(reader: SourceReader, row: int) -> tuple[int, int, int]:
+    shard, batch, within = layout_of(reader.source).locate(np.array([row], np.int64))
+    return int(shard[0]), int(batch[0]), int(within[0])
 
 
 @lru_cache(maxsize=64)
-def _batch(reader: SourceReader, shard: int, batch: int) -> Rows:
+def _batch(reader: SourceReader, shard: int, batch: int) -> RecordBatch:
     return reader.read(shard, [batch])[0]
 
 
 def uses(mixture: Mixture, seed: int, sample: str, steps: int) -> Iterator[tuple[int, int]]:
-    """(step, epoch) of each of the first `steps` steps that uses this sample, by arithmetic."""
-    name, _, row = sample.rpartition(":")
-    names = [s.name for s in mixture.sources]
-    yield from Order(mixture, seed).uses(names.index(name), int(row), steps)
+    """(step, epoch) of each of the first `steps` steps that uses this sample."""
+    row = int(sample.rpartition(":")[2])
+    yield from SampleOrder(mixture, seed).uses(source_of(mixture, sample), row, steps)

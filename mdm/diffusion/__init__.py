@@ -1,1 +1,1 @@
-"""Noise schedules, score entropy, samplers."""
+"""Noise schedules, score entropy, solvers and keyed noise."""

@@ -7,15 +7,21 @@ import torch
 from torch import Tensor
 
 N_UNIFORMS = 8
-IMAGE, TEXT = 1, 2  # streams: a sample's image noise does not depend on its text's length
+IMAGE, TEXT = 1, 2  # separate streams: image noise does not depend on the text's length
 
 
 class Draws(NamedTuple):
-    """What a batch needs: uniforms [b, 8]; normals [b, 2, n, c] and [b, 2, m, c]."""
+    """The random numbers of a batch: uniforms [b, 8]; normals [b, 2, n, c] and [b, 2, m, c]."""
 
     uniforms: Tensor
     image: Tensor | None
     text: Tensor
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same numbers on `device`, without waiting for it."""
+        image = None if self.image is None else self.image.to(device, non_blocking=True)
+        uniforms, text = (t.to(device, non_blocking=True) for t in (self.uniforms, self.text))
+        return Draws(uniforms, image, text)
 
 
 def draw(
@@ -27,17 +33,17 @@ def draw(
     latent_dim: int,
     text_of: Tensor | None = None,
 ) -> Draws:
-    """Uniforms and normals of each sample.
+    """Uniforms and normals of each sample, on the CPU.
 
     Args:
-        seed: of the run.
-        keys: i64 [b], `mdm.data.batch.sample_key` of each sample.
+        seed: the run's seed.
+        keys: i64 [b], the `mdm.data.batch.sample_key` of each sample.
         epochs: i64 [b].
-        n_image: image tokens, 0 without pictures.
+        n_image: image tokens, 0 without images.
         n_text: text tokens.
-        latent_dim: numbers a token.
-        text_of: i64 [r, m] of packed texts, as `Batch` has it; the text's normals are then
-            [r, 2, m, c], for each text those that it draws alone.
+        latent_dim: values per token.
+        text_of: i64 [r, m] of packed texts, as in `Batch`; the text's normals are then
+            [r, 2, m, c], and each text gets the same ones as when it is not packed.
     """
     uniforms = np.empty((len(keys), N_UNIFORMS), np.float32)
     image = np.empty((len(keys), 2, n_image, latent_dim), np.float32)
@@ -54,9 +60,9 @@ def draw(
             (2, end - start, latent_dim), np.float32
         )
     return Draws(
-        torch.from_numpy(uniforms).to(keys.device),
-        torch.from_numpy(image).to(keys.device) if n_image else None,
-        torch.from_numpy(text).to(keys.device),
+        torch.from_numpy(uniforms),
+        torch.from_numpy(image) if n_image else None,
+        torch.from_numpy(text),
     )
 
 
@@ -65,12 +71,12 @@ def _generator(key: list[int], stream: int) -> np.random.Generator:
 
 
 def _spans(text_of: Tensor) -> list[tuple[int, int, int]]:
-    """(row, first token, end) of each packed text."""
-    flat, width = text_of.cpu().flatten().numpy(), text_of.shape[1]
+    """(row, first token, end) of each packed text, in the order of the texts."""
+    flat, width = text_of.flatten().numpy(), text_of.shape[1]
     texts, first, lengths = np.unique(flat, return_index=True, return_counts=True)
-    found = []
+    spans = []
     for text, at, length in zip(texts.tolist(), first.tolist(), lengths.tolist(), strict=True):
         if text >= 0:
             row, start = divmod(at, width)
-            found.append((row, start, start + length))
-    return found
+            spans.append((row, start, start + length))
+    return spans

@@ -13,17 +13,18 @@ from torch import Tensor
 from mdm.diffusion.schedule import Schedule
 
 SOLVERS = ("dpmpp2m", "eq9", "ddpm")
+LOW, HIGH = -9.0, 7.0  # log-SNR beyond which an evaluation has no effect
 
 
 class Solver(Protocol):
-    """Says where it wants an estimate of z_0, and moves z from one such place to the next."""
+    """The noise levels at which z_0 is estimated, and the step of z between two of them."""
 
-    levels: Tensor  # float64 [evaluations], the log-SNR of each evaluation
+    levels: Tensor  # float64 [evaluations], the log-SNR at each evaluation
 
     def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
-        """Z of evaluation i + 1 given the estimate `z_0` at `z`, evaluation i; shapes equal.
+        """The z of evaluation i + 1, given z of evaluation i and its estimate z_0; equal shapes.
 
-        Evaluations come in order, once each. The last returns the sample.
+        Evaluations are called in order, once each. The last one returns the sample.
         """
         ...
 
@@ -31,13 +32,13 @@ class Solver(Protocol):
 def make_solver(
     name: str, table: Schedule, steps: int, noise: Callable[[int], Tensor] | None = None
 ) -> Solver:
-    """A solver of at most `steps` evaluations, whatever its order.
+    """A solver with at most `steps` evaluations, whatever its order.
 
     Args:
         name: one of `SOLVERS`.
-        table: the schedule whose range the grid covers.
-        steps: evaluations; Heun's rule takes an odd number of them.
-        noise: evaluation -> standard normal of z's shape, for `ddpm`.
+        table: the noise schedule whose range the grid covers.
+        steps: evaluations; Heun's rule uses an odd number of them.
+        noise: evaluation -> standard normals of z's shape, for `ddpm`.
 
     Raises:
         ValueError: an unknown name, too few steps, or `ddpm` without noise.
@@ -55,10 +56,8 @@ def make_solver(
     raise ValueError(f"solver is {name!r}; choose one of {', '.join(SOLVERS)}")
 
 
-def log_snr_grid(schedule: Schedule, steps: int, low: float = -9.0, high: float = 7.0) -> Tensor:
+def log_snr_grid(schedule: Schedule, steps: int) -> Tensor:
     """Noise levels of `steps` evaluations, float64 [steps], from noise to data.
-
-    `low` and `high` cut the schedule's ends, where an evaluation changes nothing.
 
     Raises:
         ValueError: fewer than two steps.
@@ -66,7 +65,7 @@ def log_snr_grid(schedule: Schedule, steps: int, low: float = -9.0, high: float 
     if steps < 2:
         raise ValueError(f"sampling takes {steps} steps; a second-order solver needs at least 2")
     first, last = schedule.log_snr_range()
-    return torch.linspace(max(last, low), min(first, high), steps, dtype=torch.float64)
+    return torch.linspace(max(last, LOW), min(first, HIGH), steps, dtype=torch.float64)
 
 
 class DPMSolverPP2M:
@@ -77,7 +76,7 @@ class DPMSolverPP2M:
         z' = sigma'/sigma z - alpha' (e^-h - 1) D
         D = (1 + 1/2r) x_0 - 1/2r x_0^prev,   r = h^prev/h
 
-    The first step is of first order; the last returns the estimate itself.
+    The first step is of first order; the last one returns the estimate itself.
     """
 
     def __init__(self, log_snr: Tensor) -> None:
@@ -102,25 +101,25 @@ class DPMSolverPP2M:
 
 
 class Heun:
-    """Eq. 9 (and 62): Heun's rule on the probability-flow ODE, two evaluations a step.
+    """Eq. 9 (and 62): Heun's rule on the probability-flow ODE, two evaluations per step.
 
-    The ODE is dz/dt = -beta/2 z + beta/2 (z - alpha x_0) / sigma^2: Eq. 58 has the second term's
-    sign wrong and lacks the first. In y = z/alpha over s = sigma/alpha it is (Karras et al. 2022)
+    The ODE is dz/dt = -beta/2 z + beta/2 (z - alpha x_0) / sigma^2. Eq. 58 has the wrong sign in
+    the second term and lacks the first. With y = z/alpha and s = sigma/alpha (Karras et al. 2022),
 
         dy/ds = d(y, s) = (y - x_0)/s
         y~ = y + (s' - s) d(y, s),   y' = y + (s' - s)/2 (d(y, s) + d(y~, s'))
 
-    The last step, to s = 0, is Euler's: the estimate itself.
+    The last step, to s = 0, is an Euler step and returns the estimate itself.
     """
 
     def __init__(self, log_snr: Tensor) -> None:
-        # Levels after the first are evaluated twice: to correct a step, and to predict the next.
+        # Levels after the first are evaluated twice: to correct a step and to predict the next.
         self.levels = torch.cat([log_snr[:1], log_snr[1:].repeat_interleave(2)])
         self.alpha, self.s = self.levels.sigmoid().sqrt(), (-self.levels / 2).exp()
-        self.start: tuple[Tensor, Tensor] | None = None  # y and d where the step begins
+        self.start: tuple[Tensor, Tensor] | None = None  # y and d at the start of the step
 
     def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
-        """Predict at even evaluations, correct at odd ones; see `Solver`."""
+        """Predict at even evaluations and correct at odd ones; see `Solver`."""
         if i == len(self.levels) - 1:
             return z_0
         y = z / float(self.alpha[i])
@@ -128,7 +127,7 @@ class Heun:
         if i % 2 == 0:
             self.start = y, slope
             return float(self.alpha[i + 1]) * (y + float(self.s[i + 1] - self.s[i]) * slope)
-        assert self.start is not None, "evaluations come in order"
+        assert self.start is not None, "evaluations must be called in order"
         y, first = self.start
         return float(self.alpha[i]) * (y + float(self.s[i] - self.s[i - 1]) / 2 * (first + slope))
 

@@ -2,7 +2,7 @@
 
 Shapes: z_t [..., d]; candidates y [..., K, d]; alpha_bar [...]; eps_hat [..., d].
 
-One energy serves everything, with eps_y = (z_t - sqrt(abar) y) / sqrt(1 - abar):
+All functions use one energy, with eps_y = (z_t - sqrt(abar) y) / sqrt(1 - abar):
 
     f(z_t, y) = -1/2 |eps_y - eps_hat|^2 + 1/2 |z_t|^2
 
@@ -19,7 +19,7 @@ def log_ratio(z_t: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def log_ratio_vocabulary(z_t: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
-    """`log_ratio` for candidates y [K, d] that all z_t share: one product of matrices, [..., K]."""
+    """`log_ratio` for candidates y [K, d] shared by all z_t, as one matrix product: [..., K]."""
     _check(z_t, y.expand(*z_t.shape[:-1], *y.shape), alpha_bar, z_t)
     z_t, y = z_t.float(), y.float()
     abar = alpha_bar.float().unsqueeze(-1)
@@ -29,10 +29,10 @@ def log_ratio_vocabulary(z_t: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def energy(z_t: Tensor, y: Tensor, alpha_bar: Tensor, eps_hat: Tensor) -> Tensor:
-    """f(z_t, y) [..., K]: the energy of Eq. 17 with the learned residual eps_hat.
+    """f(z_t, y) [..., K], the energy of Eq. 17 with the learned residual eps_hat.
 
     Raises:
-        ValueError: shapes that do not fit, or alpha_bar outside [0, 1).
+        ValueError: shapes do not match, or alpha_bar is outside [0, 1).
     """
     _check(z_t, y, alpha_bar, eps_hat)
     z_t, y, eps_hat = z_t.float(), y.float(), eps_hat.float()
@@ -54,12 +54,12 @@ def score_entropy(log_s: Tensor, log_r: Tensor, weight: Tensor | float = 1.0) ->
     a one-hot r the cross-entropy. log_r may hold -inf.
 
     Raises:
-        ValueError: log_s and log_r of different shapes.
+        ValueError: log_s and log_r have different shapes.
     """
     if log_s.shape != log_r.shape:
         raise ValueError(f"log_s has shape {tuple(log_s.shape)}, log_r {tuple(log_r.shape)}")
     s, r = log_s.float().exp(), log_r.float().exp()
-    # r = 0 contributes s alone: 0 * -inf is 0 here.
+    # Where r = 0 only s remains: 0 * -inf counts as 0.
     r_log = torch.where(r > 0, r * (log_r.float() - 1 - log_s.float()), torch.zeros_like(r))
     return (weight * (s + r_log)).sum(-1)
 
@@ -78,6 +78,8 @@ def _check(z_t: Tensor, y: Tensor, alpha_bar: Tensor, eps_hat: Tensor) -> None:
                 f"the leading shape of {name} is {tuple(lead)}; z_t {tuple(z_t.shape)} needs "
                 f"{tuple(z_t.shape[:-1])}"
             )
+    if alpha_bar.device.type != "cpu":  # a step must not wait for a GPU
+        return
     if alpha_bar.numel() and not (alpha_bar.min() >= 0 and alpha_bar.max() < 1):  # NaN too
         raise ValueError(
             f"alpha_bar spans {alpha_bar.min():g} to {alpha_bar.max():g}; it must lie in [0, 1): "

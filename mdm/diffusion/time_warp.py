@@ -1,7 +1,7 @@
 """A learned time warp: noise levels are drawn where the loss changes (CDCD, Dieleman et al. 2022).
 
-With F(t) the loss as a function of the noise level, made monotone, levels follow the density F'(t):
-where a token is as good as given, or cannot be told at all, F is flat and little is drawn.
+F(t) is the loss as a monotone function of the noise level, and levels are drawn with density F'(t).
+Where a token is obvious, or cannot be recognized at all, F is flat and few levels are drawn.
 """
 
 import math
@@ -11,18 +11,18 @@ import torch.distributed
 from torch import Tensor, nn
 
 BINS = 50
-FLAT = 0.25  # share of levels drawn evenly, so that every bin goes on being measured
+FLAT = 0.25  # share of levels drawn uniformly, so that every bin is still measured
 MOMENTUM = 0.05
 
 
 class TimeWarp(nn.Module):
-    """Uniforms to steps 1 ... T - 1. What it has learned is a buffer: checkpoints hold it."""
+    """Maps uniforms to steps 1 ... T - 1. Its learned curve is a buffer, saved in checkpoints."""
 
     loss: Tensor
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
-        # A straight line from certain to guessing: even levels until losses have been seen.
+        # A straight line from certainty to guessing: uniform levels until losses have been seen.
         self.register_buffer("loss", torch.linspace(0.0, math.log(vocab_size), BINS))
 
     def steps(self, uniforms: Tensor, last: int) -> Tensor:
@@ -39,10 +39,10 @@ class TimeWarp(nn.Module):
 
     @torch.no_grad()
     def update(self, t: Tensor, losses: Tensor, last: int) -> None:
-        """Learn from the global batch; all ranks call.
+        """Update the loss curve from the global batch; all ranks must call this.
 
         Args:
-            t: i64 [b] steps; those outside 1 ... last - 1 count nothing.
+            t: i64 [b] steps; those outside 1 ... last - 1 are ignored.
             losses: [b].
             last: T.
         """

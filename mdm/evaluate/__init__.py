@@ -1,1 +1,1 @@
-"""Measuring what the model generates."""
+"""Metrics and suites that score generated images and texts: numbers only."""

@@ -1,7 +1,7 @@
-"""Judging captions: which class does a text name?
+"""Scoring captions: which class does a text name?
 
 A class has several names ("seven", "digit seven", "handwritten seven"). Words that occur in the
-names of every class ("digit", "handwritten") tell that a text is about the classes at all.
+names of every class ("digit", "handwritten") show that a text is about the classes at all.
 """
 
 import re
@@ -29,31 +29,30 @@ class ClassNames:
 
     @classmethod
     def parse(cls, listed: Iterable[str]) -> "ClassNames":
-        """From one comma-separated string a class, as ImageNet's mapping writes them."""
+        """Parse one comma-separated string per class, as ImageNet's mapping writes them."""
         names = tuple(tuple(n.strip() for n in line.split(",") if n.strip()) for line in listed)
-        for index, own in enumerate(names):
-            if not own:
-                raise ValueError(f"class {index} has no name")
+        if () in names:
+            raise ValueError(f"class {names.index(())} has no name")
         return cls(names)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def named(self, text: str) -> int:
-        """The class whose name stands in `text` as whole words; -1 for none or several."""
+        """The class whose name occurs in `text` as whole words; -1 if none or several do."""
         words = _words(text)
-        found = {
+        classes = [
             index
             for index, names in enumerate(self.names)
             if any(_contains(words, _words(name)) for name in names)
-        }
-        return found.pop() if len(found) == 1 else NO_CLASS
+        ]
+        return classes[0] if len(classes) == 1 else NO_CLASS
 
     def concerns(self, text: str) -> bool:
-        """Whether `text` speaks of the classes, rightly or not.
+        """Whether `text` is about the classes, rightly or not.
 
-        It does if it holds a word common to all classes, or nothing but words of class names:
-        "handwritten apple" and "three" do, "three o'clock" does not.
+        It is if it holds a word common to all classes, or only words of class names:
+        "handwritten apple" and "three" are, "three o'clock" is not.
         """
         words = set(_words(text))
         vocabulary = [{w for name in names for w in _words(name)} for names in self.names]
@@ -81,19 +80,19 @@ def caption_accuracy(
 
 
 def pair_agreement(
-    names: ClassNames, captions: Sequence[str], picture_classes: Sequence[int]
+    names: ClassNames, captions: Sequence[str], image_classes: Sequence[int]
 ) -> tuple[float, float]:
-    """Agreement of generated pairs, and the share of pairs that it was counted over.
+    """Agreement of generated pairs, and the share of pairs that it is computed over.
 
-    Counted are the pairs of which either side is about the classes: the caption speaks of them, or
-    the picture shows one (`picture_classes`, any value outside the classes for none). Such a pair
-    agrees if its caption names the class of its picture.
+    A pair counts if either side is about the classes: the caption concerns them, or the image shows
+    one (`image_classes`, any value outside the classes for none). It agrees if its caption names
+    the class of its image. Raises ValueError if the two differ in length or are empty.
     """
-    if len(captions) != len(picture_classes) or not captions:
-        raise ValueError(f"{len(captions)} captions for {len(picture_classes)} pictures")
+    if len(captions) != len(image_classes) or not captions:
+        raise ValueError(f"{len(captions)} captions for {len(image_classes)} images")
     counted = [
         (names.named(text), shown)
-        for text, shown in zip(captions, picture_classes, strict=True)
+        for text, shown in zip(captions, image_classes, strict=True)
         if names.concerns(text) or 0 <= shown < len(names)
     ]
     agreed = sum(named == shown and named != NO_CLASS for named, shown in counted)

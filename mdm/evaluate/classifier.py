@@ -1,14 +1,13 @@
-"""An independent judge of small pictures: a CNN trained on real ones, outside the model.
+"""An independent classifier of small images: a CNN trained on real ones, apart from the model.
 
-Its classes are the data set's own plus one more, "none of them", learnt from other pictures, so
-that a picture of something else is not taken for a class. Its last hidden layer (64 wide) is the
+Its classes are those of the data set plus one more, "none of them", learnt from other images, so
+that an image of something else is not assigned to a class. Its last hidden layer (64 wide) is the
 feature space of the distances.
 
-Shapes: B pictures, H = W = 32.
+Shapes: B images, H = W = 32.
 """
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,26 +63,16 @@ class Classifier(nn.Module):
         return self.head(features).argmax(1).numpy(), features.double().numpy()
 
 
-@dataclass(frozen=True)
-class Training:
-    """How the judge is trained."""
-
-    epochs: int = 8
-    batch: int = 128
-    lr: float = 2e-3
-    seed: int = 0
-
-
 def _augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    # Shift, turn and scale a little, and blur or dim some: generated pictures pass a decoder that
-    # softens strokes, and the judge must read them as it reads sharp ones.
+    # Shift, rotate and scale a little, blur some and add noise: generated images come from a
+    # decoder that softens strokes, and the classifier must treat them like sharp ones.
     n = len(x)
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(n).uniform_(low, high, generator=rng)
 
-    turn, scale = uniform(-0.15, 0.15), uniform(0.9, 1.1)
-    cos, sin = torch.cos(turn) * scale, torch.sin(turn) * scale
+    angle, scale = uniform(-0.15, 0.15), uniform(0.9, 1.1)
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
     rows = (
         torch.stack([cos, -sin, uniform(-0.1, 0.1)], 1),
         torch.stack([sin, cos, uniform(-0.1, 0.1)], 1),
@@ -98,28 +87,34 @@ def _augment(x: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def train(
-    pixels: Tensor, labels: Tensor, n_classes: int, how: Training | None = None
+    pixels: Tensor,
+    labels: Tensor,
+    n_classes: int,
+    *,
+    epochs: int = 8,
+    batch: int = 128,
+    lr: float = 2e-3,
+    seed: int = 0,
 ) -> Classifier:
-    """A judge trained on `pixels` f32 [B, 3, H, W] in [0, 1] and `labels` i64 [B].
+    """A classifier trained on `pixels` f32 [B, 3, H, W] in [0, 1] and `labels` i64 [B].
 
-    A label of `n_classes` or below 0 stands for "none of the classes". The same input and
-    thread count give the same weights; the global random state is left as it was.
+    A label of `n_classes` or below 0 means "none of the classes". The same input and number of
+    threads give the same weights; the global random state does not change.
     """
-    how = how or Training()
     labels = torch.where(labels < 0, n_classes, labels)
-    rng = torch.Generator().manual_seed(how.seed)
+    rng = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(how.seed)
+        torch.manual_seed(seed)
         net = Classifier(n_classes)
         net(pixels[:2])  # sizes the embedding
-    steps = how.epochs * (len(pixels) // how.batch or 1)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=how.lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, how.lr, total_steps=steps)
+    steps = epochs * (len(pixels) // batch or 1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     net.train()
     with tqdm(total=steps, desc="classifier", unit="step", leave=False) as bar:
         while bar.n < steps:
-            for picked in torch.split(torch.randperm(len(pixels), generator=rng), how.batch):
-                if bar.n == steps or (len(picked) < how.batch <= len(pixels)):
+            for picked in torch.split(torch.randperm(len(pixels), generator=rng), batch):
+                if bar.n == steps or (len(picked) < batch <= len(pixels)):
                     continue
                 logits = net(_augment(pixels[picked], rng))
                 loss = F.cross_entropy(logits, labels[picked], label_smoothing=0.05)
@@ -145,7 +140,10 @@ def save(net: Classifier, folder: Path, report: dict[str, float]) -> None:
 
 
 def load(folder: Path) -> tuple[Classifier, dict[str, float]]:
-    """The judge that `save` wrote and its report. Raises FileNotFoundError naming the folder."""
+    """The classifier that `save` wrote, and its report.
+
+    Raises FileNotFoundError if it is missing and ValueError if it is damaged; both name the folder.
+    """
     again = "run pipelines/train_classifier.py"
     try:
         report = load_json(folder / "classifier.json", {"n_classes": int, "width": int})

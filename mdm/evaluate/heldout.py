@@ -1,4 +1,4 @@
-"""What an evaluation compares with: encoded rows, real pictures, prompts."""
+"""What an evaluation compares with: encoded samples, real images and prompts."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from mdm.data.manifest import Manifest
 from mdm.data.mixture import Source
 from mdm.data.reader import SourceReader
 from mdm.data.schema import from_bfloat16_bits
+from mdm.first_stage.image import decode_image
 from mdm.first_stage.tokenizer import Tokenizer
-from mdm.preprocess.image import decode_image
 from mdm.sources.record import RawRecord
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The rows of one encoded split: `latents` f32 [n, N, C], `class_ids` i64 [n], -1 for none."""
+    """The samples of an encoded split: `latents` f32 [n, N, C], `class_ids` i64 [n], -1: none."""
 
     ids: tuple[str, ...]
     latents: Tensor
@@ -36,7 +36,7 @@ class Encoded:
         return len(self.ids)
 
     def take(self, rows: Tensor) -> "Encoded":
-        """The rows at the indices `rows` i64 [k]."""
+        """The samples at the indices `rows` i64 [k]."""
         picked = rows.tolist()
         return Encoded(
             tuple(self.ids[i] for i in picked),
@@ -47,8 +47,8 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Real pictures: `pixels` f32 [n, 3, H, W] in [0, 1], `labels` i64 [n], -1 for none."""
+class Images:
+    """Real images: `pixels` f32 [n, 3, H, W] in [0, 1], `labels` i64 [n], -1 for none."""
 
     pixels: Tensor
     labels: Tensor
@@ -56,50 +56,49 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def halves(self) -> "tuple[Pictures, Pictures]":
+    def halves(self) -> "tuple[Images, Images]":
         """Two disjoint halves with the same share of each class."""
         order = torch.argsort(self.labels, stable=True)
         picks = order[0::2].sort().values, order[1::2].sort().values
-        a, b = (Pictures(self.pixels[p], self.labels[p]) for p in picks)
+        a, b = (Images(self.pixels[p], self.labels[p]) for p in picks)
         return a, b
 
 
 def balanced(class_ids: Tensor, n: int) -> Tensor:
-    """Indices i64 [≤ n] of rows that go round the classes, in the order of the rows.
+    """Indices i64 [≤ n] of samples: the first of every class, then the second of every class, ...
 
-    Rows without a class are left out.
+    Samples without a class are left out. Those of a class keep their order.
     """
-    rank = torch.zeros_like(class_ids)
-    for c in sorted(set(class_ids.tolist())):
-        where = class_ids == c
-        rank[where] = torch.arange(int(where.sum()))
-    rows = torch.nonzero(class_ids >= 0).squeeze(1)
-    key = rank[rows] * (int(class_ids.max()) + 1) + class_ids[rows]
-    return rows[torch.argsort(key, stable=True)][:n]
+    seen: Counter[int] = Counter()
+    rounds = []  # (how many of its class come before it, class, index)
+    for index, class_id in enumerate(class_ids.tolist()):
+        if class_id >= 0:
+            rounds.append((seen[class_id], class_id, index))
+            seen[class_id] += 1
+    return torch.tensor([index for _, _, index in sorted(rounds)[:n]], dtype=torch.int64)
 
 
 def load_encoded(
     uri: str, tokenizer: Tokenizer, autoencoder_sha256: str = ""
 ) -> tuple[Encoded, Manifest]:
-    """All rows of the pictures encoded at `uri`, every record batch verified, and the manifest.
+    """All samples of the image set encoded at `uri`, every record batch verified, and its manifest.
 
-    An `autoencoder_sha256` must be that of the set's autoencoder.
+    If `autoencoder_sha256` is given, the set must have been encoded with that autoencoder.
 
     Raises ManifestError, StoreError or ValueError with one line for the user.
     """
     manifest = Manifest.load(uri)
     if manifest.task != "image_text":
-        raise ValueError(f"{uri} holds no pictures")
-    if manifest.tokenizer_sha256 != tokenizer.sha256:
-        raise ValueError(
-            f"{uri} was encoded with tokenizer {manifest.tokenizer_sha256}; the given one is "
-            f"{tokenizer.sha256}; give the former as --tokenizer"
-        )
-    if autoencoder_sha256 and manifest.autoencoder_sha256 != autoencoder_sha256:
-        raise ValueError(
-            f"{uri} was encoded with autoencoder {manifest.autoencoder_sha256}; the given one is "
-            f"{autoencoder_sha256}; give the former as --autoencoder"
-        )
+        raise ValueError(f"{uri} holds no images")
+    for kind, encoded_with, given in (
+        ("tokenizer", manifest.tokenizer_sha256, tokenizer.sha256),
+        ("autoencoder", manifest.autoencoder_sha256, autoencoder_sha256),
+    ):
+        if given and encoded_with != given:
+            raise ValueError(
+                f"{uri} was encoded with {kind} {encoded_with}; the given one is {given}; "
+                f"give the former as --{kind}"
+            )
     reader = SourceReader(Source(manifest.dataset, manifest, 1.0))
     ids: list[str] = []
     texts: list[str] = []
@@ -115,18 +114,18 @@ def load_encoded(
 
 
 def counts(manifest: Manifest) -> dict[str, int]:
-    """What encoding counted, quarantined records by reason."""
-    found = {k: v for k, v in manifest.counts.items() if k != "quarantined"}
+    """The counts of encoding, with quarantined records by reason."""
+    others = {k: v for k, v in manifest.counts.items() if k != "quarantined"}
     reasons = Counter(f"quarantined: {q.reason.split(':')[0]}" for q in manifest.quarantine)
-    return found | {"quarantined": len(manifest.quarantine)} | dict(sorted(reasons.items()))
+    return others | {"quarantined": len(manifest.quarantine)} | dict(sorted(reasons.items()))
 
 
-def load_pictures(name: str, root: Path, split: str, size: int) -> Pictures:
-    """The readable pictures of a published split, `size` pixels a side, in the order of their ids.
+def load_images(name: str, root: Path, split: str, size: int) -> Images:
+    """The readable images of a published split, `size` pixels a side, sorted by id.
 
     Raises ValueError if there is none, or the split or folder is wrong.
     """
-    found: list[tuple[str, Tensor, int]] = []
+    images: list[tuple[str, Tensor, int]] = []
     for record in tqdm(
         sources.records(name, root, split), desc=f"{root.name} {split}", leave=False
     ):
@@ -135,22 +134,22 @@ def load_pictures(name: str, root: Path, split: str, size: int) -> Pictures:
         try:
             array = decode_image(record.image, size)
         except ValueError:
-            continue  # encoding has counted it
+            continue  # encoding has quarantined it
         label = -1 if record.label is None else record.label
-        found.append((record.id, torch.from_numpy(array), label))
-    if not found:
-        raise ValueError(f"dataset {name}: no usable picture in split {split} of {root}")
-    found.sort(key=lambda one: one[0])
-    pixels = torch.stack([one[1] for one in found]).float() / 255.0
-    return Pictures(pixels, torch.tensor([one[2] for one in found]))
+        images.append((record.id, torch.from_numpy(array), label))
+    if not images:
+        raise ValueError(f"dataset {name}: no usable image in split {split} of {root}")
+    images.sort(key=lambda entry: entry[0])
+    _, pixels, labels = zip(*images, strict=True)
+    return Images(torch.stack(pixels).float() / 255.0, torch.tensor(labels))
 
 
 def load_prompts(root: Path, split: str, most: int) -> tuple[tuple[str, ...], ...]:
-    """The first turns of up to `most` dialogues of a published split."""
-    found: list[tuple[str, ...]] = []
+    """The distinct first turns of a published split's dialogues, at most `most`."""
+    prompts: dict[tuple[str, ...], None] = {}  # a set that keeps order
     for record in sources.records("ultrachat", root, split):
-        if isinstance(record, RawRecord) and record.turns and record.turns[:1] not in found:
-            found.append(record.turns[:1])
-        if len(found) == most:
+        if isinstance(record, RawRecord) and record.turns:
+            prompts[record.turns[:1]] = None
+        if len(prompts) == most:
             break
-    return tuple(found)
+    return tuple(prompts)

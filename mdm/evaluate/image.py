@@ -1,8 +1,8 @@
-"""Metrics of generated pictures over the features of an independent classifier.
+"""Metrics of generated images over the features of an independent classifier.
 
-Shapes: n pictures, d feature dimensions (at most 64, so that covariances of a few hundred pictures
-are full rank). Every distance is meant to be read beside its floor: the same number between two
-sets of real pictures of the same size.
+Shapes: n images, d feature dimensions (at most 64, so that covariances of a few hundred images
+are full rank). Read every distance beside its floor: the same number between two sets of real
+images of the same size.
 """
 
 import numpy as np
@@ -12,29 +12,29 @@ Features = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
 
-def agreement(predicted: Labels, wanted: Labels) -> float:
-    """Share of pictures that the classifier takes for the class they were asked to be.
+def agreement(predicted: Labels, targets: Labels) -> float:
+    """Share of images that the classifier assigns to the class they were drawn for.
 
     Raises ValueError if the two differ in length or are empty.
     """
-    if predicted.shape != wanted.shape or predicted.size == 0:
-        raise ValueError(f"{predicted.shape} predictions cannot agree with {wanted.shape} classes")
-    return float(np.mean(predicted == wanted))
+    if predicted.shape != targets.shape or predicted.size == 0:
+        raise ValueError(f"{predicted.shape} predictions cannot agree with {targets.shape} classes")
+    return float(np.mean(predicted == targets))
 
 
-def shuffled_control(predicted: Labels, wanted: Labels, *, seed: int, repeats: int = 20) -> float:
-    """`agreement` after the wanted classes are dealt out anew: what ignoring the condition scores.
+def shuffled_control(predicted: Labels, targets: Labels, *, seed: int, repeats: int = 20) -> float:
+    """`agreement` with permuted target classes: the score of ignoring the condition.
 
     The mean over `repeats` permutations; about 0.1 for ten balanced classes.
     """
     rng = np.random.default_rng(seed)
-    return float(np.mean([agreement(predicted, rng.permutation(wanted)) for _ in range(repeats)]))
+    return float(np.mean([agreement(predicted, rng.permutation(targets)) for _ in range(repeats)]))
 
 
 def class_shares(predicted: Labels, n_classes: int) -> NDArray[np.float64]:
-    """Share of the pictures in each class `[n_classes]`; collapse onto few classes shows here.
+    """Share of the images in each class, f64 [n_classes]; shows collapse onto few classes.
 
-    Predictions outside `0 … n_classes - 1` (no class) count in the whole but in no share.
+    Predictions outside `0 … n_classes - 1` (no class) count in the total but in no share.
     """
     inside = predicted[(predicted >= 0) & (predicted < n_classes)]
     counts = np.bincount(inside, minlength=n_classes).astype(np.float64)
@@ -44,8 +44,8 @@ def class_shares(predicted: Labels, n_classes: int) -> NDArray[np.float64]:
 def frechet_distance(a: Features, b: Features) -> float:
     """Fréchet distance of the Gaussians fitted to `a [n, d]` and `b [m, d]` (Heusel et al. 2017).
 
-    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½). It falls with the number of pictures: compare only
-    at equal n. Raises ValueError if either has too few rows for its covariance.
+    |μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½). It decreases with the number of images: compare
+    only at equal n. Raises ValueError if either has too few rows for its covariance.
     """
     for name, x in (("a", a), ("b", b)):
         if x.shape[0] < 2:
@@ -77,17 +77,18 @@ def kernel_distance(
     """Kernel Inception distance (Bińkowski et al. 2018): mean unbiased MMD² over random subsets.
 
     Cubic polynomial kernel over `a [n, d]` and `b [m, d]`. Unbiased: its expectation is 0 for two
-    samples of one distribution at any size, so it may come out slightly negative.
+    samples of one distribution at any size, so it may be slightly negative.
     """
     size = min(subset, len(a), len(b))
     if size < 2:
         raise ValueError(f"subsets of {size} rows; the kernel distance needs at least 2")
     rng = np.random.default_rng(seed)
-    drawn = (
-        (rng.choice(len(a), size, replace=False), rng.choice(len(b), size, replace=False))
-        for _ in range(subsets)
-    )
-    return float(np.mean([_mmd2(a[i], b[j]) for i, j in drawn]))
+    distances = []
+    for _ in range(subsets):
+        rows_a = rng.choice(len(a), size, replace=False)
+        rows_b = rng.choice(len(b), size, replace=False)
+        distances.append(_mmd2(a[rows_a], b[rows_b]))
+    return float(np.mean(distances))
 
 
 def _distances(a: Features, b: Features) -> NDArray[np.float64]:
@@ -100,7 +101,7 @@ def _distances(a: Features, b: Features) -> NDArray[np.float64]:
 def _covered(points: Features, support: Features, k: int) -> float:
     # A point is covered if it lies within the k-nearest-neighbour radius of any support point.
     if len(support) <= k:
-        raise ValueError(f"{len(support)} pictures have no {k} nearest neighbours")
+        raise ValueError(f"{len(support)} images have no {k} nearest neighbours")
     radii = np.sort(_distances(support, support), axis=1)[:, k]  # column 0 is the point itself
     return float(np.mean((_distances(points, support) <= radii[None, :]).any(1)))
 
@@ -123,10 +124,11 @@ def nearest_distances(points: Features, train: Features, *, block: int = 256) ->
 def nn_distance_ratio(generated: Features, heldout: Features, train: Features) -> float:
     """Median distance generated → train over median distance held-out → train.
 
-    About 1: as far from the training pictures as new real ones are; near 0: copies of them.
-    Give all three the same treatment (all decoded by the autoencoder), or blur distorts it.
+    About 1: as far from the training images as new real ones are; near 0: copies of them. All three
+    must be decoded by the autoencoder, or its blur distorts the ratio. Raises ValueError if half of
+    the held-out images are training images.
     """
     base = float(np.median(nearest_distances(heldout, train)))
     if base == 0.0:
-        raise ValueError("half of the held-out pictures are training pictures: not held out")
+        raise ValueError("half of the held-out images are training images: not held out")
     return float(np.median(nearest_distances(generated, train))) / base

@@ -1,6 +1,6 @@
-"""The frozen first-stage autoencoder (diffusers' AutoencoderKL): pictures <-> latent tokens.
+"""The frozen first-stage autoencoder (diffusers' AutoencoderKL): images <-> latent tokens.
 
-Shapes: B pictures, H x W pixels, f pixels a latent cell (4 or 8), C latent channels (4),
+Shapes: B images, H x W pixels, f pixels a latent cell (4 or 8), C latent channels (4),
 N = (H / 2f) (W / 2f) tokens of 4C numbers, row after row.
 """
 
@@ -17,28 +17,24 @@ from mdm.storage.tensor_file import open_as_created
 
 _Kl = cast(Any, AutoencoderKL)  # partly typed by diffusers
 
-# Pixels that a CPU takes at once, so that what lies between two convolutions stays in its caches:
-# 64 pictures of 128 px go through one by one, twice as fast as at once.
+# Pixels that a CPU processes at once, so that activations stay in its caches: 64 images of 128 px
+# are twice as fast one by one as all at once.
 _CPU_PIXELS = 1 << 14
 
 
-def build(
-    image_size: int,
-    channels: tuple[int, ...] = (16, 32, 64),
-    layers: int = 1,
-) -> nn.Module:
-    """An untrained AutoencoderKL that halves the picture between its `channels` levels.
+def build(image_size: int, channels: tuple[int, ...] = (16, 32, 64)) -> nn.Module:
+    """An untrained AutoencoderKL that halves the image between its `channels` levels.
 
-    ValueError where `image_size` does not come out in whole tokens.
+    Raises ValueError unless `image_size` is a whole number of tokens.
     """
     factor = 2 ** (len(channels) - 1)
     if image_size % (factor * PATCH):
-        raise ValueError(f"image_size {image_size} is no multiple of {factor * PATCH}")
+        raise ValueError(f"image_size {image_size} is not a multiple of {factor * PATCH}")
     model: nn.Module = _Kl(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
-        layers_per_block=layers,
+        layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
         sample_size=image_size,
@@ -48,7 +44,7 @@ def build(
 
 
 def save(model: nn.Module, folder: Path, mean: list[float], std: list[float]) -> None:
-    """Write diffusers' folder, with each latent channel's mean and deviation in the config."""
+    """Write a folder in diffusers' format, with each latent channel's mean and deviation."""
     vae: Any = model
     vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(folder, safe_serialization=True)
@@ -60,7 +56,7 @@ class Autoencoder:
     """Encode and decode with a local folder in diffusers' format, without gradients."""
 
     def __init__(self, model: nn.Module, sha256: str = "") -> None:
-        """Wrap a model; `load` is the usual way."""
+        """Wrap a model; use `load` to read a folder."""
         self._model = cast(Any, model.eval().requires_grad_(False))
         config = self._model.config
         self.sha256 = sha256
@@ -69,8 +65,8 @@ class Autoencoder:
         channels = int(config.latent_channels)
         self.latent_dim = channels * PATCH * PATCH
         self.grid = (self.image_size // self.factor // PATCH,) * 2
-        # Channels of mean 0 and deviation 1. Where a folder lacks the per-channel figures,
-        # its scaling and shift say the same for all channels at once.
+        # Latent channels get mean 0 and deviation 1. A folder without statistics of each channel
+        # has one scale and shift for all of them.
         mean = config.latents_mean or [config.shift_factor or 0.0] * channels
         std = config.latents_std or [1.0 / config.scaling_factor] * channels
         self._mean = torch.tensor(mean).view(1, channels, 1, 1)
@@ -78,18 +74,18 @@ class Autoencoder:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> Self:
-        """The autoencoder of a local folder; ValueError names what is missing in it."""
-        known = describe(folder)
+        """The autoencoder of a local folder; ValueError says what is missing or damaged."""
+        facts = describe(folder)
         try:
             model: nn.Module = _Kl.from_pretrained(
                 folder,
                 local_files_only=True,
-                low_cpu_mem_usage=False,  # the other way needs `accelerate` and saves nothing here
+                low_cpu_mem_usage=False,  # True needs `accelerate` and saves nothing here
             )
         except (OSError, ValueError, RuntimeError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise ValueError(f"autoencoder {folder}: {lines[0]}") from None
-        return cls(model, known.sha256).to(device)
+        return cls(model, facts.sha256).to(device)
 
     def to(self, device: str | torch.device) -> Self:
         """Move to a device, and return self."""
@@ -103,19 +99,19 @@ class Autoencoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """Latent tokens f32 [B, N, 4C] of pixels [B, 3, H, W], uint8 or floats in [0, 1].
 
-        The posterior's mean, each channel normalised. ValueError for sizes not in whole tokens.
+        They are the posterior's mean, normalised by channel. Raises ValueError for other shapes, or
+        if a side is not a whole number of tokens.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"pixels have shape {tuple(pixels.shape)}, not [B, 3, H, W]")
         step = self.factor * PATCH
         if pixels.shape[2] % step or pixels.shape[3] % step:
-            raise ValueError(f"{pixels.shape[2]} x {pixels.shape[3]} is no multiple of {step}")
-        mean = torch.cat(
-            [
-                self._model.encode(to_signed(part.to(self._mean.device))).latent_dist.mode().float()
-                for part in self._slices(pixels, pixels.shape[2] * pixels.shape[3])
-            ]
-        )
+            raise ValueError(f"{pixels.shape[2]} x {pixels.shape[3]} is not a multiple of {step}")
+        means = []
+        for part in self._slices(pixels, pixels.shape[2] * pixels.shape[3]):
+            signed = to_signed(part.to(self._mean.device))
+            means.append(self._model.encode(signed).latent_dist.mode().float())
+        mean = torch.cat(means)
         cells = (mean - self._mean) / self._std
         tokens: Tensor = rearrange(cells, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
         return tokens.contiguous()
@@ -124,8 +120,8 @@ class Autoencoder:
     def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Pixels f32 [B, 3, H, W] in [0, 1] of latent tokens [B, N, 4C].
 
-        `grid` gives the rows and columns of tokens (the picture size the model was made for).
-        ValueError where N is not rows x columns.
+        `grid` gives the rows and columns of tokens; by default, those of the model's image size.
+        Raises ValueError if N is not rows x columns.
         """
         rows, columns = grid or self.grid
         if latents.ndim != 3 or latents.shape[1:] != (rows * columns, self.latent_dim):
@@ -133,32 +129,23 @@ class Autoencoder:
                 f"latents have shape {tuple(latents.shape)}, "
                 f"not [B, {rows} x {columns}, {self.latent_dim}]"
             )
-        cells = rearrange(
-            latents.to(self._mean.device).float(),
-            "b (h w) (p q c) -> b c (h p) (w q)",
-            h=rows,
-            w=columns,
-            p=PATCH,
-            q=PATCH,
-        )
-        size = rows * columns * (PATCH * self.factor) ** 2
-        pixels = torch.cat(
-            [
-                self._model.decode(part * self._std + self._mean).sample.float()
-                for part in self._slices(cells, size)
-            ]
-        )
+        tokens = latents.to(self._mean.device).float()
+        sizes = {"h": rows, "p": PATCH, "q": PATCH}
+        cells = rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", **sizes)
+        parts = self._slices(cells, rows * columns * (PATCH * self.factor) ** 2)
+        decode = self._model.decode
+        pixels = torch.cat([decode(p * self._std + self._mean).sample.float() for p in parts])
         return ((pixels + 1) / 2).clamp(0, 1)
 
-    def _slices(self, pictures: Tensor, pixels: int) -> tuple[Tensor, ...]:
-        """The batch as the network takes it, pictures of so many pixels."""
+    def _slices(self, images: Tensor, pixels: int) -> tuple[Tensor, ...]:
+        """The batch in parts that the network processes at once; an image has `pixels` pixels."""
         if self._mean.device.type != "cpu":
-            return (pictures,)
-        slices: tuple[Tensor, ...] = pictures.split(max(1, _CPU_PIXELS // pixels))
-        return slices
+            return (images,)
+        parts: tuple[Tensor, ...] = images.split(max(1, _CPU_PIXELS // pixels))
+        return parts
 
 
 def to_signed(pixels: Tensor) -> Tensor:
-    """Pixels, uint8 or floats in [0, 1], as floats in [-1, 1]."""
+    """Pixels, uint8 or floats in [0, 1], scaled to floats in [-1, 1]."""
     scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
     return scaled * 2 - 1

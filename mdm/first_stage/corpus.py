@@ -1,8 +1,8 @@
-"""The tokenizer's corpus (Appendix D): texts of all sets, cleaned, unique, shuffled, split.
+"""The tokenizer's corpus (Appendix D): the texts of all sets, cleaned, unique, shuffled and split.
 
-Everything streams through a few hundred files chosen by a hash of the line: a duplicate meets its
-twin in the same file, and the files in order, each sorted by hash, are one fixed shuffle. Memory
-stays at one file, and the order of the input does not matter.
+Lines are distributed over a few hundred files by their hash, so duplicates end up in the same file,
+and the files in order, each sorted by hash, are one fixed shuffle. Only one file is held in memory,
+and the order of the input does not matter.
 """
 
 import hashlib
@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MIN_CHARACTERS = 2
-# SentencePiece passes over longer lines in silence, so they are cut between words.
+# SentencePiece silently ignores longer lines, so they are cut between words.
 MAX_BYTES = 4000
 BUCKETS = 256
-HELD_OUT = 20  # one line in so many is kept for measuring
+HELD_OUT = 20  # one line in so many is held out for measurements
 
 
 @dataclass
 class Corpus:
-    """Lines on disk below `folder`, and what became of the input."""
+    """Lines on disk below `folder`, and counts of the input lines: read, dropped, written."""
 
     folder: Path
     read: int = 0
@@ -34,15 +34,15 @@ class Corpus:
         return _lines(self.folder / "train.txt")
 
     def held_out(self) -> Iterator[str]:
-        """The lines kept for measuring."""
+        """The lines held out for measurements."""
         return _lines(self.folder / "held_out.txt")
 
 
 def build(texts: Iterable[str], folder: Path, *, buckets: int = BUCKETS) -> Corpus:
     """Clean, deduplicate, shuffle and split `texts` into `folder`.
 
-    Dropped, and counted by reason: lines under MIN_CHARACTERS, without a letter or digit, or seen
-    before (whatever their case).
+    Lines shorter than MIN_CHARACTERS, without a letter or digit, or repeated in any case are
+    dropped and counted by reason.
     """
     corpus = Corpus(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def build(texts: Iterable[str], folder: Path, *, buckets: int = BUCKETS) -> Corp
         for text in texts:
             for line in _cut(" ".join(text.split())):
                 corpus.read += 1
-                if reason := _refuse(line):
+                if reason := _problem(line):
                     corpus.dropped[reason] += 1
                 else:
                     files[_hash(line) % buckets].write(line + "\n")
@@ -77,7 +77,7 @@ def build(texts: Iterable[str], folder: Path, *, buckets: int = BUCKETS) -> Corp
     return corpus
 
 
-def _refuse(line: str) -> str:
+def _problem(line: str) -> str:
     if len(line) < MIN_CHARACTERS:
         return f"shorter than {MIN_CHARACTERS} characters"
     if not any(c.isalnum() for c in line):
@@ -86,13 +86,13 @@ def _refuse(line: str) -> str:
 
 
 def _cut(line: str) -> Iterator[str]:
-    """`line` in pieces of at most MAX_BYTES, between words where it can."""
+    """`line` in parts of at most MAX_BYTES, cut between words if possible."""
     if len(line.encode()) <= MAX_BYTES:
         yield line
         return
     piece = ""
     for word in line.split(" "):
-        # A character has at most four bytes; a single endless word is cut anywhere.
+        # A character has at most four bytes; an endless word is cut anywhere.
         for start in range(0, len(word), MAX_BYTES // 4):
             part = word[start : start + MAX_BYTES // 4]
             glue = " " if piece and not start else ""

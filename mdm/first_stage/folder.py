@@ -1,4 +1,4 @@
-"""What is known of an autoencoder's folder without loading it: no network is imported here."""
+"""The facts about an autoencoder's folder, read without importing or loading the network."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PATCH = 2  # latent cells a token spans, each way (Table 1)
-PIXELS = "pixel patches"  # in place of an autoencoder's sha256, where there is none (pixels.py)
+PIXELS = "pixel patches"  # in place of the sha256 if there is no autoencoder (pixel_patches.py)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -22,14 +22,13 @@ class FirstStage:
 
 
 def describe(folder: str | Path) -> FirstStage:
-    """The facts about a folder in diffusers' format; ValueError names what is missing in it."""
+    """The facts about a folder in diffusers' format; ValueError says what is missing or wrong."""
     folder = Path(folder)
     digest = hashlib.sha256()
     try:
         for name in ("config.json", WEIGHTS):
             if not (folder / name).is_file():
                 raise ValueError(f"no {name}")
-        for name in ("config.json", WEIGHTS):
             digest.update((folder / name).read_bytes())
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if (kind := config.get("_class_name")) != "AutoencoderKL":

@@ -1,5 +1,5 @@
-"""From exported weights to pictures and text."""
+"""Images and text from exported weights."""
 
-from mdm.generate.generator import MDM
+from mdm.generate.generator import Generator
 
-__all__ = ["MDM"]
+__all__ = ["Generator"]

@@ -11,66 +11,70 @@ from torch import Tensor
 from mdm.diffusion import schedule
 from mdm.diffusion.sampler import Solver, make_solver
 from mdm.first_stage.tokenizer import EOS, PAD
-from mdm.generate.request import Request, Sampling
-from mdm.generate.selection import (
-    Selected,
-    Selection,
-    image_score_entropy,
-    text_score_entropy,
-)
-from mdm.loss import Objective
+from mdm.generate.request import GENERATED, GIVEN, Request, Sampling
+from mdm.generate.selection import Selected, Selection, image_score_entropy, text_score_entropy
 from mdm.model.embedding import CLEAN, DROPPED
+from mdm.model.inputs import ImageInput, TextInput
+from mdm.model.mdm import MDM, text_logits
+from mdm.model.sequence import Layout
 
 
-class Drawn(NamedTuple):
-    """What the loop returns."""
+class Generated(NamedTuple):
+    """The samples of a request."""
 
-    latents: Tensor | None  # [b, n, c] of the first stage; None without a picture
+    latents: Tensor | None  # [b, n, c] of the first stage; None without an image
     tokens: Tensor  # i64 [b, m]; PAD after the first EOS
     selected: Selected
 
-    def first(self, n: int) -> "Drawn":
-        """Those of the first `n` samples."""
-        latents = None if self.latents is None else self.latents[:n]
-        return Drawn(latents, self.tokens[:n], self.selected.first(n))
-
 
 @torch.no_grad()
-def denoise(objective: Objective, request: Request, how: Sampling) -> Drawn:
-    """Sample what the request asks for.
+def denoise(
+    model: MDM, request: Request, sampling: Sampling, *, self_conditions: bool = False
+) -> Generated:
+    """Sample what is requested.
 
     Guidance acts on estimates of z_0: (1 + w) conditional - w unconditional (Ho & Salimans 2022),
     within an interval of noise levels (Kynkäänniemi et al. 2024); the unconditional pass drops the
-    class and the other modality, and takes one more network call a modality.
+    class and the other modality, and takes one more network call for each modality.
+
+    Args:
+        model: the weights.
+        request: the conditions.
+        sampling: the solver and its settings.
+        self_conditions: feed the model's last estimate of the text back to it; for a model that was
+            trained so.
+
+    Raises:
+        ValueError: a request that does not fit the model, with both values.
     """
-    state = _State(objective, request, how)
+    state = _State(model, request.complete(model.network.config), sampling, self_conditions)
     i = 0
     while i < state.end:
         state.step(i)
         i += 1
-    return Drawn(state.latents(), state.known, state.selected(i))
+    return Generated(state.latents(), state.known, state.selected(i))
 
 
 class _Track:
-    """One modality's way from noise to data: given, absent, or moved by a solver from `start` on.
+    """The path of one modality from noise to data: given, absent, or moved by a solver.
 
-    Text may go the way several times, once a block, each with a solver of its own.
+    Text may take the path several times, once for each block, each with a solver of its own.
     """
 
-    def __init__(self, mode: str, solvers: list[Solver], start: int) -> None:
+    def __init__(self, mode: str, solvers: list[Solver], start: int = 0) -> None:
         self.mode, self.solvers, self.start = mode, solvers, start
         self.round = len(solvers[0].levels) if solvers else 0  # evaluations of a block
-        self.end = start + len(solvers) * self.round if mode == "asked" else 0
+        self.end = start + len(solvers) * self.round if solvers else 0
 
     def active(self, i: int) -> bool:
         """Whether evaluation i moves it."""
-        return self.mode == "asked" and self.start <= i < self.end
+        return self.mode == GENERATED and self.start <= i < self.end
 
     def level(self, i: int) -> float:
-        """Its log-SNR at evaluation i, as the network sees it."""
+        """Its log-SNR at evaluation i, as the network reads it."""
         if self.active(i):
             return float(self.solvers[0].levels[(i - self.start) % self.round])
-        done = self.mode == "given" or (self.mode == "asked" and i >= self.start)
+        done = self.mode == GIVEN or (self.mode == GENERATED and i >= self.start)
         return CLEAN if done else DROPPED
 
     def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
@@ -85,78 +89,62 @@ class _Track:
 
 
 class _State:
-    """z of both modalities at one evaluation of the loop."""
+    """Both modalities at one evaluation of the loop."""
 
-    def __init__(self, objective: Objective, request: Request, how: Sampling) -> None:
-        self.network, self.vae = objective.network, objective.vae
-        self.request, self.how = request, how
+    def __init__(
+        self, model: MDM, request: Request, sampling: Sampling, self_conditions: bool
+    ) -> None:
+        self.network, self.vae, self.config = model.network, model.vae, model.network.config
+        self.request, self.sampling, self.self_conditions = request, sampling, self_conditions
         self.means, self.bias = self.vae.vocabulary()
-        start = request.noise(0)
-        self.noise_img = None if start.image is None else start.image[:, 0]
-        self.noise_txt = start.text[:, 0]
-        if request.image != "absent" and self.noise_img is None:
-            raise ValueError(f"the image is {request.image} but its noise is missing")
-        self._set_tracks()
-        self._set_text()
+        self.noise_img, self.noise_txt = request.noise(0, self.config)
         self.image = self.noise_img
-        if request.image == "given":
+        if request.image == GIVEN:
             assert request.latents is not None
             self.image = self.vae.normalize_image(self.vae.encode_image(request.latents)[0])
-        # Fed back only to a network that has met its own estimates in training.
-        self.self_conditions = objective.weights.p_self_condition > 0
+        both = request.image == request.text == GENERATED
+        delay = round(sampling.text_delay * sampling.image_steps) if both else 0
+        self.image_track = _Track(request.image, self._solvers(0))
+        self.text_track = _Track(request.text, self._solvers(1), delay)
+        self._set_text()
         b, m = self.prompt.shape
-        self.settled_img = Selection(
-            how.selection, b, 0 if self.image is None else self.image.shape[1]
-        )
-        self.settled_txt = Selection(how.selection, b, m)
+        n = 0 if self.image is None else self.image.shape[1]
+        self.settled_img = Selection(sampling.selection, b, n)
+        self.settled_txt = Selection(sampling.selection, b, m)
         self.last_z_0: Tensor | None = None
-        self.last_tokens: Tensor | None = None
 
-    def _set_tracks(self) -> None:
-        request, how = self.request, self.how
-        both = request.image == request.text == "asked"
-        delay = round(how.text_delay * how.image_steps) if both else 0
-        image_solvers: list[Solver] = []
-        text_solvers: list[Solver] = []
+    def _solvers(self, modality: int) -> list[Solver]:
+        """A solver for each pass of the image (0) or text (1); none if it is not generated."""
+        request, sampling = self.request, self.sampling
 
-        def noise_img(i: int) -> Tensor:
-            drawn = request.noise(1 + i).image
-            assert drawn is not None
-            return drawn[:, 0]
+        def noise(i: int) -> Tensor:
+            normals = request.noise(1 + i, self.config)[modality]
+            assert normals is not None
+            return normals
 
-        def noise_txt(i: int) -> Tensor:
-            return request.noise(1 + i).text[:, 0]
-
-        if request.image == "asked":
-            image_solvers = [make_solver(how.solver, schedule.IMAGE, how.image_steps, noise_img)]
-        if request.text == "asked":
-            text_solvers = [
-                make_solver(how.solver, schedule.TEXT, how.text_steps, noise_txt)
-                for _ in range(how.text_blocks)
-            ]
-        self.image_track = _Track(request.image, image_solvers, 0)
-        self.text_track = _Track(request.text, text_solvers, delay)
+        mode = (request.image, request.text)[modality]
+        table = (schedule.IMAGE, schedule.TEXT)[modality]
+        steps = (sampling.image_steps, sampling.text_steps)[modality]
+        passes = (1, sampling.text_blocks)[modality] if mode == GENERATED else 0
+        return [make_solver(sampling.solver, table, steps, noise) for _ in range(passes)]
 
     def _set_text(self) -> None:
         request = self.request
-        given = torch.zeros(self.noise_txt.shape[:2], dtype=torch.bool)
-        if request.prompt is not None:
-            given = given | request.prompt
-        self.given = given | (request.text == "given")
+        assert request.prompt is not None
+        assert request.tokens is not None
+        self.given = request.prompt | (request.text == GIVEN)
         self.prompt = self.given  # grows by the tokens that are done
-        self.known = torch.zeros_like(given, dtype=torch.long)  # tokens where `prompt`
-        if request.tokens is not None:
-            self.known = request.tokens
-        asked = ~self.given
-        rank, count = asked.cumsum(1) - 1, asked.sum(1, keepdim=True).clamp(min=1)
-        self.block = torch.where(asked, rank * self.how.text_blocks // count, -1)
+        self.known = request.tokens  # where `prompt`
+        free = ~self.given
+        rank, count = free.cumsum(1) - 1, free.sum(1, keepdim=True).clamp(min=1)
+        self.block = torch.where(free, rank * self.sampling.text_blocks // count, -1)
         self._restart_text()
 
     def _restart_text(self) -> None:
         """Known tokens clean, all others at their starting noise, nothing estimated yet."""
         self.text = torch.where(self.prompt.unsqueeze(-1), self.means[self.known], self.noise_txt)
         self.estimate = torch.zeros_like(self.text)
-        self.last_tokens = None
+        self.last_tokens: Tensor | None = None
 
     @property
     def end(self) -> int:
@@ -165,22 +153,24 @@ class _State:
 
     def step(self, i: int) -> None:
         """Evaluation i: from each active modality's noise level to its next."""
-        how = self.how
         moves_image, moves_text = self.image_track.active(i), self.text_track.active(i)
         if not (moves_image or moves_text):
             return
+        guides = self.sampling.guides
         v, logits = self.predict(i)
-        if moves_image and how.guides(how.image_guidance, self.image_track.level(i)):
-            free, _ = self.predict(i, drop="text")
-            assert v is not None
-            assert free is not None
-            v = (1 + how.image_guidance) * v - how.image_guidance * free
-        hears_image = self.image is not None
-        if moves_text and hears_image and how.guides(how.text_guidance, self.text_track.level(i)):
-            _, free_logits = self.predict(i, drop="image")
-            logits = (1 + how.text_guidance) * logits - how.text_guidance * free_logits
         if moves_image:
             assert v is not None
+            w = self.sampling.image_guidance
+            if guides(w, self.image_track.level(i)):
+                free_v, _ = self.predict(i, drop="text")
+                assert free_v is not None
+                v = (1 + w) * v - w * free_v
+        if moves_text and self.image is not None:
+            w = self.sampling.text_guidance
+            if guides(w, self.text_track.level(i)):
+                _, free_logits = self.predict(i, drop="image")
+                logits = (1 + w) * logits - w * free_logits
+        if moves_image and v is not None:
             self._step_image(i, v)
         if moves_text:
             self._step_text(i, logits)
@@ -229,23 +219,22 @@ class _State:
         self.text = torch.where(new.unsqueeze(-1), self.means[self.known], self.text)
 
     def _end_texts(self) -> None:
-        """After the first EOS that was drawn there is PAD alone."""
-        drawn = self.prompt & ~self.given
-        ends = drawn & (self.known == EOS)
+        """Set every token after the first generated EOS to PAD."""
+        ends = self.prompt & ~self.given & (self.known == EOS)
         after = ~self.given & (ends.cumsum(1) - ends.long() > 0)
         self.known = torch.where(after, PAD, self.known)
         self.prompt = self.prompt | after
 
     def _selects(self, i: int) -> bool:
-        """Whether settled tokens may go: not while both modalities move, each has to be heard."""
+        """Whether settled tokens may be dropped: not while both modalities move and need them."""
         both = self.image_track.active(i) and self.text_track.active(i)
-        return self.how.selection > 0 and not both
+        return self.sampling.selection > 0 and not both
 
-    def _kept(self, i: int) -> tuple[Tensor | None, Tensor | None]:
-        """Which tokens the scans read; (None, None) for all.
+    def _keep(self, i: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which tokens of the text and of the image the scans read; (None, None) for all.
 
-        Settled tokens are back as conditions once their modality is complete; a sample in which
-        nothing moves any more is left out whole.
+        Settled tokens are read again, as conditions, once their modality is complete; a sample in
+        which nothing moves any more is left out whole.
         """
         any_settled = self.settled_img.settled.any() or self.settled_txt.settled.any()
         if not (any_settled and self._selects(i)):
@@ -264,36 +253,38 @@ class _State:
         return keep_txt & moving, keep_img & moving
 
     def predict(self, i: int, drop: str = "") -> tuple[Tensor | None, Tensor]:
-        """(v [b, n, c] or None, logits [b, m, v]); `drop` makes a modality and the class noise."""
-        class_ids = self.request.class_ids
-        image, text, prompt, estimate = self.image, self.text, self.prompt, self.estimate
+        """(v [b, n, c] or None, logits [b, m, v]).
+
+        With `drop` "image" or "text", that modality is noise and there is no class.
+        """
+        class_ids, image = self.request.class_ids, self.image
         level_img, level_txt = self.image_track.level(i), self.text_track.level(i)
+        assert class_ids is not None
+        b, (keep_txt, keep_img) = len(class_ids), self._keep(i)
         if drop:
             class_ids = torch.full_like(class_ids, -1)
-        if drop == "image" and image is not None:
+        if drop == "image":
             image, level_img = self.noise_img, DROPPED
-        if drop == "text":
-            text, level_txt, estimate = self.noise_txt, DROPPED, torch.zeros_like(estimate)
-            prompt = torch.zeros_like(prompt)
-        like = class_ids.float()
-        keep_txt, keep_img = self._kept(i)
-        said = self.network(
-            text,
-            torch.full_like(like, level_txt),
-            prompt,
-            class_ids,
-            image,
-            None if image is None else torch.full_like(like, level_img),
-            estimate,
-            None if image is None else self.request.picture_at,
-            keep_txt=keep_txt,
-            keep_img=keep_img,
+        text = TextInput(
+            self.text, torch.full((b,), level_txt), self.prompt, self.estimate, keep_txt
         )
-        v = None if said.image is None else said.image.float()
-        return v, said.text.float() @ self.means.T + self.bias
+        if drop == "text":
+            text = TextInput(
+                self.noise_txt,
+                torch.full((b,), DROPPED),
+                torch.zeros_like(self.prompt),
+                keep=keep_txt,
+            )
+        images = None
+        if image is not None:
+            level = torch.full((b, image.shape[1] // Layout.of(self.config, 0, 1).image), level_img)
+            images = ImageInput(image, level, self.request.image_at, keep_img)
+        prediction = self.network(text, class_ids, images)
+        v = None if prediction.image is None else prediction.image.float()
+        return v, text_logits(prediction.text, self.means, self.bias)
 
     def latents(self) -> Tensor | None:
-        """First-stage latents of the picture, [b, n, c]."""
+        """First-stage latents of the image, [b, n, c]."""
         if self.image is None:
             return None
         return self.vae.decode_image(self.vae.denormalize_image(self.image))

@@ -1,79 +1,35 @@
-"""What people ask of the model: a method a task, over exported weights."""
+"""Generation from exported weights: one method for each task."""
 
-import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from mdm.checkpoint.exported import TOKENIZER, Training, read_provenance, write_files
+from mdm.checkpoint.exported import TOKENIZER, Training, read_provenance, write_export
 from mdm.config import Config, from_dict
-from mdm.data.provenance import Provenance, check_autoencoder, check_tokenizer
-from mdm.diffusion import noise
-from mdm.first_stage.autoencoder import Autoencoder
-from mdm.first_stage.folder import PIXELS
+from mdm.data.provenance import Provenance, check_tokenizer
 from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer
-from mdm.generate.denoise import Drawn, denoise
-from mdm.generate.request import Request, Sampling
+from mdm.generate.denoise import denoise
+from mdm.generate.loading import Decodes, load_first_stage, load_model
+from mdm.generate.request import ABSENT, GENERATED, GIVEN, Request, Sampling
 from mdm.generate.selection import Selected
-from mdm.loss import Objective
+from mdm.model.mdm import MDM
 from mdm.utils.files import load_json
 from mdm.utils.precision import AUTO, autocast, resolve
 
 log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
-PICTURE = "<image>"  # in a turn of a dialogue: here stands a picture
-TEXT_DELAY = 0.5  # of joint drawing: captions follow pictures more surely than the reverse
-
-
-class Decodes(Protocol):
-    """Turns latents into images: `mdm.first_stage.autoencoder.Autoencoder`, or pixel patches."""
-
-    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Pixels f32 [b, 3, h, w] in [0, 1] of latents [b, n, c]."""
-        ...
-
-
-def load_objective(folder: Path, config: Config) -> Objective:
-    """Exported weights as a module; ValueError if they belong to another configuration."""
-    objective = Objective(config)
-    try:
-        objective.load_state_dict(load_file(folder / "model.safetensors"))
-    except RuntimeError as error:
-        raise ValueError(f"{folder}: weights of another configuration: {error}") from None
-    return objective
-
-
-class TextAlone:
-    """In an autoencoder's place where the training data held no images."""
-
-    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Raises ValueError."""
-        raise ValueError("the model was trained on text alone: no autoencoder decodes its latents")
-
-
-def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes:
-    """The autoencoder at `path`; ValueError unless the data of the export `folder` came of it."""
-    if provenance.autoencoder == PIXELS:
-        raise ValueError(
-            f"{folder} was trained on pixel patches, which no autoencoder decodes; "
-            "pipelines/learn.py draws from it"
-        )
-    if provenance.autoencoder:
-        check_autoencoder(path, provenance.autoencoder, f"the data of {folder} was encoded with")
-    elif provenance.tokenizer and not (Path(path) / "config.json").is_file():
-        return TextAlone()
-    return Autoencoder.load(path)
+IMAGE_MARK = "<image>"  # marks the place of an image in a turn of a dialogue
+TEXT_DELAY = 0.5  # of joint samples: captions follow images better than images captions
 
 
 class Options(TypedDict, total=False):
-    """What every method of `MDM` takes besides; defaults and meaning are `Sampling`'s."""
+    """Further arguments of every method of `Generator`; see `Sampling` for meaning and defaults."""
 
     solver: str
     interval: tuple[float, float]
@@ -81,32 +37,30 @@ class Options(TypedDict, total=False):
     selection: float
 
 
-class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
-    """Class, text, picture or nothing in; picture, text or both out.
+class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
+    """Class, text, image or nothing in; image, text or both out.
 
-    Results depend on `seed` and a sample's place in the call alone, not on the batch size. `steps`
-    are evaluations of the network, without those of guidance.
+    Results depend only on `seed` and a sample's place in the call, not on the batch size. `steps`
+    are evaluations of the network, without those of guidance. Every method raises ValueError, with
+    both values, for conditions that do not fit the model.
     """
 
-    selected: Selected | None = None  # which tokens the last call selected, and when
+    selected: Selected | None = None  # tokens that settled in the last call
 
-    # The names of these arguments must not be keys of config.json: the mixin would fill them in.
     def __init__(
         self,
         settings: Config,
-        weights: Objective,
+        model: MDM,
         pieces: Tokenizer,
-        first_stage: Decodes,
+        first_stage: Decodes | None,
         *,
-        compiled: bool = False,
         precision: str = AUTO,
         provenance: Provenance = Provenance(),  # noqa: B008 - frozen
     ) -> None:
-        """Compiled blocks (`model.kernel compiled`) pay from some hundred samples on."""
+        """Without a `first_stage` the model generates text alone."""
         self.precision, self.provenance = resolve(precision), provenance
-        self.compiled = compiled and weights.network.trunk.compiled
-        weights.network.trunk.compiled = self.compiled
-        self.config, self.objective = settings, weights.eval()
+        self.compiled = model.network.config.kernel == "compiled"
+        self.config, self.model = settings, model.eval()
         self.tokenizer, self.autoencoder = pieces, first_stage
         self.grid = (settings.model.image_height, settings.model.image_width)
 
@@ -121,16 +75,16 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         precision: str = AUTO,
         **hub: Any,
     ) -> Self:
-        """From an export (config.json, model.safetensors, tokenizer.model).
+        """Load an export (config.json, model.safetensors, tokenizer.model).
 
         Args:
             folder: the export, or its name on the hub.
             tokenizer: SentencePiece model; the export's own by default.
             autoencoder: first-stage autoencoder; the run's own by default.
-            compiled: compile the blocks, if the run did.
-            precision: of matrix products: bf16, fp32, or auto, what this CPU is fast in, whichever
-                the run was trained in.
-            hub: for a name on the hub, what `huggingface_hub.snapshot_download` takes.
+            compiled: compile the blocks, if the run did; pays off from some hundred samples on.
+            precision: of matrix products: bf16, fp32, or auto, whichever this CPU is fast in, in
+                whatever precision the run was trained.
+            hub: for a name on the hub, the arguments of `huggingface_hub.snapshot_download`.
 
         Raises:
             FileNotFoundError: a folder or file that is missing, by name.
@@ -143,44 +97,25 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
                 place = Path(snapshot_download(str(folder), **hub))
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(
-                    f"{folder} is no folder, and no model that the hub gives: "
+                    f"{folder} is not a folder, nor a model that the hub has: "
                     f"{str(error).splitlines()[0]}"
                 ) from None
         for name in ("config.json", "model.safetensors"):
             if not (place / name).is_file():
                 raise FileNotFoundError(f"{place} has no {name}; it is not an exported model")
-        own = place / TOKENIZER
-        made: Self = super().from_pretrained(
-            place,
-            tokenizer=tokenizer or (str(own) if own.is_file() else ""),
-            autoencoder=autoencoder,
-            compiled=compiled,
-            precision=precision,
-        )
-        return made
-
-    @classmethod
-    def _from_pretrained(  # type: ignore[override]
-        cls,
-        *,
-        model_id: str,
-        tokenizer: str,
-        autoencoder: str,
-        compiled: bool,
-        precision: str,
-        **_: Any,
-    ) -> Self:
-        folder = Path(model_id)
-        config = from_dict(Config, load_json(folder / "config.json"))
-        tokenizer, autoencoder = tokenizer or config.tokenizer, autoencoder or config.autoencoder
-        provenance = read_provenance(folder)
+        config = from_dict(Config, load_json(place / "config.json"))
+        exported = place / TOKENIZER
+        tokenizer = tokenizer or (str(exported) if exported.is_file() else config.tokenizer)
+        autoencoder, provenance = autoencoder or config.autoencoder, read_provenance(place)
         if provenance.tokenizer:
-            whose = f"the data of {folder} was encoded with"
+            whose = f"the data of {place} was encoded with"
             pieces = check_tokenizer(tokenizer, provenance.tokenizer, whose)
         else:
             log.warning(
-                "%s does not record its tokenizer and autoencoder: %s and %s are taken for them",
-                *(folder, tokenizer or "none", autoencoder or "none"),
+                "%s does not record its tokenizer and autoencoder; using %s and %s",
+                place,
+                tokenizer or "none",
+                autoencoder or "none",
             )
             pieces = Tokenizer(tokenizer)
         if pieces.vocab_size != config.model.vocab_size:
@@ -188,28 +123,26 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
                 f"the tokenizer has {pieces.vocab_size} pieces but the model was trained with "
                 f"{config.model.vocab_size}; use the tokenizer of its run"
             )
-        first_stage = load_first_stage(autoencoder, provenance, folder)
-        model = config.model
-        if model.kernel == "fused":  # CUDA's; here the same scans are computed by torch
-            model = dataclasses.replace(model, kernel="torch")
-        objective = load_objective(folder, dataclasses.replace(config, model=model))
         return cls(
             config,
-            objective,
+            load_model(place, config, compiled),
             pieces,
-            first_stage,
-            compiled=compiled,
+            load_first_stage(autoencoder, provenance, place),
             precision=precision,
             provenance=provenance,
         )
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """What `save_pretrained` and `push_to_hub` write: an export like that of a run."""
-        weights = {k: v.detach().cpu().clone() for k, v in self.objective.state_dict().items()}
-        tokenizer = self.tokenizer.model()
-        write_files(
-            *(save_directory, self.config, Training(), {"ema": weights}, tokenizer),
-            provenance=self.provenance,
+        """What `save_pretrained` and `push_to_hub` write: an export like a run's."""
+        weights = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+        write_export(
+            save_directory,
+            self.config,
+            Training(),
+            {"ema": weights},
+            self.tokenizer.model(),
+            self.provenance,
+            replace=False,
         )
 
     def class_to_image(
@@ -221,19 +154,11 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> Tensor:
-        """Pictures of the classes, f32 [b, 3, h, w] in [0, 1]."""
-        n_classes = self.config.model.n_classes
-        if class_ids and not all(-1 <= c < n_classes for c in class_ids):
-            raise ValueError(
-                f"class ids {min(class_ids)} ... {max(class_ids)} leave 0 ... {n_classes - 1}"
-            )
-
-        def request(index: Tensor) -> Request:
-            classes = torch.tensor(class_ids)[index]
-            return Request("asked", "absent", classes, self._noise(index, seed))
-
-        how = Sampling(image_steps=steps, image_guidance=guidance, **options)
-        return self._pixels(self._run(request, len(class_ids), how)[0])
+        """Images of the classes, f32 [b, 3, h, w] in [0, 1]; class -1 is none."""
+        classes = torch.tensor(class_ids, dtype=torch.long)
+        request = self._request(GENERATED, ABSENT, len(class_ids), seed, class_ids=classes)
+        sampling = Sampling(image_steps=steps, image_guidance=guidance, **options)
+        return self._pixels(self._run(request, sampling)[0])
 
     def text_to_image(
         self,
@@ -244,7 +169,7 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> Tensor:
-        """Pictures of the captions, f32 [b, 3, h, w] in [0, 1].
+        """Images of the captions, f32 [b, 3, h, w] in [0, 1].
 
         Captions are cut to the length of those in training, with a warning.
         """
@@ -253,13 +178,9 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         if cut := [text for text, i in zip(texts, ids, strict=True) if len(i) >= length]:
             log.warning("%d captions cut to %d tokens, as in training: %r", len(cut), length, cut)
         tokens = _padded([[*i[: length - 1], EOS] for i in ids], length)
-
-        def request(index: Tensor) -> Request:
-            none = torch.full_like(index, -1)
-            return Request("asked", "given", none, self._noise(index, seed), tokens=tokens[index])
-
-        how = Sampling(image_steps=steps, image_guidance=guidance, **options)
-        return self._pixels(self._run(request, len(texts), how)[0])
+        request = self._request(GENERATED, GIVEN, len(texts), seed, tokens=tokens)
+        sampling = Sampling(image_steps=steps, image_guidance=guidance, **options)
+        return self._pixels(self._run(request, sampling)[0])
 
     def image_to_text(
         self,
@@ -270,20 +191,16 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         seed: int = 0,
         **options: Unpack[Options],
     ) -> list[str]:
-        """Captions of pictures given as first-stage latents [b, n, c] (`Autoencoder.encode`)."""
-
-        def request(index: Tensor) -> Request:
-            none = torch.full_like(index, -1)
-            return Request("given", "asked", none, self._noise(index, seed), latents=latents[index])
-
-        how = Sampling(text_steps=steps, text_guidance=guidance, **options)
-        return self._texts(self._run(request, len(latents), how)[1])
+        """Captions of images given as first-stage latents [b, n, c] (`Autoencoder.encode`)."""
+        request = self._request(GIVEN, GENERATED, len(latents), seed, latents=latents)
+        sampling = Sampling(text_steps=steps, text_guidance=guidance, **options)
+        return self._texts(self._run(request, sampling)[1])
 
     def reply(
         self,
         dialogues: Sequence[Sequence[str]],
         *,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         guidance: float = 0.0,
         steps: int = 40,
         seed: int = 0,
@@ -291,62 +208,51 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     ) -> list[str]:
         """The assistant's next turn in each dialogue (user first, alternating).
 
-        `pictures` are first-stage latents [b, k, n, c] of k pictures a dialogue. The k-th mark
-        `<image>` in a dialogue's turns is where its k-th picture stands; without any, pictures
-        stand beside the whole dialogue.
+        `images` are first-stage latents [b, k, n, c] of k images for each dialogue. The k-th mark
+        `<image>` in a dialogue's turns is the position of its k-th image; images of a dialogue
+        without marks have no position.
 
         Raises:
-            ValueError: pictures or marks that are too many or too few, with both numbers.
+            ValueError: too many or too few images or marks, with both numbers.
         """
         data = self.config.data
-        length = data.dialogue_length if pictures is None else data.caption_length
-        k = 0 if pictures is None else pictures.shape[1]
-        if pictures is not None and len(pictures) != len(dialogues):
-            raise ValueError(f"{len(pictures)} sets of pictures for {len(dialogues)} dialogues")
-        asked = [self._asked(turns, k, length) for turns in dialogues]
-        tokens = _padded([ids for ids, _ in asked], length)
-        lengths = torch.tensor([len(ids) for ids, _ in asked])
-        places = torch.tensor([at for _, at in asked])
-        prompt = torch.arange(length) < lengths.unsqueeze(1)
-        latents = None if pictures is None else pictures.flatten(1, 2)
+        length = data.dialogue_length if images is None else data.caption_length
+        k = 0 if images is None else images.shape[1]
+        if images is not None and len(images) != len(dialogues):
+            raise ValueError(f"{len(images)} sets of images for {len(dialogues)} dialogues")
+        prompts = [self._prompt(turns, k, length) for turns in dialogues]
+        lengths = [len(ids) for ids, _ in prompts]
+        request = self._request(
+            ABSENT if images is None else GIVEN,
+            GENERATED,
+            len(dialogues),
+            seed,
+            length=length,
+            latents=None if images is None else images.flatten(1, 2),
+            image_at=None if images is None else torch.tensor([at for _, at in prompts]),
+            tokens=_padded([ids for ids, _ in prompts], length),
+            prompt=torch.arange(length) < torch.tensor(lengths).unsqueeze(1),
+        )
+        sampling = Sampling(text_steps=steps, text_guidance=guidance, **options)
+        rows = self._run(request, sampling)[1].tolist()
+        return [self.tokenizer.decode(row[n:]) for row, n in zip(rows, lengths, strict=True)]
 
-        def request(index: Tensor) -> Request:
-            return Request(
-                "absent" if latents is None else "given",
-                "asked",
-                torch.full_like(index, -1),
-                self._noise(index, seed, 0 if latents is None else latents.shape[1], length),
-                latents=None if latents is None else latents[index],
-                picture_at=None if latents is None else places[index],
-                tokens=tokens[index],
-                prompt=prompt[index],
-            )
-
-        how = Sampling(text_steps=steps, text_guidance=guidance, **options)
-        ids = self._run(request, len(dialogues), how)[1]
-        return [
-            self.tokenizer.decode(row[n:]) for row, n in zip(ids.tolist(), lengths, strict=True)
-        ]
-
-    def _asked(self, turns: Sequence[str], k: int, length: int) -> tuple[list[int], list[int]]:
-        """A dialogue's prompt, cut at its beginning, and where its k pictures stand in it."""
-        said: list[str] = []
+    def _prompt(self, turns: Sequence[str], k: int, length: int) -> tuple[list[int], list[int]]:
+        """A dialogue's prompt, cut at its beginning, and the positions of its k images."""
+        texts: list[str] = []
         places = []
         for turn in turns:
-            if PICTURE not in turn:
-                said.append(turn)
-                continue
-            text, *rest = (part.strip() for part in turn.split(PICTURE))
+            text, *rest = (part.strip() for part in turn.split(IMAGE_MARK))
             for part in rest:
-                # Every turn begins with the mark of who speaks.
-                places.append(sum(1 + len(self.tokenizer.encode(t)) for t in (*said, text)))
+                # Every turn begins with the token of its speaker.
+                places.append(sum(1 + len(self.tokenizer.encode(t)) for t in (*texts, text)))
                 text = f"{text} {part}".strip()
-            said.append(text)
-        ids = self.tokenizer.encode_prompt(said)
+            texts.append(text if rest else turn)
+        ids = self.tokenizer.encode_prompt(texts)
         cut = max(len(ids) - (length - 2), 0)
         if places and len(places) != k:
             raise ValueError(
-                f"a dialogue marks {len(places)} places with {PICTURE} but has {k} pictures: "
+                f"a dialogue marks {len(places)} places with {IMAGE_MARK} but has {k} images: "
                 f"{turns!r}"
             )
         return ids[cut:], [max(at - cut, 0) for at in places] or [-1] * k
@@ -362,17 +268,12 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         text_steps: int | None = None,
         **options: Unpack[Options],
     ) -> tuple[Tensor, list[str]]:
-        """`n` pictures f32 [n, 3, h, w] and their captions, made from noise in one loop.
+        """`n` images f32 [n, 3, h, w] and their captions, made from noise in one loop.
 
-        Each modality hears the other at every step; the text trails the picture. `guidance` and
-        `steps` are the picture's, and the text's too where it has none of its own.
+        Each modality is a condition of the other at every step; the text trails the image.
+        `guidance` and `steps` apply to the image, and to the text unless it has its own.
         """
-
-        def request(index: Tensor) -> Request:
-            none = torch.full_like(index, -1)
-            return Request("asked", "asked", none, self._noise(index, seed))
-
-        how = Sampling(
+        sampling = Sampling(
             image_steps=steps,
             text_steps=steps if text_steps is None else text_steps,
             image_guidance=guidance,
@@ -380,47 +281,41 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             text_delay=TEXT_DELAY,
             **options,
         )
-        latents, tokens = self._run(request, n, how)
+        latents, tokens = self._run(self._request(GENERATED, GENERATED, n, seed), sampling)
         return self._pixels(latents), self._texts(tokens)
 
-    def _run(
-        self, request: Callable[[Tensor], Request], n: int, how: Sampling
-    ) -> tuple[Tensor, Tensor]:
+    def _request(
+        self, image: str, text: str, n: int, seed: int, length: int = 0, **given: Tensor | None
+    ) -> Request:
         if n < 1:
-            raise ValueError(f"{n} samples are asked for; it takes at least 1")
-        parts = torch.arange(n).split(BATCH)
+            raise ValueError(f"{n} samples are requested; at least 1 is needed")
+        length = length or self.config.data.caption_length
+        return Request(image, text, torch.arange(n), seed, length, **given)
+
+    def _run(self, request: Request, sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """First-stage latents [b, n, c], empty without images, and tokens i64 [b, m]."""
+        n = len(request.keys)
+        index = torch.arange(n)
+        if self.compiled:  # one shape for all calls: the last sample fills the last batch
+            index = torch.cat([index, index[-1:].expand(-n % BATCH)])
+        parts = index.split(BATCH)
         shown = tqdm(parts, desc="denoise", leave=False, disable=None if len(parts) > 1 else True)
+        own_estimate = self.config.objective.p_self_condition > 0
         with autocast(self.precision):
-            done = [self._denoise(request, part, how) for part in shown]
-        self.selected = Selected.join([drawn.selected for drawn in done])
-        latents = [drawn.latents.float() for drawn in done if drawn.latents is not None]
-        tokens = torch.cat([drawn.tokens for drawn in done])
-        return torch.cat(latents) if latents else torch.empty(0), tokens
-
-    def _denoise(self, request: Callable[[Tensor], Request], part: Tensor, how: Sampling) -> Drawn:
-        if not self.compiled:
-            return denoise(self.objective, request(part), how)
-        # One shape for all calls: the last sample fills the batch, and is cut off again.
-        filled = torch.cat([part, part[-1:].expand(BATCH - len(part))])
-        return denoise(self.objective, request(filled), how).first(len(part))
-
-    def _noise(
-        self, index: Tensor, seed: int, n_image: int | None = None, n_text: int | None = None
-    ) -> Callable[[int], noise.Draws]:
-        """Normals of these samples, of a caption and a picture or of the lengths given."""
-        n_image = self.grid[0] * self.grid[1] if n_image is None else n_image
-        n_text = self.config.data.caption_length if n_text is None else n_text
-        width = self.config.model.latent_dim
-
-        def draw(number: int) -> noise.Draws:
-            return noise.draw(seed, index, torch.full_like(index, number), n_image, n_text, width)
-
-        return draw
+            batches = [
+                denoise(self.model, request.take(part), sampling, self_conditions=own_estimate)
+                for part in shown
+            ]
+        self.selected = Selected.join([batch.selected for batch in batches], n)
+        latents = [batch.latents.float() for batch in batches if batch.latents is not None]
+        tokens = torch.cat([batch.tokens for batch in batches])[:n]
+        return torch.cat(latents)[:n] if latents else torch.empty(0), tokens
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        return torch.cat(
-            [self.autoencoder.decode(part, self.grid) for part in latents.split(BATCH)]
-        )
+        decoder = self.autoencoder
+        if decoder is None:
+            raise ValueError("the model was trained on text alone: it generates no images")
+        return torch.cat([decoder.decode(part, self.grid) for part in latents.split(BATCH)])
 
     def _texts(self, tokens: Tensor) -> list[str]:
         return [self.tokenizer.decode(row) for row in tokens.tolist()]
@@ -428,6 +323,4 @@ class MDM(ModelHubMixin, library_name="mdm", license="apache-2.0"):
 
 def _padded(texts: list[list[int]], length: int) -> Tensor:
     """Token ids i64 [b, length]."""
-    if not texts:
-        raise ValueError("0 texts are given; it takes at least 1")
     return torch.tensor([ids + [PAD] * (length - len(ids)) for ids in texts])

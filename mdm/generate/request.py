@@ -1,30 +1,36 @@
-"""What is asked of the denoising loop, and how it is to be drawn.
+"""What to generate from what, and how to sample it.
 
-Shapes: b batch, n image tokens, m text tokens, c latent width.
+Shapes: b samples, i images a sample, n image tokens of all of them, m text tokens, c latent width.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from mdm.diffusion.noise import Draws
+from mdm.config import ModelConfig
+from mdm.diffusion import noise
 from mdm.diffusion.sampler import SOLVERS
+from mdm.model.inputs import check
 
-MODES = ("given", "asked", "absent")
+GIVEN, GENERATED, ABSENT = MODES = ("given", "generated", "absent")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is given and what is asked for; `image` and `text` are each given, asked or absent."""
+    """The conditions of `b` samples; `image` and `text` are each given, generated or absent."""
 
     image: str
     text: str
-    class_ids: Tensor  # i64 [b], -1 for none
-    noise: Callable[[int], Draws]  # normals of number 0, to start from, 1, 2, ...
-    latents: Tensor | None = None  # [b, n, c] first-stage latents of a given picture, or of several
-    picture_at: Tensor | None = None  # i64 [b, pictures], as in `mdm.data.batch.Batch`
+    keys: Tensor  # i64 [b], numbers of the samples: with the seed they decide their noise
+    seed: int
+    length: int  # m
+    class_ids: Tensor | None = None  # i64 [b], -1 for none
+    latents: Tensor | None = None  # [b, n, c] first-stage latents of given images
+    image_at: Tensor | None = None  # i64 [b, i], as in `mdm.data.batch.Batch`
     tokens: Tensor | None = None  # i64 [b, m] given text, or text of which `prompt` is given
     prompt: Tensor | None = None  # bool [b, m]
 
@@ -32,15 +38,48 @@ class Request:
         for name, mode in (("image", self.image), ("text", self.text)):
             if mode not in MODES:
                 raise ValueError(f"{name} is {mode!r}; choose one of {', '.join(MODES)}")
-        if self.image == "given" and self.latents is None:
+        if self.image == GIVEN and self.latents is None:
             raise ValueError("the image is given but latents are missing")
-        if self.text == "given" and self.tokens is None:
+        if self.text == GIVEN and self.tokens is None:
             raise ValueError("the text is given but tokens are missing")
+
+    def take(self, index: Tensor) -> "Request":
+        """The samples at `index` i64 [...]."""
+        tensors: dict[str, Any] = {
+            name: value[index] for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
+
+    def complete(self, model: ModelConfig) -> "Request":
+        """The request with every text and class tensor, checked.
+
+        Raises:
+            ValueError: shapes, kinds or ranges that are not those of `model`, with both values.
+        """
+        b, m = len(self.keys), self.length
+        tokens = torch.zeros(b, m, dtype=torch.long) if self.tokens is None else self.tokens
+        prompt = torch.zeros(b, m, dtype=torch.bool) if self.prompt is None else self.prompt
+        class_ids = torch.full((b,), -1) if self.class_ids is None else self.class_ids
+        filled = dataclasses.replace(self, tokens=tokens, prompt=prompt, class_ids=class_ids)
+        names = ("tokens", "prompt", "class_ids", "latents", "image_at")
+        fields = {name: getattr(filled, name) for name in names}
+        check(model, [str(key) for key in self.keys.tolist()], **fields)
+        return filled
+
+    def noise(self, number: int, model: ModelConfig) -> tuple[Tensor | None, Tensor]:
+        """Normals [b, n, c], None without an image, and [b, m, c]; number 0 is the start."""
+        n = model.image_height * model.image_width
+        n = {GIVEN: 0 if self.latents is None else self.latents.shape[1], ABSENT: 0}.get(
+            self.image, n
+        )
+        epochs = torch.full_like(self.keys, number)
+        draws = noise.draw(self.seed, self.keys, epochs, n, self.length, model.latent_dim)
+        return None if draws.image is None else draws.image[:, 0], draws.text[:, 0]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How both modalities are drawn. A step is one evaluation, whatever the solver's order."""
+    """How both modalities are sampled. A step is one evaluation, whatever the solver's order."""
 
     image_steps: int = 20
     text_steps: int = 20  # of each block of text
@@ -48,7 +87,7 @@ class Sampling:
     text_guidance: float = 0.0
     interval: tuple[float, float] = (-math.inf, math.inf)  # log-SNR between which guidance acts
     solver: str = "dpmpp2m"
-    text_delay: float = 0.0  # of the picture's steps, by which the text trails where both are drawn
+    text_delay: float = 0.0  # share of the image's steps by which the text trails, if both move
     text_blocks: int = 1  # of tokens, denoised one after the other
     selection: float = 0.0  # nats below which a token has settled; 0 turns selection off
 

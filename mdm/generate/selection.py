@@ -1,6 +1,6 @@
 """Selection (Sec. 3.2, Theorem 3): tokens whose score entropy has vanished are frozen and dropped.
 
-At inference the true ratio is unknown; a token's own last estimate stands in for it. Where the
+At inference the true ratio is unknown; a token's last estimate takes its place. Where the
 score entropy between the two is about 0 nats, another evaluation would not move the token.
 
 Shapes: b batch, n image tokens, m text tokens, c latent width, v vocabulary.
@@ -16,31 +16,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MOVING, SETTLED, ABSENT = (44, 62, 80), (230, 126, 34), (255, 255, 255)  # colours of the map
-SIGNAL = 0.0  # log-SNR from which a token's own noisy latent says more than its noise
-CELL, GAP = 6, 4  # pixels a token's side, and between pictures of the map
+SIGNAL = 0.0  # log-SNR from which a token's noisy latent holds more signal than noise
+CELL, GAP = 6, 4  # pixels a token's side, and between images of the map
+_COLOURS, _NO_TOKEN = np.array([MOVING, SETTLED, ABSENT], np.uint8), -2
 
 
 class Selected(NamedTuple):
-    """When each token settled: the number of the evaluation, -1 for never."""
+    """The evaluation at which each token settled, -1 for never."""
 
     image: Tensor | None  # i64 [b, n]
     text: Tensor  # i64 [b, m]
     evaluations: int  # of the loop
 
-    def first(self, n: int) -> "Selected":
-        """Those of the first `n` samples."""
-        image = None if self.image is None else self.image[:n]
-        return Selected(image, self.text[:n], self.evaluations)
-
     @classmethod
-    def join(cls, parts: "Sequence[Selected]") -> "Selected":
-        """Those of several batches as one."""
+    def join(cls, parts: Sequence["Selected"], n: int) -> "Selected":
+        """Those of several batches, the first `n` samples."""
         images = [part.image for part in parts if part.image is not None]
-        return cls(
-            torch.cat(images) if images else None,
-            torch.cat([part.text for part in parts]),
-            max(part.evaluations for part in parts),
-        )
+        text = torch.cat([part.text for part in parts])[:n]
+        evaluations = max(part.evaluations for part in parts)
+        return cls(torch.cat(images)[:n] if images else None, text, evaluations)
 
 
 def image_score_entropy(z_0: Tensor, last: Tensor, log_snr: float) -> Tensor:
@@ -48,8 +42,8 @@ def image_score_entropy(z_0: Tensor, last: Tensor, log_snr: float) -> Tensor:
 
     In the continuum of candidates Eq. 7 is a Gaussian around z_0 of variance 1/SNR, and Eq. 4 the
     KL divergence of two of them: SNR/2 |z_0 - last|^2, which is how far the energy of Eq. 17 at
-    `last` lies below its maximum. Infinite below `SIGNAL`: no two candidates are told apart
-    there, and every token would seem settled.
+    `last` lies below its maximum. Infinite below `SIGNAL`, where no two candidates can be told
+    apart and every token would seem settled.
     """
     if log_snr < SIGNAL:
         return torch.full(z_0.shape[:2], torch.inf, device=z_0.device)
@@ -61,8 +55,8 @@ def text_score_entropy(logits: Tensor, last: Tensor, log_snr: float) -> Tensor:
     """Score entropy over the vocabulary [b, m, v] against the last choice i64 [b, m], in nats.
 
     The target is one-hot as in training, so that Eq. 4 is the cross-entropy: it vanishes only for
-    a token that is both sure and unchanged. Infinite below `SIGNAL`: what the network is sure of
-    there it has from elsewhere than the token.
+    a token that is both certain and unchanged. Infinite below `SIGNAL`, where the network cannot
+    have its certainty from the token itself.
     """
     if log_snr < SIGNAL:
         return torch.full(last.shape, torch.inf, device=last.device)
@@ -82,38 +76,29 @@ class Selection:
         return self.when >= 0
 
     def update(self, i: int, score_entropy: Tensor) -> Tensor:
-        """Select what evaluation i shows to be settled; returns which tokens are new, [b, n]."""
+        """Select the tokens that settle at evaluation i; returns which are new, bool [b, n]."""
         new = (score_entropy < self.threshold) & ~self.settled
         self.when[new] = i
         return new
 
 
 def draw_map(selected: Selected, grid: tuple[int, int]) -> NDArray[np.uint8]:
-    """The map of selected tokens (Fig. 2 h) as a picture, uint8 [height, width, 3].
+    """The map of selected tokens (Fig. 2 h) as an image, uint8 [height, width, 3].
 
-    A row a sample, a column an evaluation: the grid of image tokens, and under it the text's tokens
-    in lines of the same width. Settled tokens are orange, the others blue.
+    A row for each sample, a column for each evaluation: the grid of image tokens, and under it the
+    text's tokens in lines of the same width. Settled tokens are orange, the others blue.
     """
-    columns = [_cells(selected, grid, i) for i in range(selected.evaluations)]
-    tokens = np.concatenate(columns, axis=2)  # [b, rows, columns, 3]
-    return np.concatenate(list(tokens), axis=0)
-
-
-def _cells(selected: Selected, grid: tuple[int, int], i: int) -> NDArray[np.uint8]:
-    """All samples at evaluation i, [b, height, width, 3], with a gap below and at the right."""
-    parts = []
-    if selected.image is not None:
-        parts.append(_colour(selected.image, i).reshape(-1, *grid, 3))
-    text = _colour(selected.text, i)
-    b, m, _ = text.shape
-    padded = np.full((b, -(-m // grid[1]) * grid[1], 3), ABSENT, np.uint8)
-    padded[:, :m] = text
-    parts.append(padded.reshape(b, -1, grid[1], 3))
-    blocks = [part.repeat(CELL, axis=1).repeat(CELL, axis=2) for part in parts]
-    spaced = [np.pad(x, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255) for x in blocks]
-    return np.concatenate(spaced, axis=1)
-
-
-def _colour(when: Tensor, i: int) -> NDArray[np.uint8]:
-    settled = ((when >= 0) & (when <= i)).numpy()[..., None]
-    return np.where(settled, np.array(SETTLED, np.uint8), np.array(MOVING, np.uint8))
+    width = grid[1]
+    images = [] if selected.image is None else [selected.image.unflatten(1, grid)]
+    lines = F.pad(selected.text, (0, -selected.text.shape[1] % width), value=_NO_TOKEN)
+    rows = []
+    for segment in (*images, lines.unflatten(1, (-1, width))):
+        when = segment[:, :, None]  # [b, lines, 1, width]
+        settled = (when >= 0) & (when <= torch.arange(selected.evaluations)[:, None])
+        kind = torch.where(when == _NO_TOKEN, 2, settled.long())
+        cells = _COLOURS[kind.numpy()]  # [b, lines, evaluations, width, 3]
+        cells = cells.repeat(CELL, axis=1).repeat(CELL, axis=3)
+        gaps = ((0, 0), (0, GAP), (0, 0), (0, GAP), (0, 0))
+        cells = np.pad(cells, gaps, constant_values=255)
+        rows.append(cells.reshape(*cells.shape[:2], -1, 3))
+    return np.concatenate([*np.concatenate(rows, axis=1)], axis=0)

@@ -1,1 +1,1 @@
-"""Scans: torch reference and fused CUDA kernels, same signatures."""
+"""The SSD scan and the short convolution: torch references and fused CUDA kernels."""

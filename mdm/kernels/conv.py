@@ -16,13 +16,13 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
         x: [b, l, channels].
         weight: [channels, 1, K].
         bias: [channels].
-        seq_idx: [b, l] integers; taps reach only into the same sequence.
+        seq_idx: [b, l] integers; taps read only tokens of the same sequence.
 
     Returns:
         [b, l, channels] in x's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, with both values.
+        ValueError: shapes or dtypes do not match; the message gives both values.
     """
     check(x, weight, bias, seq_idx)
     y: Tensor = _CausalConv.apply(x, weight, bias, seq_idx)  # type: ignore[no-untyped-call]
@@ -30,7 +30,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
 
 
 def check(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> None:
-    """Raise ValueError, with both values, over shapes and dtypes that do not fit."""
+    """Raise ValueError, with both values, if shapes or dtypes do not match."""
     if x.dim() != 3:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [batch, length, channels]")
     if weight.dim() != 3 or not weight.shape[-1]:
@@ -43,16 +43,16 @@ def check(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None) -> No
 
 
 class _CausalConv(torch.autograd.Function):
-    """The gradient is written out: autograd's own, through slices of a padded copy, costs more."""
+    """A hand-written gradient, cheaper than autograd's through slices of a padded copy."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None
     ) -> Tensor:
-        w, taps = _rows(weight, x.dtype), weight.shape[-1]
+        w, taps = _taps(weight, x.dtype), weight.shape[-1]
         mixed = torch.addcmul(bias.to(x.dtype), x, w[-1])
         for back in range(taps - 1, 0, -1):
-            past = _within(_shifted(x, back, taps), seq_idx, back)
+            past = _mask_other_sequences(_shifted(x, back, taps), seq_idx, back)
             mixed = torch.addcmul(mixed, past, w[taps - 1 - back])
         ctx.save_for_backward(x, weight, seq_idx, mixed)
         return F.silu(mixed)
@@ -60,43 +60,43 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, seq_idx, mixed = ctx.saved_tensors
-        w, taps = _rows(weight, x.dtype), weight.shape[-1]
+        w, taps = _taps(weight, x.dtype), weight.shape[-1]
         grad = torch.ops.aten.silu_backward(grad_y, mixed)
         grad_x = grad * w[-1]
-        grad_w = [_total(grad * x, weight)]
+        grad_w = [_sum_tokens(grad * x, weight)]
         for back in range(1, taps):
-            masked = _within(grad, seq_idx, back)
+            masked = _mask_other_sequences(grad, seq_idx, back)
             grad_x = torch.addcmul(grad_x, _shifted(masked, -back, taps), w[taps - 1 - back])
-            grad_w.append(_total(masked * _shifted(x, back, taps), weight))
+            grad_w.append(_sum_tokens(masked * _shifted(x, back, taps), weight))
         grad_weight = torch.stack(grad_w[::-1], 1).unsqueeze(1)
-        return grad_x, grad_weight, _total(grad, weight), None
+        return grad_x, grad_weight, _sum_tokens(grad, weight), None
 
 
-def _rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[channels, 1, K] -> [K, channels].
 
-    Stacked, not transposed: a compiler writes the stack out and reads its rows without a stride,
+    Stacked, not transposed: a compiler materializes the stack and then reads each tap contiguously,
     which makes the whole convolution three times as fast.
     """
     return torch.stack(weight.to(dtype).squeeze(1).unbind(1))
 
 
 def _shifted(t: Tensor, back: int, taps: int) -> Tensor:
-    """Read t_{l - back} along the second axis, zeros beyond the ends; |back| < taps."""
-    room = taps - 1  # the same for every shift, so that a compiler pads once
-    padded = F.pad(t, (0, 0, room, 0) if back > 0 else (0, 0, 0, room))
-    return padded[:, (room if back > 0 else 0) - back :][:, : t.shape[1]]
+    """t_{l - back} along the second axis, zeros beyond the ends; |back| < taps."""
+    width = taps - 1  # the same for every shift, so that a compiler pads only once
+    padded = F.pad(t, (0, 0, width, 0) if back > 0 else (0, 0, 0, width))
+    return padded[:, (width if back > 0 else 0) - back :][:, : t.shape[1]]
 
 
-def _within(t: Tensor, seq_idx: Tensor | None, back: int) -> Tensor:
-    """Keep t where the token `back` places earlier is of the same sequence, else zero."""
+def _mask_other_sequences(t: Tensor, seq_idx: Tensor | None, back: int) -> Tensor:
+    """Zero t where the token `back` positions earlier is in another sequence."""
     if seq_idx is None:
         return t
     same = F.pad(seq_idx[:, back:] == seq_idx[:, :-back], (back, 0))[:, : t.shape[1]]
     return t * same.unsqueeze(-1)
 
 
-def _total(t: Tensor, like: Tensor) -> Tensor:
-    """Sum t [b, l, channels] over its tokens, in fp32; two steps keep a row in the cache."""
+def _sum_tokens(t: Tensor, like: Tensor) -> Tensor:
+    """Sum t [b, l, channels] over tokens in fp32; two steps keep one sequence in the cache."""
     wide = torch.promote_types(t.dtype, torch.float32)
     return t.sum(1, dtype=wide).sum(0).to(like.dtype)

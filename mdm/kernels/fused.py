@@ -1,15 +1,15 @@
-"""The CUDA kernels of mamba_ssm and causal-conv1d behind the signatures of `ssd.py` and `conv.py`.
+"""The CUDA kernels of mamba_ssm and causal-conv1d, with the signatures of `ssd.py` and `conv.py`.
 
-A named kernel that is missing raises; nothing falls back to torch by itself.
+A missing kernel raises ImportError; there is no silent fallback to torch.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from mdm.kernels import conv
-from mdm.kernels.ssd import check
+from mdm.kernels.ssd import Options, check
 
 INSTALL = 'pip install -c infra/constraints.txt --no-build-isolation ".[gpu]"'
 
@@ -22,63 +22,45 @@ def ssd(
     C: Tensor,
     *,
     chunk_size: int,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    seq_idx: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    return_final_states: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`mdm.kernels.ssd.ssd` on mamba_ssm's Triton kernel; same arguments and results."""
-    check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, initial_states)
+    """`mdm.kernels.ssd.ssd` with mamba_ssm's Triton kernel; same arguments and results."""
+    check(x, dt, A, B, C, chunk_size, **options)
     try:
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError as error:
         raise missing("mamba_ssm", error) from error
-    result: Tensor | tuple[Tensor, Tensor] = mamba_chunk_scan_combined(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        chunk_size,
-        D=D,
-        z=z,
-        dt_bias=dt_bias,
-        initial_states=initial_states,
-        seq_idx=_labels(seq_idx),
-        dt_softplus=dt_softplus,
-        return_final_states=return_final_states,
-    )
+    options["seq_idx"] = _kernel_seq_idx(options.get("seq_idx"))
+    result: Tensor | tuple[Tensor, Tensor]
+    result = mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, **options)
     return result
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-    """`mdm.kernels.conv.causal_conv` on causal-conv1d's kernel; same arguments and results.
+    """`mdm.kernels.conv.causal_conv` with causal-conv1d's kernel; same arguments and results.
 
-    The kernel takes 2 to 4 taps and a multiple of 8 channels, and says so otherwise.
+    The kernel supports 2 to 4 taps and multiples of 8 channels, and raises an error for others.
     """
     conv.check(x, weight, bias, seq_idx)
     try:
         from causal_conv1d import causal_conv1d_fn
     except ImportError as error:
         raise missing("causal_conv1d", error) from error
-    # The kernel reads [b, channels, l]; with seq_idx only where the channels lie side by side in
-    # memory, as they do in the transpose of a contiguous [b, l, channels]. Weight and bias share
-    # one dtype, which may differ from x's.
+    # The kernel reads [b, channels, l]. With seq_idx, channels must be contiguous in memory, as in
+    # the transpose of a contiguous [b, l, channels]. Weight and bias share one dtype, which may
+    # differ from x's.
     y: Tensor = causal_conv1d_fn(
         x.contiguous().transpose(1, 2),
         weight.squeeze(1),
         bias.to(weight.dtype),
-        seq_idx=_labels(seq_idx),
+        seq_idx=_kernel_seq_idx(seq_idx),
         activation="silu",
     )
     return y.transpose(1, 2)
 
 
 def stock_mixer(**sizes: Any) -> torch.nn.Module:
-    """`mamba_ssm.Mamba2`, the module that one slice of our stacked parameters loads into."""
+    """`mamba_ssm.Mamba2`, a module that can load one slice of our stacked parameters."""
     try:
         from mamba_ssm.modules.mamba2 import Mamba2
     except ImportError as error:
@@ -88,17 +70,17 @@ def stock_mixer(**sizes: Any) -> torch.nn.Module:
 
 
 def missing(package: str, error: ImportError) -> ImportError:
-    """The error of a kernel that the config names and this machine lacks."""
+    """The error for a configured kernel that cannot be imported on this machine."""
     return ImportError(
         f"model.kernel is 'fused' but {package} does not load ({error}); "
         f"on a CUDA machine run `{INSTALL}`, or set --model.kernel torch"
     )
 
 
-def _labels(seq_idx: Tensor | None) -> Tensor | None:
-    """Sequence numbers as the kernels want them.
+def _kernel_seq_idx(seq_idx: Tensor | None) -> Tensor | None:
+    """Sequence numbers in the form that the kernels require: contiguous int32, starting at 0.
 
-    Contiguous int32, each row's first sequence 0: that is the one `initial_states` belong to.
+    `initial_states` belong to the sequence with number 0, the first of each batch element.
     """
     if seq_idx is None:
         return None

@@ -1,17 +1,30 @@
-"""The Mamba-2 scan in torch: chunked matrix products, and the recurrence it must equal.
+"""The Mamba-2 scan in torch: chunked matrix products, and the recurrence as their reference.
 
-State-space duality (Dao & Gu 2024, Sec. 6): inside a chunk the scan is a masked attention,
-between chunks a short recurrence over states.
+State-space duality (Dao & Gu 2024, Sec. 6): inside a chunk the scan is a masked attention, between
+chunks a short recurrence over states.
 
-Shapes: b batch, l length, h heads, p channels a head, g groups, n state size, c chunks, q tokens
-a chunk.
+Shapes: b batch, l length, h heads, p channels per head, g groups, n state size, c chunks, q tokens
+per chunk.
 """
 
 import math
+from typing import TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Options(TypedDict, total=False):
+    """Optional arguments of `ssd` and its twins; see there."""
+
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    seq_idx: Tensor | None
+    initial_states: Tensor | None
+    return_final_states: bool
 
 
 def ssd(
@@ -36,26 +49,27 @@ def ssd(
 
     Args:
         x: [b, l, h, p]; any length.
-        dt: [b, l, h] step sizes, before `dt_bias` and softplus if those are asked for.
+        dt: [b, l, h] step sizes, before `dt_bias` and softplus, if those are applied.
         A: [h], negative.
         B: [b, l, g, n]; g divides h, head i uses group i // (h / g).
         C: [b, l, g, n].
-        chunk_size: tokens at most in one matrix product; changes speed, not the result.
+        chunk_size: maximum number of tokens in one matrix product; affects only speed.
         D: [h] or [h, p] skip.
         z: [b, l, h, p] gate.
         dt_bias: [h].
         dt_softplus: apply softplus to dt + dt_bias.
-        seq_idx: [b, l] integers; where it changes along l the state starts anew.
+        seq_idx: [b, l] integers; where it changes along l the state is reset.
         initial_states: [b, h, p, n], the state before the first token.
         return_final_states: also return the state [b, h, p, n] after the last token.
 
     Returns:
-        y [b, l, h, p] in x's dtype, and the final states in fp32 if asked for. Sums are in fp32.
+        y [b, l, h, p] in x's dtype, and if requested the final states in fp32. Sums are in fp32.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, with both values.
+        ValueError: shapes or dtypes do not match; the message gives both values.
     """
-    check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, initial_states)
+    options = Options(D=D, z=z, dt_bias=dt_bias, seq_idx=seq_idx, initial_states=initial_states)
+    check(x, dt, A, B, C, chunk_size, **options)
     dtype, length = x.dtype, x.shape[1]
     heads_per_group = x.shape[2] // B.shape[2]
     dt = dt.float()
@@ -96,14 +110,14 @@ def ssd(
 def _between_chunks(
     xdt: Tensor, dA_cs: Tensor, B: Tensor, C: Tensor, seq: Tensor | None, initial: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What earlier chunks add to each chunk, [b, c, h, q, p], and the last state, [b, h, p, n]."""
+    """The contribution of earlier chunks, [b, c, h, q, p], and the last state, [b, h, p, n]."""
     total = dA_cs[..., -1]  # [b, c, h]
     to_end = (total.unsqueeze(-1) - dA_cs).exp()
     from_start = dA_cs.exp()
     carry = total.exp()
     if seq is not None:
         last = seq[..., -1]
-        before = torch.cat([seq[:, :1, 0], last[:, :-1]], 1)  # the sequence the state belongs to
+        before = torch.cat([seq[:, :1, 0], last[:, :-1]], 1)  # the sequence of the incoming state
         to_end = to_end * (seq == last.unsqueeze(-1)).unsqueeze(2)
         from_start = from_start * (seq == before.unsqueeze(-1)).unsqueeze(2)
         carry = carry * (last == before).unsqueeze(-1)
@@ -125,40 +139,35 @@ def ssd_reference(
     C: Tensor,
     *,
     chunk_size: int,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    seq_idx: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    return_final_states: bool = False,
+    **options: Unpack[Options],
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`ssd` as the plain recurrence, token by token: the oracle of its tests. Same signature."""
-    check(x, dt, A, B, C, chunk_size, D, z, dt_bias, seq_idx, initial_states)
+    """`ssd` as the plain recurrence, token by token: its reference in tests. Same arguments."""
+    check(x, dt, A, B, C, chunk_size, **options)
+    seq_idx, initial = options.get("seq_idx"), options.get("initial_states")
     b, length, h, p = x.shape
     Bh, Ch = (t.repeat_interleave(h // B.shape[2], 2).to(x.dtype) for t in (B, C))
-    if dt_bias is not None:
-        dt = dt + dt_bias
-    if dt_softplus:
+    if (bias := options.get("dt_bias")) is not None:
+        dt = dt + bias
+    if options.get("dt_softplus"):
         dt = F.softplus(dt)
-    state = x.new_zeros(b, h, p, B.shape[3]) if initial_states is None else initial_states
-    rows = []
+    state = x.new_zeros(b, h, p, B.shape[3]) if initial is None else initial
+    outputs = []
     for i in range(length):
         if seq_idx is not None and i > 0:
             same = (seq_idx[:, i] == seq_idx[:, i - 1]).to(x.dtype)
             state = state * same[:, None, None, None]
         decay = (dt[:, i] * A).exp()[..., None, None]
-        add = (dt[:, i, :, None] * x[:, i]).unsqueeze(-1) * Bh[:, i].unsqueeze(-2)
-        state = decay * state + add
-        rows.append((state * Ch[:, i].unsqueeze(-2)).sum(-1))
-    y = _skip_and_gate(torch.stack(rows, 1), x, D, z)
-    return (y, state) if return_final_states else y
+        update = (dt[:, i, :, None] * x[:, i]).unsqueeze(-1) * Bh[:, i].unsqueeze(-2)
+        state = decay * state + update
+        outputs.append((state * Ch[:, i].unsqueeze(-2)).sum(-1))
+    y = _skip_and_gate(torch.stack(outputs, 1), x, options.get("D"), options.get("z"))
+    return (y, state) if options.get("return_final_states") else y
 
 
 def chunk_length(length: int, chunk_size: int) -> int:
-    """Tokens a chunk, at most `chunk_size`, all chunks alike.
+    """Tokens per chunk, at most `chunk_size`, with all chunks of equal length.
 
-    289 tokens in chunks of at most 256 are 2 x 145, not 2 x 256.
+    289 tokens in chunks of at most 256 become 2 x 145, not 2 x 256.
     """
     return math.ceil(length / math.ceil(length / chunk_size))
 
@@ -166,8 +175,8 @@ def chunk_length(length: int, chunk_size: int) -> int:
 def zoh_scale(dt: Tensor, A: Tensor) -> Tensor:
     """Factor on x that turns Euler's Delta B into the zero-order hold of Eq. 13.
 
-    (dt A)^-1 (exp(dt A) - 1), elementwise for scalar A a head. dt [..., h] is the positive step,
-    A [h] negative; the result is [..., h] in (0, 1].
+    (dt A)^-1 (exp(dt A) - 1), elementwise, with one scalar A per head. dt [..., h] is the positive
+    step, A [h] is negative; the result is [..., h] in (0, 1].
     """
     dA = dt * A
     small = dA > -1e-4  # the series' next term is below fp32 there
@@ -187,7 +196,7 @@ def _chunks(t: Tensor, q: int, pad: int) -> Tensor:
 
 
 def _chunk_seq(seq_idx: Tensor, q: int, pad: int) -> Tensor:
-    if pad:  # padding continues the last sequence, so that its state survives to the end
+    if pad:  # padding extends the last sequence, so that its state is kept to the end
         seq_idx = torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], 1)
     return seq_idx.reshape(len(seq_idx), -1, q)
 
@@ -199,13 +208,9 @@ def check(
     B: Tensor,
     C: Tensor,
     chunk_size: int,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_states: Tensor | None,
+    **options: Unpack[Options],
 ) -> None:
-    """Raise ValueError, with both values, over shapes and dtypes that do not fit."""
+    """Raise ValueError, with both values, if shapes or dtypes do not match."""
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; a chunk has at least one token")
     if x.dim() != 4:
@@ -217,24 +222,25 @@ def check(
         raise ValueError("x has length 0; a scan needs at least one token")
     if B.dim() != 4 or not B.shape[2] or h % B.shape[2]:
         raise ValueError(f"B has shape {tuple(B.shape)}; its groups must divide the {h} heads of x")
-    wanted = {
+    D = options.get("D")
+    expected = {
         "x": (x, (b, length, h, p)),
         "dt": (dt, (b, length, h)),
         "A": (A, (h,)),
         "B": (B, (b, length, *B.shape[2:])),
         "C": (C, tuple(B.shape)),
         "D": (D, (h,) if D is None or D.dim() != 2 else (h, p)),
-        "z": (z, (b, length, h, p)),
-        "dt_bias": (dt_bias, (h,)),
-        "initial_states": (initial_states, (b, h, p, B.shape[3])),
+        "z": (options.get("z"), (b, length, h, p)),
+        "dt_bias": (options.get("dt_bias"), (h,)),
+        "initial_states": (options.get("initial_states"), (b, h, p, B.shape[3])),
     }
-    for name, (tensor, shape) in wanted.items():
+    for name, (tensor, shape) in expected.items():
         check_tensor(name, tensor, shape, x)
-    check_seq_idx(seq_idx, x)
+    check_seq_idx(options.get("seq_idx"), x)
 
 
 def check_tensor(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
-    """Raise ValueError where a tensor that goes with x has another shape, or no real numbers."""
+    """Raise ValueError unless a tensor given with x has this shape and is floating point."""
     if tensor is None:
         return
     if tuple(tensor.shape) != shape:
@@ -255,4 +261,4 @@ def check_seq_idx(seq_idx: Tensor | None, x: Tensor) -> None:
             f"{tuple(x.shape[:2])}"
         )
     if seq_idx.is_floating_point() or seq_idx.is_complex():
-        raise ValueError(f"seq_idx is {seq_idx.dtype}; it numbers sequences in integers")
+        raise ValueError(f"seq_idx is {seq_idx.dtype}; it must be an integer type")

@@ -1,11 +1,10 @@
-"""Run one command so that none of its processes outlives it, or the process that asked for it.
+"""Runs a command so that none of its processes outlives it, or the process that started it.
 
     python mdm/launch/processes.py PARENT_PID COMMAND [ARGUMENT ...]
 
-Launchers and daemons put their children into sessions of their own, where neither a closed
-terminal nor a killed parent reaches them. This process adopts them (Linux's child subreaper), so
-that it can end them all: after the command has ended, on SIGTERM or SIGINT, and when the parent
-dies, however it dies.
+Launchers and daemons start processes in sessions of their own, where neither a closed terminal nor
+a killed parent reaches them. This process adopts them (as Linux's child subreaper) and ends them
+all: after the command has ended, on SIGTERM or SIGINT, and when its parent dies in whatever way.
 """
 
 import ctypes
@@ -17,24 +16,28 @@ from collections.abc import Mapping, Sequence
 
 import psutil
 
-# Of jobs on CPUs; the Makefile says why threads spin that long.
+# For jobs on CPUs; the Makefile says why threads spin that long.
 CPU_ENV = {"DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": "5000"}
 GRACE_SECONDS = 5.0
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def prctl(option: int, value: int) -> None:
-    """Set a process attribute, as Linux' prctl does; raises OSError if the kernel refuses."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
-
-
 def die_with_parent(signum: int) -> None:
-    """Let the kernel send `signum` to this process when its parent dies (Linux only)."""
+    """Have the kernel send `signum` to this process when its parent dies (Linux only)."""
+    _prctl(_PR_SET_PDEATHSIG, signum)
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of its descendants' orphans (Linux only)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
-        prctl(_PR_SET_PDEATHSIG, signum)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(option, value, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
 
 
 def _end(processes: list[psutil.Process], signum: int, grace: float) -> None:
@@ -47,10 +50,10 @@ def _end(processes: list[psutil.Process], signum: int, grace: float) -> None:
 
 
 def end_descendants(grace: float = GRACE_SECONDS) -> None:
-    """SIGTERM to every descendant, SIGKILL to those still there after `grace` seconds."""
+    """Send SIGTERM to all descendants, and SIGKILL to those still there after `grace` seconds."""
     here = psutil.Process()
     _end(here.children(recursive=True), signal.SIGTERM, grace)
-    # A process killed here may leave children that are adopted only now.
+    # Children of the processes killed here are adopted only now.
     for _ in range(20):
         left = here.children(recursive=True)
         if not left:
@@ -71,17 +74,16 @@ def keep(parent: int, command: list[str]) -> int:
     """Run `command` to its end and return its exit code (128 + signal if one ended it)."""
 
     def stop(signum: int, frame: object) -> None:
-        _ignore_signals()  # a dying parent with threads is told of more than once
+        _ignore_signals()  # the death of a parent with threads is signalled more than once
         raise _Stopped(signum)
 
     for signum in _STOPPING:
         signal.signal(signum, stop)
     code = 1
     try:
-        if sys.platform == "linux":
-            prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        adopt_orphans()
         die_with_parent(signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the kernel was told to tell
+        if os.getppid() != parent:  # it died before the line above
             return 128 + signal.SIGTERM
         code = subprocess.Popen(
             command, start_new_session=True, preexec_fn=lambda: die_with_parent(signal.SIGKILL)
@@ -91,7 +93,7 @@ def keep(parent: int, command: list[str]) -> int:
     except FileNotFoundError as error:
         sys.stderr.write(f"cannot run {command[0]}: {error.strerror}\n")
         code = 127
-    _ignore_signals()  # what follows must not be cut short
+    _ignore_signals()  # nothing may interrupt what follows
     end_descendants()
     return code if code >= 0 else 128 - code
 
@@ -103,9 +105,9 @@ def supervised(
     stdout: int | None = None,
     stderr: int | None = None,
 ) -> "subprocess.Popen[str]":
-    """Start `command` under a supervisor; SIGTERM to it ends all of the command's processes.
+    """Start `command` under a process that ends all of the command's processes on SIGTERM.
 
-    `env` adds to this process's environment. Must be called from a thread that lives on.
+    `env` adds to this process's environment. The calling thread must outlive the command.
     """
     return subprocess.Popen(
         [sys.executable, __file__, str(os.getpid()), *command],

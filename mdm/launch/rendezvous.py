@@ -1,19 +1,19 @@
-"""How the supervisors of several nodes agree on an attempt, by files in a folder that all see.
+"""How the supervisors of several nodes agree on an attempt, through files in a shared folder.
 
-    node-NAME.json     a node's own: a counter that moves while it lives, what it waits for, address
+    node-NAME.json     written by each node: a counter that grows while it lives, its state, address
     attempt.json       written by the leader: number, nodes in rank order, address, port
-    strikes.json       failures that began on a node, by name
+    strikes.json       by node, the number of failures that began there
 
-The leader is the first node of the hostfile that is alive. Nobody compares clocks: a node is alive
-for as long as others see its counter move.
+The leader is the first living node of the hostfile. No clocks are compared: a node lives as long as
+the others see its counter grow. The files are not synced to the disk: none matters after a power
+cut.
 """
 
-import json
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,24 @@ from mdm.utils import files
 
 _NODE: files.Shape = {"count": int, "state": str, "done": int, "address": str}
 _ATTEMPT: files.Shape = {"number": int, "nodes": list, "address": str, "port": int}
-BEAT = 0.5
-LOST = 10.0  # seconds after which a node whose counter stands still is gone
+BEAT = 0.5  # seconds between two writes of a node's file
+LOST = 10.0  # seconds after which a node whose counter stands still counts as lost
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One go at the job: which nodes, in rank order, and where they find each other."""
+    """One attempt at the job: its nodes, in rank order, and where they connect."""
 
     number: int
     nodes: tuple[str, ...]
     address: str
     port: int
-    rank: int = 0  # this node's
+    rank: int = 0  # of this node
     hosts: dict[str, int] = field(default_factory=dict)  # slots by name; empty: this machine alone
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots by node, in the file's order; ValueError names a line that cannot be meant."""
+    """Slots by node, in the file's order; raises ValueError that names an invalid line."""
     hosts: dict[str, int] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         words = line.split("#")[0].split()
@@ -55,41 +55,50 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
-class Meeting:
-    """This node's seat: a thread keeps its counter moving."""
+class Rendezvous:
+    """One node's part in the rendezvous; a thread keeps its counter growing.
+
+    Args:
+        folder: shared by all nodes.
+        hosts: slots by node, in the hostfile's order.
+        node: this one's name.
+        least: nodes that an attempt needs.
+        patience: seconds to wait for more nodes than that.
+        strikes: failures that began on a node before it is left out.
+        port: finds a free port of this node.
+    """
 
     def __init__(
         self,
         folder: Path,
         hosts: dict[str, int],
-        own: str,
+        node: str,
         least: int,
         patience: float,
         strikes: int,
         port: Callable[[], int],
     ) -> None:
-        self.folder, self.hosts, self.own = folder, hosts, own
+        self.folder, self.hosts, self.node = folder, hosts, node
         self.least, self.patience, self.strikes, self._port = least, patience, strikes, port
         self._done = 0  # the last attempt that this node took part in
         self._state = "waiting"
-        self._seen: dict[str, tuple[int, float]] = {}
+        self._seen: dict[str, tuple[int, float]] = {}  # by node: its counter, since when
         self._count = 0
         self._writing = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     @classmethod
-    def alone(cls, port: Callable[[], int]) -> "Meeting":
-        """A meeting of one, which needs no folder."""
+    def alone(cls, port: Callable[[], int]) -> "Rendezvous":
+        """A rendezvous of one node, which needs no folder."""
         return cls(Path(), {}, "", 1, 0.0, 0, port)
 
-    def __enter__(self) -> "Meeting":
+    def __enter__(self) -> "Rendezvous":
         if self.hosts:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # An attempt that was called before this supervisor began is not one to join.
-            self._done = self._attempt().get("number", 0)
+            # This supervisor does not join an attempt that was called before it started.
+            self._done = self._called().get("number", 0)
             self._write()
-            self._thread = threading.Thread(target=self._beat, name="mdm-meeting", daemon=True)
+            self._thread = threading.Thread(target=self._beat, name="mdm-rendezvous", daemon=True)
             self._thread.start()
         return self
 
@@ -97,16 +106,16 @@ class Meeting:
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
-            self._path(self.own).unlink(missing_ok=True)
+            self._path(self.node).unlink(missing_ok=True)
 
-    def _attempt(self) -> dict[str, Any]:
+    def _called(self) -> dict[str, Any]:
         """The last attempt that was called; empty if there is none, or none of these nodes."""
-        found = files.read_json(self.folder / "attempt.json", _ATTEMPT)
-        return found if all(name in self.hosts for name in found.get("nodes", ())) else {}
+        attempt = files.read_json(self.folder / "attempt.json", _ATTEMPT)
+        return attempt if all(name in self.hosts for name in attempt.get("nodes", ())) else {}
 
     def _strikes(self) -> dict[str, int]:
-        found = files.read_json(self.folder / "strikes.json")
-        return {name: n for name, n in found.items() if isinstance(n, int)}
+        strikes = files.read_json(self.folder / "strikes.json")
+        return {name: n for name, n in strikes.items() if isinstance(n, int)}
 
     def _path(self, name: str) -> Path:
         return self.folder / f"node-{name}.json"
@@ -118,30 +127,28 @@ class Meeting:
     def _write(self) -> None:
         with self._writing:
             self._count += 1
-            note = {"count": self._count, "state": self._state, "done": self._done}
-            _write_json(self._path(self.own), note | {"address": _address(self.own)})
+            values = (self._count, self._state, self._done, _address(self.node))
+            note = dict(zip(_NODE, values, strict=True))
+            files.write_json(self._path(self.node), note, sync=False)
 
     def alive(self) -> dict[str, dict[str, Any]]:
-        """The notes of the nodes whose counters move, in the hostfile's order."""
-        now, found = time.monotonic(), {}
+        """The files of the living nodes, in the hostfile's order."""
+        now, notes = time.monotonic(), {}
         for name in self.hosts:
             note = files.read_json(self._path(name), _NODE)
             if not note:
                 continue
-            count, since = self._seen.get(name, (-1, now))
+            count, since = self._seen.get(name, (None, now - LOST))
             if note["count"] != count:
-                self._seen[name] = (note["count"], now)
-                # One look cannot tell a living node from what a dead one left.
-                moved = count >= 0 or name == self.own
-                since = now if moved else now - LOST
-                if not moved:
-                    self._seen[name] = (note["count"], since)
+                # At first sight, a dead node's file looks like a living one's.
+                since = now if count is not None or name == self.node else now - LOST
+                self._seen[name] = (note["count"], since)
             if now - since < LOST:
-                found[name] = note
-        return found
+                notes[name] = note
+        return notes
 
     def next_attempt(self, stop: Callable[[], bool]) -> Attempt | None:
-        """Wait for the next attempt that this node is part of; None once `stop` says so."""
+        """Wait for the next attempt that includes this node; None once `stop` returns True."""
         if not self.hosts:
             self._done += 1
             return Attempt(self._done, (socket.gethostname(),), "127.0.0.1", self._port())
@@ -149,52 +156,42 @@ class Meeting:
         self._write()
         began = time.monotonic()
         while not stop():
-            alive = self.alive()
-            current = self._attempt()
-            if current and current["number"] > self._done and self.own in current["nodes"]:
-                self._state = "running"  # first: waiting with this number means that it is over
-                self._done = current["number"]
+            alive, called = self.alive(), self._called()
+            if called and called["number"] > self._done and self.node in called["nodes"]:
+                # Before the number: a waiting node with this number has ended the attempt.
+                self._state = "running"
+                self._done = called["number"]
                 self._write()
-                nodes = tuple(current["nodes"])
-                return Attempt(
-                    **{k: current[k] for k in _ATTEMPT if k != "nodes"},
-                    nodes=nodes,
-                    rank=nodes.index(self.own),
-                    hosts={name: self.hosts[name] for name in nodes},
-                )
-            if alive and next(iter(alive)) == self.own:
-                self._lead(alive, current, time.monotonic() - began)
+                nodes = tuple(called["nodes"])
+                hosts = {name: self.hosts[name] for name in nodes}
+                rank = nodes.index(self.node)
+                return Attempt(self._done, nodes, called["address"], called["port"], rank, hosts)
+            if alive and next(iter(alive)) == self.node:
+                self._lead(alive, called, time.monotonic() - began)
             time.sleep(BEAT / 2)
         return None
 
-    def _lead(self, alive: dict[str, Any], current: dict[str, Any], waited: float) -> None:
-        """Call an attempt, if those who should be in it are there and idle."""
+    def _lead(self, alive: dict[str, Any], called: dict[str, Any], waited: float) -> None:
+        """Call the next attempt, once the nodes that it should include are there and idle."""
         if any(note["state"] != "waiting" for note in alive.values()):
             return
         strikes = self._strikes()
-        fit = [name for name in alive if strikes.get(name, 0) < self.strikes]
-        if len(fit) < self.least:  # too few are left to be choosy
-            fit = list(alive)
-        enough = len(fit) >= self.least and waited > self.patience
-        barred = [n for n in self.hosts if strikes.get(n, 0) >= self.strikes and n not in fit]
-        if not enough and len(fit) < len(self.hosts) - len(barred):
+        nodes = [name for name in alive if strikes.get(name, 0) < self.strikes]
+        if len(nodes) < self.least:  # too few without those that have failed
+            nodes = list(alive)
+        left_out = [n for n in self.hosts if strikes.get(n, 0) >= self.strikes and n not in nodes]
+        expected = self.least if waited > self.patience else len(self.hosts) - len(left_out)
+        if len(nodes) < max(expected, self.least):
             return
-        if len(fit) < self.least or self.own not in alive:
-            return
-        number = max([current.get("number", 0), *(note["done"] for note in alive.values())]) + 1
-        attempt = Attempt(number, tuple(fit), alive[fit[0]]["address"], self._port())
-        note = asdict(attempt)
-        _write_json(
-            self.folder / "attempt.json",
-            {k: note[k] for k in ("number", "nodes", "address", "port")},
-        )
+        number = max([called.get("number", 0), *(note["done"] for note in alive.values())]) + 1
+        values = (number, nodes, alive[nodes[0]]["address"], self._port())
+        attempt = dict(zip(_ATTEMPT, values, strict=True))
+        files.write_json(self.folder / "attempt.json", attempt, sync=False)
 
     def broken(self, attempt: Attempt) -> str:
-        """Which other node has left a running attempt, if one has; to be asked again and again."""
-        if not self.hosts:
-            return ""
+        """Which other node has left a running attempt, if any; to be polled."""
         alive = self.alive()
-        for name in attempt.nodes:
+        for name in attempt.nodes if self.hosts else ():
             note = alive.get(name)
             if note is None and name in self._seen:
                 return f"node {name} is lost"
@@ -202,29 +199,20 @@ class Meeting:
                 return f"node {name} has ended the attempt"
         return ""
 
-    def ended(self, attempt: Attempt, hurt: bool) -> None:
-        """This node's part of the attempt is over; `hurt` if the failure began here."""
-        if self.hosts and hurt:
-            # Each node writes its own line at its own time: a lost strike costs one more restart.
+    def strike(self) -> None:
+        """Record that a failure began on this node."""
+        if self.hosts:
+            # Nodes rarely write at the same moment, and a lost strike costs only one more restart.
             strikes = self._strikes()
-            _write_json(
-                self.folder / "strikes.json", strikes | {self.own: strikes.get(self.own, 0) + 1}
-            )
+            strikes[self.node] = strikes.get(self.node, 0) + 1
+            files.write_json(self.folder / "strikes.json", strikes, sync=False)
 
 
 def _address(name: str) -> str:
-    """Where others reach this node: its name if it has an address, else the host's own."""
+    """This node's address: that of its name if it has one, else the host's."""
     for candidate in (name, socket.gethostname()):
         try:
             return str(socket.gethostbyname(candidate))
         except OSError:
             continue
     return "127.0.0.1"
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    # Not flushed to the disk: a note is of no use after the machine has been down.
-    part = path.with_name(f"{path.name}.{socket.gethostname()}.part")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    files.make_way(path)
-    part.replace(path)

@@ -1,7 +1,7 @@
 """The attention block of the decoder ablation: grouped-query attention and SwiGLU (MonoFormer).
 
-It stands where a Mamba-2 block does, in the same trunk with the same embeddings, which already tell
-places: no rotary positions. Attention is bidirectional over the joint sequence.
+It replaces a Mamba-2 block in the same trunk with the same embeddings, which already carry
+positions: there are no rotary ones. Attention is bidirectional over the joint sequence.
 
 Shapes: b batch, l length, d d_model.
 """
@@ -17,7 +17,7 @@ from mdm.model.mamba2 import Mamba2
 
 
 def feed_forward_width(config: ModelConfig, n_scans: int) -> int:
-    """Inner width of the MLP: `d_ff`, or the one that gives the block a Mamba-2 block's parameters.
+    """Inner width of the MLP: `d_ff`, or as many parameters as a Mamba-2 block has.
 
     Raises:
         ValueError: attention alone is larger than the Mamba-2 block.
@@ -25,14 +25,14 @@ def feed_forward_width(config: ModelConfig, n_scans: int) -> int:
     if config.d_ff:
         return config.d_ff
     with torch.device("meta"):
-        wanted = sum(p.numel() for p in Mamba2(config, n_scans).parameters())
+        total = sum(p.numel() for p in Mamba2(config, n_scans).parameters())
     d = config.d_model
     attention = 2 * d * d + 2 * d * (d // config.n_heads) * config.n_kv_heads
-    width = round((wanted - attention) / (3 * d))
+    width = round((total - attention) / (3 * d))
     if width < 1:
         raise ValueError(
-            f"attention has {attention} parameters, the Mamba-2 block in whose place it stands "
-            f"{wanted}: nothing is left for the MLP; set model.d_ff, or fewer model.n_kv_heads"
+            f"attention has {attention} parameters, the Mamba-2 block that it replaces {total}: "
+            f"nothing is left for the MLP; set model.d_ff, or fewer model.n_kv_heads"
         )
     return width
 
@@ -59,10 +59,10 @@ class AttentionBlock(nn.Module):
                 last.weight.mul_((2 * config.n_layer) ** -0.5)
 
     def forward(self, x: Tensor, scan: Any = None, seq_idx: Tensor | None = None) -> Tensor:
-        """[b, l, d] -> [b, l, d]; `scan` is a Mamba-2 block's, attention has no order.
+        """[b, l, d] -> [b, l, d]; `scan` is ignored: attention has no order.
 
-        With `seq_idx` [r, w] x is [1, r w, d], r rows end to end, in each of which tokens hear
-        those of the same number alone.
+        With `seq_idx` [r, w], x is [1, r w, d]: r rows end to end, in each of which a token attends
+        only to tokens of the same number.
         """
         normed = F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5)
         rows = normed if seq_idx is None else normed.view(*seq_idx.shape, -1)

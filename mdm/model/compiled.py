@@ -1,4 +1,4 @@
-"""`torch.compile` over a cache on disk that kills and other vector units may have spoilt."""
+"""`torch.compile` with a disk cache that survives killed processes and other vector units."""
 
 import struct
 import time
@@ -12,11 +12,11 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LINKING = 20.0  # seconds that a library may take to be written
+_LINKING = 20.0  # seconds after which an incomplete library is no longer being written
 
 
 class Compiled(Generic[P, T]):
-    """`function` compiled, at its first call with each set of shapes."""
+    """`function`, compiled at its first call with each set of shapes."""
 
     def __init__(self, function: Callable[P, T]) -> None:
         self._function = function
@@ -32,22 +32,22 @@ class Compiled(Generic[P, T]):
 
 @lru_cache(maxsize=1)
 def _prepare() -> None:
-    """Once a process, before anything is compiled or taken from the cache."""
+    """Prepare the cache, once a process, before anything is compiled or read from it."""
     # Imported here: they take a second, and only compiled blocks need them.
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     _remove_torn(Path(cache_dir()))
-    # The cache's key leaves out for which vector units a graph was compiled. One for AVX2 that is
-    # used where buffers are laid out for AVX-512 writes out of bounds.
+    # The cache's key omits the vector units for which a graph was compiled. A graph for AVX2 writes
+    # out of bounds if its buffers are laid out for AVX-512.
     config = torch.compiler.config
     config.cache_key_tag += str(pick_vec_isa())
 
 
 def _remove_torn(folder: Path) -> None:
-    """Remove libraries that a killed process left half written: loading one ends the job.
+    """Remove libraries that a killed process left incomplete: loading one crashes the job.
 
-    One that another process is still writing is waited for.
+    Wait for libraries that another process is still writing.
     """
     for library in folder.rglob("*.so"):
         try:
@@ -61,7 +61,7 @@ def _remove_torn(folder: Path) -> None:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a 64-bit ELF file reaches to the end of its table of sections, which comes last."""
+    """Whether a 64-bit ELF file contains all of its section table, which comes last."""
     with library.open("rb") as file:
         head = file.read(64)
     if len(head) < 64:

@@ -1,7 +1,7 @@
 """Multiply-accumulates of the decoder, counted from its sizes.
 
-Published "GFLOPs" of such networks count weights times tokens, one multiply-accumulate as one: that
-is `products`. What tokens exchange comes on top.
+Published "GFLOPs" of such networks count weights times tokens, and a multiply-accumulate as one
+operation: that is `products`. The exchange between tokens is `mixing`.
 """
 
 from typing import NamedTuple

@@ -1,97 +1,115 @@
-"""Whether what the network is given fits it, and fits together.
+"""What the decoder reads of each modality, and the check of a batch or request on the CPU.
 
-Shapes: b samples, r rows (b unless texts are packed), m text tokens, k pictures of n tokens, c
-numbers a token.
+Shapes: B samples, R rows (B unless texts are packed), M text tokens, I images a sample, N image
+tokens of all of them, C latent width.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mdm.config import ModelConfig
+from mdm.model.sequence import TextRows
 
 
-def check_inputs(config: ModelConfig, z_txt: Tensor, **others: Tensor | None) -> int:
-    """How many pictures a sample holds.
+class TextInput(NamedTuple):
+    """The text at its noise level. A `NamedTuple`, because DeepSpeed's ZeRO-3 hooks know those."""
+
+    z_t: Tensor  # [R, M, C] noisy latents, clean ones where `prompt`
+    level: Tensor  # [B] log-SNR of the tokens outside the prompt
+    prompt: Tensor  # bool [R, M], tokens that are clean conditions
+    estimate: Tensor | None = None  # [R, M, C] last estimate of the clean text; None for zeros
+    keep: Tensor | None = None  # bool [B, M], tokens that the blocks read; None for all
+    rows: TextRows | None = None  # of packed texts
+
+
+class ImageInput(NamedTuple):
+    """The images at their noise levels, one after the other."""
+
+    z_t: Tensor  # [B, N, C] noisy latents
+    level: Tensor  # [B, I] log-SNR
+    at: Tensor | None = None  # i64 [B, I], as `image_at` in `mdm.data.batch.Batch`
+    keep: Tensor | None = None  # bool [B, N], given where the text's is
+
+
+def check(
+    model: ModelConfig,
+    ids: Sequence[str],
+    *,
+    tokens: Tensor,
+    prompt: Tensor,
+    class_ids: Tensor,
+    latents: Tensor | None = None,
+    image_at: Tensor | None = None,
+    text_of: Tensor | None = None,
+    **numbers: Tensor,
+) -> None:
+    """Check B samples, on the CPU: shapes, kinds and ranges are those of `model`.
 
     Args:
-        config: of the network.
-        z_txt: what `Network.forward` takes by this name.
-        others: all its other arguments, by their names.
+        model: sizes of the model.
+        ids: names of the samples for messages.
+        tokens: i64 [R, M].
+        prompt: bool [R, M].
+        class_ids: i64 [B], -1 without a class.
+        latents: f32 or bf16 [B, N, C].
+        image_at: i64 [B, I] text tokens at whose positions images stand, -1 for none.
+        text_of: i64 [R, M] of packed texts, -1 after a row's last text.
+        numbers: further fields, i64 [B] each.
 
     Raises:
-        ValueError: shapes, dtypes or ranges that do not fit, with both values.
+        ValueError: a field that does not fit, with both values.
     """
-    c, longest = config.latent_dim, config.text_length
-    if z_txt.dim() != 3 or not 1 <= z_txt.shape[1] <= longest or z_txt.shape[2] != c:
+    b, n = len(ids), model.image_height * model.image_width
+    shape = tuple(tokens.shape)
+    rows = shape[0] if text_of is not None else b
+    if len(shape) != 2 or shape[0] != rows or not 1 <= shape[1] <= model.text_length:
         raise ValueError(
-            f"z_txt has shape {tuple(z_txt.shape)}; the model reads [batch, 1 ... {longest} "
-            f"tokens (model.text_length), {c} numbers (model.latent_dim)]"
+            f"tokens have shape {shape}; {b} samples need [{b}, 1 ... {model.text_length} "
+            "(model.text_length)]"
         )
-    r, m, _ = z_txt.shape
-    b, class_ids, level_img = r, others["class_ids"], others["level_img"]
-    if others["text_of"] is not None:
-        assert class_ids is not None
-        b = len(class_ids)
-    n = config.image_height * config.image_width
-    k = _pictures(others, b, n, c)
-    given = others | {"z_txt": z_txt}
-    one_level = level_img is not None and level_img.dim() == 1  # for all pictures of a sample
-    floats: dict[str, tuple[int, ...]] = {
-        "z_txt": (r, m, c),
-        "estimate_txt": (r, m, c),
-        "z_img": (b, k * n, c),
-        "level_txt": (b,),
-        "level_img": (b,) if one_level else (b, k),
+    if latents is None and image_at is not None:
+        raise ValueError("image_at gives the places of images but latents are None")
+    if latents is not None and text_of is not None:
+        raise ValueError("text_of gives the texts of packed rows but there are latents")
+    images, kind = 1, torch.float32
+    if latents is not None and latents.dim() == 3:
+        images = max(latents.shape[1] // n, 1)
+        kind = torch.bfloat16 if latents.dtype == torch.bfloat16 else kind
+    fields = {
+        "tokens": (tokens, shape, torch.int64),
+        "prompt": (prompt, shape, torch.bool),
+        "class_ids": (class_ids, (b,), torch.int64),
+        "latents": (latents, (b, images * n, model.latent_dim), kind),
+        "image_at": (image_at, (b, images), torch.int64),
+        "text_of": (text_of, shape, torch.int64),
+        **{name: (value, (b,), torch.int64) for name, value in numbers.items()},
     }
-    integers = {"class_ids": (b,), "picture_at": (b, k), "text_of": (r, m)}
-    masks = {"prompt": (r, m), "keep_txt": (r, m), "keep_img": (b, k * n)}
-    for kind, shapes in (("floating point", floats), ("i64", integers), ("bool", masks)):
-        for name, shape in shapes.items():
-            tensor = given[name]
-            if tensor is None:
-                continue
-            if tuple(tensor.shape) != shape:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; z_txt {tuple(z_txt.shape)} and "
-                    f"{k} pictures need {shape}"
-                )
-            if _kind(tensor.dtype) != kind:
-                raise ValueError(f"{name} is {tensor.dtype}; it must be {kind}")
-    for name, end in {"class_ids": config.n_classes, "picture_at": longest, "text_of": b}.items():
-        _check_range(name, given[name], end)
-    return k
+    for name, (value, expected, dtype) in fields.items():
+        if value is not None and (tuple(value.shape) != expected or value.dtype != dtype):
+            raise ValueError(
+                f"{name} is {value.dtype} {tuple(value.shape)}; {b} samples of {shape[1]} "
+                f"tokens on a grid of {n} x {model.latent_dim} need {dtype} {expected}"
+            )
+    names = [f"of row {row}" for row in range(rows)] if text_of is not None else ids
+    last = model.vocab_size - 1
+    _check_range("tokens", tokens, names, 0, last, "the vocabulary of another tokenizer?")
+    _check_range("class_ids", class_ids, ids, -1, model.n_classes - 1, "see model.n_classes")
+    _check_range("image_at", image_at, ids, -1, shape[1] - 1, "it counts text tokens")
+    _check_range("text_of", text_of, names, -1, b - 1, "it counts the samples")
 
 
-def _pictures(given: dict[str, Tensor | None], b: int, n: int, c: int) -> int:
-    z_img, level_img = given["z_img"], given["level_img"]
-    if z_img is None:
-        return 0
-    if given["text_of"] is not None:
-        raise ValueError("text_of tells of packed texts, which have no pictures")
-    k = z_img.shape[1] // n
-    if level_img is None or z_img.shape != (b, max(k, 1) * n, c):
-        levels = None if level_img is None else tuple(level_img.shape)
-        raise ValueError(
-            f"z_img has shape {tuple(z_img.shape)} and level_img {levels}; {b} samples on "
-            f"a grid of {n} tokens need [{b}, pictures x {n}, {c}] and [{b}, pictures]"
-        )
-    keeps = [name for name in ("keep_txt", "keep_img") if given[name] is not None]
-    if len(keeps) == 1:
-        raise ValueError(f"of keep_txt and keep_img only {keeps[0]} is given; pictures need both")
-    return k
-
-
-def _kind(dtype: torch.dtype) -> str:
-    if dtype.is_floating_point:
-        return "floating point"
-    return {torch.int64: "i64", torch.bool: "bool"}.get(dtype, str(dtype))
-
-
-def _check_range(name: str, tensor: Tensor | None, end: int) -> None:
-    """-1 ... end - 1, on the CPU: a GPU would be waited for, which `Batch.check` spares it."""
-    if tensor is None or type(tensor) is not Tensor or tensor.device.type != "cpu":
+def _check_range(
+    field: str, values: Tensor | None, names: Sequence[str], low: int, high: int, hint: str
+) -> None:
+    if values is None:
         return
-    if tensor.numel() and not (tensor.min() >= -1 and tensor.max() < end):
+    outside = (values < low) | (values > high)
+    if outside.any():
+        row = int(outside.nonzero()[0, 0])
         raise ValueError(
-            f"{name} spans {int(tensor.min())} to {int(tensor.max())}; it lies in -1 ... {end - 1}"
+            f"sample {names[row]} has {int(values[outside][0])} in {field}; "
+            f"it lies in {low} ... {high}: {hint}"
         )

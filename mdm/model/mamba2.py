@@ -29,13 +29,6 @@ class Weights(NamedTuple):
     out_proj: Tensor  # [s, d, i]
 
 
-class MixerState(NamedTuple):
-    """What a mixer remembers of the tokens before."""
-
-    conv: Tensor  # [b, k - 1, s, i + 2n], the convolution's last inputs
-    ssm: Tensor  # fp32 [b, s, h, p, n]
-
-
 def mix(
     u: Tensor,
     w: Weights,
@@ -94,7 +87,7 @@ def _gated_norm(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
 class _Stacked(nn.Module):
     """Holds `weight`, and `bias` where there is one, under the names of `mamba_ssm.Mamba2`.
 
-    All have a leading scan axis: a bias has two dimensions here, so that weight decay goes by role.
+    All have a leading scan axis: a bias has two dimensions, so weight decay goes by name.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -130,8 +123,8 @@ class Mamba2(nn.Module):
             uniform(channels, 1, config.d_conv, fan_in=config.d_conv),
             uniform(channels, fan_in=config.d_conv),
         )
-        # A head remembers about 1 / (dt A) tokens and writes a token with weight dt, beside its own
-        # skip of weight D = 1: the defaults are mamba_ssm's, for thousands of tokens.
+        # A head remembers about 1 / (dt A) tokens and writes a token with weight dt, against a skip
+        # of weight D = 1: the defaults are mamba_ssm's, for thousands of tokens.
         ends = math.log(config.dt_min), math.log(config.dt_max)
         dt = torch.empty(n_scans, n_heads).uniform_(*ends).exp()
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus^-1(dt)
@@ -175,50 +168,3 @@ class Mamba2(nn.Module):
                 f"u has shape {tuple(u.shape)}; the mixers read [batch, length, {s} scans, {d}]"
             )
         return mix(u, self.weights, seq_idx, **self.settings)
-
-    def allocate_state(self, batch: int) -> MixerState:
-        """The state before the first token of `batch` sequences: zeros."""
-        w = self.weights
-        s, channels, _, taps = w.conv1d_weight.shape
-        heads, headdim = w.A_log.shape[1], self.settings["headdim"]
-        return MixerState(
-            w.in_proj.new_zeros(batch, taps - 1, s, channels),
-            w.A_log.new_zeros(batch, s, heads, headdim, self.settings["d_state"]),
-        )
-
-    def step(self, u: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
-        """The next token, Eqs. 10-13 as the recurrence they are: for scans that only run forward.
-
-        Args:
-            u: [b, s, d], one token in each scan.
-            state: of the tokens before.
-
-        Returns:
-            (y [b, s, d], the state after it); y equals `forward`'s at this place.
-        """
-        scans, d, _ = self.out_proj.weight.shape
-        if u.dim() != 3 or u.shape[1:] != (scans, d) or len(u) != len(state.ssm):
-            raise ValueError(
-                f"u has shape {tuple(u.shape)}; a step takes [batch, {scans} scans, {d}], and the "
-                f"state is one of {len(state.ssm)} sequences"
-            )
-        w, n = self.weights, self.settings["d_state"]
-        d_inner, heads = w.norm.shape[1], w.A_log.shape[1]
-        z, xBC, dt = torch.einsum("bsd,sod->bso", u, w.in_proj).split(
-            [d_inner, d_inner + 2 * n, heads], -1
-        )
-        window = torch.cat([state.conv, xBC.unsqueeze(1)], 1)  # [b, k, s, i + 2n]
-        taps = w.conv1d_weight.squeeze(2).permute(2, 0, 1)  # [k, s, i + 2n]
-        convolved = F.silu((window * taps).sum(1) + w.conv1d_bias)
-        x, B, C = convolved.split([d_inner, n, n], -1)
-        x = x.unflatten(-1, (heads, -1)).float()  # [b, s, h, p]
-        A = -w.A_log.float().exp()
-        dt = F.softplus(dt.float() + w.dt_bias.float())
-        held = x * torch_ssd.zoh_scale(dt, A).unsqueeze(-1) if self.settings["zoh"] else x
-        added = (dt.unsqueeze(-1) * held).unsqueeze(-1) * B.float()[:, :, None, None]
-        ssm = (dt * A).exp()[..., None, None] * state.ssm + added
-        y = (ssm * C.float()[:, :, None, None]).sum(-1) + x * w.D.float().unsqueeze(-1)
-        gated = y.flatten(2) * F.silu(z.float())
-        normed = F.rms_norm(gated, gated.shape[-1:], eps=1e-5) * w.norm.float()
-        out = torch.einsum("bsi,sdi->bsd", normed.to(u.dtype), w.out_proj)
-        return out, MixerState(window[:, 1:], ssm)

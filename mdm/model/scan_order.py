@@ -57,55 +57,9 @@ def parse_scans(scans: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         ValueError: anything that is not image patterns, a slash, text patterns.
     """
     image, slash, text = scans.partition("/")
-    known = set(image) <= set("1234") and set(text) <= set("12")
-    if not (slash and image and text and known):
+    valid = set(image) <= set("1234") and set(text) <= set("12")
+    if not (slash and image and text and valid):
         raise ValueError(
             f"scans is {scans!r}; write image scans 1-4, a slash, text scans 1-2, such as 1234/12"
         )
     return tuple(map(int, image)), tuple(map(int, text))
-
-
-def joint_scan(
-    n_head: int,
-    text_length: int,
-    grid: tuple[int, int] | None,
-    image: int,
-    text: int,
-    pictures: int = 1,
-) -> Scan:
-    """Order of `[n_head tokens] [pad text pad] [pad image pad]`, the last once a picture.
-
-    Image patterns 2 and 4 reverse the order of the segments too: information then flows from the
-    picture to the text, which a scan that keeps the text in front never allows.
-
-    Args:
-        n_head: time and class tokens in front.
-        text_length: text tokens, without their two pads.
-        grid: rows and columns of image tokens, None without a picture.
-        image: image pattern 1-4; without a picture 2 and 4 put the head last.
-        text: text pattern 1-2.
-        pictures: grids, one after the other, each between its pads; all are read in one pattern.
-
-    Returns:
-        (order, inverse), int64 over the whole sequence.
-    """
-    reverse = image in (2, 4)
-    head = torch.arange(n_head)
-    segments = [head.flip(0) if reverse else head]
-    start = n_head
-    inner = text_scan(text_length, text)[0]
-    segments.append(_between_pads(inner, start, reverse))
-    start += text_length + 2
-    if grid is not None:
-        picture = image_scan(*grid, image)[0]
-        for _ in range(pictures):
-            segments.append(_between_pads(picture, start, reverse))
-            start += picture.numel() + 2
-    order = torch.cat(segments[::-1] if reverse else segments)
-    return order, order.argsort()
-
-
-def _between_pads(inner: Tensor, start: int, reverse: bool) -> Tensor:
-    pads = [torch.tensor([start]), torch.tensor([start + inner.numel() + 1])]
-    first, last = pads[::-1] if reverse else pads
-    return torch.cat([first, inner + start + 1, last])

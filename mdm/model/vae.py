@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SIGMA_FLOOR = 0.05  # below it the KL term's pull vanishes and latents of near tokens collapse
+SIGMA_FLOOR = 0.05  # below it the KL term's gradient vanishes and nearby latents collapse
 
 
 class Vocabulary(nn.Module):
@@ -25,7 +25,7 @@ class Vocabulary(nn.Module):
 
 
 class NoisyLatentVAE(nn.Module):
-    """Maps between data and latents, one width for both modalities."""
+    """Maps between data and latents of one width for both modalities."""
 
     image_running_mean: Tensor
     image_running_var: Tensor

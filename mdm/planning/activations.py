@@ -1,9 +1,9 @@
-"""What a training step keeps and needs beside the weights, found without computing it.
+"""Memory that a training step needs besides weights and states, measured without computing it.
 
-The trunk runs on torch's fake tensors, which have shapes, types and lifetimes but no memory: any
-size takes seconds. VAE, embedding and heads, which ask for values on their way, run on real ones,
-but for matrix products, which a CPU would compute for minutes. Both
-run on one and on two samples: what is kept grows evenly with them.
+The trunk runs on torch's fake tensors, which have shapes, types and lifetimes but no memory, so
+that any size takes seconds. VAE, embedding and heads read values on their way and run on real
+tensors, except for their matrix products, which would take a CPU minutes. Both run on one and on
+two samples: memory grows linearly with the samples.
 """
 
 import contextlib
@@ -19,89 +19,69 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
+from mdm.config import Config, DataConfig
 from mdm.data.batch import Batch
 from mdm.kernels import fused
-from mdm.loss import Objective
+from mdm.loss import Loss
 from mdm.model.decoder import Trunk
-from mdm.model.packing import N_HEAD
+from mdm.model.sequence import Layout
 from mdm.planning.footprint import Live, saved_activations
 from mdm.utils.precision import autocast
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes a rank for its share of a step."""
+    """Bytes on one rank, for its part of a batch."""
 
     trunk: int  # kept from forward to backward by all blocks, without checkpointing
-    trunk_checkpointed: int  # the same with it: the blocks' inputs
-    block: int  # the most that one block has in work, forward and backward, its gradients included
-    block_kept: int  # what one block keeps from forward to backward
+    trunk_checkpointed: int  # the same with checkpointing: the blocks' inputs
+    block: int  # peak of one block in forward and backward, its gradients included
+    block_kept: int  # kept by one block from forward to backward
     heads: int  # kept by VAE, embedding, heads and losses
-    heads_peak: int  # the most that these have in work
+    heads_peak: int  # peak of these
 
     def kept(self, checkpointed: bool) -> int:
-        """What a forward pass leaves to its backward pass."""
+        """Bytes that a forward pass keeps for its backward pass."""
         return self.heads + (self.trunk_checkpointed if checkpointed else self.trunk)
 
     def work(self, checkpointed: bool) -> int:
-        """The most on top of it: in the heads, or while the last block's gradient is computed."""
+        """Peak on top of `kept`: in the heads, or in the backward pass of the last block."""
         in_block = self.block - (0 if checkpointed else self.block_kept)
         return max(in_block, self.heads_peak - self.heads)
 
 
-def largest_batch(config: Config, samples: int, with_picture: bool = True) -> Batch:
-    """A batch of as many samples, texts as long as the configuration allows."""
-    model, data = config.model, config.data
-    m = data.caption_length if with_picture else data.dialogue_length
+def largest_batch(config: Config, samples: int, with_image: bool = True) -> Batch:
+    """Random samples with texts as long as the configuration allows."""
+    model = config.model
     keys = torch.arange(samples)
     n = model.image_height * model.image_width
-    latents = torch.randn(samples, n, model.latent_dim) if with_picture else None
+    latents = torch.randn(samples, n, model.latent_dim) if with_image else None
+    text = longest(config, with_image).text
     return Batch(
         ids=tuple(f"sample-{i}" for i in range(samples)),
         keys=keys,
         epochs=torch.zeros_like(keys),
         class_ids=torch.full_like(keys, -1),
-        tokens=torch.randint(4, model.vocab_size, (samples, m)),
-        prompt=torch.zeros(samples, m, dtype=torch.bool),
+        tokens=torch.randint(4, model.vocab_size, (samples, text)),
+        prompt=torch.zeros(samples, text, dtype=torch.bool),
         latents=latents,
     )
 
 
-def sequence_length(config: Config, with_picture: bool) -> int:
-    """Tokens of the trunk's sequence for the longest sample of either task."""
-    if not with_picture:
-        return N_HEAD + config.data.dialogue_length + 2
-    grid = config.model.image_height * config.model.image_width
-    return N_HEAD + config.data.caption_length + 2 + grid + 2
-
-
-@lru_cache(maxsize=8)
-def _for_one_and_two(
-    model: ModelConfig, objective: ObjectiveConfig, data: DataConfig, picture: bool, precision: str
-) -> list[Activations]:
-    config = Config(model=model, objective=objective, data=data)
-    return [
-        Activations(*_trunk(config, n, picture, precision), *_heads(config, n, picture, precision))
-        for n in (1, 2)
-    ]
-
-
-def activations(config: Config, samples: int, with_picture: bool, precision: str) -> Activations:
-    """What a step on `samples` samples of one task needs beside states and parameters."""
-    key = (config.model, config.objective, config.data)
-    one, two = map(dataclasses.astuple, _for_one_and_two(*key, with_picture, precision))
-    return Activations(*(a + (b - a) * (samples - 1) for a, b in zip(one, two, strict=True)))
+def longest(config: Config, with_image: bool) -> Layout:
+    """The trunk's sequence for the longest sample of either task."""
+    text = config.data.caption_length if with_image else config.data.dialogue_length
+    return Layout.of(config.model, text, int(with_image))
 
 
 def _trunk(
-    config: Config, samples: int, with_picture: bool, precision: str
+    config: Config, samples: int, with_image: bool, precision: str
 ) -> tuple[int, int, int, int]:
-    model = config.model
+    """The first four numbers of `Activations`."""
+    model, layout = config.model, longest(config, with_image)
     if model.kernel == "compiled":  # keeps less; counted as what it is compiled from
         model = dataclasses.replace(model, kernel="torch")
-    m = config.data.caption_length if with_picture else config.data.dialogue_length
-    grid = (model.image_height, model.image_width) if with_picture else None
+    shape = (samples, layout.length, model.d_model)
     small = dataclasses.replace(
         model,
         n_layer=min(4, model.n_layer),  # every kind of block is among the first four
@@ -112,58 +92,74 @@ def _trunk(
         n_kv_heads=1,
         kernel="torch",
     )
-    one = dataclasses.replace(model, n_layer=1, long_skip=False)
-    shape = (samples, sequence_length(config, with_picture), model.d_model)
-    # Scan orders are cached: let them be made here, as real tensors.
+    # Scan orders are cached: this makes them, as real tensors.
     with torch.no_grad():
-        Trunk(small)(torch.zeros(1, shape[1], small.d_model), m, grid)
+        Trunk(small)(torch.zeros(1, shape[1], small.d_model), layout)
 
     def run(trunk: nn.Module) -> tuple[Tensor, int]:
         x = torch.randn(shape, requires_grad=True)
         with autocast(precision), saved_activations(trunk) as saved:
-            return trunk(x, m, grid), saved.bytes
+            return trunk(x, layout), saved.bytes
 
     with FakeTensorMode(allow_non_fake_inputs=True), _shapes_of_fused_kernels():
         whole = Trunk(model)
-        trunk = run(whole)[1]
+        kept = run(whole)[1]
         whole.checkpointing = True
-        checkpointed = run(whole)[1]
-        block = Trunk(one)
+        kept_checkpointed = run(whole)[1]
+        block = Trunk(dataclasses.replace(model, n_layer=1, long_skip=False))
         with Live() as live:
-            y, kept = run(block)
+            y, block_kept = run(block)
             y.sum().backward()
-    return trunk, checkpointed, live.peak, kept
+    return kept, kept_checkpointed, live.peak, block_kept
 
 
-class _NoTrunk(nn.Module):
-    """Stands where the trunk is, without a block."""
-
-    def forward(self, x: Tensor, *_: object) -> Tensor:
-        """The sequence as it is."""
-        return x
-
-
-def _heads(config: Config, samples: int, with_picture: bool, precision: str) -> tuple[int, int]:
+def _heads(config: Config, samples: int, with_image: bool, precision: str) -> tuple[int, int]:
+    """The last two numbers of `Activations`."""
     tiny = dataclasses.replace(
         config.model, n_layer=1, long_skip=False, scan_mode="alternate", expand=1, d_state=1
     )
-    objective = Objective(dataclasses.replace(config, model=tiny))
-    objective.network.trunk = _NoTrunk()  # type: ignore[assignment]
-    batch = largest_batch(config, samples, with_picture)
+    loss = Loss(dataclasses.replace(config, model=tiny))
+    loss.network.trunk = _NoTrunk()  # type: ignore[assignment]
+    batch = largest_batch(config, samples, with_image)
     with _NoProducts(), Live() as live:  # type: ignore[no-untyped-call]
-        with autocast(precision), saved_activations(objective) as saved:
-            total = objective(batch, 0).total
+        with autocast(precision), saved_activations(loss) as saved:
+            total = loss(batch, 0).total
         total.backward()
     # Gradients of these parameters are among what is alive, and counted elsewhere.
-    gradients = sum(p.numel() * p.element_size() for p in objective.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in loss.parameters())
     return saved.bytes, max(live.peak - gradients, saved.bytes)
 
 
+@lru_cache(maxsize=8)
+def _for_one_and_two(config: Config, with_image: bool, precision: str) -> list[tuple[int, ...]]:
+    return [
+        _trunk(config, n, with_image, precision) + _heads(config, n, with_image, precision)
+        for n in (1, 2)
+    ]
+
+
+def activations(config: Config, samples: int, with_image: bool, precision: str) -> Activations:
+    """What a step on `samples` samples of one task needs beside states and parameters."""
+    # Only what the sizes depend on, so that the cache serves other batches and ranks as well.
+    lengths = {name: getattr(config.data, name) for name in ("caption_length", "dialogue_length")}
+    sizes = Config(model=config.model, objective=config.objective, data=DataConfig(**lengths))
+    one, two = _for_one_and_two(sizes, with_image, precision)
+    return Activations(*(a + (b - a) * (samples - 1) for a, b in zip(one, two, strict=True)))
+
+
+class _NoTrunk(nn.Module):
+    """Replaces the trunk: it has no blocks."""
+
+    def forward(self, x: Tensor, *_: object) -> Tensor:
+        """The sequence unchanged."""
+        return x
+
+
 class _NoProducts(TorchDispatchMode):
-    """Matrix products give zeros: of their shape, type and memory, in no time."""
+    """Replaces the results of matrix products by zeros of the same shape and type."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run all other operations as they are."""
+        """Run all other operations unchanged."""
         if func.overloadpacket not in _PRODUCTS:
             return func(*args, **(kwargs or {}))
         left, right = args[-2:]
@@ -174,7 +170,7 @@ _PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.
 
 
 class _ScanShapes(torch.autograd.Function):
-    """What mamba_ssm's chunked scan keeps and needs, without its values."""
+    """Allocates what mamba_ssm's chunked scan allocates, and computes nothing."""
 
     @staticmethod
     def forward(
@@ -198,7 +194,7 @@ class _ScanShapes(torch.autograd.Function):
 
 
 class _ConvShapes(torch.autograd.Function):
-    """What causal-conv1d keeps and needs, without its values."""
+    """Allocates what causal-conv1d allocates, and computes nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -223,6 +219,6 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: None = None) -> Tens
 
 @contextlib.contextmanager
 def _shapes_of_fused_kernels() -> Iterator[None]:
-    """The CUDA kernels cannot run here; what they keep is known from their sources."""
+    """Replace the CUDA kernels, which cannot run here; their sources say what they keep."""
     with mock.patch.object(fused, "ssd", _scan), mock.patch.object(fused, "causal_conv", _conv):
         yield

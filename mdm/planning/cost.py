@@ -1,6 +1,6 @@
-"""How fast and at what price a run would be: FLOPs from the decoder's sizes, at a stated MFU.
+"""Speed and price of a run: FLOPs from the decoder's sizes, at a stated MFU.
 
-MFU counts what the model needs, three passes over its matrix products a step, and not what
+MFU counts what the model needs, three passes over its matrix products a step, but not what
 checkpointing computes again.
 """
 
@@ -8,20 +8,27 @@ from dataclasses import dataclass
 
 from mdm.config import Config
 from mdm.model.count import trunk_macs
-from mdm.planning.activations import sequence_length
+from mdm.planning.activations import longest
+from mdm.planning.memory_plan import shapes_of
+from mdm.train.deepspeed_config import load_deepspeed_config, zero_settings
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One sample of the mixture, as long as the configuration allows."""
+class Cluster:
+    """The machines that a run is meant for, what they cost, and what they train on."""
 
-    tokens: float  # of the sequence that the blocks read
-    flops: float  # of a training step on it
+    world_size: int
+    gpus_per_node: int
+    gpu: str
+    mfu: float  # share of the GPU's bf16 peak that the model's own FLOPs reach
+    price: float  # dollars for one GPU and hour
+    network: float  # GB/s that one GPU can send to other nodes
+    text_share: float  # of the samples that are text alone
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run of so many steps on so many GPUs."""
+    """A run of so many steps on the GPUs of a cluster."""
 
     steps: int
     step_seconds: float
@@ -31,56 +38,47 @@ class Estimate:
     communication_seconds: float  # a step's weights and gradients over the network, if alone
 
 
-def mean_sample(config: Config, text_share: float) -> Sample:
-    """The mixture's mean sample: `text_share` of the samples are text alone."""
+def mean_sample(config: Config, text_share: float) -> tuple[float, float]:
+    """Sequence tokens, and FLOPs of a training step, of the mean sample, at full length.
+
+    `text_share` of the samples are text alone.
+    """
     # A forward pass and twice as much backward; a share of the steps makes an estimate first.
     passes = 3 + config.objective.p_self_condition
-    parts = []
-    for picture, share in ((True, 1 - text_share), (False, text_share)):
-        length = sequence_length(config, picture)
-        macs = sum(trunk_macs(config.model, length))
-        parts.append((share * length, share * 2 * passes * macs))
-    tokens, flops = map(sum, zip(*parts, strict=True))
-    return Sample(tokens, flops)
+    tokens = flops = 0.0
+    for with_image, share in ((True, 1 - text_share), (False, text_share)):
+        length = longest(config, with_image).length
+        tokens += share * length
+        flops += share * 2 * passes * sum(trunk_macs(config.model, length))
+    return tokens, flops
 
 
-def estimate(
-    config: Config,
-    *,
-    world_size: int,
-    samples: int,
-    peak_flops: float,
-    mfu: float,
-    price: float,
-    text_share: float,
-    moved: float,
-    network: float,
-    node_size: int,
-) -> Estimate:
-    """Time and price of `samples` samples in steps of the configured global batch.
+def estimate(config: Config, cluster: Cluster, samples: int, peak_flops: float) -> Estimate:
+    """Time and price of a run.
 
     Args:
-        config: sizes and batch.
-        world_size: GPUs.
+        config: sizes and global batch.
+        cluster: the machines.
         samples: of the whole run.
-        peak_flops: of one GPU, FLOP/s.
-        mfu: share of it that the model's own FLOPs reach.
-        price: of one GPU for an hour.
-        text_share: share of the samples that are text alone.
-        moved: bytes of weights and gradients that a step brings from or to other ranks.
-        network: bytes/s that one GPU can send to other nodes.
-        node_size: GPUs of a node; a single node needs no network.
+        peak_flops: of one GPU, in FLOP/s.
     """
-    sample = mean_sample(config, text_share)
+    ranks = cluster.world_size
+    tokens, flops = mean_sample(config, cluster.text_share)
     batch = config.data.global_batch
     steps = -(-samples // batch)
-    seconds = batch * sample.flops / (world_size * peak_flops * mfu)
-    hours = world_size * steps * seconds / 3600
+    seconds = batch * flops / (ranks * peak_flops * cluster.mfu)
+    hours = ranks * steps * seconds / 3600
+    # ZeRO-3 gathers weights for each pass and scatters gradients; with hpZ the backward pass
+    # gathers inside a node. ZeRO-2 gathers once, after the step.
+    zero = zero_settings(load_deepspeed_config(config, ranks))
+    times = 3 if int(zero.stage) == 3 and zero.zero_hpz_partition_size <= 1 else 2
+    moved = 4 * times * shapes_of(config).total * (ranks - 1) / ranks
+    is_one_node = ranks <= cluster.gpus_per_node
     return Estimate(
         steps=steps,
         step_seconds=seconds,
-        tokens_per_second=batch * sample.tokens / seconds,
+        tokens_per_second=batch * tokens / seconds,
         gpu_hours=hours,
-        cost=hours * price,
-        communication_seconds=moved / network if world_size > node_size else 0.0,
+        cost=hours * cluster.price,
+        communication_seconds=0.0 if is_one_node else moved / (1e9 * cluster.network),
     )

@@ -1,6 +1,6 @@
-"""What a rank really holds, in bytes: its share of the states, whole parameters, activations.
+"""Bytes that a rank really holds: its part of the states, whole parameters, activations.
 
-Tensors that share memory count once, under the first name that they are met by.
+Tensors that share memory are counted once, under the first name.
 """
 
 import weakref
@@ -22,13 +22,13 @@ STATES = ("parameters", "gradients", "optimizer", "ema", "buckets")  # "whole" c
 def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
     """Bytes by name: `STATES` and `whole`.
 
-    `parameters` are this rank's partitions (with the second ones of hpZ), `buckets` what waits to
-    be reduced, `whole` parameters that are whole at this moment. Call it after a backward pass and
-    before its step, and not in the first step: Adam's moments are made there.
+    `parameters` are this rank's partitions (including the secondary ones of hpZ), `buckets` the
+    gradients that wait to be reduced, `whole` the parameters that are whole at this moment. Call it
+    between a backward pass and its step, but not in the first step, which makes Adam's moments.
     """
     zero, module = engine.zero, engine.module
     partitioned = engine.stage == 3
-    found: dict[str, list[Tensor]] = {
+    tensors: dict[str, list[Tensor]] = {
         "parameters": _partitions(module) if partitioned else [],
         "optimizer": [*engine.fp32_partitions(), *_moments(zero)],
         "ema": tree_leaves(vars(ema)),
@@ -37,19 +37,19 @@ def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
         "whole": [p.data for p in module.parameters()],
     }
     # Stage 2 keeps lists of this rank's averaged gradients, stage 3 views of one flat tensor.
-    found["gradients"] += tree_leaves(dict(zero.averaged_gradients))
+    tensors["gradients"] += tree_leaves(dict(zero.averaged_gradients))
     if partitioned:
-        found["gradients"] += [zero.grad_partitions_flat_buffer, *_gradients(zero)]
-        found["buckets"] = [b.buffer for b in zero.ipg_buckets.values() if b.buffer is not None]
+        tensors["gradients"] += [zero.grad_partitions_flat_buffer, *_gradients(zero)]
+        tensors["buckets"] = [b.buffer for b in zero.ipg_buckets.values() if b.buffer is not None]
     seen: set[int] = set()
     return {
-        name: unique_bytes((t for t in tensors if isinstance(t, Tensor)), seen)
-        for name, tensors in found.items()
+        name: _unique_bytes((t for t in group if isinstance(t, Tensor)), seen)
+        for name, group in tensors.items()
     }
 
 
-def unique_bytes(tensors: Iterable[Any], seen: set[int]) -> int:
-    """Bytes of the tensors' memory that is not in `seen` (by address), which it joins."""
+def _unique_bytes(tensors: Iterable[Any], seen: set[int]) -> int:
+    """Bytes of the tensors' memory at addresses that are not in `seen`; they are added to it."""
     total = 0
     for t in tensors:
         storage = _storage(t)
@@ -73,41 +73,34 @@ def _gradients(zero: Any) -> list[Tensor]:
     return [p.grad for p in zero.fp32_partitioned_groups_flat if p.grad is not None]
 
 
-class Peak:
-    """The most bytes of parameters that were whole at once."""
+class ByteCount:
+    """A number of bytes that grows while a model runs."""
 
     def __init__(self) -> None:
         self.bytes = 0
 
 
-def watch_gathered(engine: Engine, classes: Sequence[type[nn.Module]]) -> Peak:
-    """Look, whenever a module of `classes` begins, which parameters ZeRO-3 has gathered."""
-    peak, params = Peak(), list(engine.module.parameters())
+def count_gathered(engine: Engine, classes: Sequence[type[nn.Module]]) -> ByteCount:
+    """Record the most bytes of parameters that ZeRO-3 has gathered when a `classes` module runs."""
+    peak, params = ByteCount(), list(engine.module.parameters())
 
-    def look(module: nn.Module, inputs: Any) -> None:
-        whole = sum(p.numel() * p.element_size() for p in params)
-        peak.bytes = max(peak.bytes, whole)
+    def update_peak(module: nn.Module, inputs: Any) -> None:
+        gathered = sum(p.numel() * p.element_size() for p in params)
+        peak.bytes = max(peak.bytes, gathered)
 
     for module in engine.module.modules():
         if isinstance(module, tuple(classes)):
-            module.register_forward_pre_hook(look)
+            module.register_forward_pre_hook(update_peak)
     return peak
 
 
-class Saved:
-    """Bytes that autograd keeps from a forward pass for its backward pass."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-
 @contextmanager
-def saved_activations(module: nn.Module) -> Iterator[Saved]:
-    """Count what a forward pass inside keeps; parameters and buffers of `module` do not count.
+def saved_activations(module: nn.Module) -> Iterator[ByteCount]:
+    """Count what autograd saves in here for backward; not parameters and buffers of `module`.
 
-    Under ZeRO-3 a parameter that is gathered at that moment is known by its memory of the moment.
+    Under ZeRO-3 a gathered parameter is recognised by the memory that it has at that moment.
     """
-    saved, seen, kept = Saved(), set[int](), list[Any]()
+    saved, seen, kept = ByteCount(), set[int](), list[Any]()
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
@@ -127,7 +120,7 @@ def _storage(t: Tensor) -> torch.UntypedStorage:
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of tensors made inside that are still alive: now, and at the most."""
+    """Counts the bytes of living tensors that were made inside: `now`, and at their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -135,7 +128,7 @@ class Live(TorchDispatchMode):
         self._refs: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, then count what it made."""
+        """Run the operation, then count its new tensors."""
         given = {s._cdata for s in self._storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for storage in self._storages(result):

@@ -1,13 +1,13 @@
 """Which records to leave out as exact or near duplicates of others, in bounded memory.
 
-Every record writes a few rows of (key, place) to files chosen by the key, so that records with a
-key in common meet in one file, and files are looked at one after the other: memory holds one file
-of BUCKETS. What is found depends on the records and their places alone, never on the order or the
-number of workers that surveyed them.
+Every record writes a few rows of (key, place) to files chosen by the key. Records with a key in
+common therefore meet in one file, and files are processed one after the other: memory holds one of
+BUCKETS files. The result depends only on the records and their places, not on the order or number
+of the workers that surveyed them.
 
-The first of equal records stays, by unit and position. Of nearly equal ones the first stays, too:
-a record goes if one before it, in any of its files, is alike (so the first of a chain of likenesses
-stays). A file's records under one key are compared with its first MAX_LEADERS different ones.
+The first of equal records stays, by unit and position. So does the first of nearly equal ones: a
+record is left out if an earlier one in any of its files is alike, so the first of a chain of alike
+records stays. Records under one key are compared with its first MAX_LEADERS different records.
 """
 
 from collections.abc import Sequence
@@ -23,25 +23,26 @@ from mdm.preprocess.survey import Survey
 
 DUPLICATE = "duplicate"  # the same content again: dropped
 NEAR_DUPLICATE = "near duplicate"  # nearly the same content again: dropped
-DROPPED = (DUPLICATE, NEAR_DUPLICATE)  # what else is left out is quarantined
+DROPPED = (DUPLICATE, NEAR_DUPLICATE)  # records left out for other reasons are quarantined
 ID_TAKEN = "id taken by another record"  # other content under the same id: quarantined
 BUCKETS = 64
 MAX_LEADERS = 128
 
+# High and low halves of the key, and the record's place: its unit << 32 | its position.
 _IDS = np.dtype([("high", "u8"), ("low", "u8"), ("content", "u8", 2), ("at", "u8")])
 _CONTENTS = np.dtype([("high", "u8"), ("low", "u8"), ("at", "u8")])
 _NEAR = np.dtype([("high", "u8"), ("number", "u8")])
 
 
-class Ledger:
-    """Collects surveys in files below `folder`, then says what to leave out.
+class DuplicateIndex:
+    """Collects surveys in files in `folder`, then says what to leave out.
 
-    On disk: 64 bytes a record; with near duplicates 136 more, and 16 a key (4 for a picture, up to
-    16 for a text).
+    On disk: 64 bytes a record; for near duplicates 136 more, and 16 a key (4 keys for an image, up
+    to 16 for a text).
     """
 
-    def __init__(self, folder: Path, *, pictures: bool, buckets: int = BUCKETS) -> None:
-        self._pictures = pictures
+    def __init__(self, folder: Path, *, images: bool, buckets: int = BUCKETS) -> None:
+        self._images = images
         self._folder = folder
         self._buckets = buckets
         self._stack = ExitStack()
@@ -51,7 +52,7 @@ class Ledger:
         self._records = 0
         self._failed: dict[int, dict[int, str]] = {}
 
-    def __enter__(self) -> "Ledger":
+    def __enter__(self) -> "DuplicateIndex":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -60,36 +61,34 @@ class Ledger:
     def _open(self, name: str) -> IO[bytes]:
         return self._stack.enter_context((self._folder / name).open("w+b"))
 
-    def add(self, unit: int, found: Survey) -> None:
-        """The survey of the unit of this index."""
-        self._failed[unit] = found.failed
-        at = np.uint64(unit << 32) | found.positions.astype(np.uint64)
+    def add(self, unit: int, survey: Survey) -> None:
+        """Adds the survey of the unit with this index."""
+        self._failed[unit] = survey.failed
+        at = np.uint64(unit << 32) | survey.positions.astype(np.uint64)
         ids = np.zeros(len(at), _IDS)
-        ids["high"], ids["low"], ids["at"] = found.ids[:, 0], found.ids[:, 1], at
-        ids["content"] = found.contents
+        ids["high"], ids["low"], ids["at"] = survey.ids[:, 0], survey.ids[:, 1], at
+        ids["content"] = survey.contents
         self._spill("ids", ids)
-        known = found.contents.any(1)
+        known = survey.contents.any(1)
         contents = np.zeros(int(known.sum()), _CONTENTS)
-        contents["high"], contents["low"] = found.contents[known, 0], found.contents[known, 1]
+        contents["high"], contents["low"] = survey.contents[known].T
         contents["at"] = at[known]
         self._spill("contents", contents)
-        if len(found.keys):
-            near = np.zeros(len(found.keys), _NEAR)
-            near["high"] = found.keys
-            near["number"] = found.key_rows.astype(np.uint64) + np.uint64(self._records)
+        if len(survey.keys):
+            near = np.zeros(len(survey.keys), _NEAR)
+            near["high"] = survey.keys
+            near["number"] = survey.key_rows.astype(np.uint64) + np.uint64(self._records)
             self._spill("near", near)
-            self._signatures.write(found.signatures.tobytes())
+            self._signatures.write(survey.signatures.tobytes())
             self._places.write(at.tobytes())
             self._records += len(at)
 
     def _spill(self, kind: str, rows: NDArray[Any]) -> None:
-        if not len(rows):
-            return
+        """Appends each row to the file of its bucket."""
         bucket = rows["high"] % np.uint64(self._buckets)
         order = np.argsort(bucket, kind="stable")
         rows, bucket = rows[order], bucket[order]
-        starts = np.flatnonzero(np.r_[True, bucket[1:] != bucket[:-1]])
-        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+        for start, stop in _runs(bucket):
             key = kind, int(bucket[start])
             if key not in self._files:
                 self._files[key] = self._open(f"{kind}-{key[1]:03d}")
@@ -103,7 +102,7 @@ class Ledger:
         return np.frombuffer(file.read(), dtype)
 
     def left_out(self, units: int) -> list[dict[int, str]]:
-        """For each unit, the positions to leave out and why; those that failed are among them."""
+        """For each unit, the positions to leave out and why; failed records are among them."""
         out = [dict(self._failed.get(unit, {})) for unit in range(units)]
 
         def note(places: NDArray[np.uint64], reason: str) -> None:
@@ -112,7 +111,6 @@ class Ledger:
 
         same, taken = self._by_id()
         note(taken, ID_TAKEN)
-        note(same, DUPLICATE)
         same = np.union1d(same, self._by_content(taken))
         note(same, DUPLICATE)
         if self._records:
@@ -120,7 +118,7 @@ class Ledger:
         return out
 
     def _by_id(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """Places of records whose id came before: with the same content, and with another."""
+        """Places of records with an earlier record's id: with the same and with other content."""
         same, taken = [], []
         for number in range(self._buckets):
             rows = self._bucket("ids", number, _IDS)
@@ -144,52 +142,48 @@ class Ledger:
     def _by_likeness(self, without: NDArray[np.uint64]) -> NDArray[np.uint64]:
         self._signatures.flush()
         self._places.flush()
-        width = similar.SIGNATURE_BYTES
-        shape = (self._records, width)
+        shape = (self._records, similar.SIGNATURE_BYTES)
         signatures = np.memmap(self._folder / "signatures", np.uint8, "r", shape=shape)
         places = np.memmap(self._folder / "places", np.uint64, "r", shape=(self._records,))
-        found: list[NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
+        near: list[NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
         for number in range(self._buckets):
             rows = self._bucket("near", number, _NEAR)
-            if not len(rows):
-                continue
-            at = places[rows["number"]]
-            keep = ~np.isin(at, without)
-            rows, at = rows[keep], at[keep]
-            order = np.lexsort((at, rows["high"]))
-            rows, at = rows[order], at[order]
-            starts = np.flatnonzero(np.r_[True, rows["high"][1:] != rows["high"][:-1]][: len(rows)])
-            stops = np.r_[starts[1:], len(rows)]
-            many = stops - starts > 1
-            found += [
-                at[start:stop][self._followers(signatures[rows["number"][start:stop]])]
-                for start, stop in zip(starts[many], stops[many], strict=True)
-            ]
-        return np.unique(np.concatenate(found))
+            rows = rows[~np.isin(places[rows["number"]], without)]
+            rows = rows[np.lexsort((places[rows["number"]], rows["high"]))]
+            for start, stop in _runs(rows["high"]):
+                if stop - start > 1:
+                    numbers = rows["number"][start:stop]
+                    near.append(places[numbers][self._followers(signatures[numbers])])
+        return np.unique(np.concatenate(near))
 
     def _followers(self, group: NDArray[np.uint8]) -> list[int]:
-        """Which of the signatures [n, width], in order, are like one before."""
+        """Which of the signatures [n, SIGNATURE_BYTES], in order, are like an earlier one."""
         leaders = np.zeros((0, group.shape[1]), np.uint8)
-        found = []
+        followers = []
         for i, one in enumerate(group):
-            if len(leaders) and similar.alike(one, leaders, self._pictures):
-                found.append(i)
+            if len(leaders) and similar.alike(one, leaders, self._images):
+                followers.append(i)
             elif len(leaders) < MAX_LEADERS:
                 leaders = np.concatenate([leaders, one[None]])
-        return found
+        return followers
+
+
+def _runs(keys: NDArray[Any]) -> list[tuple[int, int]]:
+    """Start and end of each run of equal keys."""
+    starts = np.flatnonzero(np.r_[True, keys[1:] != keys[:-1]][: len(keys)]).tolist()
+    return list(zip(starts, [*starts[1:], len(keys)], strict=False))
 
 
 def _first_of_group(rows: NDArray[Any]) -> NDArray[np.int64]:
     """For each of the sorted rows, the index of the first one with its key."""
-    if not len(rows):
-        return np.zeros(0, np.int64)
     new = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
-    return np.maximum.accumulate(np.where(np.r_[True, new], np.arange(len(rows)), 0))
+    index = np.arange(len(rows))
+    return np.maximum.accumulate(np.where(np.r_[True, new][: len(rows)], index, 0))
 
 
-def left_out(surveys: Sequence[Survey], folder: Path, *, pictures: bool) -> list[dict[int, str]]:
-    """What to leave out of units whose surveys are all at hand."""
-    with Ledger(folder, pictures=pictures) as ledger:
-        for number, found in enumerate(surveys):
-            ledger.add(number, found)
-        return ledger.left_out(len(surveys))
+def left_out(surveys: Sequence[Survey], folder: Path, *, images: bool) -> list[dict[int, str]]:
+    """What to leave out of units whose surveys are all in memory."""
+    with DuplicateIndex(folder, images=images) as index:
+        for number, survey in enumerate(surveys):
+            index.add(number, survey)
+        return index.left_out(len(surveys))

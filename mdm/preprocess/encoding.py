@@ -1,42 +1,45 @@
 """The second pass of encoding: records -> decoded chunks -> latents.
 
-Each stage is a plain function; the executor in `pipelines/encode_on_ray.py` says where it runs. The
-same recipe and input give the same bytes, however the work is split, interrupted or retried. A
-picture that neighbouring records share is decoded and encoded once.
+Each job stage is a plain function; `mdm.preprocess.ray_executor` decides where it runs. The same
+recipe and input give the same bytes, however the work is split, interrupted or retried. An image
+that neighbouring records share is decoded and encoded once.
 
-Shapes: n examples and p pictures of a chunk, H x W pixels, N image tokens, C numbers a latent.
+Shapes: n samples and p images of a chunk, H x W pixels, N image tokens, C latent width.
 """
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mdm import sources
 from mdm.data.manifest import Quarantined
-from mdm.data.schema import Examples, to_bfloat16_bits
+from mdm.data.schema import Samples, to_bfloat16_bits
 from mdm.data.text import fit
+from mdm.first_stage.image import decode_image
 from mdm.first_stage.tokenizer import EOS, Tokenizer
 from mdm.preprocess.duplicates import DROPPED
-from mdm.preprocess.image import decode_image
 from mdm.preprocess.quality import text_problem
-from mdm.preprocess.receipt import SAMPLES, Receipt, Sample, lowest, sample_rank, write_group
+from mdm.preprocess.receipt import SAMPLES, CardSample, Receipt, lowest, sample_rank, write_group
 from mdm.preprocess.recipe import Recipe
 from mdm.preprocess.survey import Group
 from mdm.sources.record import BadRecord, RawRecord, Unit, one_record
 from mdm.storage import Store
 
-# A chunk's examples, at most this many for each picture it may hold: dialogues have many turns.
-_EXAMPLES_A_PICTURE = 8
+if TYPE_CHECKING:  # job stages without a network start without torch
+    from mdm.first_stage.autoencoder import Autoencoder
+
+# A chunk holds at most so many samples for each image it may hold: dialogues have many turns.
+_SAMPLES_AN_IMAGE = 8
 
 
-def has_pictures(units: Sequence[Unit]) -> bool:
-    """Whether the data set's first readable record has a picture; ValueError if none is."""
+def has_images(units: Sequence[Unit]) -> bool:
+    """Whether the data set's first readable record has an image; ValueError if none is readable."""
     for unit in units:
         for record in sources.read(unit):
             if isinstance(record, RawRecord):
@@ -44,55 +47,52 @@ def has_pictures(units: Sequence[Unit]) -> bool:
     raise ValueError("not one record of the data set can be read; is --root the right folder?")
 
 
-class PictureEncoder(Protocol):
-    """What encoding needs of `mdm.first_stage.autoencoder.Autoencoder`."""
-
-    def encode(self, pixels: Any) -> Any:
-        """Latents f32 [n, N, C] of pixels u8 [n, 3, H, W]."""
-        ...
-
-
 @dataclass(frozen=True)
 class Chunk:
-    """Some examples on their way, and what became of the records read beside them."""
+    """Some samples that are being encoded, and what became of the records read with them."""
 
-    examples: Examples
+    samples: Samples
     pixels: NDArray[np.uint8] | None  # [p, 3, H, W] until they are encoded
-    pictures: NDArray[np.int64]  # [n] which of the pictures is whose
+    images: NDArray[np.int64]  # [n] which of the images belongs to each sample
     quarantine: tuple[Quarantined, ...]
     counts: Counter[str]
-    samples: tuple[Sample, ...]
+    card_samples: tuple[CardSample, ...]
+
+
+class _Sample(NamedTuple):
+    id: str
+    tokens: NDArray[np.uint16]
+    prompt: int  # leading tokens that are given as a condition
+    origin: str = ""
+    class_id: int = -1
+    image: int = -1  # which one of the chunk
 
 
 @dataclass
 class _Gathering:
-    ids: list[str] = field(default_factory=list)
-    origins: list[str] = field(default_factory=list)
-    class_ids: list[int] = field(default_factory=list)
-    tokens: list[NDArray[np.uint16]] = field(default_factory=list)
-    prompts: list[int] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
+    """A chunk that is being filled."""
+
+    samples: list[_Sample] = field(default_factory=list)
     pixels: list[NDArray[np.uint8]] = field(default_factory=list)
     quarantine: list[Quarantined] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    samples: list[Sample] = field(default_factory=list)
+    card_samples: list[CardSample] = field(default_factory=list)
 
     def chunk(self) -> Chunk:
-        """All of it."""
         return Chunk(
-            Examples(
-                self.ids,
-                self.origins,
-                np.array(self.class_ids, np.int32),
-                self.tokens,
-                np.array(self.prompts, np.uint16),
+            Samples(
+                [s.id for s in self.samples],
+                [s.origin for s in self.samples],
+                np.array([s.class_id for s in self.samples], np.int32),
+                [s.tokens for s in self.samples],
+                np.array([s.prompt for s in self.samples], np.uint16),
                 None,
             ),
             np.stack(self.pixels) if self.pixels else None,
-            np.array(self.pictures, np.int64),
+            np.array([s.image for s in self.samples], np.int64),
             tuple(self.quarantine),
             self.counts,
-            tuple(self.samples),
+            tuple(self.card_samples),
         )
 
 
@@ -102,32 +102,30 @@ class _Decoder:
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.recipe, self.tokenizer = recipe, tokenizer
         self.now = _Gathering()
-        self._last: tuple[bytes, NDArray[np.uint8] | str] | None = None
-        self._ranks: list[int] = []  # of the samples so far
+        self._last: tuple[bytes, NDArray[np.uint8] | str] | None = None  # an image, or its error
+        self._ranks: list[int] = []  # of the card samples so far
 
     def full(self, record: RawRecord) -> bool:
         """Whether the chunk has to be taken before the record is added."""
         batch = self.recipe.encode_batch
         if record.image is None:
-            return len(self.now.ids) >= batch
+            return len(self.now.samples) >= batch
         shared = self._last is not None and self._last[0] == record.image
-        return len(self.now.ids) >= _EXAMPLES_A_PICTURE * batch or (
+        return len(self.now.samples) >= _SAMPLES_AN_IMAGE * batch or (
             len(self.now.pixels) >= batch and not shared
         )
 
     def take(self) -> Chunk:
-        """The chunk, and begin another."""
+        """The chunk so far; a new one begins."""
         chunk, self.now, self._last = self.now.chunk(), _Gathering(), None
         return chunk
 
     def add(self, record: RawRecord) -> str | None:
-        """Add the record's examples; the reason if it belongs in quarantine instead."""
-        if (record.image is None) != (self.recipe.image_size is None):
-            return (
-                "no picture in a data set of pictures"
-                if record.image is None
-                else ("a picture in a data set of texts")
-            )
+        """Adds the record's samples; returns the reason if it belongs in quarantine instead."""
+        if record.image is None and self.recipe.image_size is not None:
+            return "no image in a data set of images"
+        if record.image is not None and self.recipe.image_size is None:
+            return "an image in a data set of texts"
         counts = Counter[str]()
         try:
             with one_record(record.origin, passing=(UnicodeEncodeError,)):
@@ -135,8 +133,10 @@ class _Decoder:
                 label = np.int32(-1 if record.label is None else record.label)
                 texts = list(self._texts(record, counts))
                 pixels = self._pixels(record.image) if record.image is not None and texts else None
-                samples = [
-                    self._sample(record.id + suffix, ids, pixels) for suffix, ids, _ in texts
+                card_samples = [
+                    CardSample.of(text.id, self.tokenizer.decode(text.tokens.tolist()), pixels)
+                    for text in texts
+                    if self._may_be_shown(sample_rank(text.id))
                 ]
         except UnicodeEncodeError:
             return "text is not valid Unicode"
@@ -144,18 +144,18 @@ class _Decoder:
             return str(error)
         now = self.now
         now.counts.update(counts)
-        for suffix, tokens, prompt in texts:
-            now.ids.append(record.id + suffix)
-            now.origins.append(below(record.origin, None))
-            now.class_ids.append(int(label))
-            now.tokens.append(tokens)
-            now.prompts.append(prompt)
-            now.pictures.append(len(now.pixels) - 1)
-        self._keep(sample for sample in samples if sample is not None)
+        origin, image = below(record.origin, None), len(now.pixels) - 1
+        now.samples += [
+            text._replace(origin=origin, class_id=int(label), image=image) for text in texts
+        ]
+        for sample in card_samples:
+            if self._may_be_shown(sample.rank):
+                self._ranks = sorted([*self._ranks, sample.rank])[:SAMPLES]
+                now.card_samples.append(sample)
         return None
 
     def _pixels(self, data: bytes) -> NDArray[np.uint8]:
-        """The picture, decoded unless the record before had the same."""
+        """The image, decoded unless the previous record had the same one."""
         assert self.recipe.image_size is not None
         if self._last is None or self._last[0] != data:
             try:
@@ -166,29 +166,15 @@ class _Decoder:
             else:
                 self._last = data, pixels
                 self.now.pixels.append(pixels)
-        found = self._last[1]
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
+        if isinstance(self._last[1], str):
+            raise ValueError(self._last[1])
+        return self._last[1]
 
-    def _sample(
-        self, example: str, tokens: NDArray[np.uint16], pixels: NDArray[np.uint8] | None
-    ) -> Sample | None:
-        """The example's, if it may be one of the lowest."""
-        if len(self._ranks) == SAMPLES and sample_rank(example) >= self._ranks[-1]:
-            return None
-        return Sample.of(example, self.tokenizer.decode(tokens.tolist()), pixels)
+    def _may_be_shown(self, rank: int) -> bool:
+        return len(self._ranks) < SAMPLES or rank < self._ranks[-1]
 
-    def _keep(self, samples: Iterable[Sample]) -> None:
-        for sample in samples:
-            if len(self._ranks) < SAMPLES or sample.rank < self._ranks[-1]:
-                self._ranks = sorted([*self._ranks, sample.rank])[:SAMPLES]
-                self.now.samples.append(sample)
-
-    def _texts(
-        self, record: RawRecord, counts: Counter[str]
-    ) -> Iterator[tuple[str, NDArray[np.uint16], int]]:
-        """(id suffix, tokens, prompt length): the caption, or one reply after another."""
+    def _texts(self, record: RawRecord, counts: Counter[str]) -> Iterator[_Sample]:
+        """The caption, or one reply after another with the turns before it as the prompt."""
         if not record.turns:
             if record.text is None:
                 raise ValueError("neither caption nor dialogue")
@@ -197,11 +183,11 @@ class _Decoder:
             ids = [*self.tokenizer.encode_caption(record.text), EOS]
             if len(ids) == 1:
                 raise ValueError("the text has no tokens")
-            yield "", *self._fitted(ids, 0, counts)
+            yield self._fitted(record.id, ids, 0, counts)
             return
         if len(record.turns) < 2:
             raise ValueError("a dialogue without a reply")
-        # "2" is a good answer to a question about a picture.
+        # "2" is a good answer to a question about an image.
         least = self.recipe.min_chars if record.image is None else 1
         for k in range(len(record.turns) // 2):
             turns = record.turns[: 2 * k + 2]
@@ -215,7 +201,7 @@ class _Decoder:
                 ids, prompt = self.tokenizer.encode_dialogue(turns)
             if len(ids) <= self.recipe.text_length:
                 counts["shortened texts"] += shortened
-            yield f"#t{k}", *self._fitted(ids, prompt, counts)
+            yield self._fitted(f"{record.id}#t{k}", ids, prompt, counts)
 
     def _drop(self, text: str, least: int, counts: Counter[str]) -> bool:
         reason = text_problem(text, least)
@@ -224,26 +210,25 @@ class _Decoder:
             return True
         return False
 
-    def _fitted(
-        self, ids: list[int], prompt: int, counts: Counter[str]
-    ) -> tuple[NDArray[np.uint16], int]:
+    def _fitted(self, name: str, ids: list[int], prompt: int, counts: Counter[str]) -> _Sample:
         counts["shortened texts"] += len(ids) > self.recipe.text_length
-        return fit(np.array(ids, np.uint16), prompt, self.recipe.text_length)
+        return _Sample(name, *fit(np.array(ids, np.uint16), prompt, self.recipe.text_length))
 
 
 def decode_group(group: Group, recipe: Recipe, tokenizer: Tokenizer) -> Iterator[Chunk]:
-    """The group's chunks: `encode_batch` pictures, or texts, but the last, which may be empty."""
+    """The group's chunks: `encode_batch` images or texts each, except the last, maybe empty one."""
     decoder = _Decoder(recipe, tokenizer)
     for unit, left_out in zip(group.units, group.left_out, strict=True):
         for position, record in enumerate(sources.read(unit)):
             if isinstance(record, RawRecord) and decoder.full(record):
                 yield decoder.take()
-            decoder.now.counts["records"] += 1
+            counts = decoder.now.counts
+            counts["records"] += 1
             reason = record.reason if isinstance(record, BadRecord) else left_out.get(position)
             if isinstance(record, RawRecord) and reason is None:
                 reason = decoder.add(record)
             elif isinstance(record, RawRecord) and reason in DROPPED:
-                decoder.now.counts[f"dropped: {reason}"] += 1
+                counts[f"dropped: {reason}"] += 1
                 reason = None
             if reason is not None:
                 origin = below(record.origin, unit.root)
@@ -264,16 +249,16 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> Chunk:
-    """The chunk with latents for pixels.
+def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: "Autoencoder") -> Chunk:
+    """The chunk with latents in place of pixels.
 
-    A picture that the autoencoder fails on, or whose latents are not finite, is quarantined. The
-    autoencoder always sees `encode_batch` pictures: another batch size may take another path
-    through its kernels and round differently.
+    An image that the autoencoder fails on, or whose latents are not finite, is quarantined. The
+    autoencoder always gets `encode_batch` images: with another batch size its kernels may take
+    another path and round differently.
     """
     if chunk.pixels is None:
         return chunk
-    import torch  # the stages that need no network start without it
+    import torch
 
     p = len(chunk.pixels)
     full = np.zeros((recipe.encode_batch, *chunk.pixels.shape[1:]), np.uint8)
@@ -281,8 +266,8 @@ def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> C
 
     def latents_of(batch: NDArray[np.uint8]) -> NDArray[np.float32]:
         with one_record(passing=(MemoryError,)):
-            found = autoencoder.encode(torch.from_numpy(batch)).float().cpu().numpy()
-        return np.asarray(found, np.float32).reshape(len(batch), -1)
+            latents = autoencoder.encode(torch.from_numpy(batch)).float().cpu().numpy()
+        return np.asarray(latents, np.float32).reshape(len(batch), -1)
 
     reasons: dict[int, str] = {}
     try:
@@ -290,22 +275,22 @@ def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> C
     except ValueError:
         latents, reasons = _one_by_one(latents_of, full, p)
     good: NDArray[np.bool_] = np.asarray(np.isfinite(latents).all(axis=1))
-    kept = np.flatnonzero(good[chunk.pictures])
+    latents[~good] = 0
+    kept = np.flatnonzero(good[chunk.images])
+    bits = to_bfloat16_bits(latents)[chunk.images[kept]]
     bad = tuple(
         Quarantined(
-            chunk.examples.ids[i],
-            reasons.get(int(chunk.pictures[i]), "latents are not finite"),
-            chunk.examples.origins[i],
+            chunk.samples.ids[i],
+            reasons.get(int(chunk.images[i]), "latents are not finite"),
+            chunk.samples.origins[i],
         )
-        for i in np.flatnonzero(~good[chunk.pictures]).tolist()
+        for i in np.flatnonzero(~good[chunk.images]).tolist()
     )
-    latents[~good] = 0
-    bits = to_bfloat16_bits(latents)[chunk.pictures[kept]]
     return dataclasses.replace(
         chunk,
-        examples=dataclasses.replace(chunk.examples.take(kept), latents=bits),
+        samples=dataclasses.replace(chunk.samples.take(kept), latents=bits),
         pixels=None,
-        pictures=np.zeros(0, np.int64),
+        images=np.zeros(0, np.int64),
         quarantine=chunk.quarantine + bad,
     )
 
@@ -313,16 +298,16 @@ def encode_chunk(chunk: Chunk, recipe: Recipe, autoencoder: PictureEncoder) -> C
 def _one_by_one(
     latents_of: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
     full: NDArray[np.uint8],
-    pictures: int,
+    images: int,
 ) -> tuple[NDArray[np.float32], dict[int, str]]:
-    """Latents of the pictures of a batch that failed, NaN for those that fail alone, and why.
+    """Latents of the images of a failed batch, NaN for those that fail alone, and why.
 
-    Where a batch of none fails, too, the autoencoder is at fault and no picture: that goes on.
+    If a blank batch fails too, the autoencoder is at fault and not an image: that error propagates.
     """
     blank = np.zeros_like(full)
-    latents = np.full((pictures, latents_of(blank).shape[1]), np.nan, np.float32)
+    latents = np.full((images, latents_of(blank).shape[1]), np.nan, np.float32)
     reasons: dict[int, str] = {}
-    for i in range(pictures):
+    for i in range(images):
         alone = blank.copy()
         alone[i] = full[i]
         try:
@@ -333,16 +318,13 @@ def _one_by_one(
 
 
 def write_chunks(store: Store, group: Group, recipe: Recipe, chunks: Sequence[Chunk]) -> Receipt:
-    """Write the group whose chunks these are, all of them and in order."""
-    counts: Counter[str] = Counter()
-    for chunk in chunks:
-        counts.update(chunk.counts)
+    """Writes the group that consists of these chunks, in order."""
     return write_group(
         store,
         group,
         recipe,
-        [c.examples for c in chunks],
+        [c.samples for c in chunks],
         [q for c in chunks for q in c.quarantine],
-        counts,
-        lowest(s for c in chunks for s in c.samples),
+        sum((c.counts for c in chunks), Counter[str]()),
+        lowest(s for c in chunks for s in c.card_samples),
     )

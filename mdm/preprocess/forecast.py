@@ -1,22 +1,25 @@
-"""What encoding would write and how long it would take, from a sample of the input.
+"""What encoding would write and how long it would take, estimated from a sample of the input.
 
-Units are surveyed whole, in the fixed shuffle of all, until they are enough; of each the first
-examples are decoded, and one batch goes through the autoencoder. All else is in proportion to the
-units' bytes. Duplicates are counted within the sample alone: the whole set has at least that share,
-so the prediction errs on the side of too much.
+Input units are surveyed as a whole, in the fixed shuffle of all, until they are enough. The first
+samples of each are decoded, and one batch goes through the autoencoder. Everything else is scaled
+by the units' bytes. Duplicates are counted only within the surveyed units: the whole set has at
+least that share, so the forecast errs on the side of too much.
 """
 
 import dataclasses
+import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mdm.data.schema import Examples, example_schema, write_shard
+from mdm.data.schema import Samples, sample_schema, write_shard
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.preprocess import duplicates
 from mdm.preprocess.encoding import Chunk, decode_group
@@ -28,13 +31,13 @@ from mdm.storage import StoreOptions
 
 SAMPLE_SHARE = 20  # one unit in so many,
 LEAST_RECORDS = 2000  # but at least so many records
-DECODED = 512  # examples of each
+DECODED = 512  # samples of each unit
 _KEYS_A_PAGE = 1000  # of a listing
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The prediction, and what it rests on."""
+    """The prediction, and what it is based on."""
 
     units: int
     units_sampled: int
@@ -44,8 +47,8 @@ class Forecast:
     dropped: int
     shards: int
     bytes: int
-    requests: int  # to the store, retries not counted
-    hours: float  # with `cores` of this machine's speed
+    requests: int  # to the store, without retries
+    hours: float  # on `cores` as fast as this machine's
     cores: int
 
     def to_json(self) -> dict[str, Any]:
@@ -53,108 +56,100 @@ class Forecast:
         return dataclasses.asdict(self) | {"hours": round(self.hours, 4)}
 
 
-@dataclass
-class _Sampled:
-    """Totals over what was decoded."""
-
-    records: int = 0
-    examples: int = 0
-    pictures: int = 0
-    quarantined: int = 0
-    seconds: float = 0.0
-
-
 def predict(
     units: Sequence[Unit], recipe: Recipe, tokenizer: Tokenizer, autoencoder: str, cores: int
 ) -> Forecast:
-    """Survey, decode and encode a sample; nothing is written."""
+    """Surveys, decodes and encodes a sample of the units; writes nothing.
+
+    Raises:
+        ValueError: the surveyed units hold no record.
+    """
     began = time.perf_counter()
     surveys: dict[int, Survey] = {}
+    surveyed = 0  # records
     for number in unit_order(len(units)):
-        enough = sum(len(s) for s in surveys.values()) >= LEAST_RECORDS
-        if enough and len(surveys) * SAMPLE_SHARE >= len(units):
+        if surveyed >= LEAST_RECORDS and len(surveys) * SAMPLE_SHARE >= len(units):
             break
         surveys[number] = survey(units[number], near=recipe.near_duplicates)
+        surveyed += len(surveys[number])
     surveys = dict(sorted(surveys.items()))
-    chosen = list(surveys)
     survey_seconds = time.perf_counter() - began
-    if not sum(len(s) for s in surveys.values()):
-        raise ValueError("the sampled units hold not one record: nothing can be predicted")
-    totals, chunks = _decode([units[n] for n in chosen], list(surveys.values()), recipe, tokenizer)
-    encode_seconds = _time_a_batch(chunks, recipe, autoencoder)  # a picture
+    if not surveyed:
+        raise ValueError("the surveyed units hold no record: nothing can be predicted")
+    totals, decode_seconds, chunks = _decode(
+        [units[n] for n in surveys], list(surveys.values()), recipe, tokenizer
+    )
+    image_seconds = _image_seconds(chunks, recipe, autoencoder)
 
     sizes = [unit_bytes(unit) for unit in units]
-    scale = sum(len(s) for s in surveys.values()) / max(1, sum(sizes[n] for n in chosen))
+    scale = surveyed / max(1, sum(sizes[n] for n in surveys))
     records = [
         len(surveys[n]) if n in surveys else round(sizes[n] * scale) for n in range(len(units))
     ]
-    grown = sum(records) / max(1, sum(len(s) for s in surveys.values()))
-    yielded = totals.examples / max(1, totals.records)
+    yielded = totals["samples"] / max(1, totals["records"])
     groups = plan(units, records, [{}] * len(units), recipe.shard_rows)
-    numbers = {id(unit): n for n, unit in enumerate(units)}
-    rows = [round(yielded * sum(records[numbers[id(u)]] for u in g.units)) for g in groups]
+    records_of = {id(unit): count for unit, count in zip(units, records, strict=True)}
+    rows = [round(yielded * sum(records_of[id(u)] for u in g.units)) for g in groups]
     shards = sum(len(shard_cuts(n, recipe)) for n in rows)
-    a_shard, a_row = _bytes(chunks, recipe)
-    size = round(shards * a_shard + sum(rows) * a_row)
+    shard_bytes, row_bytes = _bytes(chunks, recipe)
+    size = round(shards * shard_bytes + sum(rows) * row_bytes)
 
-    share = sum(records) / max(1, totals.records)
-    seconds = (
-        survey_seconds * grown + totals.seconds * share + encode_seconds * totals.pictures * share
-    ) / cores
+    total = sum(records)
+    share = total / max(1, totals["records"])
+    quarantined = totals["quarantined"] * share
+    seconds = survey_seconds * total / surveyed
+    seconds += (decode_seconds + image_seconds * totals["images"]) * share
     return Forecast(
         units=len(units),
         units_sampled=len(surveys),
-        records=sum(records),
+        records=total,
         examples=sum(rows),
-        quarantined=round(totals.quarantined * share),
-        dropped=max(0, round(sum(records) * (1 - yielded) - totals.quarantined * share)),
+        quarantined=round(quarantined),
+        dropped=max(0, round(total * (1 - yielded) - quarantined)),
         shards=shards,
         bytes=size,
         requests=_requests(len(units), len(groups), shards, size),
-        hours=seconds / 3600,
+        hours=seconds / cores / 3600,
         cores=cores,
     )
 
 
 def unit_bytes(unit: Unit) -> int:
-    """Input bytes that tell units of one data set apart: of its range, or of its files."""
+    """Input bytes of a unit for comparison with others of its data set: its range or its files."""
     if unit.stop:
         return max(1, unit.stop - unit.start)
-    return max(1, sum(_size(Path(unit.root, name)) for name in unit.files))
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
+    size = 0
+    for name in unit.files:
+        with suppress(OSError):
+            size += os.path.getsize(Path(unit.root, name))
+    return max(1, size)
 
 
 def _decode(
     units: Sequence[Unit], surveys: Sequence[Survey], recipe: Recipe, tokenizer: Tokenizer
-) -> tuple[_Sampled, list[Chunk]]:
-    """What the first DECODED examples of each unit came to."""
+) -> tuple[Counter[str], float, list[Chunk]]:
+    """The first DECODED samples of each unit: totals, seconds and chunks."""
     with tempfile.TemporaryDirectory(prefix="mdm-plan-") as folder:
-        pictures = recipe.image_size is not None
-        left_out = duplicates.left_out(surveys, Path(folder), pictures=pictures)
-    totals, kept = _Sampled(), list[Chunk]()
+        images = recipe.image_size is not None
+        left_out = duplicates.left_out(surveys, Path(folder), images=images)
+    began = time.perf_counter()
+    totals, chunks = Counter[str](), list[Chunk]()
     for unit, out in zip(units, left_out, strict=True):
-        began, examples = time.perf_counter(), 0
+        samples = 0
         for chunk in decode_group(Group(0, (unit,), (out,)), recipe, tokenizer):
-            kept.append(dataclasses.replace(chunk, samples=()))
-            totals.records += chunk.counts["records"]
-            totals.pictures += 0 if chunk.pixels is None else len(chunk.pixels)
-            totals.quarantined += len(chunk.quarantine)
-            examples += len(chunk.examples)
-            if examples >= DECODED:
+            chunks.append(dataclasses.replace(chunk, card_samples=()))
+            totals["records"] += chunk.counts["records"]
+            totals["images"] += 0 if chunk.pixels is None else len(chunk.pixels)
+            totals["quarantined"] += len(chunk.quarantine)
+            samples += len(chunk.samples)
+            if samples >= DECODED:
                 break
-        totals.examples += examples
-        totals.seconds += time.perf_counter() - began
-    return totals, kept
+        totals["samples"] += samples
+    return totals, time.perf_counter() - began, chunks
 
 
-def _time_a_batch(chunks: Sequence[Chunk], recipe: Recipe, folder: str) -> float:
-    """Seconds that the autoencoder takes for a picture, its thread time counted as cores."""
+def _image_seconds(chunks: Sequence[Chunk], recipe: Recipe, folder: str) -> float:
+    """Core seconds that the autoencoder takes for an image."""
     if recipe.image_size is None or not any(c.pixels is not None for c in chunks):
         return 0.0
     import torch
@@ -175,20 +170,17 @@ def _time_a_batch(chunks: Sequence[Chunk], recipe: Recipe, folder: str) -> float
 
 
 def _bytes(chunks: Sequence[Chunk], recipe: Recipe) -> tuple[float, float]:
-    """Bytes of an empty shard, and of each row of the sampled texts; latents are of one size."""
-    examples = Examples.concatenate([c.examples for c in chunks])
+    """Bytes of an empty shard, and of each row with a sampled text and latents."""
+    samples = Samples.concatenate([c.samples for c in chunks])
     if recipe.image_grid is not None:
         numbers = recipe.image_grid[0] * recipe.image_grid[1] * recipe.latent_dim
-        examples = examples.take(np.arange(min(len(examples), 4 * recipe.batch_rows)))
-        zeros = np.zeros((len(examples), numbers), np.uint16)
-        examples = dataclasses.replace(examples, latents=zeros)
-    schema = example_schema(recipe.image_grid, recipe.latent_dim)
-    empty = write_shard(examples.take(np.arange(0)), schema, recipe.batch_rows)[1].bytes
-    if not len(examples):
-        return empty, 0.0
-    return empty, (write_shard(examples, schema, recipe.batch_rows)[1].bytes - empty) / len(
-        examples
-    )
+        samples = samples.take(np.arange(min(len(samples), 4 * recipe.batch_rows)))
+        zeros = np.zeros((len(samples), numbers), np.uint16)
+        samples = dataclasses.replace(samples, latents=zeros)
+    schema = sample_schema(recipe.image_grid, recipe.latent_dim)
+    empty = write_shard(samples.take(np.arange(0)), schema, recipe.batch_rows)[1].bytes
+    size = write_shard(samples, schema, recipe.batch_rows)[1].bytes
+    return empty, (size - empty) / max(1, len(samples))
 
 
 def _requests(units: int, groups: int, shards: int, size: int) -> int:
@@ -197,5 +189,5 @@ def _requests(units: int, groups: int, shards: int, size: int) -> int:
     each = size / max(1, shards)
     uploads = shards * (1 if each <= part else 3 + -(-each // part))
     pages = -(-(units + groups + shards) // _KEYS_A_PAGE)
-    # The lease, the card twice, the manifest with its hash, what is looked for first, the sweep.
+    # The lease, the card twice, the manifest with its hash, the first look-ups, the sweep.
     return round(uploads + 3 * units + 2 * groups + 4 * pages + 20)

@@ -1,4 +1,4 @@
-"""The last step of encoding: receipts -> dataset card and manifest; what is superseded goes."""
+"""The last step of encoding: receipts -> dataset card and manifest; superseded objects go."""
 
 import dataclasses
 import hashlib
@@ -11,43 +11,44 @@ from typing import Any
 
 from mdm.data.manifest import CARD, MANIFEST, Manifest, ManifestError, canonical, commit, publish
 from mdm.data.manifest_parts import quarantine_parts, shard_parts
-from mdm.preprocess.receipt import TEXT_TOKENS, UNKNOWN_TOKENS, Receipt, Sample, lowest
+from mdm.preprocess.receipt import TEXT_TOKENS, UNKNOWN_TOKENS, CardSample, Receipt, lowest
 from mdm.preprocess.recipe import Recipe
 from mdm.storage import MissingObjectError, Store
 from mdm.storage.lease import LEASE
 
-MAX_UNKNOWN = 0.01  # of the tokens; above this share, the tokenizer is another language's
-# Keys that encoding gives to objects, and names that programs and people leave in any folder.
+MAX_UNKNOWN = 0.01  # share of unknown tokens above which the tokenizer is for another language
+# Keys of objects that encoding writes, and names that programs and people leave in any folder.
 _OURS = re.compile(
     r"shards/[^/]+\.arrow|parts/[^/]+\.json|work/[^/]+/(group|survey)/\d+\.(json|npz)"
 )
 _HARMLESS = re.compile(r"(.*/)?([._][^/]*|README[^/]*|Thumbs\.db)", re.DOTALL)
-PAGE = "card.html"  # the card for people; nothing reads it
-# How the keys begin that an encode job writes; below its output there may be others' data sets.
+PAGE = "card.html"  # the card for people; no program reads it
+# Prefixes of the keys that an encode job writes; other data sets may lie below its output.
 OWN = ("work/", "parts/", "shards/", MANIFEST, CARD, PAGE)
-# What the bytes of pictures, texts and shards come from.
+# What determines the bytes of images, texts and shards.
 _LIBRARIES = ("pillow", "numpy", "torch", "diffusers", "sentencepiece", "pyarrow")
+# Renders the dataset card from its facts and samples.
+CardPage = Callable[[dict[str, Any], Sequence[CardSample]], str]
 
 
 def finished(store: Store, recipe: Recipe, *, write: bool = True) -> Manifest | None:
     """The manifest if this recipe was encoded here before; ManifestError for another recipe.
 
-    With `write`, which needs the lease, a job that was killed at its last step is finished.
+    With `write`, which needs the lease, it completes a job that was killed at its last step.
     """
     try:
-        there = Manifest.from_bytes(store.get(MANIFEST), store.uri)
+        manifest = Manifest.from_bytes(store.get(MANIFEST), store.uri)
     except MissingObjectError:
         return None
-    if there.recipe_hash == recipe.hash:
-        if write:
-            commit(store, there)
-    else:
+    if manifest.recipe_hash != recipe.hash:
         raise ManifestError(
-            f"{store.uri} already holds {there.dataset}/{there.split} of recipe "
-            f"{there.recipe_hash}; these inputs and settings are recipe {recipe.hash}: choose "
+            f"{store.uri} already holds {manifest.dataset}/{manifest.split} of recipe "
+            f"{manifest.recipe_hash}; these inputs and settings are recipe {recipe.hash}: choose "
             "another --out, or delete that one"
         )
-    return there
+    if write:
+        commit(store, manifest)
+    return manifest
 
 
 def finish(
@@ -55,13 +56,14 @@ def finish(
     recipe: Recipe,
     receipts: Sequence[Receipt],
     class_names: Sequence[str],
-    page: Callable[[dict[str, Any], Sequence[Sample]], str] | None = None,
+    page: CardPage | None = None,
 ) -> Manifest:
-    """Write the card, then commit the manifest. Equal receipts give equal bytes.
+    """Writes the card, then commits the manifest. Equal receipts give equal bytes.
 
-    `page` makes the card's HTML of the card and the sample examples.
+    Raises:
+        ManifestError: no sample is left, or another job has published here.
     """
-    counts: Counter[str] = Counter()
+    counts = Counter[str]()
     for receipt in receipts:
         counts.update(receipt.counts)
     quarantine = quarantine_parts((q for r in receipts for q in r.quarantine), store)
@@ -73,7 +75,8 @@ def finish(
         raise ManifestError(
             f"nothing of {recipe.dataset}/{recipe.split} is left to publish: {plain_counts}"
         )
-    facts = _card(recipe, receipts, plain_counts, quarantine, class_names)
+    reasons = (q.reason for q in quarantine)
+    facts = _card(recipe, receipts, plain_counts, Counter(map(_kind, reasons)), class_names)
     samples = lowest(s for r in receipts for s in r.samples)
     facts["samples"] = [{"id": s.id, "text": s.text} for s in samples]
     if page is not None:
@@ -99,35 +102,34 @@ def finish(
     return publish(store, manifest)
 
 
+def _kind(reason: str) -> str:
+    return reason.split(":")[0]  # what follows the colon is about one record
+
+
 def _card(
     recipe: Recipe,
     receipts: Sequence[Receipt],
     counts: dict[str, int],
-    quarantine: Sequence[Any],
+    reasons: Counter[str],
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    lengths: Counter[int] = Counter()
-    classes: Counter[int] = Counter()
+    lengths, classes = Counter[int](), Counter[int]()
     for receipt in receipts:
         lengths.update({int(k): v for k, v in receipt.token_lengths.items()})
         classes.update({int(k): v for k, v in receipt.classes.items()})
-    # The part before the colon is the kind; what follows is about one record.
-    reasons = Counter(q.reason.split(":")[0] for q in quarantine)
-    named = {
-        class_names[k] if 0 <= k < len(class_names) else str(k): v
-        for k, v in sorted(classes.items())
-    }
+    dropped = "dropped: "
     return {
         "dataset": recipe.dataset,
         "split": recipe.split,
         "counts": counts,
-        "dropped": {
-            k.removeprefix("dropped: "): v for k, v in counts.items() if k.startswith("dropped: ")
-        },
+        "dropped": {k.removeprefix(dropped): v for k, v in counts.items() if k.startswith(dropped)},
         "quarantined": dict(sorted(reasons.items())),
         "unknown_tokens": unknown_share(counts),
         "token_lengths": {str(k): v for k, v in sorted(lengths.items())},
-        "classes": named,
+        "classes": {
+            class_names[k] if 0 <= k < len(class_names) else str(k): v
+            for k, v in sorted(classes.items())
+        },
         "lineage": {
             "recipe_hash": recipe.hash,
             "recipe": dataclasses.asdict(recipe),
@@ -140,12 +142,12 @@ def _card(
 
 
 def unknown_share(counts: Mapping[str, int]) -> float:
-    """The share of the texts' tokens that the tokenizer has no piece for, by a set's counts."""
+    """The share of a data set's text tokens that are unknown to the tokenizer."""
     return counts.get(UNKNOWN_TOKENS, 0) / max(1, counts.get(TEXT_TOKENS, 0))
 
 
 def unknown_warning(share: float) -> str:
-    """What to say of this share of unknown tokens; "" where it is small."""
+    """The warning for this share of unknown tokens; "" if it is small."""
     if share <= MAX_UNKNOWN:
         return ""
     return (
@@ -155,43 +157,45 @@ def unknown_warning(share: float) -> str:
 
 
 def missing(store: Store, manifest: Manifest) -> list[str]:
-    """Keys that a published data set should hold and does not, or not in their full length.
+    """Keys of the objects of a published data set that are missing or have another length.
 
-    Without one of its parts only parts are named: what those list is seen by its receipts.
+    If a manifest part is missing, only parts are named: the receipts tell what those list.
     """
-    there = store.listing()
-    infos = (*manifest.shard_parts.infos, *manifest.quarantine_parts.infos)
-    lost = [key for key in (CARD, *(i.key for i in infos)) if key not in there]
+    sizes = store.listing()
+    lost = [key for key in (CARD, *manifest.parts()) if key not in sizes]
     if not lost or lost == [CARD]:
-        lost += [s.key for s in manifest.shards if there.get(s.key) != s.bytes]
+        lost += [s.key for s in manifest.shards if sizes.get(s.key) != s.bytes]
     return lost
 
 
 def receipts_of(manifest: Manifest) -> str:
-    """Where the receipts of a published data set lie."""
+    """Prefix of the receipts of a published data set."""
     return f"work/{manifest.recipe_hash[:16]}/group/"
 
 
 def unnamed(manifest: Manifest, sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """What the data set neither names nor keeps to itself: leftovers, and what does no harm.
+    """Keys that do not belong to the data set: leftovers of encoding, and harmless objects.
 
-    Other people's empty objects do none, nor those named as in any folder (README, .DS_Store).
-    StoreError where a part of the manifest is lost.
+    Harmless are other people's empty objects, and those with names found in any folder (README,
+    .DS_Store).
+
+    Raises:
+        StoreError: a manifest part is missing or damaged.
     """
     named, own = set(manifest.objects()), (receipts_of(manifest), CARD.removesuffix(".json"), LEASE)
     leftovers: list[str] = []
-    others: list[str] = []
+    harmless: list[str] = []
     for key, size in sizes.items():
         if key not in named and not key.startswith(own):
-            harmless = not _OURS.fullmatch(key) and (not size or _HARMLESS.fullmatch(key))
-            (others if harmless else leftovers).append(key)
-    return leftovers, others
+            other = not _OURS.fullmatch(key) and (not size or _HARMLESS.fullmatch(key))
+            (harmless if other else leftovers).append(key)
+    return leftovers, harmless
 
 
 def clean(store: Store, manifest: Manifest) -> None:
-    """Remove what the published manifest does not name: surveys, and all of dead recipes.
+    """Removes what the published manifest does not name: surveys, and all of other recipes.
 
-    The receipts of its groups stay: they tell which one gave a shard, should that be lost.
+    The receipts of its groups stay: they tell which group wrote a shard, should it get lost.
     """
     for folder in ("work/", "parts/", "shards/"):
         for key in unnamed(manifest, store.listing(folder))[0]:

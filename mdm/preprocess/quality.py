@@ -1,11 +1,11 @@
-"""Texts that teach nothing (Appendix D): what is dropped as of low quality, and why."""
+"""Low-quality texts (Appendix D): which texts are dropped, and why."""
 
 import re
 from collections import Counter
 
 _WORD = re.compile(r"\w+")
 _ADDRESS = re.compile(r"(?:https?://|www\.)\S+")
-# Below so many characters or words, shares say nothing.
+# With fewer characters or words, a share means nothing.
 _MIN_CHARACTERS = 10
 _MIN_WORDS = 12
 _MAX_BROKEN = 0.02
@@ -16,8 +16,8 @@ _MAX_ONE_WORD = 0.5
 def text_problem(text: str, min_chars: int) -> str:
     """The reason to drop a text, or "" for one to keep.
 
-    Too short; without a letter or digit; mostly symbols; one word over and over; an address alone;
-    characters that an earlier conversion lost (U+FFFD).
+    Texts are dropped that are too short, have no letter or digit, are mostly symbols, repeat one
+    word, consist of an address, or contain characters that an earlier conversion lost (U+FFFD).
     """
     line = " ".join(text.split())
     if len(line) < min_chars:

@@ -1,12 +1,13 @@
-"""What a finished piece of work leaves behind: shards, then a receipt that says what is in them.
+"""What a finished group leaves behind: shards, then a receipt that says what is in them.
 
-Objects under `work/` carry a checksum of their own: the storage's is not checked on every path.
+Objects in `work/` carry a checksum of their own, because not every path checks that of the storage.
 """
 
 import base64
 import dataclasses
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,67 +18,68 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from mdm.data.manifest import Quarantined, canonical, shard_from_json
-from mdm.data.schema import Examples, ShardInfo, example_schema, write_shard
+from mdm.data.manifest import Quarantined, canonical
+from mdm.data.schema import BatchInfo, Samples, ShardInfo, sample_schema, write_shard
 from mdm.first_stage.tokenizer import ASSISTANT, UNK
 from mdm.preprocess.recipe import Recipe
 from mdm.preprocess.survey import Group
 from mdm.storage import MissingObjectError, Store
-from mdm.utils.files import tell
 
-# Among the counts: the pieces of all texts, without marks, and those of them that are unknown.
+log = logging.getLogger("mdm")
+
+# Among the counts: the pieces of all texts, without marks, and how many of them are unknown.
 TEXT_TOKENS, UNKNOWN_TOKENS = "text tokens", "unknown tokens"
-SAMPLES = 12  # examples that a dataset card shows
-_SMALL = 64  # pixels: larger pictures are shown as JPEG
+SAMPLES = 12  # that a dataset card shows
+_SMALL = 64  # pixels: larger images are shown as JPEG
 
 
 @dataclass(frozen=True)
-class Sample:
-    """An example for people: the `rank` is a hash of its id, and the lowest ranks are shown."""
+class CardSample:
+    """A sample for the dataset card, which shows those of the lowest `rank`, a hash of the id."""
 
     rank: int
     id: str
     text: str
-    picture: str  # base64 of a PNG or JPEG file; "" for texts alone
+    image: str  # base64 of a PNG or JPEG file; "" for text alone
 
     @staticmethod
-    def of(record_id: str, text: str, pixels: NDArray[np.uint8] | None) -> "Sample":
-        """An example's sample; pixels are [3, H, W]."""
-        return Sample(sample_rank(record_id), record_id, text, _picture(pixels))
+    def of(sample_id: str, text: str, pixels: NDArray[np.uint8] | None) -> "CardSample":
+        """The card's version of a sample; `pixels` are [3, H, W]."""
+        return CardSample(sample_rank(sample_id), sample_id, text, _image(pixels))
 
 
-def sample_rank(record_id: str) -> int:
-    """Of two examples, the one of lower rank is shown rather: any few, always the same."""
-    return xxhash.xxh3_64_intdigest(record_id.encode("utf-8", "backslashreplace")) >> 11
+def sample_rank(sample_id: str) -> int:
+    """A pseudo-random but fixed number: the card shows samples of the lowest rank."""
+    return xxhash.xxh3_64_intdigest(sample_id.encode("utf-8", "backslashreplace")) >> 11
 
 
-def _picture(pixels: NDArray[np.uint8] | None) -> str:
+def _image(pixels: NDArray[np.uint8] | None) -> str:
     if pixels is None:
         return ""
     file = io.BytesIO()
-    picture = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    if max(picture.size) <= _SMALL:
-        picture.save(file, "PNG", optimize=True)
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    if max(image.size) <= _SMALL:
+        image.save(file, "PNG", optimize=True)
     else:
-        picture.save(file, "JPEG", quality=85)
+        image.save(file, "JPEG", quality=85)
     return base64.b64encode(file.getvalue()).decode()
 
 
-def lowest(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+def lowest(samples: Iterable[CardSample]) -> tuple[CardSample, ...]:
     """The SAMPLES samples of lowest rank."""
     return tuple(sorted(samples, key=lambda s: (s.rank, s.id))[:SAMPLES])
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """A group that is done: its shards are written."""
+    """A finished group: its shards are written."""
 
     shards: tuple[ShardInfo, ...]
     quarantine: tuple[Quarantined, ...]
     counts: dict[str, int]
     token_lengths: dict[str, int]  # length -> texts
-    classes: dict[str, int]  # class id -> examples
-    samples: tuple[Sample, ...] = ()
+    classes: dict[str, int]  # class id -> samples
+    samples: tuple[CardSample, ...] = ()
 
     def to_bytes(self) -> bytes:
         """As its object holds it, before it is sealed."""
@@ -87,21 +89,21 @@ class Receipt:
     def from_bytes(data: bytes) -> "Receipt":
         """The receipt that `to_bytes` wrote."""
         plain: dict[str, Any] = json.loads(data)
-        return Receipt(
-            shards=tuple(shard_from_json(s) for s in plain.pop("shards")),
-            quarantine=tuple(Quarantined(**q) for q in plain.pop("quarantine")),
-            samples=tuple(Sample(**s) for s in plain.pop("samples")),
-            **plain,
-        )
+        for shard in plain["shards"]:
+            shard["batches"] = tuple(BatchInfo(**batch) for batch in shard["batches"])
+        for name, kind in (("shards", ShardInfo), ("quarantine", Quarantined)):
+            plain[name] = tuple(kind(**item) for item in plain[name])
+        plain["samples"] = tuple(CardSample(**sample) for sample in plain["samples"])
+        return Receipt(**plain)
 
 
 def put_sealed(store: Store, key: str, data: bytes) -> None:
-    """Write `data` behind its checksum."""
+    """Writes `data` behind its checksum."""
     store.put(key, xxhash.xxh3_128_digest(data) + data)
 
 
 def get_sealed(store: Store, key: str) -> bytes | None:
-    """What `put_sealed` wrote; None if it is not there or, read twice, not what was written."""
+    """What `put_sealed` wrote; None if it is missing or two reads find it damaged."""
     for _ in range(2):
         try:
             data = store.get(key)
@@ -109,17 +111,17 @@ def get_sealed(store: Store, key: str) -> bytes | None:
             return None
         if xxhash.xxh3_128_digest(data[16:]) == data[:16]:
             return data[16:]
-    tell(f"{store.uri}/{key} is damaged; it is passed over")
+    log.warning("%s/%s is damaged; it is ignored", store.uri, key)
     return None
 
 
 def receipt_key(recipe: Recipe, index: int) -> str:
-    """Where the receipt of the group of this index lies."""
+    """Key of a group's receipt."""
     return f"{recipe.work}/group/{index:06d}.json"
 
 
 def survey_key(recipe: Recipe, index: int) -> str:
-    """Where the survey of the unit of this index lies."""
+    """Key of a unit's survey."""
     return f"{recipe.work}/survey/{index:06d}.npz"
 
 
@@ -127,38 +129,37 @@ def write_group(
     store: Store,
     group: Group,
     recipe: Recipe,
-    parts: Sequence[Examples],
+    parts: Sequence[Samples],
     quarantine: Sequence[Quarantined],
     counts: Counter[str],
-    samples: Iterable[Sample],
+    card_samples: Iterable[CardSample],
 ) -> Receipt:
-    """Write the group's shards, then its receipt.
+    """Writes the group's shards, then its receipt.
 
-    Rows are shuffled within the group, and the shards are of about `shard_rows` rows. An object
-    that is there already has the same bytes: its name is their hash.
+    Samples are shuffled within the group and cut into shards of about `shard_rows` rows. An object
+    that exists already has the same bytes: its name is their hash.
     """
-    examples = Examples.concatenate([p for p in parts if len(p)] or [parts[0]])
-    rows = np.random.Generator(np.random.Philox(key=1, counter=group.index)).permutation(
-        len(examples)
-    )
-    schema = example_schema(recipe.image_grid, recipe.latent_dim)
+    samples = Samples.concatenate([p for p in parts if len(p)] or [parts[0]])
+    shuffle = np.random.Generator(np.random.Philox(key=1, counter=group.index))
+    rows = shuffle.permutation(len(samples))
+    schema = sample_schema(recipe.image_grid, recipe.latent_dim)
     shards = []
     for start, stop in shard_cuts(len(rows), recipe):
-        data, info = write_shard(examples.take(rows[start:stop]), schema, recipe.batch_rows)
+        data, info = write_shard(samples.take(rows[start:stop]), schema, recipe.batch_rows)
         store.put(info.key, data, if_absent=True)
         shards.append(info)
-    tokens = np.concatenate(examples.tokens) if len(examples) else np.zeros(0, np.uint16)
+    tokens = np.concatenate([*samples.tokens, np.zeros(0, np.uint16)])
+    unknown = int((tokens == UNK).sum())
     counts = counts + Counter(
-        {TEXT_TOKENS: int((tokens > ASSISTANT).sum() + (tokens == UNK).sum())}
-        | {UNKNOWN_TOKENS: int((tokens == UNK).sum())}
+        {TEXT_TOKENS: int((tokens > ASSISTANT).sum()) + unknown, UNKNOWN_TOKENS: unknown}
     )
     receipt = Receipt(
         tuple(shards),
         tuple(quarantine),
         {k: v for k, v in sorted(counts.items()) if v},
-        _histogram(len(t) for t in examples.tokens),
-        _histogram(examples.class_ids.tolist()),
-        lowest(samples),
+        _histogram(map(len, samples.tokens)),
+        _histogram(samples.class_ids.tolist()),
+        lowest(card_samples),
     )
     put_sealed(store, receipt_key(recipe, group.index), receipt.to_bytes())
     return receipt
@@ -171,5 +172,5 @@ def shard_cuts(rows: int, recipe: Recipe) -> list[tuple[int, int]]:
     return [(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 
-def _histogram(values: Any) -> dict[str, int]:
+def _histogram(values: Iterable[int]) -> dict[str, int]:
     return {str(k): v for k, v in sorted(Counter(values).items())}

@@ -9,7 +9,7 @@ from mdm.data.manifest import canonical
 from mdm.data.schema import MAX_VOCAB_SIZE
 from mdm.sources.record import Unit
 
-# Raise it whenever the same input would give other bytes.
+# To be raised whenever the same input would give other bytes.
 CODE_VERSION = 5
 
 
@@ -23,7 +23,7 @@ class Recipe:
     tokenizer_sha256: str
     vocab_size: int
     autoencoder_sha256: str | None
-    image_size: int | None  # pixels, each way; None for text alone
+    image_size: int | None  # pixels a side; None for text alone
     image_grid: tuple[int, int] | None
     latent_dim: int
     text_length: int
@@ -34,7 +34,7 @@ class Recipe:
     encoder_threads: int
     device: str
     text_filters: bool = True  # drop low-quality texts
-    near_duplicates: bool = True  # drop near duplicates, not exact ones alone
+    near_duplicates: bool = True  # drop near duplicates, not only exact ones
     code_version: int = CODE_VERSION
 
     def __post_init__(self) -> None:
@@ -50,12 +50,12 @@ class Recipe:
 
     @property
     def hash(self) -> str:
-        """sha256 of all of it."""
+        """sha256 of all fields."""
         return hashlib.sha256(canonical(dataclasses.asdict(self))).hexdigest()
 
     @property
     def work(self) -> str:
-        """Where this recipe's receipts lie until the manifest is published."""
+        """Prefix of this recipe's surveys and receipts."""
         return f"work/{self.hash[:16]}"
 
 

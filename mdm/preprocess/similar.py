@@ -1,9 +1,9 @@
-"""When two records are nearly the same: signatures, and the keys under which alike ones meet.
+"""When two records are nearly the same: signatures, and keys that alike records share.
 
-Texts: MinHash over runs of three words; alike from an estimated Jaccard similarity of 0.8. Pictures
-(of records whose labels, or else words, are the same): a thumbnail of 8 x 8 luma and 4 x 4 chroma
-values; alike where no value differs by more than 12 of 255 and the mean one by no more than 2, as
-after another compression or size. Both are functions of the record alone.
+Texts: MinHash over runs of three words; alike from an estimated Jaccard similarity of 0.8. Images
+(of records with the same label or, without labels, the same words): a thumbnail of 8 x 8 luma and
+4 x 4 chroma values; alike if no value differs by more than 12 of 255 and luma by no more than 2 on
+average, as after recompression or resizing. Both are functions of the record alone.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from mdm.preprocess.image import thumbnail
+from mdm.first_stage.image import thumbnail
 from mdm.sources.record import RawRecord
 
 SIGNATURE_BYTES = 128
@@ -24,7 +24,7 @@ _BANDS, _BAND_ROWS = 16, 8  # two texts of similarity s meet with probability 1 
 _MIN_SIMILARITY = 0.8
 _MAX_DIFFERENCE = 12
 _MAX_MEAN_DIFFERENCE = 2.0
-# Coarse means that lie on two sides of a grid line in one grid do not in the next.
+# Values on two sides of a line in one grid are not in another, which is shifted.
 _GRIDS, _GRID_STEP = 4, 16
 
 _random = np.random.Generator(np.random.Philox(key=2))
@@ -41,22 +41,22 @@ def normalised(text: str) -> list[str]:
 
 
 def signature(record: RawRecord) -> tuple[Signature, list[int]]:
-    """The record's signature and its keys of 64 bits.
+    """The record's signature and its keys of 64 bits; records that share a key are compared.
 
-    Two records are compared where they have a key in common. ValueError for a picture that cannot
-    be decoded.
+    Raises:
+        ValueError: the image cannot be decoded.
     """
     text = "\n".join(record.turns) if record.turns else record.text or ""
     words = normalised(text) or [text]  # symbols alone
     if record.image is None:
         return _of_text(words)
-    said = f"label {record.label}" if record.label is not None else " ".join(words)
-    return _of_picture(thumbnail(record.image), said)
+    label = f"label {record.label}" if record.label is not None else " ".join(words)
+    return _of_image(thumbnail(record.image), label)
 
 
-def alike(one: Signature, others: NDArray[np.uint8], pictures: bool) -> bool:
-    """Whether `one` is nearly the same as any of `others` [n, SIGNATURE_BYTES]."""
-    if pictures:
+def alike(one: Signature, others: NDArray[np.uint8], images: bool) -> bool:
+    """Whether `one` is nearly the same as any of `others`, u8 [n, SIGNATURE_BYTES]."""
+    if images:
         gaps = np.abs(others[:, :_THUMBNAIL_BYTES].astype(np.int16) - one[:_THUMBNAIL_BYTES])
         small = (gaps.max(1) <= _MAX_DIFFERENCE) & (gaps[:, :64].mean(1) <= _MAX_MEAN_DIFFERENCE)
         return bool(small.any())
@@ -64,7 +64,7 @@ def alike(one: Signature, others: NDArray[np.uint8], pictures: bool) -> bool:
 
 
 def _of_text(words: list[str]) -> tuple[Signature, list[int]]:
-    # Short texts have too few runs to compare: they are alike where their words are the same.
+    # Short texts have too few runs to compare: they are alike if their words are the same.
     runs = len(words) - _SHINGLE + 1
     shingles = (
         {" ".join(words[i : i + _SHINGLE]) for i in range(runs)} if runs >= 8 else {" ".join(words)}
@@ -74,11 +74,11 @@ def _of_text(words: list[str]) -> tuple[Signature, list[int]]:
     smallest = (_FACTORS[:, None] * hashes[None] + _TERMS[:, None]).min(1)
     bands = smallest.reshape(_BANDS, _BAND_ROWS)
     keys = [_key(f"band {i}", band.tobytes()) for i, band in enumerate(bands)]
-    found: Signature = (smallest >> np.uint64(32)).astype(np.uint8)
-    return found, keys if len(shingles) > 1 else keys[:1]
+    signature: Signature = (smallest >> np.uint64(32)).astype(np.uint8)
+    return signature, keys if len(shingles) > 1 else keys[:1]
 
 
-def _of_picture(small: NDArray[np.uint8], said: str) -> tuple[Signature, list[int]]:
+def _of_image(small: NDArray[np.uint8], label: str) -> tuple[Signature, list[int]]:
     coarse = np.concatenate(
         [
             small[:64].reshape(2, 4, 2, 4).mean((1, 3)).reshape(-1),
@@ -86,7 +86,7 @@ def _of_picture(small: NDArray[np.uint8], said: str) -> tuple[Signature, list[in
         ]
     )
     cells = np.floor((coarse[None] + _SHIFTS) / _GRID_STEP).astype(np.int16)
-    keys = [_key(f"grid {i} {said}", cell.tobytes()) for i, cell in enumerate(cells)]
+    keys = [_key(f"grid {i} {label}", cell.tobytes()) for i, cell in enumerate(cells)]
     return np.pad(small, (0, SIGNATURE_BYTES - len(small))), keys
 
 

@@ -1,6 +1,6 @@
-"""The first pass of encoding: count records, hash what they hold, plan the groups of work.
+"""The first pass of encoding: count records, hash their content, plan the groups of work.
 
-It reads every record and, where near duplicates are looked for, decodes pictures as thumbnails.
+It reads every record and, to find near duplicates, decodes images as thumbnails.
 """
 
 import io
@@ -20,11 +20,11 @@ from mdm.sources.record import RawRecord, UnforeseenError, Unit, one_record
 
 @dataclass(frozen=True)
 class Survey:
-    """What one unit's n good records hold. Positions count all that its reader yields.
+    """Hashes of one unit's n good records. Positions count all records that its reader yields.
 
-    A record whose picture cannot be decoded has no content hash (zeros) and no keys: it is no
-    duplicate of anything, so that the second pass says what is wrong with it. One that could not be
-    surveyed for a reason that nobody foresaw is among them, and `failed` says why.
+    A record whose image cannot be decoded has no content hash (zeros) and no keys: it is no
+    duplicate of anything, and the second pass says what is wrong with it. A record whose survey
+    failed for an unforeseen reason is included, and `failed` gives the reason.
     """
 
     positions: NDArray[np.uint32]  # [n]
@@ -71,44 +71,45 @@ def survey(unit: Unit, *, near: bool) -> Survey:
     ids: list[bytes] = []
     contents: list[bytes] = []
     signatures: list[NDArray[np.uint8]] = []
-    keys: list[tuple[int, int]] = []
-    nothing = np.zeros(similar.SIGNATURE_BYTES, np.uint8)
+    key_rows: list[int] = []
+    keys: list[int] = []
     bad, failed = 0, dict[int, str]()
     for position, record in enumerate(sources.read(unit)):
         if not isinstance(record, RawRecord):
             bad += 1
             continue
-        found, meets, content = nothing, list[int](), bytes(16)
+        signature = np.zeros(similar.SIGNATURE_BYTES, np.uint8)
+        own_keys, content = list[int](), bytes(16)
         try:
             with one_record(record.origin):
                 if near:
-                    found, meets = similar.signature(record)
+                    signature, own_keys = similar.signature(record)
                 if record.image != b"":
                     content = content_hash(record)
         except UnforeseenError as error:
             failed[position] = str(error)
         except ValueError:
-            pass  # told by the second pass
-        keys += [(len(positions), key) for key in meets]
+            pass  # the second pass reports it
+        key_rows += [len(positions)] * len(own_keys)
+        keys += own_keys
         positions.append(position)
         ids.append(_hash([record.id]))
         contents.append(content)
-        signatures.append(found)
-    rows, values = zip(*keys, strict=True) if keys else ((), ())
+        signatures.append(signature)
     return Survey(
         np.array(positions, np.uint32),
         np.frombuffer(b"".join(ids), np.uint64).reshape(-1, 2),
         np.frombuffer(b"".join(contents), np.uint64).reshape(-1, 2),
         np.array(signatures if near else [], np.uint8).reshape(-1, similar.SIGNATURE_BYTES),
-        np.array(rows, np.uint32),
-        np.array(values, np.uint64),
+        np.array(key_rows, np.uint32),
+        np.array(keys, np.uint64),
         bad,
         failed,
     )
 
 
 def content_hash(record: RawRecord) -> bytes:
-    """Equal for records that differ at most in id and origin; 16 bytes."""
+    """16 bytes, equal for records that differ at most in id and origin."""
     return _hash([repr(record.label), repr(record.text), repr(record.turns)], record.image or b"")
 
 
@@ -127,30 +128,24 @@ def plan(
     left_out: Sequence[dict[int, str]],
     shard_rows: int,
 ) -> list[Group]:
-    """Groups of at least `shard_rows` of the units' `records`, in a shuffled but fixed order."""
-    groups: list[Group] = []
-    members: list[int] = []
-    # Neighbouring units are often alike (one class, one archive): mix them before cutting.
+    """Groups of units with at least `shard_rows` records each, in a shuffled but fixed order.
+
+    `records` and `left_out` belong to the units.
+    """
+    members: list[list[int]] = [[]]
+    # Neighbouring units are often alike (one class, one archive): mix them before grouping.
     for number in unit_order(len(units)):
-        members.append(number)
-        if sum(records[m] for m in members) >= shard_rows:
-            groups.append(_group(len(groups), members, units, left_out))
-            members = []
-    if members:
-        groups.append(_group(len(groups), members, units, left_out))
-    return groups
+        if sum(records[m] for m in members[-1]) >= shard_rows:
+            members.append([])
+        members[-1].append(number)
+    return [
+        Group(index, tuple(units[m] for m in group), tuple(left_out[m] for m in group))
+        for index, group in enumerate(members)
+        if group
+    ]
 
 
 def unit_order(units: int) -> list[int]:
     """The fixed shuffle of units."""
     order: list[int] = np.random.Generator(np.random.Philox(key=0)).permutation(units).tolist()
     return order
-
-
-def _group(
-    index: int,
-    members: list[int],
-    units: Sequence[Unit],
-    left_out: Sequence[dict[int, str]],
-) -> Group:
-    return Group(index, tuple(units[m] for m in members), tuple(left_out[m] for m in members))

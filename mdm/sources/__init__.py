@@ -1,47 +1,37 @@
-"""Published dataset layouts -> RawRecord."""
+"""Readers of published data sets: each yields `RawRecord`s."""
 
 import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mdm.sources import (
-    coco,
-    flickr30k,
-    gqa,
-    imagenet,
-    journeydb,
-    llava,
-    ocrvqa,
-    okvqa,
-    textvqa,
-    ultrachat,
-    visual_genome,
-    vizwiz,
-    vqav2,
-)
+from mdm.sources import captions, imagenet, journeydb, questions, ultrachat
+from mdm.sources.llava import LLAVA
 from mdm.sources.record import BadRecord, RawRecord, Reader, Unit, one_record
 from mdm.utils.uri import folder_of
 
 READERS: dict[str, Reader] = {
-    "imagenet": imagenet,
-    "journeydb": journeydb,
-    "ultrachat": ultrachat,
-    "coco": coco,
-    "flickr30k": flickr30k,
-    "gqa": gqa,
-    "ocrvqa": ocrvqa,
-    "textvqa": textvqa,
-    "visual_genome": visual_genome,
-    "vqav2": vqav2,
-    "vizwiz": vizwiz,
-    "okvqa": okvqa,
-    "llava": llava,
+    reader.SOURCE: reader
+    for reader in (
+        imagenet,
+        journeydb,
+        ultrachat,
+        captions.COCO,
+        captions.FLICKR30K,
+        questions.GQA,
+        questions.OCRVQA,
+        questions.TEXTVQA,
+        questions.VISUAL_GENOME,
+        questions.VQAV2,
+        questions.VIZWIZ,
+        questions.OKVQA,
+        LLAVA,
+    )
 }
 
 
 def get(name: str) -> Reader:
-    """The reader of a published layout; ValueError names the choices for an unknown one."""
+    """The reader of a published layout; ValueError lists the choices for an unknown one."""
     if name not in READERS:
         raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(READERS)}")
     return READERS[name]
@@ -50,22 +40,22 @@ def get(name: str) -> Reader:
 def training_splits(name: str, root: Path) -> tuple[str, ...]:
     """The splits of the data set in this folder to train on; ValueError names what is missing."""
     reader = get(name)
-    missing: list[ValueError] = []
+    errors: list[ValueError] = []
     for form in reader.TRAINING:
-        found = []
+        splits = []
         for split in form:
             try:
                 reader.units(root, split)
-                found.append(split)
+                splits.append(split)
             except ValueError as error:
-                missing.append(error)
-        if found:
-            return tuple(found)
-    raise missing[0]
+                errors.append(error)
+        if splits:
+            return tuple(splits)
+    raise errors[0]
 
 
 def held_out_split(name: str, root: Path) -> str:
-    """The split of the data set in this folder to measure on; "" where there is none."""
+    """The split of the data set in this folder to evaluate on; "" if there is none."""
     reader = get(name)
     if reader.HELD_OUT:
         try:
@@ -78,44 +68,44 @@ def held_out_split(name: str, root: Path) -> str:
 def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
     """The unit's records, from its reader.
 
-    Where the reader itself fails, what lies behind is out of reach, and a bad record says so.
-    ValueError only before the first record: the data set lacks what that names.
+    If the reader itself fails, the rest of the unit cannot be read, and a bad record reports it.
+    ValueError is raised only before the first record: the data set lacks what the error names.
     """
-    found = iter(get(unit.source).read(unit))
-    place = unit.files[0] if unit.files else unit.kind
+    unit_records = iter(get(unit.source).read(unit))
+    origin = unit.files[0] if unit.files else unit.kind
     number = 0
     while True:
         try:
-            with one_record(place):
-                record = next(found, None)
+            with one_record(origin):
+                record = next(unit_records, None)
         except ValueError as error:
             if not number and type(error) is ValueError:
                 raise
-            key = f"{unit.source}/{unit.split}/unit {unit.index}, record {number}"
-            reason = f"its reader failed, all behind is left out: {error}"
-            yield BadRecord(key, unit.source, unit.split, place, reason)
+            record_id = f"{unit.source}/{unit.split}/unit {unit.index}, record {number}"
+            reason = f"the reader failed and the rest of the unit is left out: {error}"
+            yield unit.bad_record(record_id, origin, reason)
             return
         if record is None:
             return
-        number, place = number + 1, record.origin
+        number, origin = number + 1, record.origin
         yield record
 
 
 def records(name: str, root: Path, split: str) -> Iterator[RawRecord | BadRecord]:
-    """All of a split, unit after unit, in one process."""
+    """All records of a split, unit by unit, in one process."""
     for unit in get(name).units(root, split):
         yield from read(unit)
 
 
 def parse_datasets(items: Sequence[str]) -> list[tuple[str, Path]]:
-    """Each `name=folder` as a pair; ValueError for none, anything else or an unknown name.
+    """Each `name=folder` as a pair; ValueError if there is none, or one is malformed or unknown.
 
-    Several in one item, joined by commas, are told apart by the names: a folder's name may hold
-    commas.
+    One item may hold several, separated by commas. Only a comma before a known name and "="
+    separates them, because folder names may contain commas.
     """
     if not items:
         raise ValueError("no data set is given, as name=folder")
-    found = []
+    datasets = []
     split = re.compile(f",(?=(?:{'|'.join(READERS)})=)").split
     for item in itertools.chain.from_iterable(map(split, items)):
         name, equals, uri = item.partition("=")
@@ -126,5 +116,5 @@ def parse_datasets(items: Sequence[str]) -> list[tuple[str, Path]]:
         if not root.is_dir():
             several = "; give several data sets by repeating the flag" if "," in uri else ""
             raise ValueError(f"dataset {name}: no folder {root}{several}")
-        found.append((name, root))
-    return found
+        datasets.append((name, root))
+    return datasets

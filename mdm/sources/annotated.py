@@ -1,57 +1,52 @@
-"""What data sets of annotations beside pictures have in common: units, pictures, reports.
+"""Data sets of annotations with images in separate files: their units, images and reports.
 
-Most published sets for captions and questions are one JSON file whose entries name pictures in a
-folder or a zip. A data set's module says where its files lie (`Layout`) and what an entry holds
-(`Content`); the rest is here. A unit is a run of entries of the annotation file, known by the byte
-where it begins; its records come in the file's order, but those of one picture together. Where the
-pictures are a gzipped tar, which cannot be entered in the middle, the set is one unit in the
-archive's order.
+Most published sets of captions and questions are one JSON file whose entries refer to images in a
+folder or a zip. A data set's module defines where its files are (`Layout`) and what an entry holds
+(`Content`); this module does everything else. A unit is a run of entries of the annotation file,
+identified by the byte where it starts; its records come in the file's order, except that those of
+one image come together. A gzipped tar cannot be entered in the middle, so a set whose images are in
+one is a single unit, in the archive's order.
 """
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice, pairwise
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from mdm.sources import jsonfile
+from mdm.sources import jsonfile, packed
 from mdm.sources.fields import id_field, list_field, object_field
 from mdm.sources.joined import Join, Joined
 from mdm.sources.jsoncursor import BrokenFileError
 from mdm.sources.jsonfile import Element
-from mdm.sources.packed import (
-    PictureError,
-    Pictures,
-    listing,
-    open_file,
-    unpacked_size,
-    without_extension,
-)
 from mdm.sources.record import (
     UNIT_BYTES,
     BadRecord,
     RawRecord,
     Unit,
+    attempt,
     check_split,
-    fingerprint,
+    make_units,
     one_record,
 )
-from mdm.sources.streams import ARCHIVE_ERRORS, describe, tgz_members
-from mdm.sources.textfile import NotUtf8Error
+from mdm.sources.streams import ARCHIVE_ERRORS, Member, describe, expect_utf8, tgz_members
 
 _TARS = (".tgz", ".tar.gz")
-# Entries that are looked through for others about the same picture: some tens of megabytes.
-_WINDOW = 1 << 16
+# The number of entries that are searched for others about the same image: some tens of megabytes.
+_SEARCHED_ENTRIES = 1 << 16
+_READ_ERRORS = (BrokenFileError, *ARCHIVE_ERRORS)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of a split lie, all below the data set's folder.
+    """Where the files of a split are, all below the data set's folder.
 
-    `annotations` may be packed (`archive.zip::member`); its entries are the list `section` of the
-    JSON object, or with "" the file's own list or object, or with `lines` its lines. `join` is what
-    other entries add to them. Pictures lie in `folders` or `archives`, any of which will do; a
-    layout with neither has none.
+    `annotations` may be packed (`archive.zip::member`). Its entries are the list `section` of the
+    JSON object; with `section` "", the file's own list or object; with `lines`, its lines. `join`
+    adds data from other entries to them. Images may be in any of `folders` or `archives`; a layout
+    with neither has no images.
     """
 
     split: str  # as the data set names it
@@ -65,24 +60,24 @@ class Layout:
 
 @dataclass(frozen=True)
 class Content:
-    """What an entry says: the names its picture may have, and a caption or a dialogue."""
+    """What an entry holds: the possible names of its image, and a caption or a dialogue."""
 
-    pictures: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()
     text: str | None = None
     turns: tuple[str, ...] = ()
 
 
-# Where a split of the data set in this folder lies; ValueError names the files that are missing.
+# Where a split of the data set in this folder is; ValueError names the files that are missing.
 Find = Callable[[Path, str], Layout]
-# The entries of one element of the file, each with its id: mostly the element alone. An entry
-# whose id is no good comes as the ValueError that says so.
+# The entries of one element of the file, each with its id: usually the element itself. An entry
+# with a bad id is replaced by the ValueError that describes it.
 Entries = Callable[[Element, Layout], Iterator[tuple[str, Any]]]
-# What one of them holds; ValueError says what is wrong with it.
+# What an entry holds; ValueError says what is wrong with it.
 Read = Callable[[Any, Layout, Joined], Content]
 
 
 def by_id(field: str) -> Entries:
-    """Each element is an entry, and `field` its id."""
+    """Each element is an entry, with its id in `field`."""
 
     def entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
         entry = jsonfile.entry(element)
@@ -92,268 +87,244 @@ def by_id(field: str) -> Entries:
 
 
 def by_name(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
-    """Each element is an entry, and its key in the file's object its id."""
+    """Each element is an entry, and its key in the file's object is its id."""
     yield id_field(element.name, "id"), jsonfile.entry(element)
 
 
 def nested(element: Element, field: str, key: str) -> Iterator[tuple[str, Any]]:
-    """The entries in an element's list `field`, by their ids `key`."""
+    """The entries in an element's list `field`, with their ids in the field `key`."""
+
+    def with_id(item: Any, where: str) -> tuple[str, Any]:
+        entry = object_field(item, where)
+        return id_field(entry.get(key), f"{where}.{key}"), entry
+
     for i, item in enumerate(list_field(jsonfile.entry(element).get(field), field)):
-        where = f"{field}[{i}]"
-        try:
-            with one_record(where):
-                found = object_field(item, where)
-                name = id_field(found.get(key), f"{where}.{key}")
-            yield name, found
-        except ValueError as error:
-            yield f"@{element.offset}/{i}", error
+        result = attempt(f"{field}[{i}]", with_id, item, f"{field}[{i}]")
+        yield (f"@{element.offset}/{i}", result) if isinstance(result, ValueError) else result
 
 
 @dataclass(frozen=True)
-class _Row:
-    key: str
-    offset: int
-    content: Content
+class _Annotation:
+    entry_id: str
+    origin: str  # file@byte
+    content: Content = Content()
     problem: str = ""
-    file: str = ""  # where that offset lies, if not in the annotations
 
 
-@dataclass(frozen=True)
+@dataclass
 class Annotated:
     """The reader of a data set. Ids are `<source>/<split>/<entry's id>`.
 
-    The origin of a record is `<annotation file>@<byte>, <picture>`.
+    The origin of a record is `<annotation file>@<byte>, <image>`.
     """
 
     SOURCE: str
-    SPLITS: tuple[str, ...]
     find: Find
     entries: Entries
     content: Read
+    SPLITS: tuple[str, ...] = ("train", "val")
+    TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
+    HELD_OUT: str = "val"
 
     def units(self, root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
-        """Runs of entries with about `unit_bytes` of annotations and pictures.
+        """Runs of entries with about `unit_bytes` of annotations and images.
 
-        Raises ValueError where a file is missing or the annotations hold not one entry.
+        Raises ValueError if a file is missing or the annotations hold no entry.
         """
         layout = self._layout(root, split)
-        size = unpacked_size(root, layout.annotations)
+        size = packed.unpacked_size(root, layout.annotations)
         inputs, total = [(layout.annotations, size)], size
         if layout.join:
-            inputs.append((layout.join.file, unpacked_size(root, layout.join.file)))
-            self._check_encoding(root, layout.join.file)
+            inputs.append((layout.join.file, packed.unpacked_size(root, layout.join.file)))
+            with (
+                expect_utf8(self.SOURCE, root / layout.join.file),
+                packed.open_file(root, layout.join.file),
+            ):
+                pass
         if layout.folders or layout.archives:
-            digest, pictures = listing(self.SOURCE, root, layout.folders, layout.archives)
-            inputs.append((digest, pictures))
-            total += pictures
-        parts = 1 if _tar(root, layout) else max(1, -(-total // unit_bytes))
-        cuts = [*self._cuts(root, layout, size, parts), max(size, 1)]
-        return [
-            Unit(
-                source=self.SOURCE,
-                split=split,
-                index=index,
-                root=str(root),
-                kind="entries",
-                files=(layout.annotations,),
-                fingerprint=fingerprint([*inputs, ("start", start), ("stop", stop)]),
-                start=start,
-                stop=stop,
-            )
-            for index, (start, stop) in enumerate(pairwise(cuts))
-        ]
+            digest, image_bytes = packed.listing(self.SOURCE, root, layout.folders, layout.archives)
+            inputs.append((digest, image_bytes))
+            total += image_bytes
+        count = 1 if _image_tar(root, layout) else max(1, -(-total // unit_bytes))
+        parts = []
+        for start, stop in pairwise([*self._unit_starts(root, layout, size, count), max(size, 1)]):
+            fingerprinted = [*inputs, ("start", start), ("stop", stop)]
+            parts.append(("entries", [layout.annotations], fingerprinted, start, stop))
+        return make_units(self.SOURCE, split, root, parts)
 
     def read(self, unit: Unit) -> Iterator[RawRecord | BadRecord]:
-        """The unit's records, each with its picture's bytes."""
+        """The unit's records, each with its image's bytes."""
         root = Path(unit.root)
         try:
             layout = self._layout(root, unit.split)
         except ValueError as error:
-            yield BadRecord(f"{self.SOURCE}/{unit.split}/", self.SOURCE, unit.split, "", str(error))
+            yield unit.bad_record(f"{self.SOURCE}/{unit.split}/", "", str(error))
             return
-        rows = self._unique(self._rows(root, layout, unit.start, unit.stop, unit.index == 0))
-        if tar := _tar(root, layout):
-            yield from self._from_tar(root, layout, tar, rows)
+        annotations = self._annotations(root, layout, unit.start, unit.stop)
+        if unit.index == 0:
+            annotations = chain(self._unclaimed(root, layout), annotations)
+        annotations = _unique(annotations)
+        if tar := _image_tar(root, layout):
+            yield from self._read_tar(root, layout, tar, annotations)
             return
-        with Pictures(root, layout.archives) as pictures:
-            for row in _by_picture(rows):
-                place, data, problem = "", None, row.problem
-                if not problem and row.content.pictures:
-                    try:
-                        with one_record(row.content.pictures[0]):
-                            place, data = pictures.read(row.content.pictures)
-                    except PictureError as error:
-                        place, problem = error.place, str(error)
-                    except ValueError as error:
-                        problem = str(error)
-                yield self._record(layout, row, place, data, problem)
+        with packed.Images(root, layout.archives) as images:
+            for annotation in _group_by_image(annotations):
+                names, image = annotation.content.images, Member("", None)
+                if names and not annotation.problem:
+                    result = attempt(names[0], images.read, names)
+                    if isinstance(result, ValueError):
+                        result = Member("", None, str(result))
+                    image = result
+                yield self._record(layout, annotation, image)
 
     def texts(self, root: Path, split: str) -> Iterator[str]:
-        """Captions and turns of all usable entries; no picture is needed."""
-        layout = self._layout(root, split)
-        for row in self._rows(root, layout, 0, unpacked_size(root, layout.annotations), False):
-            if row.content.text is not None:
-                yield row.content.text
-            yield from row.content.turns
+        """Captions and turns of all usable entries, without reading images."""
+        for annotation in self._annotations(root, self._layout(root, split)):
+            if annotation.content.text is not None:
+                yield annotation.content.text
+            yield from annotation.content.turns
 
     def _layout(self, root: Path, split: str) -> Layout:
         check_split(self.SOURCE, split, self.SPLITS)
         return self.find(root, split)
 
-    def _check_encoding(self, root: Path, name: str) -> None:
-        """ValueError for UTF-16, which would cost every record; other damage is reported."""
+    def _unit_starts(self, root: Path, layout: Layout, size: int, count: int) -> list[int]:
+        """Byte 0, then the first entry in each further one of `count` equal parts of the file."""
+        starts: list[int] = []
         try:
-            with open_file(root, name):
-                pass
-        except NotUtf8Error as error:
-            raise ValueError(f"{self.SOURCE}: {root / name}: {describe(error)}") from None
-        except OSError:
-            return
-
-    def _cuts(self, root: Path, layout: Layout, size: int, parts: int) -> list[int]:
-        """Where units begin: 0, then the first entry in each further one of equal parts."""
-        cuts: list[int] = []
-        try:
-            with open_file(root, layout.annotations) as file:
-                for element in _elements(file, layout, 0, size):
-                    if not cuts:
-                        cuts.append(0)
-                    elif element.problem:
-                        continue  # where damage ends is seen from the whole entry before it
-                    elif element.offset >= (cuts[-1] * parts // size + 1) * size / parts:
-                        cuts.append(element.offset)
-                    if parts == 1:
-                        break
-        except (BrokenFileError, *ARCHIVE_ERRORS) as error:
-            if not cuts:
+            for element in _elements(root, layout):
+                if not starts:
+                    starts.append(0)
+                elif element.problem:
+                    continue  # the end of damage is found only from the valid entry before it
+                elif element.offset >= (starts[-1] * count // size + 1) * size / count:
+                    starts.append(element.offset)
+                if count == 1:
+                    break
+        except _READ_ERRORS as error:
+            if not starts:
                 reason = describe(error)
                 raise ValueError(f"{self.SOURCE}: {root / layout.annotations}: {reason}") from None
-            # the last unit's reader says so when it comes there
-        if not cuts:
+            # otherwise the reader of the last unit reports it
+        if not starts:
             raise ValueError(f"{self.SOURCE}: {root / layout.annotations} holds no entry")
-        return cuts
+        return starts
 
-    def _rows(
-        self, root: Path, layout: Layout, start: int, stop: int, reporter: bool
-    ) -> Iterator[_Row]:
-        """What entries in [start, stop) hold; the reporter tells what belongs to no entry, too."""
+    def _unclaimed(self, root: Path, layout: Layout) -> Iterator[_Annotation]:
+        """The problems of the joined list that belong to no entry of the annotations."""
+        if layout.join:
+            joined = Joined.load(root, layout.join)
+            for offset, entry_id, problem in joined.unclaimed(self._ids(root, layout)):
+                yield _Annotation(entry_id, f"{layout.join.file}@{offset}", problem=problem)
+
+    def _annotations(
+        self, root: Path, layout: Layout, start: int = 0, stop: int = sys.maxsize
+    ) -> Iterator[_Annotation]:
+        """What the entries hold that start in bytes [start, stop)."""
         joined = Joined.load(root, layout.join)
-        if reporter and layout.join:
-            for offset, key, problem in joined.unclaimed(self._ids(root, layout)):
-                yield _Row(key, offset, Content(), problem, layout.join.file)
         offset = start
         try:
-            with open_file(root, layout.annotations) as file:
-                for element in _elements(file, layout, start, stop):
-                    offset = element.offset
-                    yield from self._of_element(element, layout, joined)
-        except (BrokenFileError, *ARCHIVE_ERRORS) as error:
-            problem = f"unreadable annotations behind byte {offset}: {describe(error)}"
-            yield _Row(f"@{offset}", offset, Content(), problem)
+            for element in _elements(root, layout, start, stop):
+                offset = element.offset
+                yield from self._element_annotations(element, layout, joined)
+        except _READ_ERRORS as error:
+            problem = f"unreadable annotations after byte {offset}: {describe(error)}"
+            yield _Annotation(f"@{offset}", f"{layout.annotations}@{offset}", problem=problem)
 
-    def _of_element(self, element: Element, layout: Layout, joined: Joined) -> Iterator[_Row]:
-        offset = element.offset
-        place = f"{layout.annotations}@{offset}"
+    def _element_annotations(
+        self, element: Element, layout: Layout, joined: Joined
+    ) -> Iterator[_Annotation]:
+        origin = f"{layout.annotations}@{element.offset}"
         try:
-            with one_record(place):
-                for key, value in self.entries(element, layout):
-                    try:
-                        if isinstance(value, ValueError):
-                            raise value
-                        with one_record(place):
-                            content = self.content(value, layout, joined)
-                        yield _Row(key, offset, content)
-                    except ValueError as error:
-                        yield _Row(key, offset, Content(), str(error))
+            with one_record(origin):
+                for entry_id, entry in self.entries(element, layout):
+                    content = entry
+                    if not isinstance(entry, ValueError):
+                        content = attempt(origin, self.content, entry, layout, joined)
+                    if isinstance(content, ValueError):
+                        yield _Annotation(entry_id, origin, problem=str(content))
+                    else:
+                        yield _Annotation(entry_id, origin, content)
         except ValueError as error:
-            yield _Row(f"@{offset}", offset, Content(), str(error))
+            yield _Annotation(f"@{element.offset}", origin, problem=str(error))
 
     def _ids(self, root: Path, layout: Layout) -> Iterator[str]:
-        """Ids of all entries, as far as they can be read."""
-        try:
-            with open_file(root, layout.annotations) as file:
-                for element in _elements(file, layout, 0, unpacked_size(root, layout.annotations)):
-                    try:
-                        with one_record(f"{layout.annotations}@{element.offset}"):
-                            yield from (key for key, _ in self.entries(element, layout))
-                    except ValueError:
-                        continue  # reported where the entry is read
-        except (BrokenFileError, *ARCHIVE_ERRORS):
-            return  # likewise
+        """The ids of all readable entries."""
+        with suppress(*_READ_ERRORS):  # they are reported when the entries are read
+            for element in _elements(root, layout):
+                with suppress(ValueError), one_record(f"{layout.annotations}@{element.offset}"):
+                    yield from (entry_id for entry_id, _ in self.entries(element, layout))
 
-    @staticmethod
-    def _unique(rows: Iterator[_Row]) -> Iterator[_Row]:
-        seen: set[str] = set()
-        for row in rows:
-            if row.key in seen and not row.problem:
-                yield _Row(row.key, row.offset, row.content, "duplicate id")
-            else:
-                seen.add(row.key)
-                yield row
-
-    def _from_tar(
-        self, root: Path, layout: Layout, tar: str, rows: Iterator[_Row]
+    def _read_tar(
+        self, root: Path, layout: Layout, tar: str, annotations: Iterator[_Annotation]
     ) -> Iterator[RawRecord | BadRecord]:
-        """Pictures as they come out of the archive; the texts of all wait for them in memory."""
-        waiting: dict[str, list[_Row]] = {}  # by the first name, without its extension
-        first: dict[str, str] = {}  # of the others
-        for row in rows:
-            if row.problem:
-                yield self._record(layout, row, "", None, row.problem)
+        """Records in the order of the archive's images, with all annotations held in memory."""
+        waiting: dict[str, list[_Annotation]] = {}  # by the first image name, without extension
+        first_names: dict[str, str] = {}  # of the other image names
+        for annotation in annotations:
+            if annotation.problem:
+                yield self._record(layout, annotation, Member("", None))
                 continue
-            name, *others = map(without_extension, row.content.pictures)
-            waiting.setdefault(name, []).append(row)
-            first.update(dict.fromkeys(others, name))
+            name, *others = map(packed.without_extension, annotation.content.images)
+            waiting.setdefault(name, []).append(annotation)
+            first_names.update(dict.fromkeys(others, name))
         damage = "not in the archive"
         try:
             for member in tgz_members(root / tar):
-                name = without_extension(member.name)
-                for row in waiting.pop(name, []) or waiting.pop(first.get(name, ""), []):
-                    place = f"{tar}::{member.name}"
-                    yield self._record(layout, row, place, member.data, member.problem)
+                name = packed.without_extension(member.name)
+                matches = waiting.pop(name, []) or waiting.pop(first_names.get(name, ""), [])
+                image = replace(member, name=f"{tar}::{member.name}")
+                yield from (self._record(layout, annotation, image) for annotation in matches)
         except ARCHIVE_ERRORS as error:
             damage = f"unreadable archive: {describe(error)}"
-        for late in waiting.values():
-            for row in late:
-                missing = f"missing file: {row.content.pictures[0]}: {damage}"
-                yield self._record(layout, row, "", None, missing)
+        for annotation in chain.from_iterable(waiting.values()):
+            problem = f"missing file: {annotation.content.images[0]}: {damage}"
+            yield self._record(layout, annotation, Member("", None, problem))
 
     def _record(
-        self, layout: Layout, row: _Row, place: str, data: bytes | None, problem: str
+        self, layout: Layout, annotation: _Annotation, image: Member
     ) -> RawRecord | BadRecord:
-        key = f"{self.SOURCE}/{layout.split}/{row.key}"
-        origin = f"{row.file or layout.annotations}@{row.offset}" + (f", {place}" if place else "")
-        if problem:
-            return BadRecord(key, self.SOURCE, layout.split, origin, problem)
-        return RawRecord(
-            id=key,
-            source=self.SOURCE,
-            split=layout.split,
-            origin=origin,
-            image=data,
-            text=row.content.text,
-            turns=row.content.turns,
-        )
+        origin = ", ".join(filter(None, (annotation.origin, image.name)))
+        record_id = f"{self.SOURCE}/{layout.split}/{annotation.entry_id}"
+        if problem := annotation.problem or image.problem:
+            return BadRecord(record_id, self.SOURCE, layout.split, origin, problem)
+        text, turns = annotation.content.text, annotation.content.turns
+        return RawRecord(record_id, self.SOURCE, layout.split, origin, image.data, text, turns)
 
 
-def _elements(file: Any, layout: Layout, start: int, stop: int) -> Iterator[Element]:
-    if layout.lines:
-        return jsonfile.line_elements(file, start, stop)
-    return jsonfile.elements(file, layout.section, start, stop)
+def _elements(
+    root: Path, layout: Layout, start: int = 0, stop: int = sys.maxsize
+) -> Iterator[Element]:
+    """The elements of the annotations that start in bytes [start, stop)."""
+    with packed.open_file(root, layout.annotations) as file:
+        if layout.lines:
+            yield from jsonfile.line_elements(file, start, stop)
+        else:
+            yield from jsonfile.elements(file, layout.section, start, stop)
 
 
-def _by_picture(rows: Iterator[_Row]) -> Iterator[_Row]:
-    """The rows of a window picture by picture, so that each is read and decoded once."""
-    while window := list(islice(rows, _WINDOW)):
-        groups: dict[Any, list[_Row]] = {}
-        for number, row in enumerate(window):
-            groups.setdefault(row.content.pictures or number, []).append(row)
-        for group in groups.values():
-            yield from group
+def _unique(annotations: Iterator[_Annotation]) -> Iterator[_Annotation]:
+    """The annotations, with a problem added where an id repeats."""
+    seen: set[str] = set()
+    for annotation in annotations:
+        if annotation.entry_id in seen and not annotation.problem:
+            yield replace(annotation, problem="duplicate id")
+        else:
+            seen.add(annotation.entry_id)
+            yield annotation
 
 
-def _tar(root: Path, layout: Layout) -> str:
-    """The gzipped tar that holds the pictures, where no folder does."""
+def _group_by_image(annotations: Iterator[_Annotation]) -> Iterator[_Annotation]:
+    """The annotations, reordered image by image so that each image is read and decoded once."""
+    while searched := list(islice(annotations, _SEARCHED_ENTRIES)):
+        by_image: dict[Any, list[_Annotation]] = {}
+        for number, annotation in enumerate(searched):
+            by_image.setdefault(annotation.content.images or number, []).append(annotation)
+        yield from chain.from_iterable(by_image.values())
+
+
+def _image_tar(root: Path, layout: Layout) -> str:
+    """The gzipped tar that holds the images, or "" if they are in folders or zips."""
     if any((root / folder).is_dir() for folder in layout.folders):
         return ""
     tars = [a for a in layout.archives if a.endswith(_TARS) and (root / a).is_file()]

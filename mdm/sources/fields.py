@@ -1,18 +1,18 @@
-"""Fields of published rows: each is what it should be, or a ValueError says what it is instead."""
+"""Fields of published records, checked: a ValueError says what a wrong one holds instead."""
 
 import re
 from collections import Counter
 from typing import Any
 
 Turns = tuple[str, ...]  # question, reply, question, ...
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # all but white space
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # except white space
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The kind of a JSON value, in words."""
     return {
         type(None): "null",
-        bool: "a truth value",
+        bool: "a boolean",
         int: "a number",
         float: "a number",
         str: "text",
@@ -22,8 +22,8 @@ def kind(value: Any) -> str:
 
 
 def text_field(value: Any, name: str) -> str:
-    """`value` as usable text; ValueError for an absent, wrong, empty or damaged one."""
-    _present(value, name)
+    """`value` as usable text; ValueError if it is absent, empty, damaged or not text."""
+    _check_present(value, name)
     if not isinstance(value, str):
         raise ValueError(f"field {name} is {kind(value)}, not text")
     if not value.strip():
@@ -39,7 +39,7 @@ def text_field(value: Any, name: str) -> str:
 
 def number_field(value: Any, name: str) -> int:
     """`value` as a whole number that fits in 64 bits."""
-    _present(value, name)
+    _check_present(value, name)
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"field {name} is {kind(value)}, not a whole number")
     if abs(value) >= 1 << 63:
@@ -58,7 +58,7 @@ def id_field(value: Any, name: str) -> str:
 
 def list_field(value: Any, name: str) -> list[Any]:
     """`value` as a list, empty or not."""
-    _present(value, name)
+    _check_present(value, name)
     if not isinstance(value, list):
         raise ValueError(f"field {name} is {kind(value)}, not a list")
     return value
@@ -66,16 +66,16 @@ def list_field(value: Any, name: str) -> list[Any]:
 
 def object_field(value: Any, name: str) -> dict[str, Any]:
     """`value` as a JSON object."""
-    _present(value, name)
+    _check_present(value, name)
     if not isinstance(value, dict):
         raise ValueError(f"field {name} is {kind(value)}, not an object")
     return value
 
 
 def commonest(value: Any, name: str, key: str = "") -> str:
-    """The answer that most people gave; of equally many, the one given first.
+    """The most frequent answer; the first given breaks a tie.
 
-    `value` is a list of texts, or of objects whose `key` is one. Empty answers have no vote.
+    `value` is a list of texts, or of objects with a text under `key`. Empty answers do not count.
     """
     votes: Counter[str] = Counter()
     for i, item in enumerate(list_field(value, name)):
@@ -86,46 +86,56 @@ def commonest(value: Any, name: str, key: str = "") -> str:
             votes[text_field(item, where)] += 1
     if not votes:
         raise ValueError(f"field {name} holds no answer")
-    return max(votes, key=votes.__getitem__)  # the first of the highest: a Counter keeps order
+    return max(votes, key=votes.__getitem__)  # a Counter keeps order, so ties go to the first
 
 
 def exchange(entry: dict[str, Any]) -> tuple[str, str]:
-    """An entry's fields `question` and `answer` as a dialogue of two turns."""
+    """The fields `question` and `answer` of an entry as a dialogue of two turns."""
     question = text_field(entry.get("question"), "question")
     return question, text_field(entry.get("answer"), "answer")
 
 
 def dialogue(turns: list[Any], name: str, keys: tuple[str, str], roles: tuple[str, str]) -> Turns:
-    """The texts of turns that are objects, with fields for role and text of the names `keys`.
+    """The texts of turns published as objects.
 
-    `roles` are those of questions and replies. Replies before the first question are cut, and so is
-    a last question without a reply; all between have to alternate.
+    Replies before the first question are dropped, and so is a last question without a reply. All
+    others must alternate.
+
+    Args:
+        turns: objects.
+        name: of the field that holds them.
+        keys: the names of the fields for role and text.
+        roles: the roles of questions and replies.
+
+    Raises:
+        ValueError: a field is wrong, roles do not alternate, or no question has a reply.
     """
-    said: list[tuple[str, Any]] = []
+    texts: list[tuple[str, Any]] = []
     for i, turn in enumerate(turns):
         where = f"{name}[{i}]"
         turn = object_field(turn, where)
         role = text_field(turn.get(keys[0]), f"{where}.{keys[0]}")
-        if role == roles[1] and not said:
+        if role == roles[1] and not texts:
             continue
-        if role != (due := roles[len(said) % 2]):
-            raise ValueError(f"field {where}.{keys[0]} is {role[:80]!r}, not {due!r}")
-        said.append((f"{where}.{keys[1]}", turn.get(keys[1])))
-    return answered(said, len(turns))
+        if role != (expected := roles[len(texts) % 2]):
+            raise ValueError(f"field {where}.{keys[0]} is {role[:80]!r}, not {expected!r}")
+        texts.append((f"{where}.{keys[1]}", turn.get(keys[1])))
+    return answered_turns(texts, len(turns))
 
 
-def answered(said: list[tuple[str, Any]], turns: int) -> Turns:
-    """Questions and replies as (name of the field, text), without a last question of no reply.
+def answered_turns(texts: list[tuple[str, Any]], published: int) -> Turns:
+    """The checked texts of alternating questions and replies, without a last unanswered question.
 
-    `turns` is how many were published.
+    `texts` are pairs (name of the field, text); `published` is the number of turns before any were
+    dropped. ValueError if a text is wrong or no question has a reply.
     """
-    if not turns:
+    if not published:
         raise ValueError("empty dialogue")
-    if len(said) < 2:
-        raise ValueError(f"dialogue of {turns} turns: no question has a reply")
-    return tuple(text_field(text, name) for name, text in said[: len(said) // 2 * 2])
+    if len(texts) < 2:
+        raise ValueError(f"dialogue of {published} turns: no question has a reply")
+    return tuple(text_field(text, name) for name, text in texts[: len(texts) // 2 * 2])
 
 
-def _present(value: Any, name: str) -> None:
+def _check_present(value: Any, name: str) -> None:
     if value is None:
         raise ValueError(f"field {name} is absent")

@@ -1,26 +1,26 @@
 """ImageNet (ILSVRC 2012): the published tars, or folders `train/<wnid>/*.JPEG` and `val/`.
 
-Tars: `ILSVRC2012_img_train.tar` (one tar a class inside) and `ILSVRC2012_img_val.tar`, whose labels
-stand in the devkit as ILSVRC ids (an order of their own, not that of the wnids). Extracted, the
-validation pictures lie flat in `val/*.JPEG` with the same labels, or sorted into `val/<wnid>/`. A
-label here is the index in the sorted list of wnids. Class names come from `LOC_synset_mapping.txt`
-or from the devkit's `meta.mat`; one of a class's names serves as a picture's caption.
+The tars are `ILSVRC2012_img_train.tar` (one tar per class inside) and `ILSVRC2012_img_val.tar`,
+whose labels are in the devkit. Extracted, the validation images are all in `val/`, with the same
+labels, or sorted into `val/<wnid>/`. A label is the index in the sorted list of wnids. The caption
+of an image is one of the names of its class.
 """
 
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+from mdm.sources.imagenet_classes import TRUTH, class_file, classes, ground_truth, split_names
+from mdm.sources.packed import read_files
 from mdm.sources.record import (
     UNIT_BYTES,
     BadRecord,
     RawRecord,
     Unit,
     check_split,
-    fingerprint,
+    make_units,
     one_record,
 )
 from mdm.sources.streams import (
@@ -30,11 +30,8 @@ from mdm.sources.streams import (
     Slice,
     describe,
     open_tar,
-    read_file,
-    read_lines,
     surviving_headers,
     tar_members,
-    tgz_members,
 )
 from mdm.sources.textfile import is_clutter
 
@@ -44,70 +41,61 @@ TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
 HELD_OUT = "val"
 TRAIN_TAR = "ILSVRC2012_img_train.tar"
 VAL_TAR = "ILSVRC2012_img_val.tar"
-MAPPING = "LOC_synset_mapping.txt"
-DEVKIT = "ILSVRC2012_devkit_t12"
-_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
-_PICTURES = (".jpeg", ".jpg", ".png")
+_EXTENSIONS = (".jpeg", ".jpg", ".png")
 
 
 def units(root: Path, split: str, *, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
-    """Pieces of about `unit_bytes`.
+    """Units of about `unit_bytes`.
 
-    Folders: slices of the pictures in the order of a hash of their names, so that every unit holds
-    all classes. Train tar: one unit a class. Val tar: runs of pictures. Raises ValueError where
-    neither form is there, or the class names are missing.
+    In folders, a unit is a slice of the images in the order of a hash of their names, so that every
+    unit holds all classes. In the train tar it is a class, in the val tar a run of images. Raises
+    ValueError if neither form exists, or the class names are missing.
     """
     check_split(SOURCE, split, SPLITS)
-    _classes(root)
+    classes(root)
     folder, tar = root / split, root / (TRAIN_TAR if split == "train" else VAL_TAR)
     if folder.is_dir():
         return _folder_units(root, split, unit_bytes)
     if not tar.is_file():
         raise ValueError(f"{SOURCE}: neither folder {split}/ nor {tar.name} in {root}")
     if split == "val":
-        _ground_truth(root)
+        ground_truth(root)
     return _tar_units(root, split, tar, unit_bytes)
 
 
 def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
-    """The unit's pictures with label and caption. Ids are `imagenet/<split>/<wnid>/<file>`."""
-    wnids, names = _classes(Path(unit.root))
+    """The unit's images with label and caption. Ids are `imagenet/<split>/<wnid>/<file>`."""
+    wnids, names = classes(Path(unit.root))
     labels = {wnid: label for label, wnid in enumerate(wnids)}
-    pictures = _from_folder(unit) if unit.kind == "files" else _from_tar(unit)
     seen: set[str] = set()
-    for wnid, member in pictures:
+    for wnid, member in _read_folder(unit) if unit.kind == "files" else _read_tar(unit):
         name = member.name.rsplit("/", 1)[-1]
-        key = f"{SOURCE}/{unit.split}/{wnid}/{name}"
+        record_id = f"{SOURCE}/{unit.split}/{wnid}/{name}"
         origin = member.name
         if unit.kind != "files":
-            origin = "::".join(filter(None, (unit.files[0], _inner(unit), name)))
-        if not _is_unicode(key):
-            shown = key.encode("utf-8", "backslashreplace").decode()
-            yield BadRecord(shown, SOURCE, unit.split, origin, "file name is not valid UTF-8")
+            origin = "::".join(filter(None, (unit.files[0], _class_tar(unit), name)))
+        printable = record_id.encode("utf-8", "backslashreplace").decode()
+        problem = ""
+        if printable != record_id:
+            problem = "file name is not valid UTF-8"
         elif member.data is None:
-            yield BadRecord(key, SOURCE, unit.split, origin, member.problem)
+            problem = member.problem
         elif wnid not in labels:
-            yield BadRecord(key, SOURCE, unit.split, origin, f"{wnid!r} is not among the classes")
-        elif key in seen:
-            yield BadRecord(key, SOURCE, unit.split, origin, "duplicate id")
+            problem = f"{wnid!r} is not among the classes"
+        elif record_id in seen:
+            problem = "duplicate id"
         else:
-            seen.add(key)
+            seen.add(record_id)
             label = labels[wnid]
             try:
                 with one_record(origin):
-                    text = caption(names[label], key)
+                    text = caption(names[label], record_id)
             except ValueError as error:
-                yield BadRecord(key, SOURCE, unit.split, origin, str(error))
-                continue
-            yield RawRecord(
-                id=key,
-                source=SOURCE,
-                split=unit.split,
-                origin=origin,
-                image=member.data,
-                text=text,
-                label=label,
-            )
+                problem = str(error)
+        if problem:
+            yield unit.bad_record(printable, origin, problem)
+        else:
+            yield RawRecord(record_id, SOURCE, unit.split, origin, member.data, text, label=label)
 
 
 def texts(root: Path, split: str) -> Iterator[str]:
@@ -118,17 +106,12 @@ def texts(root: Path, split: str) -> Iterator[str]:
 
 
 def class_names(root: Path) -> tuple[str, ...]:
-    """Names by label, as published: "tench, Tinca tinca". ValueError where no file has them."""
-    return _classes(root)[1]
-
-
-def split_names(names: str) -> list[str]:
-    """The single names of one class."""
-    return [name.strip() for name in names.split(",") if name.strip()]
+    """Names by label, as published: "tench, Tinca tinca". ValueError if no file holds them."""
+    return classes(root)[1]
 
 
 def caption(names: str, record_id: str) -> str:
-    """One of a class's names, chosen by a hash of the record's id: stable, and evenly spread."""
+    """One of a class's names, chosen evenly and reproducibly by a hash of the record's id."""
     choices = split_names(names)
     return choices[_hash(record_id) % len(choices)]
 
@@ -136,14 +119,6 @@ def caption(names: str, record_id: str) -> str:
 def _hash(text: str) -> int:
     data = text.encode("utf-8", "backslashreplace")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 # ---- folders
@@ -154,21 +129,22 @@ def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
     for outer in os.scandir(root / split):
         if is_clutter(outer.name):
             continue
-        named = outer.name.lower().endswith(_PICTURES)  # a folder with a picture's name is none
-        folder = f"{split}/{outer.name}" if _is(outer.is_dir) and not named else split
-        try:
-            inside = [*os.scandir(outer.path)] if folder != split else [outer]
-        except OSError:  # a folder that may not be entered: its reader says why
-            inside, folder = [outer], split
-        for entry in inside:
+        folder, entries = split, [outer]
+        # A folder named like an image, or one that may not be listed, is reported by the reader.
+        if not outer.name.lower().endswith(_EXTENSIONS):
+            with suppress(OSError):
+                folder, entries = f"{split}/{outer.name}", [*os.scandir(outer.path)]
+        for entry in entries:
             if not (entry.name.startswith(".") or is_clutter(entry.name)):
-                size = entry.stat().st_size if _is(entry.is_file) else 0
+                size = 0
+                with suppress(OSError):  # a broken or circular link
+                    size = entry.stat().st_size if entry.is_file() else 0
                 listing.append((f"{folder}/{entry.name}", size))
     if not listing:
-        raise ValueError(f"{SOURCE}: no pictures in {root / split}/<wnid>/")
+        raise ValueError(f"{SOURCE}: no images in {root / split}/<wnid>/")
     if split == "val" and any(name.count("/") == 1 for name, _ in listing):
-        _ground_truth(root)
-    listing.sort(key=lambda entry: (_hash(entry[0]), entry[0]))
+        ground_truth(root)
+    listing.sort(key=lambda file: (_hash(file[0]), file[0]))
     slices: list[list[tuple[str, int]]] = [[]]
     filled = 0
     for name, size in listing:
@@ -177,39 +153,18 @@ def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
             filled = 0
         slices[-1].append((name, size))
         filled += size
-    return [
-        Unit(
-            source=SOURCE,
-            split=split,
-            index=index,
-            root=str(root),
-            kind="files",
-            files=tuple(name for name, _ in piece),
-            fingerprint=fingerprint([*piece, _class_file(root)]),
-        )
-        for index, piece in enumerate(slices)
-    ]
+    names_file = class_file(root)
+    parts = [("files", [name for name, _ in files], [*files, names_file], 0, 0) for files in slices]
+    return make_units(SOURCE, split, root, parts)
 
 
-def _is(kind: Callable[[], bool]) -> bool:
-    """Of what an entry is; False for a link that leads in a circle."""
-    try:
-        return kind()
-    except OSError:
-        return False
-
-
-def _from_folder(unit: Unit) -> Iterator[tuple[str, Member]]:
-    for file in unit.files:
-        try:
-            with one_record(file):
-                member = Member(file, read_file(Path(unit.root) / file))
-        except ValueError as error:
-            member = Member(file, None, str(error))
-        if file.count("/") == 1:
-            yield _validation_wnid(unit, member)
+def _read_folder(unit: Unit) -> Iterator[tuple[str, Member]]:
+    """(wnid, image) of each file; the folder gives the wnid, or the devkit for a flat `val/`."""
+    for member in read_files(Path(unit.root), unit.files):
+        if member.name.count("/") == 1:
+            yield _outer_image(unit, member)
         else:
-            yield file.split("/")[1], member
+            yield member.name.split("/")[1], member
 
 
 # ---- tars
@@ -218,182 +173,77 @@ def _from_folder(unit: Unit) -> Iterator[tuple[str, Member]]:
 def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]:
     size = tar.stat().st_size
     ranges: list[tuple[str, int, int]] = []  # kind, first byte, end
-    end, cut, hole = 0, False, False
+    end, truncated, gap = 0, False, False
     try:
         with tar.open("rb") as file, open_tar(file, streaming=False) as outer:
             for info in surviving_headers(outer):
                 if isinstance(info, DamagedHeaderError):
-                    hole = True
+                    gap = True
                     continue
-                if hole and split == "train" and not info.name.endswith(".tar"):
-                    continue  # a picture of the class whose header is lost
-                behind = hole
-                if hole:  # its reader says what is wrong with it
+                if gap and split == "train" and not info.name.endswith(".tar"):
+                    continue  # an image of the class whose header is damaged
+                if gap:  # a unit of its own, whose reader reports the damage
                     ranges.append(("members", end, info.offset))
-                    hole = False
-                padded = info.offset_data + -(-info.size // 512) * 512
+                start, padded = info.offset_data, info.offset_data + -(-info.size // 512) * 512
                 if split == "train":
-                    inner = (f"class {info.name}", info.offset_data, info.offset_data + info.size)
-                    ranges.append(inner)
-                elif ranges and not behind and padded - ranges[-1][1] <= unit_bytes:
+                    ranges.append((f"class {info.name}", start, start + info.size))
+                elif ranges and not gap and padded - ranges[-1][1] <= unit_bytes:
                     ranges[-1] = ("members", ranges[-1][1], padded)
                 else:
                     ranges.append(("members", info.offset, padded))
-                end = padded
+                end, gap = padded, False
     except ARCHIVE_ERRORS:
-        cut = True  # the rest becomes a unit below, and its reader says what is wrong with it
-    if _has_content(tar, end):
+        truncated = True  # the rest becomes a unit below, whose reader reports the error
+    with tar.open("rb") as rest:
+        rest.seek(end)
+        has_more = any(rest.read(10240))  # an archive ends in zeros
+    if has_more:
         ranges.append(("members", end, size))
-    elif cut or end > size:
+    elif truncated or end > size:
         ranges.append(("cut", size, size))
-    return [
-        Unit(
-            source=SOURCE,
-            split=split,
-            index=index,
-            root=str(root),
-            kind=kind,
-            files=(tar.name,),
-            fingerprint=fingerprint(
-                [(tar.name, size), ("start", start), ("stop", stop), _class_file(root)]
-            ),
-            start=start,
-            stop=stop,
-        )
-        for index, (kind, start, stop) in enumerate(ranges)
+    published, names_file = (tar.name, size), class_file(root)
+    parts = [
+        (kind, [tar.name], [published, ("start", start), ("stop", stop), names_file], start, stop)
+        for kind, start, stop in ranges
     ]
+    return make_units(SOURCE, split, root, parts)
 
 
-def _has_content(path: Path, start: int) -> bool:
-    """Whether anything but zero blocks follows `start`: an archive's end is zeros."""
-    with path.open("rb") as file:
-        file.seek(start)
-        return any(file.read(10240))
-
-
-def _inner(unit: Unit) -> str:
-    """The class's tar that the unit is; "" for pictures of the outer one."""
+def _class_tar(unit: Unit) -> str:
+    """The tar of the class that the unit is; "" for a unit of images in the outer tar."""
     return unit.kind.removeprefix("class ") if unit.kind.startswith("class ") else ""
 
 
-def _from_tar(unit: Unit) -> Iterator[tuple[str, Member]]:
-    """(wnid, picture); a class's tar names the wnid, the devkit those of the val tar."""
-    path = Path(unit.root) / unit.files[0]
-    inner = _inner(unit)
-    wnid = Path(inner).stem
-    done = 0
+def _read_tar(unit: Unit) -> Iterator[tuple[str, Member]]:
+    """(wnid, image); the name of a class's tar gives the wnid, or the devkit for the val tar."""
     if unit.kind == "cut":
-        reason = f"the archive was cut off at byte {unit.start}: what followed is missing"
+        reason = f"the archive was cut off at byte {unit.start}: the rest is missing"
         yield "", Member(f"bytes {unit.start}-", None, reason)
         return
+    class_tar, count = _class_tar(unit), 0
     try:
-        with path.open("rb") as file:
-            piece = io.BufferedReader(Slice(file, unit.start, unit.stop))
-            for member in tar_members(piece, streaming=False):
-                done += 1
-                if inner:
-                    yield wnid, member
-                else:
-                    yield _validation_wnid(unit, member)
+        with (Path(unit.root) / unit.files[0]).open("rb") as file:
+            for member in tar_members(Slice(file, unit.start, unit.stop), streaming=False):
+                count += 1
+                yield (Path(class_tar).stem, member) if class_tar else _outer_image(unit, member)
     except ARCHIVE_ERRORS as error:
-        where = inner or f"bytes {unit.start}-{unit.stop}"
-        reason = f"unreadable tar {where} after {done} pictures: {describe(error)}"
-        yield wnid, Member(f"{where}:{done}", None, reason)
+        where = class_tar or f"bytes {unit.start}-{unit.stop}"
+        reason = f"unreadable tar {where} after {count} images: {describe(error)}"
+        yield Path(class_tar).stem, Member(f"{where}:{count}", None, reason)
 
 
-def _validation_wnid(unit: Unit, member: Member) -> tuple[str, Member]:
+def _outer_image(unit: Unit, member: Member) -> tuple[str, Member]:
+    """(wnid, image) of an image outside a class's tar or folder: by its number in the devkit."""
     if unit.split == "train":
-        problem = member.problem or "picture outside a class's tar or folder"
+        problem = member.problem or "image outside a class's tar or folder"
         return "", Member(member.name, None, problem)
-    truth = _ground_truth(Path(unit.root))
+    truth = ground_truth(Path(unit.root))
     number = Path(member.name).stem.rsplit("_", 1)[-1]
     if not (number.isascii() and number.isdecimal()) or not 1 <= int(number) <= len(truth):
-        problem = f"no label: picture number {number!r}, and labels for 1 to {len(truth)}"
+        problem = f"no label: image number {number!r}, but labels are for 1 to {len(truth)}"
         return "", Member(member.name, None, problem)
-    wnid, label = truth[int(number) - 1]
+    wnid, line = truth[int(number) - 1]
     if not wnid:
-        problem = f"no label: line {int(number)} of {_TRUTH} is {label[:80]!r}, no class's id"
+        problem = f"no label: line {int(number)} of {TRUTH} is {line[:80]!r}, not a class id"
         return "", Member(member.name, None, member.problem or problem)
     return wnid, member
-
-
-# ---- classes and the devkit
-
-
-def _class_file(root: Path) -> tuple[str, int]:
-    for name in (MAPPING, f"{DEVKIT}.tar.gz", f"{DEVKIT}/data/meta.mat"):
-        if (root / name).is_file():
-            return name, (root / name).stat().st_size
-    raise ValueError(f"{SOURCE}: no class names in {root}; put {MAPPING} or {DEVKIT}.tar.gz there")
-
-
-@lru_cache(maxsize=8)
-def _classes(root: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Sorted wnids and their names."""
-    if _class_file(root)[0] != MAPPING:
-        pairs = sorted(_devkit_classes(root).values())
-    else:
-        pairs = []
-        lines = read_lines((root / MAPPING).read_bytes(), str(root / MAPPING))
-        for number, line in enumerate(lines, start=1):
-            wnid, *rest = line.split(maxsplit=1) or [""]
-            names = rest[0] if rest else ""
-            if wnid and not split_names(names):
-                raise ValueError(f"{root / MAPPING}:{number}: {line!r} is not 'wnid name, name'")
-            if wnid:
-                pairs.append((wnid, names))
-        pairs.sort()
-    wnids = tuple(wnid for wnid, _ in pairs)
-    if not wnids or len(set(wnids)) != len(wnids):
-        raise ValueError(f"{root}: {_class_file(root)[0]} lists no class, or one class twice")
-    return wnids, tuple(names for _, names in pairs)
-
-
-def _devkit_file(root: Path, name: str) -> bytes:
-    """A file of the devkit, from its archive or its extracted folder."""
-    extracted = root / DEVKIT / name
-    if extracted.is_file():
-        return extracted.read_bytes()
-    archive = root / f"{DEVKIT}.tar.gz"
-    if not archive.is_file():
-        raise ValueError(f"{SOURCE}: no devkit {archive.name} in {root}; val labels stand there")
-    try:
-        for member in tgz_members(archive):
-            if member.name == f"{DEVKIT}/{name}" and member.data is not None:
-                return member.data
-    except ARCHIVE_ERRORS as error:
-        raise ValueError(f"{archive}: unreadable: {describe(error)}") from None
-    raise ValueError(f"{archive} holds no {DEVKIT}/{name}")
-
-
-@lru_cache(maxsize=8)
-def _devkit_classes(root: Path) -> dict[int, tuple[str, str]]:
-    """ILSVRC id -> (wnid, names), leaves of the hierarchy alone."""
-    from scipy.io import loadmat  # a tenth of a second that the other forms need not pay
-
-    synsets = loadmat(io.BytesIO(_devkit_file(root, "data/meta.mat")), squeeze_me=True)["synsets"]
-    return {
-        int(row["ILSVRC2012_ID"]): (str(row["WNID"]), str(row["words"]))
-        for row in synsets
-        if int(row["num_children"]) == 0
-    }
-
-
-@lru_cache(maxsize=8)
-def _ground_truth(root: Path) -> tuple[tuple[str, str], ...]:
-    """Of validation picture 1, 2, ...: the wnid, or "" for no class's id, and the line itself."""
-    wnids = {str(number): wnid for number, (wnid, _) in _devkit_classes(root).items()}
-    lines = _without_blanks(read_lines(_devkit_file(root, f"data/{_TRUTH}"), f"data/{_TRUTH}"))
-    truth = tuple((wnids.get(line, ""), line) for line in lines)
-    if not any(wnid for wnid, _ in truth):
-        raise ValueError(f"{root}: data/{_TRUTH} holds not one class's id")
-    return truth
-
-
-def _without_blanks(lines: list[str]) -> list[str]:
-    """The lines but blank ones around them, and between each two; another one is a lost label."""
-    filled = [number for number, line in enumerate(lines) if line]
-    if not filled:
-        return []
-    lines = lines[filled[0] : filled[-1] + 1]
-    return lines[::2] if len(lines) > 1 and not any(lines[1::2]) else lines

@@ -1,8 +1,8 @@
-"""Entries of a second list, found by the id that an entry of the first one names.
+"""Entries of a second list, looked up by the id to which an entry of the first list refers.
 
-VQAv2 keeps questions and answers apart, COCO captions and file names. What is joined comes down to
-an id, a number and a text an entry; these are held in memory, some tens of bytes each, once a
-process.
+VQAv2 keeps questions and answers in separate files, and COCO keeps captions and file names in
+separate lists. Only an id, a number and a text of each joined entry are held in memory, some tens
+of bytes each, once per process.
 """
 
 import sys
@@ -19,16 +19,16 @@ from mdm.sources import jsonfile
 from mdm.sources.fields import number_field
 from mdm.sources.jsoncursor import BrokenFileError
 from mdm.sources.packed import open_file
-from mdm.sources.record import one_record
+from mdm.sources.record import attempt
 from mdm.sources.streams import ARCHIVE_ERRORS, describe
 
 
 @dataclass(frozen=True)
 class Join:
-    """The list `section` of `file`, whose entries have the id `key`.
+    """A join with the list `section` of `file`, whose entries have their ids in the field `key`.
 
-    `value` is what is kept of an entry: a number and a text; ValueError where it is no good.
-    `required` says that an entry which nothing names is an error in itself.
+    `value` extracts what is kept of an entry, a number and a text, and raises ValueError for a bad
+    entry. If `required`, an entry to which nothing refers is an error.
     """
 
     file: str
@@ -39,7 +39,7 @@ class Join:
 
 
 class Joined:
-    """What was kept, by id. Two entries with one id that differ are both no good."""
+    """The joined entries by id. If two entries with one id differ, both are bad."""
 
     def __init__(self, join: Join | None) -> None:
         self._join = join
@@ -47,25 +47,25 @@ class Joined:
         self._numbers: NDArray[np.int64] = np.zeros(0, np.int64)
         self._texts: list[str] = []
         self._offsets: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._bad: dict[int, str] = {}  # ids whose entry is no good
-        self._loose: list[tuple[int, str]] = []  # (byte, problem) of entries without a good id
+        self._bad: dict[int, str] = {}  # id of a bad entry -> problem
+        self._problems: list[tuple[int, str]] = []  # (byte, problem) of bad or repeated ids
         self._damage = ""
 
     @staticmethod
     def load(root: Path, join: Join | None) -> "Joined":
-        """All entries of the list; nothing where there is nothing to join."""
+        """All entries of the list; none if there is nothing to join."""
         if join is None:
             return Joined(None)
         try:
-            found = (root / join.file.partition("::")[0]).stat()
+            status = (root / join.file.partition("::")[0]).stat()
         except OSError as error:
             empty = Joined(join)
             empty._damage = describe(error)
             return empty
-        return _load(root, join, found.st_size, found.st_mtime_ns)
+        return _load(root, join, status.st_size, status.st_mtime_ns)
 
     def get(self, key: int, name: str) -> tuple[int, str]:
-        """The entry's number and text; ValueError where there is none, or a bad one."""
+        """The entry's number and text; ValueError if it is missing or bad."""
         assert self._join is not None
         at = int(np.searchsorted(self._ids, key))
         if at < len(self._ids) and self._ids[at] == key:
@@ -75,17 +75,20 @@ class Joined:
         damage = f" (unreadable: {self._damage})" if self._damage else ""
         raise ValueError(f"no entry in {self._join.section} for {name} {key}{damage}")
 
-    def unclaimed(self, named: Iterator[str]) -> Iterator[tuple[int, str, str]]:
-        """(byte, id, problem) of what no entry of the first list could report."""
+    def unclaimed(self, referenced: Iterator[str]) -> Iterator[tuple[int, str, str]]:
+        """(byte, id, problem) of the problems that belong to no entry of the first list.
+
+        `referenced` are the ids to which that list refers.
+        """
         assert self._join is not None
         section = self._join.section
-        for offset, problem in self._loose:
+        for offset, problem in self._problems:
             yield offset, f"{section}@{offset}", f"{section} entry: {problem}"
         if self._damage:
             yield 0, f"{section}@", f"unreadable {section}: {self._damage}"
         if self._join.required:
             # An id published as text may have any number of digits.
-            ids = {int(n) for n in named if n.removeprefix("-").isdecimal() and len(n) < 19}
+            ids = {int(n) for n in referenced if n.removeprefix("-").isdecimal() and len(n) < 19}
             for at in np.flatnonzero(~np.isin(self._ids, np.fromiter(ids, np.int64))).tolist():
                 key = int(self._ids[at])
                 yield int(self._offsets[at]), str(key), f"{section} entry that nothing refers to"
@@ -96,7 +99,7 @@ class Joined:
         numbers: list[int] = []
         offsets: list[int] = []
         texts: list[str] = []
-        first: dict[int, int] = {}  # id -> index
+        index_of: dict[int, int] = {}
         try:
             with open_file(root, self._join.file) as file:
                 for element in jsonfile.elements(file, self._join.section):
@@ -104,28 +107,25 @@ class Joined:
                         entry = jsonfile.entry(element)
                         key = number_field(entry.get(self._join.key), self._join.key)
                     except ValueError as error:
-                        self._loose.append((element.offset, str(error)))
+                        self._problems.append((element.offset, str(error)))
                         continue
-                    problem, number, text = "", 0, ""
-                    try:
-                        with one_record(f"{self._join.file}@{element.offset}"):
-                            number, text = self._join.value(entry)
-                    except ValueError as error:
-                        problem = str(error)
-                    if key in first:
-                        self._loose.append((element.offset, f"duplicate {self._join.key} {key}"))
-                        at = first[key]
-                        kept = numbers[at], texts[at], self._bad.get(key, "")
-                        if kept != (number, text, problem):
+                    value = attempt(f"{self._join.file}@{element.offset}", self._join.value, entry)
+                    problem = str(value) if isinstance(value, ValueError) else ""
+                    number, text = (0, "") if isinstance(value, ValueError) else value
+                    if key in index_of:
+                        self._problems.append((element.offset, f"duplicate {self._join.key} {key}"))
+                        first = index_of[key]
+                        earlier = numbers[first], texts[first], self._bad.get(key, "")
+                        if earlier != (number, text, problem):
                             self._bad[key] = "two entries with this id that differ"
                         continue
                     if problem:
                         self._bad[key] = problem
-                    first[key] = len(ids)
+                    index_of[key] = len(ids)
                     ids.append(key)
                     numbers.append(number)
                     offsets.append(element.offset)
-                    texts.append(sys.intern(text))  # most answers are among a few
+                    texts.append(sys.intern(text))  # a few answers make up most
         except (BrokenFileError, *ARCHIVE_ERRORS) as error:
             self._damage = describe(error)
         order = np.argsort(np.array(ids, np.int64), kind="stable")
@@ -138,5 +138,5 @@ class Joined:
 
 @lru_cache(maxsize=2)
 def _load(root: Path, join: Join, size: int, changed_ns: int) -> Joined:
-    del size, changed_ns  # part of the key alone: a changed file is read again
+    del size, changed_ns  # they are part of the cache key, so that a changed file is read again
     return Joined(join)._fill(root)

@@ -1,28 +1,29 @@
-"""Files as published: loose in folders, or packed in the archive that the data set is offered as.
+"""Files as published: loose in folders, or packed in the archives offered for download.
 
-`archive.zip::member` names a packed file. An archive counts as if it had been extracted beside
+`archive.zip::member` names a packed file. An archive is treated as if it had been extracted next to
 itself: `coco/train2017.zip` with a member `train2017/1.jpg` holds `coco/train2017/1.jpg`. Zips are
-read member by member, gzipped tars from front to back; nothing is unpacked to disk.
+read member by member, gzipped tars from start to end; nothing is unpacked to disk.
 """
 
 import os
+import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from mdm.sources.record import fingerprint
+from mdm.sources.record import attempt, fingerprint
 from mdm.sources.streams import (
+    Member,
     check_member,
     describe,
     headers,
     is_inside,
     open_gzip,
     open_tar,
-    read_file,
 )
 from mdm.sources.textfile import check_utf8, is_clutter
 
@@ -35,25 +36,24 @@ ZIP_ERRORS = (
     RuntimeError,
     zlib.error,
 )
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".jpe", ".jfif")
 EXTENSIONS = (*_EXTENSIONS, *map(str.upper, _EXTENSIONS), *map(str.title, _EXTENSIONS), "")
 
 
 def locate(source: str, root: Path, *names: str) -> str:
-    """The first of these files that is there, loose or packed; ValueError names them all."""
+    """The first of these files that exists, loose or packed; ValueError names them all."""
     for name in names:
         archive, _, member = name.partition("::")
-        if (root / archive).is_file() and (not member or _holds(root / archive, member)):
+        if (root / archive).is_file() and (not member or _has_member(root / archive, member)):
             return name
     raise ValueError(f"{source}: none of these files in {root}: {', '.join(names)}")
 
 
 @contextmanager
 def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
-    """A text file, loose or packed, as a stream; to seek back in a packed one reads it again.
+    """A text file, loose or packed, as a stream; seeking back in a packed one reads it again.
 
-    Raises OSError where it cannot be read, with the reason, also for UTF-16.
+    Raises OSError with the reason if it cannot be read, also for UTF-16.
     """
     archive, _, member = name.partition("::")
     path = root / archive
@@ -64,7 +64,8 @@ def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
             elif archive.endswith(".zip"):
                 packed = stack.enter_context(zipfile.ZipFile(path))
                 info = packed.getinfo(member)
-                _check(info)
+                if problem := _packing_problem(info):
+                    raise OSError(problem)
                 file = stack.enter_context(packed.open(info))
             else:
                 packed_tar = open_tar(stack.enter_context(open_gzip(path)), streaming=False)
@@ -80,7 +81,7 @@ def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 def unpacked_size(root: Path, name: str) -> int:
-    """Bytes of a loose or packed file, as `open_file` gives them."""
+    """Bytes of a loose or packed file, as read through `open_file`."""
     archive, _, member = name.partition("::")
     if not member:
         return (root / archive).stat().st_size
@@ -94,145 +95,150 @@ def unpacked_size(root: Path, name: str) -> int:
 def listing(
     source: str, root: Path, folders: Sequence[str], archives: Sequence[str]
 ) -> tuple[str, int]:
-    """(sha256 of names and sizes, bytes) of all pictures there; ValueError without any.
+    """(sha256 of names and sizes, total bytes) of all image files; ValueError if there are none."""
+    files = [file for folder in folders for file in list_files(root, folder)]
+    files += [(a, (root / a).stat().st_size) for a in archives if (root / a).is_file()]
+    if not files:
+        choices = ", ".join([*(f"{folder}/" for folder in folders), *archives])
+        raise ValueError(f"{source}: no images in {root}; put one of these there: {choices}")
+    return fingerprint(files), sum(size for _, size in files)
 
-    What file managers leave about (`is_clutter`) is not among them.
+
+def list_files(root: Path, folder: str) -> Iterator[tuple[str, int]]:
+    """(path below `root`, bytes) of every file below a folder, in a fixed order.
+
+    The clutter of file managers (`is_clutter`) is skipped. A broken link has 0 bytes.
     """
-    entries: list[tuple[str, int]] = []
-    for folder in folders:
-        for here, below, names in os.walk(root / folder):
-            below[:] = sorted(name for name in below if not is_clutter(name))
-            for name in sorted(name for name in names if not is_clutter(name)):
-                path = os.path.join(here, name)
-                size = os.stat(path).st_size if os.path.isfile(path) else 0
-                entries.append((os.path.relpath(path, root), size))
-    entries += [(a, (root / a).stat().st_size) for a in archives if (root / a).is_file()]
-    if not entries:
-        wanted = ", ".join([*(f"{folder}/" for folder in folders), *archives])
-        raise ValueError(f"{source}: no pictures in {root}; put one of these there: {wanted}")
-    return fingerprint(entries), sum(size for _, size in entries)
+    for parent, subfolders, names in os.walk(root / folder):
+        subfolders[:] = sorted(name for name in subfolders if not is_clutter(name))
+        for name in sorted(name for name in names if not is_clutter(name)):
+            path = os.path.join(parent, name)
+            size = os.stat(path).st_size if os.path.isfile(path) else 0
+            yield os.path.relpath(path, root), size
 
 
-class PictureError(ValueError):
-    """A picture that is there and cannot be read; `place` is where."""
+def read_file(path: Path) -> bytes:
+    """An image's bytes; ValueError if it is missing, too large or not a regular file."""
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            os.scandir(path).close()  # raises if the folder may not be read
+            raise ValueError("a folder in place of an image")
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")  # opening a pipe would block forever
+        check_member(status.st_size, status.st_size, "file")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError("missing file" + ": broken symbolic link" * path.is_symlink()) from None
+    except OSError as error:
+        raise ValueError(f"unreadable file: {describe(error)}") from None
 
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(reason)
-        self.place = place
+
+def _member(place: str, read: Callable[..., bytes], *arguments: Any) -> Member:
+    """The file at `place`, with the bytes that `read` returns or the problem that it raises."""
+    data = attempt(place, read, *arguments)
+    return Member(place, None, str(data)) if isinstance(data, ValueError) else Member(place, data)
 
 
-class Pictures:
-    """The pictures that annotations name, from folders and zips; each zip is opened once."""
+def read_files(root: Path, files: Iterable[str]) -> Iterator[Member]:
+    """Loose image files, each with its bytes or the problem with it."""
+    for file in files:
+        yield _member(file, read_file, root / file)
+
+
+class Images(ExitStack):
+    """The images that annotations refer to, in folders and zips; each zip is opened once."""
 
     def __init__(self, root: Path, archives: Sequence[str]) -> None:
+        super().__init__()
         self._root = root
         self._zips: list[tuple[str, zipfile.ZipFile]] = []
         self._damage = ""
-        self._last: tuple[tuple[str, ...], tuple[str, bytes]] = ((), ("", b""))
+        self._last_names: tuple[str, ...] = ()
+        self._last = Member("", None)
         for archive in archives:
             if archive.endswith(".zip") and (root / archive).is_file():
                 try:
-                    self._zips.append((archive, zipfile.ZipFile(root / archive)))
+                    packed = self.enter_context(zipfile.ZipFile(root / archive))
+                    self._zips.append((archive, packed))
                 except ZIP_ERRORS as error:
                     self._damage += f"; archive {archive} is unreadable: {describe(error)}"
 
-    def __enter__(self) -> "Pictures":
-        return self
+    def read(self, names: tuple[str, ...]) -> Member:
+        """The first of `names` that exists, or a member with "" as its name and the problem.
 
-    def __exit__(self, *error: object) -> None:
-        for _, packed in self._zips:
-            packed.close()
-
-    def read(self, names: tuple[str, ...]) -> tuple[str, bytes]:
-        """(where it lies, bytes) of the first of `names` that is there; ValueError says why not.
-
-        PictureError where it is there. Records of one picture come together: the last is kept.
+        The last image is cached, because the records of one image are read together.
         """
-        if names != self._last[0]:
-            self._last = (names, self._find(names))
-        return self._last[1]
+        if names != self._last_names:
+            self._last_names, self._last = names, self._find(names)
+        return self._last
 
-    def _find(self, names: tuple[str, ...]) -> tuple[str, bytes]:
+    def _find(self, names: tuple[str, ...]) -> Member:
         for name in names:
             if "\0" in name:
-                raise ValueError(f"picture's name holds a zero byte: {name[:80]!r}")
+                return Member("", None, f"image path holds a zero byte: {name[:80]!r}")
             if not is_inside(name):
-                raise ValueError(f"picture's name points outside the data set: {name[:80]!r}")
-            if found := self._at(name):
-                return found
-        # Downloads have the extension of their address or of their content, or are converted.
+                return Member("", None, f"image path points outside the data set: {name[:80]!r}")
+            if image := self._read_exact(name):
+                return image
+        # A download may have the extension of its address, of its content or of a conversion.
         for stem in dict.fromkeys(without_extension(name) for name in names):
-            for extension in EXTENSIONS:
-                name = stem + extension
+            for name in (stem + extension for extension in EXTENSIONS):
                 tried = name in names or (self._root / name).is_dir()
-                if not tried and (found := self._at(name)):
-                    return found
-        raise ValueError(f"missing file: {names[0][:200]}{self._damage}")
+                if not tried and (image := self._read_exact(name)):
+                    return image
+        return Member("", None, f"missing file: {names[0][:200]}{self._damage}")
 
-    def _at(self, name: str) -> tuple[str, bytes] | None:
-        """What lies under this very name; PictureError where it cannot be read."""
+    def _read_exact(self, name: str) -> Member | None:
+        """The image of exactly this name, if any."""
         try:
-            if _is_there(self._root / name):
-                return name, read_file(self._root / name)
-        except ValueError as error:
-            raise PictureError(name, str(error)) from None
+            os.lstat(self._root / name)
+            return _member(name, read_file, self._root / name)
+        except PermissionError as error:  # of a folder above it
+            return Member(name, None, f"unreadable file: {describe(error)}")
+        except OSError:  # no such file, or a name that no file can have
+            pass
         for archive, packed in self._zips:
             folder = PurePosixPath(archive).parent
             if PurePosixPath(name).is_relative_to(folder):
                 member = str(PurePosixPath(name).relative_to(folder))
                 if member in packed.NameToInfo:
-                    place = f"{archive}::{member}"
-                    try:
-                        return place, _unzip(packed, member)
-                    except ValueError as error:
-                        raise PictureError(place, str(error)) from None
+                    return _member(f"{archive}::{member}", _unzip, packed, member)
         return None
 
 
 def without_extension(name: str) -> str:
-    """A picture's name without the extension of a picture, if it has one."""
+    """An image's name without the extension of an image file, if it has one."""
     stem, extension = os.path.splitext(name)
     return stem if extension.casefold() in _EXTENSIONS else name
 
 
-def _is_there(path: Path) -> bool:
-    """Whether something has this name; ValueError where a folder on the way keeps it to itself."""
-    try:
-        os.lstat(path)
-    except PermissionError as error:
-        raise ValueError(f"unreadable file: {describe(error)}") from None
-    except OSError:  # no such name, or one that no file can have
-        return False
-    return True
-
-
 def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
-    """A member's bytes, its checksum verified; ValueError says what is wrong with it."""
+    """A member's bytes, with verified checksum; ValueError says what is wrong with it."""
     info = packed.NameToInfo[member]
-    try:
-        _check(info)
-    except OSError as error:
-        raise ValueError(str(error)) from None
+    if problem := _packing_problem(info):
+        raise ValueError(problem)
     check_member(info.file_size, info.compress_size, "archive member")
     try:
         with packed.open(info) as file:
-            # In pieces: a whole read unpacks all there is, whatever the size that is claimed.
+            # In chunks: a single read unpacks everything, whatever size the header claims.
             return b"".join(iter(lambda: file.read(1 << 20), b""))
     except ZIP_ERRORS as error:
         raise ValueError(f"damaged archive member: {describe(error)}") from None
 
 
-def _check(info: zipfile.ZipInfo) -> None:
-    """OSError for a member that is not read, whatever it holds."""
+def _packing_problem(info: zipfile.ZipInfo) -> str:
+    """Why a member cannot be unpacked; "" if it can."""
     if info.flag_bits & 1:
-        raise OSError("archive member is encrypted")
-    if info.compress_type not in _METHODS:
-        raise OSError(f"archive member is packed by method {info.compress_type}, not by deflate")
+        return "archive member is encrypted"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"archive member is packed by method {info.compress_type}, not by deflate"
+    return ""
 
 
-def _holds(path: Path, member: str) -> bool:
+def _has_member(path: Path, member: str) -> bool:
     if not path.name.endswith(".zip"):
-        return True  # known only at its end; `open_file` says if it is not there
+        return True  # only a full read would tell; `open_file` raises if it is missing
     try:
         with zipfile.ZipFile(path) as packed:
             return member in packed.NameToInfo

@@ -1,37 +1,31 @@
-"""Text files as people have them: byte order marks, any line ends, what file managers leave about.
+"""Text files with byte order marks or any line endings, and the clutter that file managers leave.
 
-Text is UTF-8. A byte order mark, CRLF or lone CR, blanks at a line's end, blank lines and a missing
-last line end change no record. UTF-16 is an error with the command that converts it.
+Text is UTF-8. A byte order mark, CRLF or lone CR, white space at the end of a line, blank lines and
+a missing final line ending change no record. UTF-16 is an error that gives the command to convert
+it. A line is held in memory, so its length is limited.
 """
 
+import io
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any
+
+from mdm.sources.fields import kind
+
+# A longer line is refused, so that one bad file cannot exhaust the memory.
+MAX_LINE_BYTES = 16 << 20
 _UTF16 = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
-# Also the mark, and DOS's end of a file.
+# White space, the bytes of a byte order mark, and DOS's end-of-file character.
 _BLANK = b" \t\r\n\x0b\x0c\x1a\xef\xbb\xbf"
 _NO_BREAK_SPACE = "\xa0".encode()
-# Folders and files that macOS, Windows, a NAS or an editor makes beside people's own.
-_CLUTTER = frozenset(
-    (
-        "__macosx",
-        ".ds_store",
-        ".apdisk",
-        ".appledouble",
-        ".documentrevisions-v100",
-        ".fseventsd",
-        ".localized",
-        ".spotlight-v100",
-        ".temporaryitems",
-        ".trashes",
-        "icon\r",
-        "thumbs.db",
-        "ehthumbs.db",
-        "ehthumbs_vista.db",
-        "desktop.ini",
-        "$recycle.bin",
-        "system volume information",
-        "@eadir",
-        ".directory",
-        ".ipynb_checkpoints",
-    )
+# Folders and files that macOS, Windows, a NAS or an editor creates beside a user's own.
+_CLUTTER = re.compile(
+    r"\._.*|__macosx|\.ds_store|\.apdisk|\.appledouble|\.documentrevisions-v100|\.fseventsd"
+    r"|\.localized|\.spotlight-v100|\.temporaryitems|\.trashes|icon\r"
+    r"|thumbs\.db|ehthumbs(_vista)?\.db|desktop\.ini|\$recycle\.bin|system volume information"
+    r"|@eadir|\.directory|\.ipynb_checkpoints",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -40,16 +34,13 @@ class NotUtf8Error(OSError):
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file or folder name, or any part of a path, is nobody's data: `._a.jpg`, ..."""
-    return any(
-        part.startswith("._") or part.casefold() in _CLUTTER
-        for part in name.replace("\\", "/").split("/")
-    )
+    """Whether any part of a path is the clutter of a file manager, not data: `._a.jpg`, ..."""
+    return any(map(_CLUTTER.fullmatch, re.split(r"[\\/]", name)))
 
 
 def check_utf8(head: bytes) -> None:
-    """NotUtf8Error if a file that begins with these four bytes is UTF-16 or UTF-32."""
-    # Without a mark, every other byte of ASCII in UTF-16 is zero, and no text holds a zero.
+    """Raise NotUtf8Error if a file that begins with these four bytes is UTF-16 or UTF-32."""
+    # Without a mark, every other byte of ASCII in UTF-16 is zero, and text contains no zero bytes.
     zeros = [byte == 0 for byte in head[:4]]
     unmarked = zeros in ([True, False, True, False], [False, True, False, True]) and all(
         32 <= byte < 127 or byte in b"\t\r\n" for byte in head[:4] if byte
@@ -61,14 +52,70 @@ def check_utf8(head: bytes) -> None:
 
 
 def is_blank(line: bytes) -> bool:
-    """Whether a line holds nothing."""
+    """Whether a line holds only white space."""
     return not line.replace(_NO_BREAK_SPACE, b"").strip(_BLANK)
 
 
+def check_length(line: bytes) -> None:
+    """Raise ValueError for a line that `lines_with_offsets` cut."""
+    if len(line.rstrip(b"\r\n")) > MAX_LINE_BYTES:
+        raise ValueError(f"line is longer than {MAX_LINE_BYTES} bytes")
+
+
 def decode_line(line: bytes) -> str:
-    """The text of a line, without its end or a byte order mark; ValueError if it is not UTF-8."""
+    """The text of a line without its ending or byte order mark; ValueError if it is not UTF-8."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8 at byte {error.start} of the line") from None
     return text.lstrip("\ufeff").rstrip("\r\n\x1a")
+
+
+def lines_with_offsets(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) from the file's current position on; LF, CRLF or CR ends a line.
+
+    A line longer than MAX_LINE_BYTES is cut just beyond that length.
+    """
+    offset, partial = file.tell(), b""
+    while data := partial + file.readline(MAX_LINE_BYTES + 1):
+        lines = data.splitlines(keepends=True)
+        # A last line without an ending continues in the next read, or ends the file.
+        ended = lines[-1].endswith((b"\n", b"\r"))
+        partial = lines.pop() if len(lines) > 1 and not ended else b""
+        for line in lines:
+            yield offset, line
+            offset += len(line)
+        while len(data) > MAX_LINE_BYTES and not (partial or data.endswith((b"\n", b"\r"))):
+            data = file.readline(MAX_LINE_BYTES + 1)  # more of the line that was cut
+            line, *others = data.splitlines(keepends=True) or [b""]
+            offset += len(line)
+            partial = b"".join(others)
+
+
+def read_lines(data: bytes, name: str) -> list[str]:
+    """The lines of a small file, stripped; ValueError names the file and the line that is bad."""
+    lines: list[str] = []
+    try:
+        check_utf8(data[:4])
+        for _, line in lines_with_offsets(io.BytesIO(data)):
+            lines.append("" if is_blank(line) else decode_line(line).strip())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name}:{len(lines) + 1}: {error}") from None
+    return lines
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """The JSON object on one line; ValueError says what is wrong with it."""
+    check_length(line)
+    text = decode_line(line).rstrip()  # of all white space: JSON allows only four kinds
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"invalid JSON: {error.msg} at column {error.colno}") from None
+    except ValueError:
+        raise ValueError("invalid JSON: a number of thousands of digits") from None
+    except RecursionError:
+        raise ValueError("invalid JSON: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"line holds {kind(value)}, not an object")
+    return value

@@ -1,8 +1,8 @@
 """Objects under a prefix, in an S3 bucket or a local folder, behind one small interface.
 
 An object appears whole or not at all. Credentials and endpoint come from the standard AWS chain
-(environment, profile, instance role; `AWS_ENDPOINT_URL`); none is ever printed. `StoreOptions` says
-how long to try, and how S3 is asked to encrypt and to check what it is sent.
+(environment, profile, instance role; `AWS_ENDPOINT_URL`); credentials are never printed.
+`StoreOptions` sets how long to retry, and which encryption and checksums S3 is asked for.
 """
 
 import os
@@ -36,14 +36,18 @@ __all__ = [
 def open_store(uri: str, options: StoreOptions | None = None) -> Store:
     """The store at `s3://bucket/prefix`, `file:///folder` or a plain folder.
 
-    Without `options` those of the environment count. Nothing is contacted or created yet.
-    ValueError for another scheme, a missing bucket name, a `file://` URI of another host, or an
-    option that makes no sense.
+    Without `options` those of the environment apply. Nothing is contacted or created yet.
+
+    Raises:
+        ValueError: the scheme is another, the bucket's name is missing, a `file://` URI names
+            another host, or an option is invalid.
     """
     if uri.startswith("s3://"):
         return S3Store(uri, options or StoreOptions.from_environment())
     if not uri.startswith(FILE_URI) and "://" in uri:
-        raise ValueError(f"{uri!r} is no store; use s3://bucket/prefix, file:///folder or a folder")
+        raise ValueError(
+            f"{uri!r} is not a store; use s3://bucket/prefix, file:///folder or a folder"
+        )
     return LocalStore(Path(folder_of(uri)))
 
 

@@ -1,17 +1,16 @@
 """One job at a time writes to a place: the lease that it holds and renews.
 
-The lease is a small object, replaced only if it is still the one that was read (If-Match). No clock
-of another machine is trusted: a job that finds a lease of a process on its own machine asks the
-kernel whether that process lives, and for another machine's it watches whether the lease changes.
-A job that was asleep so long that another took over learns it when it asks (`confirm`), or from its
-next renewal.
+A lease is a small object that is replaced only if it is still the one that was read (If-Match). No
+other machine's clock is trusted. If a lease belongs to a process on the same machine, the kernel
+tells whether that process is alive; a lease from another machine is watched for changes. A job that
+was suspended so long that another one took over learns this from `confirm` or its next renewal.
 """
 
 import json
+import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,18 +20,20 @@ from typing import Any
 
 from mdm.storage import LocalStore, MissingObjectError, Store, StoreError
 
+log = logging.getLogger("mdm")
+
 LEASE = "work/lease.json"  # of an encoded data set
 RENEW_SECONDS = 5.0
 WATCH_SECONDS = 20.0
-PATIENCE_SECONDS = 300.0  # for the end of an earlier attempt of the same job, or of a brief command
-MISSES = 50  # of a lease that is there and is not, before it is told of
+PATIENCE_SECONDS = 300.0  # for an earlier attempt of the same job, or a brief command, to end
+MISSES = 50  # attempts at a lease that can be neither created nor read
 _EXITING = 0x4  # PF_EXITING of a process's flags
 
 
 class OtherJobError(ValueError):
     """Another job writes to the same place; the message is one line for the user.
 
-    `same_job` says that it is another attempt of this very job.
+    `same_job` is true if it is another attempt of this job.
     """
 
     def __init__(self, message: str, *, same_job: bool = False) -> None:
@@ -44,12 +45,13 @@ class Lease:
     """The right to write to a store, from `take` to `release`.
 
     Args:
-        about: what this job is, for whoever finds it here: `recipe 1234`, `run /runs/a`.
-        key: the object that is the lease.
-        place: what the message calls the store; its URI if empty.
-        advice: what else a second job could do than wait.
-        job: equal for the attempts of one supervised job; empty where there is no supervisor.
-        brief: others had better wait a moment than be refused.
+        store: holds the lease.
+        about: describes this job to others: `recipe 1234`, `run /runs/a`.
+        key: the lease's object.
+        place: what messages call the store; its URI if empty.
+        advice: what a second job could do instead of waiting.
+        job: equal for all attempts of one supervised job; empty without a supervisor.
+        brief: others wait for this job instead of being refused.
     """
 
     def __init__(
@@ -65,14 +67,14 @@ class Lease:
     ) -> None:
         self._store, self._key, self._advice = store, key, advice
         self._place = place or store.uri
-        self._mine = {
+        self._content = {
             "token": secrets.token_hex(8),
             "host": socket.gethostname(),
             "machine": _machine(),
             "pid": os.getpid(),
             "ticks": _start_ticks(os.getpid()),
             "place": place_of(store),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),  # for people; nothing compares it
+            "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),  # for people; no program compares it
             "about": about,
             "job": job,
             "brief": brief,
@@ -85,27 +87,27 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def take(self) -> None:
-        """Take the lease; OtherJobError while another job lives that holds it."""
+        """Takes the lease; OtherJobError if a living job holds it, StoreError in an outage."""
         end, missed = time.monotonic() + PATIENCE_SECONDS, 0
         while not self._store.put(self._key, self._bytes(), if_absent=True):
             try:
                 data, etag = self._store.read(self._key)
-            except MissingObjectError:  # given back meanwhile, or a link to nowhere
+            except MissingObjectError:  # released meanwhile, or a dangling link
                 missed += 1
                 if missed > MISSES:
                     raise StoreError(
-                        f"{self._place}/{self._key} can be neither read nor made: remove it"
+                        f"{self._place}/{self._key} can be neither read nor created: remove it"
                     ) from None
                 time.sleep(0.1)
                 continue
-            there = _parsed(data)
-            if there.get("token") == self._mine["token"]:
+            owner = _parsed(data)
+            if owner.get("token") == self._content["token"]:
                 break  # the answer to our own request was lost
-            if self._lives(there, etag):
-                same = self._same_job(there)
-                if not (same or there.get("brief")) or time.monotonic() > end:
+            if self._is_alive(owner, etag):
+                same = self._is_same_job(owner)
+                if not (same or owner.get("brief")) or time.monotonic() > end:
                     raise OtherJobError(
-                        f"{self._place} is being written by another job ({_named(there)}): wait "
+                        f"{self._place} is being written by another job ({_named(owner)}): wait "
                         f"for it, or {self._advice}",
                         same_job=same,
                     )
@@ -127,20 +129,15 @@ class Lease:
             raise self._lost
 
     def confirm(self) -> None:
-        """Ask the store; OtherJobError if another job has taken over, StoreError if it is away."""
+        """Asks the store; OtherJobError if another job has taken over, StoreError in an outage."""
         self.check()
-        try:
-            data, etag = self._store.read(self._key)
-        except MissingObjectError:
-            self._lose({})
-        else:
-            self._note_owner(data)
-            if self._thread is None:
-                self._etag = etag
+        etag = self._read_etag()
+        if self._thread is None:
+            self._etag = etag
         self.check()
 
     def release(self) -> None:
-        """Give it back, unless another job has it."""
+        """Removes the lease, unless another job holds it."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -150,29 +147,25 @@ class Lease:
         except OtherJobError:
             return
         except (StoreError, OSError) as error:
-            # The next job finds this process dead.
-            print(f"the lease stays behind: {error}", file=sys.stderr)  # noqa: T201
+            # The next job will see that this process is dead.
+            log.warning("the lease stays behind: %s", error)
 
     def _bytes(self) -> bytes:
-        return json.dumps(self._mine | {"renewals": self._renewals}).encode()
+        return json.dumps(self._content | {"renewals": self._renewals}).encode()
 
-    def _same_job(self, there: dict[str, Any]) -> bool:
-        return bool(self._mine["job"]) and there.get("job") == self._mine["job"]
+    def _is_same_job(self, owner: dict[str, Any]) -> bool:
+        return bool(self._content["job"]) and owner.get("job") == self._content["job"]
 
-    def _lives(self, there: dict[str, Any], etag: str) -> bool:
-        here = there.get("machine") == self._mine["machine"]
+    def _is_alive(self, owner: dict[str, Any], etag: str) -> bool:
         # A lease that was copied with its folder is not the one that its process renews.
-        if here and there.get("place") == self._mine["place"]:
-            running = _runs(there.get("pid"), there.get("ticks"))
+        if all(owner.get(name) == self._content[name] for name in ("machine", "place")):
+            running = _is_running(owner.get("pid"), owner.get("ticks"))
             if running is not None:
                 return running
         if not self._watched:
             self._watched = True
-            print(  # noqa: T201
-                f"another job ({_named(there)}) has written to {self._place}: watching for "
-                f"{WATCH_SECONDS:.0f} s whether it still does",
-                file=sys.stderr,
-            )
+            text = "another job (%s) has written to %s: watching for %.0f s whether it still does"
+            log.warning(text, _named(owner), self._place, WATCH_SECONDS)
         end = time.monotonic() + WATCH_SECONDS
         while time.monotonic() < end:
             time.sleep(min(1.0, WATCH_SECONDS / 5))
@@ -183,37 +176,31 @@ class Lease:
                 return False
         return False
 
-    def _note_owner(self, data: bytes) -> None:
-        there = _parsed(data)
-        if there.get("token") != self._mine["token"]:
-            self._lose(there)
-
-    def _lose(self, there: dict[str, Any]) -> None:
-        who = _named(there) if there else f"it has finished, or {self._key} was deleted"
-        self._lost = OtherJobError(
-            f"{self._place} was taken over by another job ({who}) while this one did not answer: "
-            "nothing is lost, let the other one finish",
-            same_job=self._same_job(there),
-        )
+    def _read_etag(self) -> str:
+        """The ETag of the lease; notes if it belongs to another job."""
+        try:
+            data, etag = self._store.read(self._key)
+        except MissingObjectError:
+            data, etag = b"", ""
+        owner = _parsed(data)
+        if owner.get("token") != self._content["token"]:
+            name = _named(owner) if owner else f"it has finished, or {self._key} was deleted"
+            self._lost = OtherJobError(
+                f"{self._place} was taken over by another job ({name}) while this one did not "
+                "answer: nothing is lost, let the other one finish",
+                same_job=self._is_same_job(owner),
+            )
+        return etag
 
     def _renew_until_stopped(self) -> None:
         while not self._stop.wait(RENEW_SECONDS) and not self.lost:
+            self._renewals += 1
             try:
-                self._renew()
+                etag = self._store.replace(self._key, self._bytes(), self._etag)
+                # None: another job holds it, or only the answer to the last renewal was lost.
+                self._etag = self._read_etag() if etag is None else etag
             except (StoreError, OSError):
-                continue  # an outage: the job itself says so, and the lease is still ours
-
-    def _renew(self) -> None:
-        self._renewals += 1
-        etag = self._store.replace(self._key, self._bytes(), self._etag)
-        if etag is None:
-            try:
-                data, etag = self._store.read(self._key)
-            except MissingObjectError:
-                self._lose({})
-                return
-            self._note_owner(data)  # ours, if only the answer was lost
-        self._etag = etag
+                continue  # an outage: the job itself reports it, and the lease is still ours
 
 
 @contextmanager
@@ -231,7 +218,7 @@ def hold(store: Store, about: str, **options: Any) -> Iterator[Lease]:
 def hold_folder(folder: Path, about: str) -> Iterator[Lease]:
     """A lease of an output folder that may be replaced as a whole: it lies beside the folder.
 
-    In it, where nothing may be written beside it, as with a volume of a container.
+    If its parent cannot be written, as with a container's volume, the lease lies in the folder.
     """
     folder = folder.resolve()
     at = folder.parent
@@ -243,7 +230,7 @@ def hold_folder(folder: Path, about: str) -> Iterator[Lease]:
 
 
 def place_of(store: Store) -> str:
-    """Equal for stores of one place, by whichever links their folder was named."""
+    """Equal for stores of one place, whichever links lead to it."""
     return str(store.root.resolve()) if isinstance(store, LocalStore) else store.uri
 
 
@@ -255,42 +242,42 @@ def _parsed(data: bytes) -> dict[str, Any]:
     return plain if isinstance(plain, dict) else {}
 
 
-def _named(there: dict[str, Any]) -> str:
-    """The owner of a lease, for people: one line, whatever the lease holds."""
-    if "pid" not in there and "host" not in there:
+def _named(owner: dict[str, Any]) -> str:
+    """The owner of a lease in one printable line, whatever the lease holds."""
+    if "pid" not in owner and "host" not in owner:
         return "its lease is damaged and does not say which"
-    since = f" since {there['since']}" if there.get("since") else ""
-    about = f", {there['about']}" if there.get("about") else ""
-    named = f"process {there.get('pid')} on {there.get('host')}{since}{about}"
-    return "".join(c if c.isprintable() else "?" for c in named)
+    since = f" since {owner['since']}" if owner.get("since") else ""
+    about = f", {owner['about']}" if owner.get("about") else ""
+    line = f"process {owner.get('pid')} on {owner.get('host')}{since}{about}"
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _machine() -> str:
-    """Equal for processes that see one another's process ids."""
+    """Equal for processes that see each other's process ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return secrets.token_hex(8)  # no such thing here: none is known to be ours
+        return secrets.token_hex(8)  # unknown: no lease counts as one of this machine
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of a process behind its name, the first its state; OSError if it is not seen."""
+    """The fields of a process after its name, beginning with its state; OSError if not visible."""
     return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
 
 
 def _start_ticks(pid: int) -> int:
-    """When a process began, in ticks since the machine did; -1 where no kernel says so."""
+    """When a process began, in clock ticks since boot; -1 if unknown."""
     try:
         return int(_stat(pid)[19])
     except (OSError, IndexError, ValueError):
         return -1
 
 
-def _runs(pid: Any, ticks: Any) -> bool | None:
-    """Whether this very process runs on this machine; None where that cannot be known.
+def _is_running(pid: Any, ticks: Any) -> bool | None:
+    """Whether this very process runs on this machine; None if unknown.
 
-    One that is being ended, or waits for its parent to take note of it, writes nothing any more.
+    A process that is exiting or a zombie does not count: it writes nothing any more.
     """
     if not isinstance(pid, int) or not isinstance(ticks, int) or pid < 1 or ticks < 0:
         return None
@@ -302,7 +289,7 @@ def _runs(pid: Any, ticks: Any) -> bool | None:
         # Gone, or hidden because it is another user's.
         try:
             os.kill(pid, 0)
-        except (ProcessLookupError, OverflowError):  # there are no such numbers
+        except (ProcessLookupError, OverflowError):  # OverflowError: no kernel has such ids
             return False
         except PermissionError:
             pass

@@ -26,7 +26,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class LocalStore(Store):
-    """A folder. Objects are written aside, flushed to disk, then linked to their name."""
+    """A folder. Objects are written to a temporary file, flushed to disk, then renamed."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
@@ -54,47 +54,32 @@ class LocalStore(Store):
         """FileNotFoundError if another process swept or emptied the folder meanwhile."""
         aside = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
         try:
-            made = [parent for parent in path.parents if not parent.exists()]
+            created = [parent for parent in path.parents if not parent.exists()]
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             _link(aside, path) if if_absent else os.replace(aside, path)
-            for folder in (path.parent, *(parent.parent for parent in made)):
-                _sync_folder(folder)
+            for folder in (path.parent, *(parent.parent for parent in created)):
+                handle = os.open(folder, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
         finally:
-            with suppress(OSError):  # the error that is being told of matters more
+            with suppress(OSError):  # the error being raised matters more
                 aside.unlink(missing_ok=True)
 
     def replace(self, key: str, data: bytes, etag: str) -> str | None:  # noqa: D102
-        with self._locked(self.root / checked(key)):
+        with _locked((self.root / checked(key)).parent):
             try:
-                if _etag(self.get(key)) != etag:
+                if self.read(key)[1] != etag:
                     return None
             except MissingObjectError:
                 return None
             self.put(key, data)
             return _etag(data)
-
-    @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
-        """One replacing process at a time; the kernel gives the lock of a killed one back."""
-        try:
-            handle = os.open(path.parent, os.O_RDONLY)
-        except FileNotFoundError:
-            yield  # no folder, no object to replace
-            return
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            except OSError as error:
-                # Lustre mounted without `flock` and some network file systems have none.
-                if error.errno not in _NO_LOCKS:
-                    raise StoreError(f"cannot lock {path.parent}: {error.strerror}") from error
-            yield
-        finally:
-            os.close(handle)
 
     def read(self, key: str) -> tuple[bytes, str]:  # noqa: D102
         path = self.root / checked(key)
@@ -110,7 +95,7 @@ class LocalStore(Store):
         path = f"{self.uri}/{checked(key)}"
         data, done = BUFFERS.take(length).data, 0
         try:
-            file = os.open(path, os.O_RDONLY)  # less than half of what a file object takes
+            file = os.open(path, os.O_RDONLY)  # takes less than half the time of a file object
             try:
                 while done < length and (more := os.preadv(file, [data[done:]], offset + done)):
                     done += more
@@ -126,24 +111,22 @@ class LocalStore(Store):
 
     def listing(self, prefix: str = "") -> dict[str, int]:  # noqa: D102
         folder = self.root / checked(prefix).rpartition("/")[0]
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for parent, _, names in os.walk(folder):
             for name in names:
                 path = Path(parent, name)
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and not name.startswith(_TEMPORARY):
-                    try:
+                    with suppress(FileNotFoundError):  # deleted meanwhile
                         size = path.stat().st_size
-                    except FileNotFoundError:
-                        continue  # deleted while we looked
-                    if not is_folder_marker(key, size):
-                        found[key] = size
-        return dict(sorted(found.items()))
+                        if not is_folder_marker(key, size):
+                            sizes[key] = size
+        return dict(sorted(sizes.items()))
 
     def delete(self, key: str) -> None:  # noqa: D102
         path = self.root / checked(key)
         path.unlink(missing_ok=True)
-        # S3 has no folders: none stays behind empty here either.
+        # S3 has no folders: remove those that are empty now.
         for parent in path.parents:
             if parent == self.root or not parent.is_dir():
                 break
@@ -155,32 +138,44 @@ class LocalStore(Store):
     def sweep(self, *prefixes: str) -> None:  # noqa: D102
         for parent, folders, names in os.walk(self.root):
             at = "" if Path(parent) == self.root else f"{Path(parent).relative_to(self.root)}/"
-            if not at:  # what lies here is this store's own, whichever key it was for
+            if not at:  # temporary files here are this store's own, whatever their key
                 folders[:] = [name for name in folders if f"{name}/".startswith(prefixes)]
             for name in names:
                 if name.startswith(_TEMPORARY) and (not at or at.startswith(prefixes)):
                     Path(parent, name).unlink(missing_ok=True)
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Excludes other processes from this block; the kernel releases the lock of a killed one."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield  # no folder, no object to replace
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            # Lustre mounted without `flock` and some network file systems have no locks.
+            if error.errno not in _NO_LOCKS:
+                raise StoreError(f"cannot lock {folder}: {error.strerror}") from error
+        yield
+    finally:
+        os.close(handle)
+
+
 def _link(aside: Path, path: Path) -> None:
-    """Give a file its name; FileExistsError if that was taken in the meantime."""
+    """Gives a file its name; FileExistsError if that was taken in the meantime."""
     try:
         os.link(aside, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        # exFAT and some FUSE and SMB mounts have no links: whoever creates the name has it.
+        # exFAT and some FUSE and SMB mounts have no links: the process that creates the name wins.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         os.replace(aside, path)
 
 
 def _etag(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

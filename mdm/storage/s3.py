@@ -21,7 +21,7 @@ from mdm.storage.s3_requests import (
     S3Requests,
 )
 
-_PIECE = 4 << 20  # bytes of a body read at a time: a broken one goes on behind the last piece
+_READ_BYTES = 4 << 20  # of a body read at a time: a broken download continues after the last read
 _PINS = 1 << 16  # objects whose version is remembered
 
 
@@ -43,7 +43,7 @@ class S3Store(Store):
             view = memoryview(data).cast("B")
             if len(view) > self.options.part_bytes:
                 if if_absent and self.exists(key):
-                    return False  # the server would only say so behind the last part
+                    return False  # the server would say so only after the last part
                 s3_uploads.put_in_parts(self.requests, key, view, condition)
             else:
                 self._put_whole(key, bytes(view), condition)  # botocore takes no views
@@ -60,7 +60,7 @@ class S3Store(Store):
         return str(answer["ETag"])
 
     def _put_whole(self, key: str, data: bytes, condition: dict[str, str]) -> dict[str, Any]:
-        more = condition | s3_uploads.asked_for(self.options)
+        more = condition | s3_uploads.upload_options(self.options)
         return self.requests.call(
             "write",
             key,
@@ -93,16 +93,16 @@ class S3Store(Store):
         return data
 
     def _download(self, key: str, span: tuple[int, int] | None, pinned: str) -> tuple[bytes, str]:
-        """Bytes and ETag. What came before a break is kept, if the object is still the same."""
+        """Bytes and ETag. Bytes from before a break are kept if the object is still the same."""
         start, size = span or (0, None)
-        pieces: list[bytes] = []
+        parts: list[bytes] = []
         etag = pinned
 
         def request(end: float) -> None:
             nonlocal etag, size
-            done = sum(map(len, pieces))
+            done = sum(map(len, parts))
             if size is not None and done >= size:
-                return  # the connection broke behind the last byte
+                return  # the connection broke after the last byte
             wanted = self.requests.at(key)
             if span or done:
                 last = "" if size is None else start + size - 1
@@ -114,10 +114,10 @@ class S3Store(Store):
                 if span is None and size is None:
                     size = answer["ContentLength"]
                 etag = answer["ETag"]
-                for piece in _pieces(answer, end):
-                    pieces.append(piece)
+                for part in _body(answer, end):
+                    parts.append(part)  # one by one: an error keeps those before it
             except DamagedBodyError:
-                pieces.clear()
+                parts.clear()
                 raise
             except RefusedError as error:
                 if (
@@ -125,36 +125,36 @@ class S3Store(Store):
                     and not pinned
                     and error.response["ResponseMetadata"].get("HTTPStatusCode") in (404, 412)
                 ):
-                    # Replaced between two attempts: the new version, from its beginning.
-                    pieces.clear()
+                    # Replaced between two attempts: read the new version from its beginning.
+                    parts.clear()
                     etag = ""
                     size = None if span is None else size
                     raise BrokenBodyError("the object was replaced meanwhile") from None
                 raise
 
         self.requests.call("read", key, request)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces), etag
+        return parts[0] if len(parts) == 1 else b"".join(parts), etag
 
     def listing(self, prefix: str = "") -> dict[str, int]:  # noqa: D102
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         token: dict[str, str] = {}
         while True:
             page, token = self.requests.call("list", prefix, lambda _: self._page(prefix, token))  # noqa: B023
-            found |= page
+            sizes |= page
             if not token:
-                return dict(sorted(found.items()))
+                return dict(sorted(sizes.items()))
 
     def _page(self, prefix: str, token: dict[str, str]) -> tuple[dict[str, int], dict[str, str]]:
-        """Sizes by key, and how to ask for the next page."""
+        """Sizes by key, and the arguments that request the next page."""
         page = self.requests.client.list_objects_v2(
             Bucket=self.requests.bucket, Prefix=self.requests.prefix + prefix, **token
         )
         items = page.get("Contents", ())
         sizes = {item["Key"].removeprefix(self.requests.prefix): item["Size"] for item in items}
-        found = {k: size for k, size in sizes.items() if not is_folder_marker(k, size)}
+        sizes = {k: size for k, size in sizes.items() if not is_folder_marker(k, size)}
         if page.get("IsTruncated"):
-            return found, {"ContinuationToken": page["NextContinuationToken"]}
-        return found, {}
+            return sizes, {"ContinuationToken": page["NextContinuationToken"]}
+        return sizes, {}
 
     def delete(self, key: str) -> None:  # noqa: D102
         self._pins.pop(key, None)
@@ -166,7 +166,7 @@ class S3Store(Store):
             return
 
     def create_bucket(self) -> None:
-        """Make the bucket unless it is there: for servers of one's own."""
+        """Creates the bucket unless it exists: for servers of your own."""
         try:
             self.requests.call(
                 "make",
@@ -178,12 +178,12 @@ class S3Store(Store):
                 raise
 
 
-def _pieces(answer: dict[str, Any], end: float) -> Iterator[bytes]:
-    """The body, piece by piece; BrokenBodyError where it ends early or the time is up."""
+def _body(answer: dict[str, Any], end: float) -> Iterator[bytes]:
+    """The body in parts; BrokenBodyError if it ends early or the deadline passes."""
     body, left = answer["Body"], answer["ContentLength"]
-    while piece := body.read(_PIECE):
-        left -= len(piece)
-        yield piece
+    while part := body.read(_READ_BYTES):
+        left -= len(part)
+        yield part
         if time.monotonic() > end:
             body.close()
             raise BrokenBodyError("the deadline passed while the body was still coming")

@@ -17,10 +17,10 @@ from mdm.storage.base import MissingObjectError, StoreError, StoreOptions, check
 
 T = TypeVar("T")
 
-# Jitter wants no reproducibility: ranks that fail together must not retry together.
+# Deliberately not reproducible: ranks that fail together must not retry together.
 _JITTER = SystemRandom()
-# Refusals that a later attempt may cure: a busy server, a body damaged on its way.
-_PASSING = frozenset(
+# Refusals that may be transient: a busy server, a body damaged in transit.
+_TRANSIENT = frozenset(
     (
         "ConditionalRequestConflict",
         "OperationAborted",
@@ -37,7 +37,7 @@ _PASSING = frozenset(
 # A damaged header can look like a wrong key: worth two more attempts, not six.
 _DOUBTFUL = frozenset(("SignatureDoesNotMatch", "InvalidDigest", "MalformedXML", "400"))
 
-# What a request may raise by itself, beside the errors below.
+# What a request may raise itself, besides the errors below.
 RefusedError = botocore.exceptions.ClientError
 DamagedBodyError = botocore.exceptions.FlexibleChecksumError
 
@@ -47,11 +47,11 @@ class OtherVersionError(Exception):
 
 
 class BrokenBodyError(Exception):
-    """A body that did not come whole."""
+    """A body that did not arrive whole."""
 
 
-# Making a client costs a third of a second and many stores share a server: one a process. One
-# inherited across a fork would share its sockets and stall, hence the process id.
+# Creating a client takes a third of a second and many stores share a server: one per process. A
+# client inherited across a fork would share its sockets and stall, hence the process id.
 @lru_cache(maxsize=8)
 def _client(_pid: int, options: StoreOptions, _environment: tuple[tuple[str, str], ...]) -> Any:
     checks = {}
@@ -89,21 +89,24 @@ class S3Requests:
 
     @property
     def client(self) -> Any:
-        """boto3's, shared by all stores of this process with these options and this environment."""
+        """boto3's client, shared by all stores of this process with these options and variables."""
         environment = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
         with _CLIENTS_LOCK:
             return _client(os.getpid(), self.options, environment)
 
     def at(self, key: str) -> dict[str, str]:
-        """How a request names an object; ValueError if its key would leave the prefix."""
+        """How a request names an object; ValueError if its key would lie outside the prefix."""
         return {"Bucket": self.bucket, "Key": self.prefix + checked(key)}
 
     def call(self, operation: str, key: str, request: Callable[[float], T]) -> T:
-        """`request(end)`, tried again after passing faults with full-jitter pauses.
+        """The result of `request(end)`, retried after transient errors with full-jitter pauses.
 
-        `end` is the deadline on the monotonic clock, for what takes long by itself. Raises
-        MissingObjectError, OtherVersionError and, where the last attempt failed or a fault will not
-        pass, StoreError.
+        `end` is the deadline on the monotonic clock, for requests that take long themselves.
+
+        Raises:
+            MissingObjectError: the object does not exist.
+            OtherVersionError: a condition of the request does not hold.
+            StoreError: the last attempt failed, or a retry would not help.
         """
         what = f"{operation} s3://{self.bucket}/{self.prefix}{checked(key)}"
         began = time.monotonic()
@@ -132,7 +135,7 @@ class S3Requests:
             except botocore.exceptions.BotoCoreError as error:
                 raise StoreError(f"{what}: {error}") from None
             except (ValueError, KeyError) as error:
-                # Bits flipped in a header or in XML: nothing checks these.
+                # Bits flipped in a header or in XML, which have no checksum.
                 reason = f"the answer is garbled ({type(error).__name__})"
             pause = _JITTER.uniform(
                 0, min(self.options.backoff_cap, self.options.backoff * 2**attempt)
@@ -147,7 +150,7 @@ class S3Requests:
 
     @staticmethod
     def _raise_if_final(what: str, error: Any, attempt: int) -> None:
-        """Pass over what a later attempt may cure; name the rest."""
+        """Raises unless a later attempt may succeed."""
         code = str(error.response.get("Error", {}).get("Code", ""))
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         if code == "NoSuchBucket":
@@ -163,5 +166,5 @@ class S3Requests:
                 f"{what}: the server refused it ({code}): its clock says {there}, this machine's "
                 f"{here}; set this one right (timedatectl set-ntp true)"
             ) from None
-        if status < 500 and code not in _PASSING and not (code in _DOUBTFUL and attempt < 3):
+        if status < 500 and code not in _TRANSIENT and not (code in _DOUBTFUL and attempt < 3):
             raise StoreError(f"{what}: the server refused it ({code or status})") from None

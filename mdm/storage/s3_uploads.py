@@ -1,4 +1,4 @@
-"""Uploads to S3: what each is asked for, and large objects in parts."""
+"""Uploads to S3: the options of each, and large objects in parts."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,14 +9,10 @@ from mdm.storage.s3_requests import OtherVersionError, S3Requests
 _PARTS_AT_ONCE = 4
 
 
-def asked_for(options: StoreOptions) -> dict[str, str]:
-    """What every upload asks for."""
-    asked = {}
-    if options.sse:
-        asked["ServerSideEncryption"] = options.sse
-    if options.sse_key_id:
-        asked["SSEKMSKeyId"] = options.sse_key_id
-    return asked | _checksum(options)
+def upload_options(options: StoreOptions) -> dict[str, str]:
+    """The encryption and checksum that every upload requests."""
+    encryption = {"ServerSideEncryption": options.sse, "SSEKMSKeyId": options.sse_key_id}
+    return {k: v for k, v in encryption.items() if v} | _checksum(options)
 
 
 def _checksum(options: StoreOptions) -> dict[str, str]:
@@ -27,19 +23,22 @@ def _checksum(options: StoreOptions) -> dict[str, str]:
 def put_in_parts(
     requests: S3Requests, key: str, data: memoryview, condition: dict[str, str]
 ) -> None:
-    """Write an object in parts, each with its own attempts; OtherVersionError if it may not be.
+    """Writes an object in parts, each with its own attempts. If one fails, all are removed.
 
-    Nothing of them stays if one fails for good.
+    Raises:
+        OtherVersionError: `condition` does not hold.
+        StoreError: a part failed for good.
     """
+    options = requests.options
     begun = requests.call(
         "write",
         key,
         lambda _: requests.client.create_multipart_upload(
-            **requests.at(key), **asked_for(requests.options)
+            **requests.at(key), **upload_options(options)
         ),
     )
     upload = requests.at(key) | {"UploadId": begun["UploadId"]}
-    size = max(requests.options.part_bytes, -(-len(data) // 10_000))
+    size = max(options.part_bytes, -(-len(data) // 10_000))
 
     def send(number: int) -> dict[str, Any]:
         body = bytes(data[(number - 1) * size : number * size])
@@ -47,7 +46,7 @@ def put_in_parts(
             "write",
             f"{key} part {number}",
             lambda _: requests.client.upload_part(
-                **upload, PartNumber=number, Body=body, **_checksum(requests.options)
+                **upload, PartNumber=number, Body=body, **_checksum(options)
             ),
         )
         sums = {k: v for k, v in answer.items() if k.startswith("Checksum") and k[-4:] != "Type"}
@@ -57,52 +56,41 @@ def put_in_parts(
         with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
             sent = [pool.submit(send, number) for number in range(1, -(-len(data) // size) + 1)]
             try:
-                parts = [part.result() for part in sent]
+                parts = {"Parts": [part.result() for part in sent]}
             except StoreError:
                 pool.shutdown(cancel_futures=True)
                 raise
-        _complete(requests, key, upload, parts, condition, len(data))
+        try:
+            requests.call(
+                "write",
+                key,
+                lambda _: requests.client.complete_multipart_upload(
+                    **upload, MultipartUpload=parts, **condition
+                ),
+            )
+        except MissingObjectError:
+            # If only the answer to an earlier attempt was lost, the object is complete.
+            if _size(requests, key) != len(data):
+                where = f"s3://{requests.bucket}/{requests.prefix}{key}"
+                raise StoreError(f"write {where}: the server lost the upload") from None
     except BaseException:
         _abort(requests, upload)
         raise
 
 
-def _complete(
-    requests: S3Requests,
-    key: str,
-    upload: dict[str, str],
-    parts: list[dict[str, Any]],
-    condition: dict[str, str],
-    size: int,
-) -> None:
-    try:
-        requests.call(
-            "write",
-            key,
-            lambda _: requests.client.complete_multipart_upload(
-                **upload, MultipartUpload={"Parts": parts}, **condition
-            ),
-        )
-    except MissingObjectError:
-        # Completed before, and the answer was lost: then it is there.
-        if _size(requests, key) != size:
-            where = f"s3://{requests.bucket}/{requests.prefix}{key}"
-            raise StoreError(f"write {where}: the server lost the upload") from None
-
-
 def _size(requests: S3Requests, key: str) -> int | None:
-    """Bytes of an object; None if it is not there."""
+    """Bytes of an object; None if it does not exist."""
     try:
-        found = requests.call(
+        answer = requests.call(
             "check", key, lambda _: requests.client.head_object(**requests.at(key))
         )
     except MissingObjectError:
         return None
-    return int(found["ContentLength"])
+    return int(answer["ContentLength"])
 
 
 def _abort(requests: S3Requests, upload: dict[str, str]) -> None:
-    """Give an upload's parts back, as far as the server can be reached."""
+    """Removes the parts of an upload if the server can be reached."""
     try:
         requests.call("abort", "", lambda _: requests.client.abort_multipart_upload(**upload))
     except (StoreError, OtherVersionError):
@@ -110,7 +98,8 @@ def _abort(requests: S3Requests, upload: dict[str, str]) -> None:
 
 
 def sweep(requests: S3Requests, prefix: str) -> None:
-    """Give back the parts of all uploads under way of keys that begin with `prefix`."""
+    """Removes the parts of all uploads in progress of keys that begin with `prefix`."""
+    begin = requests.prefix + prefix
     marker: dict[str, str] = {}
     while True:
         try:
@@ -119,17 +108,17 @@ def sweep(requests: S3Requests, prefix: str) -> None:
                 "",
                 lambda _: requests.client.list_multipart_uploads(
                     Bucket=requests.bucket,
-                    Prefix=requests.prefix + prefix,
+                    Prefix=begin,
                     **marker,  # noqa: B023
                 ),
             )
         except StoreError as error:
             if "NotImplemented" in str(error):
-                return  # a server without uploads in parts
+                return  # a server without multipart uploads
             raise
-        for found in page.get("Uploads", ()):
-            at = {"Bucket": requests.bucket, "Key": found["Key"], "UploadId": found["UploadId"]}
-            if found["Key"].startswith(requests.prefix + prefix):  # should a server not filter
+        for upload in page.get("Uploads", ()):
+            at = {"Bucket": requests.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            if upload["Key"].startswith(begin):  # in case a server does not filter
                 _abort(requests, at)
         if not page.get("IsTruncated"):
             return

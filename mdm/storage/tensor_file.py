@@ -1,4 +1,4 @@
-"""Files of tensors with the permissions of any other new file: safetensors makes private ones."""
+"""Safetensors files with the permissions of any new file: the library creates private ones."""
 
 import secrets
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from mdm.storage import StoreError
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file; StoreError if that fails."""
+    """Writes a safetensors file; StoreError if that fails."""
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata)
     except SafetensorError as error:
@@ -23,8 +23,8 @@ def save_tensors(
 
 
 def open_as_created(path: Path) -> None:
-    """Give a file that a library made private the permissions that the umask leaves a new one."""
-    probe = path.with_name(f".tmp-{secrets.token_hex(8)}")  # asking for the umask changes it
+    """Gives a file the permissions of a new one under the present umask."""
+    probe = path.with_name(f".tmp-{secrets.token_hex(8)}")  # reading the umask would change it
     probe.touch()
     try:
         path.chmod(probe.stat().st_mode & 0o777)

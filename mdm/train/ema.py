@@ -1,4 +1,4 @@
-"""Averaged weights as a sharded fp32 shadow of the optimizer's master weights: no communication."""
+"""Averaged weights: sharded fp32 shadows of the optimizer's master weights, no communication."""
 
 from collections.abc import Sequence
 
@@ -7,20 +7,16 @@ from torch import Tensor
 
 
 class EMA:
-    """Exponential moving averages over this rank's fp32 partitions: one, or a second beside it.
+    """One or two exponential moving averages of this rank's fp32 partitions.
 
-    decay_n = min(decay, (1 + n) / (10 + n)) after n updates, so that early weights fade quickly.
+    The decay after n updates is min(decay, (1 + n) / (10 + n)), so that early weights fade quickly.
+    `shadows` holds the averages by name, `ema` and `ema2`, in the shapes of the partitions.
     """
 
     def __init__(self, partitions: Sequence[Tensor], decay: float, second: float = 0.0) -> None:
         self.decays = {"ema": decay} | ({"ema2": second} if second else {})
         self.updates = 0
         self.shadows = {kind: [p.detach().clone() for p in partitions] for kind in self.decays}
-
-    @property
-    def shadow(self) -> list[Tensor]:
-        """The first average, live, shaped as the partitions."""
-        return self.shadows["ema"]
 
     @property
     def nbytes(self) -> int:

@@ -1,16 +1,15 @@
-"""When a step is not to be trusted: losses and gradient norms that are not finite, or spikes.
+"""Detects steps with a loss or gradient norm that is not finite, or a spike.
 
-Each task has running means and deviations of its loss and of its gradient norm; only steps that
-were applied enter them. Everything here is a function of numbers that all ranks share, so that all
-decide alike, and its state is part of the checkpoint, so that a resumed run decides as an
-undisturbed one does:
+Each task has running means and deviations of its loss and of its gradient norm, over applied steps
+only. All ranks decide alike, because the decision depends only on numbers that they share; a
+resumed run decides like an undisturbed one, because the statistics are part of the checkpoint:
 
-    a step in trouble    is skipped: weights, averages and buffers stay as they were
+    a bad step           is skipped: weights, averages and buffers stay as they were
     more than `skips` of them within `window` steps
-                         the run goes back to a checkpoint from before the first of them, and the
-                         samples of the skipped steps and of the `suspects` before are quarantined
-    more than `rollbacks` of these without `window` good steps between
-                         the run ends: it is not the data
+                         the run returns to a checkpoint from before the first of them, and the
+                         samples of the skipped steps and of the `suspects` before are blocked
+    more than `rollbacks` of these without `window` good steps between them
+                         the run ends: the data is not the cause
 """
 
 import math
@@ -20,8 +19,8 @@ from typing import Any
 
 from mdm.config import GuardConfig
 
-# A deviation counts as at least this share of the mean: a loss that hardly moves has hardly any,
-# and a gradient norm jumps by far more than a loss on a good day.
+# The deviation is taken to be at least this share of the mean: that of a steady loss is close to 0,
+# and gradient norms vary far more than losses in healthy training.
 FLOOR = {"loss": 0.1, "norm": 0.5}
 
 
@@ -34,7 +33,7 @@ class Running:
     variance: float = 0.0
 
     def add(self, value: float, window: int) -> None:
-        """One more accepted value."""
+        """Add an accepted value."""
         self.count += 1
         share = 1.0 / min(self.count, window)
         change = value - self.mean
@@ -48,12 +47,12 @@ class Running:
 
 @dataclass
 class History:
-    """What the guard remembers, as the checkpoint keeps it."""
+    """The guard's state, as it is saved in a checkpoint."""
 
     running: dict[str, Running] = field(default_factory=dict)  # "loss/task", "norm/task"
     recent: list[int] = field(default_factory=list)  # skipped steps of the last `window`
     skipped: int = 0
-    # Pairs: the step at which it was decided, and that of the checkpoint.
+    # Pairs: the step at which the rollback was decided, and the checkpoint's step.
     rollbacks: list[list[int]] = field(default_factory=list)
 
 
@@ -82,7 +81,7 @@ class Guard:
         return running.limit(self.config.sigma, FLOOR[what])
 
     def judge(self, what: str, task: str, value: float) -> str:
-        """Why a global value is not to be trusted; empty if it is."""
+        """Why a global value counts as bad; empty if it is good."""
         if not math.isfinite(value):
             return f"{what} {value} is not finite"
         limit = self.limit(what, task)
@@ -92,13 +91,13 @@ class Guard:
         return f"{what} {value:.4g} of {task} is a spike: mean {mean:.4g}, limit {limit:.4g}"
 
     def accept(self, step: int, task: str, loss: float, norm: float) -> None:
-        """Step `step` was applied."""
+        """Record that step `step` was applied."""
         self._running("loss", task).add(loss, self.config.window)
         self._running("norm", task).add(norm, self.config.window)
         self._forget(step)
 
     def skip(self, step: int, known: bool) -> None:
-        """Step `step` was skipped; `known` when a sample is to blame, whatever the weights are."""
+        """Record that step `step` was skipped; `known` if a damaged sample was the cause."""
         self.history.skipped += 1
         self._forget(step)
         if not known:
@@ -109,16 +108,18 @@ class Guard:
 
     @property
     def must_roll_back(self) -> bool:
-        """Whether skipping does not help any more."""
+        """Whether too many of the last steps were skipped."""
         return len(self.history.recent) > self.config.skips
 
     @property
     def rollback_limit(self) -> int:
-        """The last step at which a checkpoint may stand to be from before the trouble."""
+        """The last step at which a checkpoint is from before the trouble."""
         first = self.history.recent[0]
         if self.history.rollbacks:
             decided, restored = self.history.rollbacks[-1]
-            if first <= decided + self.config.window:  # the same trouble: that one was no cure
+            if (
+                first <= decided + self.config.window
+            ):  # the same trouble: that rollback did not help
                 return min(first, restored - 1)
         return first
 
@@ -129,7 +130,7 @@ class Guard:
         return len(lately) >= self.config.rollbacks
 
     def roll_back(self, saved: Mapping[str, Any], decided: int, restored: int) -> None:
-        """Take the running statistics of a checkpoint; what was decided since is remembered."""
+        """Restore the statistics of a checkpoint, but keep the counts of skips and rollbacks."""
         before = self.history
         self.history = Guard(self.config, saved).history
         self.history.recent, self.history.skipped = [], before.skipped

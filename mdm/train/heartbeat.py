@@ -1,12 +1,12 @@
-"""Signs of life: heartbeats, hangs, requests to stop, and how an attempt ended.
+"""Heartbeats, hang detection, stop requests, and how an attempt ended.
 
 A supervisor and the ranks of its node share the folder MDM_WATCH:
 
-    rank-00003         heartbeat: step, seconds, for how long it may stay so, part of the step
+    rank-00003         heartbeat: step, time, seconds until it counts as hung, part of the step
     rank-00003.json    how the rank ended: code, reason, ranks to blame
-    stop               when it appears, all ranks save and end
+    stop               if it exists, all ranks save and end
 
-Without a supervisor the signals, the stop file of `run_dir` and the watchdog work all the same.
+Without a supervisor, the signals, the stop file of `run_dir` and hang detection work as well.
 Nothing here imports torch until a rank hangs, so that a supervisor stays small.
 """
 
@@ -31,13 +31,13 @@ from mdm.utils import files
 from mdm.utils.exit_codes import HALTED, HUNG, INTERRUPTED, ORPHANED, REQUEUE
 
 FOLDER, SUPERVISOR = "MDM_WATCH", "MDM_SUPERVISOR"
-JOB = "MDM_JOB"  # equal for all attempts of a supervised job, on whichever node
+JOB = "MDM_JOB"  # the same for all attempts of a supervised job, on every node
 STOP_FILE = "STOP"  # in run_dir
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-PATIENCE = 1800.0  # seconds that start-up, a save or an export may take
+PATIENCE = 1800.0  # seconds allowed for start-up, a save or an export
 POLL = 0.5
 ANSWER_SECONDS = 3.0
-ONE_PRESS = 0.5  # seconds within which a terminal and a launcher both pass one Ctrl-C on
+ONE_PRESS = 0.5  # seconds within which terminal and launcher both deliver one Ctrl-C
 
 _BEAT = struct.Struct("<qdd16s")
 _ENDED: files.Shape = {"rank": int, "code": int, "reason": str, "blamed": list}
@@ -45,21 +45,21 @@ _ENDED: files.Shape = {"rank": int, "code": int, "reason": str, "blamed": list}
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank was when it last moved."""
+    """A rank's last heartbeat."""
 
     step: int
-    at: float  # seconds of the machine's monotonic clock
-    limit: float  # seconds for which it may stay there
+    at: float  # seconds, monotonic clock of the machine
+    limit: float  # seconds until the next heartbeat is overdue
     part: str
 
     def overdue(self, now: float) -> float:
-        """Seconds beyond the limit; negative while all is well."""
+        """Seconds beyond the limit; negative within it."""
         return now - self.at - self.limit
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a rank ended, in its own words."""
+    """How a rank ended, as it reported."""
 
     rank: int
     code: int
@@ -69,36 +69,36 @@ class Ended:
 
 def watch_folder() -> Path | None:
     """The folder shared with a supervisor, if there is one."""
-    found = os.environ.get(FOLDER)
-    return Path(found) if found else None
+    folder = os.environ.get(FOLDER)
+    return Path(folder) if folder else None
 
 
 def report_end(code: int, reason: str = "", blamed: Sequence[int] = ()) -> None:
-    """Tell the supervisor how this rank ended; the first report counts."""
+    """Report to the supervisor how this rank ended; only the first report counts."""
     folder = watch_folder()
     if folder is None or not folder.is_dir():
         return
     rank = int(os.environ.get("RANK", "0"))
     path = folder / f"rank-{rank:05d}.json"
     if not path.exists():
-        with contextlib.suppress(OSError):  # a full disk must not hide what it tells
+        with contextlib.suppress(OSError):  # a full disk must not hide the error itself
             files.write_json(path, asdict(Ended(rank, code, reason, tuple(blamed))))
 
 
 def read_beats(folder: Path) -> dict[int, Beat]:
-    """The last heartbeat of every rank that has begun."""
-    found = {}
+    """The last heartbeat of every rank that has started."""
+    beats = {}
     for path in folder.glob("rank-" + "[0-9]" * 5):
         data = path.read_bytes()[: _BEAT.size]
-        if len(data) == _BEAT.size:  # else it is being made
+        if len(data) == _BEAT.size:  # otherwise it is being created
             step, at, limit, part = _BEAT.unpack(data)
             name = part.rstrip(b"\0").decode(errors="replace")
-            found[int(path.name[5:])] = Beat(step, at, limit, name)
-    return found
+            beats[int(path.name[5:])] = Beat(step, at, limit, name)
+    return beats
 
 
 def read_ends(folder: Path) -> list[Ended]:
-    """The ranks that have said how they ended."""
+    """How ranks ended, of those that have reported."""
     values = [files.read_json(p, _ENDED) for p in sorted(folder.glob("rank-*.json"))]
     return [
         Ended(v["rank"], v["code"], v["reason"], tuple(b for b in v["blamed"] if type(b) is int))
@@ -107,19 +107,19 @@ def read_ends(folder: Path) -> list[Ended]:
     ]
 
 
-class Watch:
-    """A rank's heartbeat, the flag that asks it to stop, and a thread that minds both.
+class Heartbeat:
+    """Writes a rank's heartbeats, and watches for stop requests and hangs in a thread.
 
-    `hang_seconds` is how long one step may take at least before it counts as a hang; ten times the
-    mean step, if that is longer. A hang ends the process with HUNG, after the stacks of its threads
-    and the last collectives were written to `run_dir/hangs`.
+    A step that takes longer than `hang_seconds` and ten mean steps counts as a hang. A hang ends
+    the process with HUNG, after writing the stacks of its threads and the last collectives to
+    `run_dir/hangs`.
     """
 
     def __init__(self, run_dir: Path, rank: int, size: int, hang_seconds: float) -> None:
         self.run_dir, self.rank, self.size, self.hang_seconds = run_dir, rank, size, hang_seconds
-        self.pulse: Path | None = None  # a file whose time of change says when the run last lived
-        self._asked = 0
-        self._interrupted = 0.0  # when the first Ctrl-C came
+        self.log: Path | None = None  # its modification time tells when the run was last alive
+        self._requested = 0
+        self._interrupted = 0.0  # when the first Ctrl-C arrived
         self._step, self._steps_taken, self._step_began, self._mean = 0, 0, 0.0, 0.0
         self._beat = Beat(0, time.monotonic(), PATIENCE, "start")
         self._shared = self._share()
@@ -129,7 +129,7 @@ class Watch:
             self._former[signal.SIGINT] = signal.signal(signal.SIGINT, self._on_interrupt)
         self._supervisor = _supervisor()
         self._write()
-        self._thread = threading.Thread(target=self._mind, name="mdm-watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="mdm-watch", daemon=True)
         self._thread.start()
 
     def _share(self) -> mmap.mmap | None:
@@ -142,12 +142,12 @@ class Watch:
             return mmap.mmap(file.fileno(), _BEAT.size)
 
     @property
-    def asked(self) -> int:
-        """0, or REQUEUE or HALTED once somebody asked this rank to stop."""
-        return self._asked
+    def requested(self) -> int:
+        """0, or REQUEUE or HALTED once a stop is requested."""
+        return self._requested
 
     def begin_step(self, step: int) -> None:
-        """Step `step` begins."""
+        """Record that step `step` begins."""
         now = time.monotonic()
         if self._steps_taken:
             took = now - self._step_began
@@ -157,12 +157,11 @@ class Watch:
         self.enter("step")
 
     def enter(self, part: str) -> None:
-        """This rank is alive and begins `part` of its step."""
-        first = self._steps_taken < 2 or part in ("save", "export", "load", "end")
+        """Record that this rank begins `part` of its step."""
         limit = max(self.hang_seconds, 10 * self._mean)
-        self._beat = Beat(
-            self._step, time.monotonic(), max(PATIENCE, limit) if first else limit, part
-        )
+        if self._steps_taken < 2 or part in ("save", "export", "load", "end"):
+            limit = max(PATIENCE, limit)
+        self._beat = Beat(self._step, time.monotonic(), limit, part)
         self._write()
 
     def _write(self) -> None:
@@ -171,41 +170,41 @@ class Watch:
             self._shared[:] = _BEAT.pack(beat.step, beat.at, beat.limit, beat.part.encode()[:16])
 
     def close(self) -> None:
-        """Stop minding; the signals go back to whoever had them."""
+        """Stop watching, and restore the former signal handlers."""
         self._closed.set()
         self._thread.join()
         for number, former in self._former.items():
             signal.signal(number, former)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._asked = self._asked or REQUEUE
+        self._requested = self._requested or REQUEUE
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        """The first Ctrl-C asks to save and end; before the first step nothing needs saving."""
+        """Request a stop at the first Ctrl-C; end at once at a second, or before the first step."""
         if not self._steps_taken:
             raise KeyboardInterrupt
         now, first = time.monotonic(), self._interrupted
         self._interrupted = first or now
-        self._asked = self._asked or REQUEUE
+        self._requested = self._requested or REQUEUE
         if not first and self.rank == 0:
-            os.write(2, b"\nCtrl-C: saving, then ending; once more ends at once\n")
+            os.write(2, b"\nCtrl-C: saving, then ending; press again to end at once\n")
         elif first and now - first > ONE_PRESS:
             if self.rank == 0:
-                os.write(2, b"\nCtrl-C again: ended at once; the last committed save counts\n")
+                os.write(2, b"\nCtrl-C again: ended at once; the last checkpoint counts\n")
             os._exit(INTERRUPTED)
 
-    def _mind(self) -> None:
+    def _watch(self) -> None:
         folder = watch_folder()
         while not self._closed.wait(POLL):
-            if self._supervisor is not None and not _lives(self._supervisor):
+            if self._supervisor is not None and not _is_alive(self._supervisor):
                 self._end(ORPHANED, "its supervisor is gone")
             if folder is not None and (folder / "stop").exists():
-                self._asked = self._asked or REQUEUE
+                self._requested = self._requested or REQUEUE
             if (self.run_dir / STOP_FILE).exists():
-                self._asked = HALTED
-            if self.pulse is not None:
+                self._requested = HALTED
+            if self.log is not None:
                 with contextlib.suppress(OSError):
-                    os.utime(self.pulse)
+                    os.utime(self.log)
             if self._beat.overdue(time.monotonic()) > 0:
                 self._hang()
 
@@ -237,23 +236,23 @@ class Watch:
         os._exit(code)
 
     def _who_is_missing(self, where: str) -> tuple[list[int], str]:
-        """The ranks whose watchdogs do not answer, and where the others are.
+        """The ranks whose watch threads do not answer, and where the others are.
 
-        A stopped process cannot answer. The store is asked in a thread of its own: it may be the
-        stopped process that holds it, and then rank 0 is to blame.
+        A stopped process cannot answer. The store is queried in a thread of its own, because the
+        stopped process may be its host, rank 0, which is then to blame.
         """
         if self.size == 1:
             return [], where
         answers: dict[int, str] = {}
-        asked = threading.Thread(target=self._ask_store, args=(where, answers), daemon=True)
-        asked.start()
-        asked.join(2 * ANSWER_SECONDS + 0.1 * self._beat.limit)
+        query = threading.Thread(target=self._query_store, args=(where, answers), daemon=True)
+        query.start()
+        query.join(2 * ANSWER_SECONDS + 0.1 * self._beat.limit)
         if not answers:
             return [0], ""
         missing = [rank for rank in range(self.size) if rank not in answers]
         return missing, ", ".join(f"{rank}: {answers[rank]}" for rank in sorted(answers))
 
-    def _ask_store(self, where: str, answers: dict[int, str]) -> None:
+    def _query_store(self, where: str, answers: dict[int, str]) -> None:
         from torch.distributed.distributed_c10d import _get_default_store
 
         store = _get_default_store()
@@ -267,17 +266,16 @@ class Watch:
 
 
 def _last_collectives() -> bytes:
-    """The flight recorder's view of this rank's last collectives, as JSON."""
+    """The flight recorder's record of this rank's last collectives, as JSON."""
     from torch._C import _distributed_c10d
 
     try:
-        found: bytes = getattr(_distributed_c10d, "_dump_fr_trace_json")()  # noqa: B009 - untyped
+        return bytes(getattr(_distributed_c10d, "_dump_fr_trace_json")())  # noqa: B009 - untyped
     except (RuntimeError, AttributeError) as error:
         return json.dumps({"error": str(error)}).encode()
-    return found
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -285,7 +283,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _supervisor() -> psutil.Process | None:
-    """The process that restarts this one, if there is one: `MDM_SUPERVISOR` is its id."""
+    """The process that restarts this one, if there is one: its id is in MDM_SUPERVISOR."""
     pid = os.environ.get(SUPERVISOR)
     if not pid:
         return None

@@ -1,8 +1,9 @@
-"""What a run tells: `metrics.jsonl`, MLflow, the progress bar, and the totals at the end.
+"""What a run reports: `metrics.jsonl`, `events.jsonl`, the progress bar, and the totals at the end.
 
 Metrics are keyed by `samples_seen`. Seconds are wall-clock seconds of rank 0 by part of the step:
-data, forward, exchange (what the ranks agree on), backward, optimizer, ema, save, other.
-`events.jsonl` is the run's logbook: starts, skipped steps, rollbacks, stops.
+data, forward, exchange (losses and votes), backward, optimizer, ema, save, other. `events.jsonl`
+logs when attempts started and ended, saves, skipped steps and rollbacks. `mdm.utils.tracking` sends
+both files to MLflow.
 """
 
 import math
@@ -12,7 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,20 @@ from tqdm import tqdm
 
 from mdm.checkpoint.state import TrainState
 from mdm.data.batch import TASKS
-from mdm.loss import CONDITIONED_TERMS, CONDITIONINGS, LossTerms
+from mdm.diffusion.levels import CONDITIONINGS
+from mdm.loss import LossTerms
 from mdm.storage import StoreError
 from mdm.train.throughput import Throughput
 from mdm.utils import files
+from mdm.utils.progress import EVENTS, METRICS
 from mdm.utils.ranks import World, gather_to_all
-from mdm.utils.tracking import Tracker
 
 MODEL_PARTS = ("forward", "backward")
 PARTS = ("data", "forward", "exchange", "backward", "optimizer", "ema", "save", "other")
-_TERMS = tuple(name for name in LossTerms._fields if name != "by_conditioning")
-# What a line of each file holds at least.
+CONDITIONED_TERMS = ("samples", "eps_img", "se_img", "se_txt")
+_TERMS = tuple(name for name in LossTerms._fields if name not in ("conditioning", "per_sample"))
+_OLD_ATTEMPTS = "attempts.jsonl"  # of runs that were begun before `events.jsonl` had them
+# The fields that a line must have.
 _METRICS: files.Shape = {"step": float}
 _ATTEMPT: files.Shape = {"started": float, "step": int}
 _EVENT: files.Shape = {"event": str, "step": int, "time": float}
@@ -41,7 +45,7 @@ _NAMES = (*_TERMS, *(f"{c}/{name}" for c in CONDITIONINGS for name in CONDITIONE
 
 
 class Clock:
-    """Seconds by part of the step; whatever is not inside `part` counts as `other`."""
+    """Seconds by part of the step; time outside of `part` counts as `other`."""
 
     def __init__(
         self, start: Mapping[str, float], entering: Callable[[str], None] = lambda part: None
@@ -65,6 +69,13 @@ class Clock:
         self._last = now
 
 
+def sums_by_conditioning(terms: LossTerms) -> torch.Tensor:
+    """Sums of CONDITIONED_TERMS over the samples of each conditioning, f64 [CONDITIONINGS, 4]."""
+    rows = torch.cat([torch.ones_like(terms.per_sample[:, :1]), terms.per_sample], 1).double()
+    sums = rows.new_zeros(len(CONDITIONINGS), len(CONDITIONED_TERMS))
+    return sums.index_add_(0, terms.conditioning, rows)
+
+
 class Window:
     """Sums of loss terms over steps and ranks since the last line of metrics, by task.
 
@@ -85,7 +96,8 @@ class Window:
 
     def add(self, task: str, terms: LossTerms) -> None:
         """Add one step's terms; no communication. All ranks take the same tasks in one order."""
-        row = torch.cat([t.detach().double().view(-1) for t in terms])
+        scalars = torch.stack([t.detach() for t in terms[: len(_TERMS)]]).double()
+        row = torch.cat([scalars, sums_by_conditioning(terms).flatten()])
         known = self._sums.get(task)
         self._sums[task] = row if known is None else known.to(row.device) + row
         self._steps[task] += 1
@@ -108,12 +120,12 @@ class Window:
         A task's terms are means over steps and ranks, a conditioning's over the samples that had
         it. A term that was 0 throughout is one that the task does not have, and is left out.
         """
-        found = self.state()
-        if not found:
+        sums_of = self.state()
+        if not sums_of:
             return {}
-        total = sum(values["total"] for values in found.values())
+        total = sum(values["total"] for values in sums_of.values())
         means = {"loss": total / self._size / sum(self._steps.values())}
-        for task, values in found.items():
+        for task, values in sums_of.items():
             means |= {
                 f"{task}/{name}": values[name] / self._size / values["steps"]
                 for name in _TERMS
@@ -121,7 +133,7 @@ class Window:
             }
         for conditioning in CONDITIONINGS:
             samples, *sums = (
-                sum(values[f"{conditioning}/{name}"] for values in found.values())
+                sum(values[f"{conditioning}/{name}"] for values in sums_of.values())
                 for name in CONDITIONED_TERMS
             )
             means |= {
@@ -134,7 +146,7 @@ class Window:
 
 
 class Reporter:
-    """Rank 0's voice; on other ranks every method does nothing.
+    """Writes the run's log files and shows the progress bar on rank 0; a no-op on other ranks.
 
     Once `has_folder` says that another job has taken the run over, no file is written any more.
     """
@@ -144,61 +156,65 @@ class Reporter:
         run_dir: str | Path,
         steps: int,
         world: World,
-        tracker: Tracker,
         has_folder: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.run_dir, self.world, self.tracker = Path(run_dir), world, tracker
+        self.run_dir, self.world = Path(run_dir), world
+        self.events = self.run_dir / EVENTS
+        self._metrics = self.run_dir / METRICS
         self._has_folder = has_folder
-        self._path = self.run_dir / "metrics.jsonl"
-        self.attempts = self.run_dir / "attempts.jsonl"
-        self._events = self.run_dir / "events.jsonl"
-        self._attempts: list[dict[str, Any]] = [{"started": time.time(), "step": 0}]
         self._steps = steps
         self._bar: Any = None
         self._before: dict[str, float] | None = None
         self._samples_before = 0
         self._started = psutil.Process().create_time()
+        self._restart_seconds: dict[str, float] = {}  # until the first line of metrics
+        self._attempts: list[dict[str, Any]] = [{"started": time.time(), "step": 0}]
 
     def start(self, state: TrainState, fresh: bool) -> None:
-        """Open the attempt: drop the lines of steps that will be done again, show the bar."""
+        """Log a new attempt, drop the metrics of steps that will be repeated, show the bar."""
         if not self.world.is_main:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        old_attempts = self.run_dir / _OLD_ATTEMPTS
         if fresh:
-            for old in (self._path, self.attempts, self._events):
-                files.make_way(old)
-                old.unlink(missing_ok=True)
-        attempt: dict[str, Any] = {"started": self._started, "step": state.step}
-        if self.attempts.is_file():
-            attempt["former_ended"] = self.attempts.stat().st_mtime  # the watch touches it
+            for path in (self._metrics, self.events, old_attempts):
+                files.set_folder_aside(path)
+                path.unlink(missing_ok=True)
+        # A running attempt updates the modification time: see `Heartbeat.log`.
+        ends = [p.stat().st_mtime for p in (self.events, old_attempts) if p.is_file()]
         self._drop_lines(state.step)
-        files.mend_lines(self._events, _EVENT)
-        former = files.mend_lines(self.attempts, _ATTEMPT)
-        for line in former:
-            if files.misfit(line, {"former_ended": float}):
-                line.pop("former_ended", None)
+        rows = [
+            *files.read_lines(old_attempts, _ATTEMPT),
+            *(
+                row
+                for row in files.read_lines(self.events, _EVENT, repair=True)
+                if row["event"] == "started"
+            ),
+        ]
+        former = [row for row in rows if not files.mismatch(row, _ATTEMPT)]
+        for row in former:
+            if files.mismatch(row, {"former_ended": float}):
+                row.pop("former_ended", None)
+        attempt = {"started": self._started} | ({"former_ended": max(ends)} if ends else {})
         self._attempts = [*former, attempt]
-        try:
-            files.append_line(self.attempts, attempt)
-        except OSError as error:
-            files.tell(f"warning: {self.attempts} lacks this attempt: {error}")
+        self.note("started", state, **attempt)
         self._before, self._samples_before = None, state.samples_seen
         self._bar = tqdm(
             total=self._steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=1.0
         )
 
     def _drop_lines(self, step: int) -> None:
-        """Drop the lines of metrics after `step`, and those that are damaged."""
-        lines = files.mend_lines(self._path, _METRICS)
-        kept = [line for line in lines if line["step"] <= step]
-        if len(kept) < len(lines):
+        """Drop the lines of metrics after `step`, and damaged ones."""
+        rows = files.read_lines(self._metrics, _METRICS, repair=True)
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
             try:
-                files.write_lines(self._path, kept)
+                files.write_lines(self._metrics, kept)
             except OSError as error:
-                raise StoreError(f"cannot write {self._path}: {error.strerror}") from error
+                raise StoreError(f"cannot write {self._metrics}: {error.strerror}") from error
 
     def rewind(self, state: TrainState) -> None:
-        """The run goes back to `state`: drop the lines of what will be done again."""
+        """The run returns to `state`: drop the metrics of steps that will be repeated."""
         if not self.world.is_main or not self._has_folder():
             return
         self._drop_lines(state.step)
@@ -206,22 +222,19 @@ class Reporter:
         self._bar.n = state.step
         self._bar.refresh()
 
-    def first_step(self, state: TrainState) -> None:
-        """The first step of this attempt is done: say how long it took to get there."""
-        if self.world.is_main:
-            seconds = time.time() - self._started
-            self.note("started", state, seconds=seconds)
-            self.tracker.log_metrics({"restart_seconds": seconds}, step=state.samples_seen)
+    def first_step(self) -> None:
+        """The first step of this attempt is done: measure how long that took."""
+        self._restart_seconds = {"restart_seconds": time.time() - self._started}
 
     def step(self) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         if self._bar is not None:
             self._bar.update()
 
     def log(
         self, state: TrainState, clock: Clock, work: Throughput, values: Mapping[str, float]
     ) -> None:
-        """One line of metrics: loss terms, rate, norm, speeds and shares of the step."""
+        """Write one line of metrics: `values`, speeds, shares of the step, rank 0's machine."""
         if not self.world.is_main or not self._has_folder():
             return
         before = self._before or dict.fromkeys(PARTS, 0.0) | (state.seconds or {})
@@ -234,14 +247,16 @@ class Reporter:
             "share_outside_model": 1 - sum(spent[p] for p in MODEL_PARTS) / total,
             **{f"share/{p}": spent[p] / total for p in PARTS},
             "goodput": self._goodput(clock.seconds)[0],
+            **self._restart_seconds,
         }
         self._before, self._samples_before = dict(clock.seconds), state.samples_seen
-        row = {"step": state.step, "samples_seen": state.samples_seen, **values, **speeds}
+        self._restart_seconds = {}
+        place = {"step": state.step, "samples_seen": state.samples_seen}
         try:
-            files.append_line(self._path, row | {"time": time.time()})
+            row = {**place, **values, **speeds, **_system(), "time": time.time()}
+            files.append_line(self._metrics, row)
         except OSError as error:
-            self.say(f"warning: {self._path.name} lacks step {state.step}: {error}")
-        self.tracker.log_metrics({**values, **speeds, **_system()}, step=state.samples_seen)
+            self.say(f"warning: {self._metrics.name} lacks step {state.step}: {error}")
         shown = {
             name.split("/")[-1]: f"{value:.3f}"
             for name, value in values.items()
@@ -253,27 +268,29 @@ class Reporter:
         self._bar.set_postfix(shown, refresh=False)
 
     def note(self, event: str, state: TrainState, **facts: Any) -> None:
-        """A line of the run's logbook."""
+        """Write a line to `events.jsonl`; `artifacts` are sent to MLflow."""
         if self.world.is_main and self._has_folder():
             row = {"event": event, "step": state.step, "time": time.time(), **facts}
-            with suppress(OSError):  # a full disk costs the line, not the run
-                files.append_line(self._events, row)
+            try:
+                files.append_line(self.events, row)
+            except OSError as error:  # a full disk costs the line, not the run
+                files.warn_once(f"warning: {self.events} lacks events: {error}")
 
     def say(self, message: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
     def totals(self, state: TrainState, wait_seconds: float) -> dict[str, Any]:
-        """What the `done` marker holds. All ranks must call.
+        """The content of `done.json`. All ranks must call.
 
-        `wall_seconds` is the time in which any attempt lived, `goodput` the share of it that ended
-        in the weights; `span_seconds` also counts the pauses between attempts.
+        `wall_seconds` is the time during which an attempt was alive, `goodput` the share of it
+        whose work is in the weights; `span_seconds` also counts the pauses between attempts.
         """
         # Linux counts ru_maxrss in KiB.
         peaks = gather_to_all(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
@@ -304,7 +321,7 @@ class Reporter:
         }
 
     def _goodput(self, seconds: Mapping[str, float]) -> tuple[float, float, float, int]:
-        """Useful share of the time lived; that time; the time since the first start; attempts."""
+        """Useful share of the attempts' time; that time; time since the first start; attempts."""
         attempts = self._attempts
         ends = [a["former_ended"] for a in attempts[1:] if "former_ended" in a] + [time.time()]
         starts = [a["started"] for a in attempts][-len(ends) :]
@@ -314,9 +331,9 @@ class Reporter:
 
 
 def _system() -> dict[str, float]:
-    """The machine of rank 0, under the names that MLflow shows as system metrics."""
+    """Load of rank 0's machine, under the names that MLflow shows as system metrics."""
     memory = psutil.virtual_memory()
-    found = {
+    load = {
         "system/cpu_utilization_percentage": psutil.cpu_percent(),
         "system/system_memory_usage_megabytes": memory.used / 1e6,
         "system/system_memory_usage_percentage": memory.percent,
@@ -324,6 +341,6 @@ def _system() -> dict[str, float]:
     }
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        found[f"system/gpu_{i}_memory_usage_megabytes"] = (total - free) / 1e6
-        found[f"system/gpu_{i}_memory_usage_percentage"] = 100 * (1 - free / total)
-    return found
+        load[f"system/gpu_{i}_memory_usage_megabytes"] = (total - free) / 1e6
+        load[f"system/gpu_{i}_memory_usage_percentage"] = 100 * (1 - free / total)
+    return load

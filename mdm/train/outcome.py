@@ -1,8 +1,6 @@
-"""What a run leaves behind: exports, pictures that they draw, the done marker, its MLflow run."""
+"""What a run leaves behind: exports, images drawn with them, the done marker, its MLflow run."""
 
 import contextlib
-import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,25 +13,35 @@ from mdm.config import Config, fingerprint, to_dict
 from mdm.data.provenance import Provenance
 from mdm.storage import StoreError, join
 from mdm.train.run import Run
+from mdm.train.saver import on_main
 from mdm.utils import files
 from mdm.utils.exit_codes import GAVE_UP
-from mdm.utils.journal import Journal
-from mdm.utils.ranks import World, from_main
-from mdm.utils.tracking import MlflowTracker, NullTracker, Tracker, read_key
+from mdm.utils.progress import (
+    EVENTS,
+    METRICS,
+    TRACKING,
+    Progress,
+    adopt_old_journal,
+    unsent_bytes,
+)
+from mdm.utils.ranks import World
+from mdm.utils.tracking import MlflowTracker, NullTracker
 
-DONE, TRACKING, JOURNAL = "done.json", "tracking.json", "tracking"
+DONE = "done.json"
 EXPORT, SNAPSHOTS, SAMPLES = "export", "snapshots", "samples"  # folders
 _DONE: files.Shape = {
-    **{"step": int, "samples_seen": int},
-    **{"wall_seconds": float, "goodput": float, "samples_per_second": float},
+    "step": int,
+    "samples_seen": int,
+    "wall_seconds": float,
+    "goodput": float,
+    "samples_per_second": float,
 }
-_TRACKING: files.Shape = {"run_id": str, "config": str}
 
 
 def export(folder: Path, run: Run, needed: bool = True) -> None:
     """Write the averaged weights for generation; all ranks must call.
 
-    One that is not `needed` and cannot be written is a warning.
+    If an export is not `needed`, a failure to write it is only a warning.
     """
     weights = {kind: run.engine.gather(shadow) for kind, shadow in run.ema.shadows.items()}
     if run.world.is_main:
@@ -50,30 +58,30 @@ def export(folder: Path, run: Run, needed: bool = True) -> None:
 
 
 def show(folder: Path, run: Run) -> None:
-    """Have pictures drawn with the export `folder`, and tracked; all ranks must call.
+    """Draw images with the export `folder` and track them; all ranks must call.
 
-    Rank 0 draws on its CPU while the others wait. No random numbers of the training are used up,
-    and what cannot be drawn is a warning.
+    Rank 0 draws on its CPU while the others wait. The random state of the training stays as it
+    is, and a failure is only a warning.
     """
     if run.draw is None:
         return
     if run.world.is_main:
         name = f"step-{run.state.step:08d}"
-        path = run.dir / SAMPLES / f"{name}.png"
+        png = f"{SAMPLES}/{name}.png"
         try:
             with torch.random.fork_rng(devices=[]):
-                drawn = run.draw(folder, path)
+                content = run.draw(folder, run.dir / png)
         except (OSError, ValueError, RuntimeError) as error:
-            run.reporter.say(f"warning: no pictures of {folder}: {error}")
+            run.reporter.say(f"warning: no images of {folder}: {error}")
         else:
             link = {"weights": str(folder.absolute()), "step": run.state.step}
-            run.tracker.log_artifact(path, "samples")
-            run.tracker.log_text(json.dumps(link | drawn, indent=1), f"samples/{name}.json")
+            artifacts = {png: png, f"{SAMPLES}/{name}.json": link | content}
+            run.reporter.note("drew", run.state, artifacts=artifacts)
     torch.distributed.barrier()
 
 
 def mark_done(run: Run) -> None:
-    """Write the totals that say that all is done; all ranks must call."""
+    """Write `done.json`, which marks the run as finished; all ranks must call."""
     run.clock.tick("other")
     run.state.seconds = dict(run.clock.seconds)
     totals = run.reporter.totals(run.state, run.loader.wait_seconds)
@@ -82,7 +90,6 @@ def mark_done(run: Run) -> None:
             files.write_json(run.dir / DONE, totals)
         except OSError as error:
             raise StoreError(f"cannot write {run.dir / DONE}: {error.strerror}") from error
-        run.tracker.log_artifact(run.dir / DONE)
 
 
 def done_before(
@@ -90,29 +97,24 @@ def done_before(
 ) -> bool:
     """Whether the run ended with `newest`, its last checkpoint; all ranks must call.
 
-    If so, what it leaves behind is completed: an export that is gone is made anew from the
-    checkpoint, and MLflow gets what waits for it.
+    If so, what it leaves behind is completed: a missing export is made from the checkpoint, and
+    MLflow receives what waits for it.
 
     Raises:
         RunError: the export cannot be written.
     """
-    finished, failure = False, ""
-    if world.is_main:
-        try:
-            finished = _export_again(config, checkpoints, newest)
-        except (OSError, StoreError) as error:
-            failure = f"the export cannot be made anew: {error}"
-    finished, failure = from_main((finished, failure))
-    if world.is_main and finished and track:
-        deliver(config, newest.state)
+    is_finished, failure = on_main(lambda: _complete_export(config, checkpoints, newest), world)
     if failure:
-        refusal = RunError(failure)
+        refusal = RunError(f"the export cannot be made again: {failure}")
         refusal.code = GAVE_UP
         raise refusal
-    return bool(finished)
+    if world.is_main and is_finished and track:
+        deliver(config, newest.state)
+    return bool(is_finished)
 
 
-def _export_again(config: Config, checkpoints: Checkpoints, newest: Record) -> bool:
+def _complete_export(config: Config, checkpoints: Checkpoints, newest: Record) -> bool:
+    """Export again what is missing of a finished run; False if the run is not finished."""
     run_dir = Path(config.run_dir)
     if files.read_json(run_dir / DONE, _DONE).get("step") != newest.step:
         return False
@@ -121,78 +123,70 @@ def _export_again(config: Config, checkpoints: Checkpoints, newest: Record) -> b
         try:
             uri = join(checkpoints.store.uri, newest.name)
             export_checkpoint(uri, folder, newest.averages, config=config)
-        except RunError as error:  # the checkpoint is damaged: the run goes on from one before
-            files.tell(f"{folder} lacks {', '.join(missing)}, and {error}")
+        except (
+            RunError
+        ) as error:  # the checkpoint is damaged: the run continues from an earlier one
+            files.warn_once(f"{folder} lacks {', '.join(missing)}, and {error}")
             return False
-        files.tell(f"{folder} lacked {', '.join(missing)}: made anew from {newest.name}")
+        files.warn_once(f"{folder} lacked {', '.join(missing)}: made again from {newest.name}")
     return True
 
 
 def forget_former(run_dir: Path, track: bool) -> None:
-    """Have nothing of an earlier run in this folder taken for the new one's.
+    """Remove what would make the former run in this folder be taken for the new one.
 
-    With `track`, its MLflow run is closed by the new one's tracker.
+    With `track`, the new run's tracker closes the former MLflow run.
     """
-    files.make_way(run_dir / DONE)
+    files.set_folder_aside(run_dir / DONE)
     (run_dir / DONE).unlink(missing_ok=True)
     _forget_tracking(run_dir, track)
 
 
 def _forget_tracking(run_dir: Path, track: bool) -> None:
-    former = files.read_json(run_dir / TRACKING, _TRACKING).get("run_id", "")
-    key = read_key(run_dir / JOURNAL)
-    files.make_way(run_dir / TRACKING)
+    adopt_old_journal(run_dir)
+    former = Progress.read(run_dir)
+    files.set_folder_aside(run_dir / TRACKING)
     (run_dir / TRACKING).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / JOURNAL, ignore_errors=True)
-    if track and (former or key):
+    if track and (former.run_id or former.key):
         with contextlib.suppress(OSError):
-            journal = Journal(run_dir / JOURNAL)
-            journal.append({"kind": "former", "run_id": former, "key": key})
-            journal.close()
+            Progress(former=[*former.former, [former.run_id, former.key]]).write(run_dir)
 
 
-def start_tracking(config: Config, state: TrainState, wanted: bool) -> Tracker:
-    """One MLflow run a job across its attempts, also of those killed before their first checkpoint.
+def start_tracking(config: Config, state: TrainState, wanted: bool) -> MlflowTracker | NullTracker:
+    """Track all attempts at a run, also those killed before a checkpoint, as one MLflow run.
 
-    The id stands in the checkpoint, and beside it as soon as it is known.
+    Its id is in the checkpoint, and in `tracking.json` as soon as it is known.
     """
     if not wanted:
         return NullTracker()
-    tracker = _tracker(config, state)
-    tracker.log_params(flatten(to_dict(config)) | {"world_size": state.world_size})
-    return tracker
+    run_dir = Path(config.run_dir)
+    adopt_old_journal(run_dir)
+    former = Progress.read(run_dir)
+    if not state.step and former.config not in ("", fingerprint(config)):  # it never saved
+        _forget_tracking(run_dir, track=True)
+    return _tracker(config, state)
 
 
 def _tracker(config: Config, state: TrainState) -> MlflowTracker:
     run_dir = Path(config.run_dir)
-    key, note = fingerprint(config), run_dir / TRACKING
-    former = files.read_json(note, _TRACKING)
-    if former and not state.step and former["config"] != key:  # it never came to a checkpoint
-        _forget_tracking(run_dir, track=True)
-        former = {}
-
-    def remember(started: str) -> None:
-        files.write_json(note, {"run_id": started, "config": key})
-
     return MlflowTracker(
-        *(config.experiment, run_dir.name),
-        run_id=former.get("run_id") or state.tracking_id,
-        on_start=remember,
-        journal=run_dir / JOURNAL,
+        run_dir,
+        config.experiment,
+        run_dir.name,
+        params=flatten(to_dict(config)) | {"world_size": state.world_size},
+        identity=state.tracking_id or "",
+        config=fingerprint(config),
     )
 
 
 def deliver(config: Config, state: TrainState) -> None:
-    """Bring to MLflow what a finished run could not, its server being away."""
-    waiting = Path(config.run_dir) / JOURNAL
-    if not waiting.is_dir():
+    """Send to MLflow what a finished run could not, because the server was down."""
+    run_dir = Path(config.run_dir)
+    adopt_old_journal(run_dir)
+    if not (run_dir / TRACKING).exists():  # it was not tracked
         return
-    try:
-        journal = Journal(waiting)
-    except OSError as error:
-        files.tell(f"{waiting} cannot be read: {error}")
-        return
-    left = len(journal)
-    journal.close()
-    if left:
+    for name in (METRICS, EVENTS):  # reports damaged lines
+        files.read_lines(run_dir / name, repair=True)
+    progress = Progress.read(run_dir)
+    if progress.status != "FINISHED" or unsent_bytes(run_dir, progress):
         _tracker(config, state).finish("FINISHED", timeout=300.0)

@@ -1,4 +1,4 @@
-"""Looking closer at a run: a trace of chosen steps, and what to do when memory runs out."""
+"""Looking closer at a run: a trace of chosen steps, and a record of CUDA's allocations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,10 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from mdm.config import Config
 from mdm.utils.ranks import World
-
-OFFLOAD = "deepspeed_configs/zero3_offload.json"
 
 
 def parse_steps(text: str) -> range:
@@ -44,7 +41,7 @@ class Profile:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number`."""
+        """A context around step `number`."""
         if number in self.steps and self._running is None:
             kinds = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
@@ -70,36 +67,6 @@ class Profile:
 
 
 def record_memory() -> None:
-    """Keep the history of CUDA's allocations for `explain_out_of_memory`. **Not run**: no GPU."""
+    """Record CUDA's allocations for a later snapshot. **Not run**: no GPU."""
     if torch.cuda.is_available():
         torch.cuda.memory._record_memory_history(max_entries=100_000)
-
-
-def explain_out_of_memory(error: BaseException, config: Config, world: World) -> str:
-    """One line: what failed, which values to change, and where the snapshot of memory lies."""
-    what = str(error).split(". ")[0].rstrip(".")
-    told = f"{what}; {', or '.join(ways_out(config, world.size))}"
-    told += "; pipelines/rehearse.py shows what each of them saves"
-    if torch.cuda.is_available():  # not run: no GPU
-        path = Path(config.run_dir) / f"out-of-memory-rank{world.rank}.pickle"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.cuda.memory._dump_snapshot(str(path))
-        told += f"; {path} opens on pytorch.org/memory_viz"
-    return told
-
-
-def ways_out(config: Config, world_size: int) -> list[str]:
-    """Values to change, those first that leave the training as it is."""
-    ways = []
-    if not config.train.activation_checkpointing:
-        ways.append("set --train.activation_checkpointing true")
-    if config.train.gather == "trunk":
-        ways.append("set --train.gather block")
-    if config.train.deepspeed != OFFLOAD:
-        ways.append(f"set --train.deepspeed {OFFLOAD}")
-    batch = config.data.global_batch
-    if batch > world_size:
-        ways.append(f"use more than {world_size} ranks")
-    if batch % 2 == 0 and batch // 2 >= world_size:
-        ways.append(f"lower --data.global_batch from {batch} to {batch // 2}")
-    return ways or ["use GPUs with more memory"]

@@ -1,4 +1,4 @@
-"""What follows from the guard's verdicts: skipped steps and their black boxes, rollbacks."""
+"""What follows from the guard's verdicts: skipped steps with their replay boxes, and rollbacks."""
 
 import math
 from typing import Any
@@ -6,29 +6,29 @@ from typing import Any
 from mdm.checkpoint.checkpoints import Record
 from mdm.checkpoint.state import Diverged
 from mdm.data.batch import Batch
-from mdm.train import replay_box as blackbox
+from mdm.train import replay_box
 from mdm.train.metrics import Clock, Window
 from mdm.train.run import Run
 from mdm.utils.ranks import from_main, gather_to_all
 
 
 def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
-    """Step `run.state.step` was not applied: say why, keep it, quarantine what is to blame.
+    """Step `run.state.step` was not applied: log why, keep it, block the samples to blame.
 
     All ranks must call, after weights and buffers are as they were before the step.
     """
     guard, step = run.guard, run.state.step
-    own = {name: float(v.detach()) for name, v in terms._asdict().items() if v.dim() == 0}
-    shares = gather_to_all((own, batch.nonfinite(), batch.to("cpu")))
+    scalars = {name: float(v.detach()) for name, v in terms._asdict().items() if v.dim() == 0}
+    shares = gather_to_all((scalars, batch.nonfinite(), batch.to("cpu")))
     broken = sorted(i for _, bad, _ in shares for i in bad)
     weights = None
-    if run.config.guard.black_boxes and not guard.history.recent:  # the first of its trouble
+    if run.config.guard.replay_boxes and not guard.history.recent:  # the first of its trouble
         weights = run.engine.gather(run.engine.fp32_partitions())
     if run.world.is_main:
-        said = _blame(step, reason, shares)
+        message = _describe(step, reason, shares)
         report = {
             "reason": reason,
-            "blame": said,
+            "blame": message,
             "task": batch.task,
             "loss": loss,
             "grad_norm": run.engine.grad_norm,
@@ -37,38 +37,42 @@ def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
             "broken": broken,
         }
         try:
-            whole = blackbox.join([part for *_, part in shares])
-            folder = blackbox.write(run.dir, run.config, step, report, whole, weights)
-            said += f"; black box: {folder}"
+            whole = replay_box.join([part for *_, part in shares])
+            folder = replay_box.write(run.dir, run.config, step, report, whole, weights)
+            message += f"; replay box: {folder}"
         except OSError as error:  # a full disk costs the box, not the run
-            said += f"; no black box: {error.strerror}"
-        run.reporter.say(said)
-        run.reporter.note("skipped", run.state, reason=said)
-    if broken:  # they are nobody's doubt: whatever the weights, nothing finite comes of them
-        run.loader.quarantine(broken)
+            message += f"; no replay box: {error.strerror}"
+        run.reporter.say(message)
+        run.reporter.note("skipped", run.state, reason=message)
+    if broken:  # their latents are NaN or Inf: no weights could give a finite loss
+        run.loader.block(broken)
     guard.skip(step, known=bool(broken))
 
 
-def _blame(step: int, reason: str, shares: list[tuple[dict[str, float], Any, Batch]]) -> str:
-    """One line: what happened, and which samples of which ranks.
+def _describe(step: int, reason: str, shares: list[tuple[dict[str, float], Any, Batch]]) -> str:
+    """One line: why the step is skipped, and because of which samples of which ranks.
 
-    Those whose latents are not finite, if there are any: the other samples of the global batch meet
-    them as candidates and in its statistics. Else the ranks whose loss is not finite.
+    These are the samples whose latents are not finite, if there are any: they reach the other
+    samples of the global batch as candidates and in its statistics. Otherwise they are all samples
+    of the ranks whose loss is not finite.
     """
-    said = []
+    blamed = []
     for rank, (terms, bad, part) in enumerate(shares):
         if bad:
-            said.append(f"rank {rank}: latents that are not finite of {', '.join(bad)}")
+            blamed.append(f"rank {rank}: latents that are not finite of {', '.join(bad)}")
         elif not math.isfinite(terms["total"]) and not any(b for _, b, _ in shares):
             values = ", ".join(f"{k} {v:.4g}" for k, v in terms.items())
-            said.append(f"rank {rank}: {values} from {', '.join(part.ids)}")
-    return "; ".join([f"step {step} is skipped: {reason}", *said])
+            blamed.append(f"rank {rank}: {values} from {', '.join(part.ids)}")
+    return "; ".join([f"step {step} is skipped: {reason}", *blamed])
 
 
 def roll_back(run: Run) -> None:
-    """Return to a checkpoint from before the trouble, and quarantine its samples.
+    """Return to a checkpoint from before the trouble, and add its samples to the blocklist.
 
-    All ranks must call. Raises Diverged when that has not helped, or there is nothing to return to.
+    All ranks must call.
+
+    Raises:
+        Diverged: earlier rollbacks have not helped, or there is no checkpoint to return to.
     """
     guard, decided = run.guard, run.state.step
     skipped = list(guard.history.recent)
@@ -81,39 +85,38 @@ def roll_back(run: Run) -> None:
             "samples did not help. See the runbook of loss spikes; lower --train.lr or raise "
             "--guard.sigma and start again"
         )
-    run.watch.enter("load")
+    run.heartbeat.enter("load")
     run.saver.wait()
     before = from_main(_before(run, guard.rollback_limit) if run.world.is_main else None)
-    quarantined = run.loader.quarantined | ids
-    found, _ = run.saver.restore(before)
-    if found is None:
+    blocklist = run.loader.blocklist | ids
+    record, _ = run.saver.restore(before)
+    if record is None:
         raise Diverged(
-            f"{where}, and no checkpoint from before to go back to; lower --train.lr, or save more "
+            f"{where}, and no earlier checkpoint to return to; lower --train.lr, or save more "
             "often (--train.checkpoint_every)"
         )
-    run.loader.load_state_dict(found.manifest["loader"])
-    run.loader.quarantine(quarantined)
-    saved = found.state.on_ranks(run.world.size)
+    run.loader.load_state_dict(record.manifest["loader"])
+    run.loader.block(blocklist)
+    saved = record.state.on_ranks(run.world.size)
     config, deepspeed = run.state.config, run.state.deepspeed
-    tracking_id = run.tracker.run_id or run.state.tracking_id
+    tracking_id = run.tracker.identity or run.state.tracking_id
     guard.roll_back(saved.guard, decided, saved.step)
     run.state = saved
     run.state.config, run.state.deepspeed = config, deepspeed
     run.state.tracking_id = tracking_id
-    run.clock = Clock(saved.seconds, run.watch.enter)
+    run.clock = Clock(saved.seconds, run.heartbeat.enter)
     run.window = Window(run.world, saved.window)
     run.reporter.rewind(saved)
-    said = f"{where}: back to step {saved.step}, {len(ids)} samples quarantined"
-    run.reporter.say(said)
-    run.reporter.note("rolled back", saved, reason=said, quarantined=sorted(ids))
+    message = f"{where}: back to step {saved.step}, {len(ids)} samples added to the blocklist"
+    run.reporter.say(message)
+    run.reporter.note("rolled back", saved, reason=message, blocklisted=sorted(ids))
 
 
 def _before(run: Run, limit: int) -> list[Record]:
     """The checkpoints at or before step `limit`, newest first; newer ones are set aside."""
-    checkpoints, found = run.saver.checkpoints, []
-    for record in checkpoints.newest_first()[0]:
-        if record.step <= limit:
-            found.append(record)
-        else:
-            checkpoints.set_aside(record.name, f"the run went back to before step {limit}")
-    return found
+    records = run.saver.checkpoints.newest_first()[0]
+    for record in records:
+        if record.step > limit:
+            reason = f"the run went back to before step {limit}"
+            run.saver.checkpoints.set_aside(record.name, reason)
+    return [record for record in records if record.step <= limit]

@@ -1,9 +1,9 @@
-"""What is kept of a skipped step, and replaying it alone, sample by sample.
+"""Records of skipped steps, and replaying one of them sample by sample.
 
-run_dir/blackbox/step-00000123/
-  report.json          why, losses of every rank, norm, statistics, sample ids and noise keys
+run_dir/replay_boxes/step-00000123/
+  report.json          reason, losses of every rank, norm, statistics, sample ids, noise keys
   batch.pt             the global batch
-  model.safetensors    the weights and buffers that the step began with (the newest boxes only)
+  model.safetensors    weights and buffers before the step (in the newest boxes only)
   config.json
 """
 
@@ -29,17 +29,25 @@ from mdm.utils.precision import autocast, resolve
 
 WEIGHTS = "model.safetensors"
 _TENSORS = (
-    *("keys", "epochs", "class_ids", "tokens", "prompt", "latents", "picture_at", "text_of"),
+    "keys",
+    "epochs",
+    "class_ids",
+    "tokens",
+    "prompt",
+    "latents",
+    "image_at",
+    "text_of",
 )
+_OLD_FOLDER, _OLD_NAMES = "blackbox", {"picture_at": "image_at"}  # of former versions
 
 
-def boxes_of(run_dir: str | Path) -> Path:
-    """The folder of a run's black boxes."""
-    return Path(run_dir) / "blackbox"
+def boxes_of(run_dir: Path) -> Path:
+    """The folder of a run's replay boxes."""
+    return run_dir / "replay_boxes"
 
 
-def box_of(run_dir: str | Path, step: int) -> Path:
-    """The black box of step `step`."""
+def box_of(run_dir: Path, step: int) -> Path:
+    """The replay box of step `step`."""
     return boxes_of(run_dir) / f"step-{step:08d}"
 
 
@@ -52,7 +60,7 @@ def join(batches: list[Batch]) -> Batch:
     }
     for name in _TENSORS:
         values = [getattr(part, name) for part in parts]
-        if name == "text_of" and values[0] is not None:  # counted through over all ranks
+        if name == "text_of" and values[0] is not None:  # indices of samples, over all ranks
             before = itertools.accumulate((len(part) for part in parts), initial=0)
             values = [torch.where(v < 0, v, v + n) for v, n in zip(values, before, strict=False)]
         fields[name] = None if values[0] is None else torch.cat(values)
@@ -67,13 +75,15 @@ def write(
     batch: Batch,
     weights: dict[str, Tensor] | None,
 ) -> Path:
-    """Write the box of a skipped step; `weights` only where they are worth their space."""
+    """Write the box of a skipped step, with `weights` if given; raises OSError."""
     folder = box_of(run_dir, step)
     folder.mkdir(parents=True, exist_ok=True)
     if weights is not None:
         files.write_json(folder / "config.json", to_dict(config))
         save_tensors(folder / WEIGHTS, weights)
-        _forget_weights(run_dir, config.guard.black_boxes)
+        boxes = sorted(boxes_of(run_dir).glob(f"step-*/{WEIGHTS}"))
+        for old in boxes[: max(len(boxes) - config.guard.replay_boxes, 0)]:
+            old.unlink()
     facts = report | {
         "step": step,
         "samples": [
@@ -90,15 +100,9 @@ def write(
     return folder
 
 
-def _forget_weights(run_dir: Path, keep: int) -> None:
-    boxes = sorted(boxes_of(run_dir).glob(f"step-*/{WEIGHTS}"))
-    for old in boxes[: max(len(boxes) - keep, 0)]:
-        old.unlink()
-
-
 @dataclass(frozen=True)
 class Played:
-    """One sample of a replayed step, alone."""
+    """The result of one sample of a replayed step, alone."""
 
     id: str
     loss: float
@@ -106,18 +110,20 @@ class Played:
 
     @property
     def finite(self) -> bool:
-        """Whether it could have been trained on."""
+        """Whether the sample can be trained on."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
 def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
     """The box of a step and its report; RunError names the steps that can be replayed."""
-    folder = box_of(run_dir, step)
-    if not (folder / WEIGHTS).is_file():
-        have = [p.parent.name.removeprefix("step-") for p in boxes_of(run_dir).glob("*/" + WEIGHTS)]
-        known = ", ".join(str(int(h)) for h in sorted(have)) or "none"
+    places = (boxes_of(run_dir), run_dir / _OLD_FOLDER)
+    paths = {p.parent.name: p.parent for place in places for p in place.glob(f"step-*/{WEIGHTS}")}
+    folder = paths.get(box_of(run_dir, step).name)
+    if folder is None:
+        known = ", ".join(str(int(name.removeprefix("step-"))) for name in sorted(paths))
         raise RunError(
-            f"step {step} has no black box with weights in {boxes_of(run_dir)}; there are: {known}"
+            f"step {step} has no replay box with weights in {boxes_of(run_dir)}; there are: "
+            f"{known or 'none'}"
         )
     try:
         return folder, files.load_json(folder / "report.json")
@@ -125,20 +131,23 @@ def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
         raise RunError(f"step {step} cannot be replayed: {error}") from None
 
 
-def replay(
-    folder: Path, make_objective: Callable[[Config], nn.Module]
-) -> tuple[float, list[Played]]:
-    """The step's loss with the weights it began with, then loss and gradient of each sample alone.
+def replay(folder: Path, make_loss: Callable[[Config], nn.Module]) -> tuple[float, list[Played]]:
+    """The loss of a step with its initial weights, then loss and gradient of each sample alone.
 
-    In one process, whatever number of ranks took the step, and in the run's precision.
+    Runs in one process, for any number of ranks of the run, and in the run's precision.
+
+    Args:
+        folder: a replay box with weights.
+        make_loss: builds the module that was trained.
     """
     config = from_dict(Config, files.load_json(folder / "config.json"))
     saved = torch.load(folder / "batch.pt", weights_only=True)
+    saved = {_OLD_NAMES.get(name, name): value for name, value in saved.items()}
     batch = Batch(**(saved | {"ids": tuple(saved["ids"])}))
     step = int(folder.name.removeprefix("step-"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = resolve(config.train.precision, device.type)
-    module = make_objective(config).to(device)
+    module = make_loss(config).to(device)
     module.load_state_dict(load_file(folder / WEIGHTS))
     buffers = [b.clone() for b in module.buffers()]
 
@@ -147,7 +156,7 @@ def replay(
             buffer.data.copy_(value)
         module.zero_grad()
         with torch.set_grad_enabled(gradient), autocast(kind, device.type):
-            loss = module(part.to(device), step).total
+            loss = module(part, step).total
         if not gradient:
             return float(loss.detach()), 0.0
         loss.backward()
@@ -161,15 +170,15 @@ def replay(
 
 
 def _one(batch: Batch, i: int) -> Batch:
-    """Sample i alone; a packed text in a row of its own."""
+    """Sample i alone; a text from a packed row gets its own row."""
     fields: dict[str, Any] = {name: getattr(batch, name) for name in _TENSORS}
     if batch.text_of is not None:
-        own = batch.text_of == i
-        row = own.any(1)
-        length = int(own.sum())
+        is_part = batch.text_of == i
+        row = is_part.any(1)
+        length = int(is_part.sum())
         tokens = torch.full_like(batch.tokens[row], PAD)
         prompt = torch.zeros_like(batch.prompt[row])
-        tokens[0, :length], prompt[0, :length] = batch.tokens[own], batch.prompt[own]
+        tokens[0, :length], prompt[0, :length] = batch.tokens[is_part], batch.prompt[is_part]
         fields |= {"tokens": tokens, "prompt": prompt, "text_of": None}
         of_sample: tuple[str, ...] = ("keys", "epochs", "class_ids")
     else:
@@ -180,9 +189,9 @@ def _one(batch: Batch, i: int) -> Batch:
 
 
 def blame(played: list[Played]) -> list[tuple[Played, float]]:
-    """Samples by how far they stand out: those that are not finite, then by their gradient.
+    """Samples, the most conspicuous first: those that are not finite, then by gradient norm.
 
-    Beside each stands its gradient norm as a multiple of the median one.
+    Each comes with its gradient norm as a multiple of the median.
     """
     finite = [p.norm for p in played if p.finite]
     median = statistics.median(finite) if finite else math.nan
@@ -191,7 +200,7 @@ def blame(played: list[Played]) -> list[tuple[Played, float]]:
 
 
 def describe(report: dict[str, Any], whole: float, played: list[Played], shown: int = 5) -> str:
-    """What a replay found, as lines for people."""
+    """The result of a replay, as text."""
     ranked = blame(played)
     lines = [
         f"step {report['step']} was skipped: {report['reason']}",
@@ -205,7 +214,9 @@ def describe(report: dict[str, Any], whole: float, played: list[Played], shown: 
         names = ", ".join(p.id for p, _ in ranked if not p.finite)
         lines.append(f"not finite alone: {names}")
     elif share > 5:
-        lines.append(f"sample {first.id} did it: its gradient is {share:.0f} times the median one")
+        lines.append(f"sample {first.id} is to blame: its gradient is {share:.0f} times the median")
     else:
-        lines.append("no single sample stands out: suspect the weights or the rate, not the data")
+        lines.append(
+            "no single sample stands out: suspect the weights or the learning rate, not the data"
+        )
     return "\n".join(lines)

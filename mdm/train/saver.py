@@ -1,16 +1,16 @@
-"""Saving beside the training, and restoring: what all ranks of a run do together.
+"""Asynchronous saving, and restoring, by all ranks of a run together.
 
-A step waits for the copy to host memory alone. A thread of each rank then writes its share; on a
-process group of their own the threads agree on the name, on whether all shares are in the store,
-and on the commit. A save that fails costs nothing but itself: the checkpoint before it stays, the
-run goes on with a warning, and the next save tries again.
+Training waits only for the copy to host memory. Then a thread of each rank writes its share. On a
+process group of their own, the threads agree on the checkpoint's name, on whether all shares are in
+the store, and on the commit. If a save fails, the checkpoint before it stays, the run continues
+with a warning, and the next save tries again.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch.distributed
@@ -23,44 +23,49 @@ from mdm.train.ema import EMA
 from mdm.train.engine import Engine
 from mdm.utils.ranks import World, from_main, gather_to_all
 
-# Uploads end by themselves, having tried; this is for ranks that are gone.
+# Uploads have time limits of their own; this one is for ranks that are gone.
 VOTE_TIMEOUT = timedelta(hours=1)
 
 
-class _Job(NamedTuple):
-    """What a save needs beside the snapshot, as it was when the step ended."""
+T = TypeVar("T")
 
-    manifest: dict[str, Any]
-    buffers: bytes
-    began: float
+
+def on_main(task: Callable[[], T], world: World, group: Any = None) -> tuple[T | None, str]:
+    """What `task` returns on rank 0, and why it failed, on every rank; all must call."""
+    result, failure = None, ""
+    if world.is_main:
+        try:
+            result = task()
+        except (RunError, StoreError, OSError) as error:
+            failure = str(error) or type(error).__name__
+    answer: tuple[T | None, str] = from_main((result, failure), group)
+    return answer
 
 
 def find(
     checkpoints: Checkpoints, resume: str, world: World
 ) -> tuple[list[Record], list[tuple[str, str]]]:
-    """Checkpoints to continue, newest first, and why others do not count; all ranks must call.
+    """Valid checkpoints, newest first, and names of skipped ones with the reason.
 
-    There are none with `resume` none. Only the job that holds their lease may call it. RunError if
-    the store cannot be read or holds another format.
+    All ranks must call, and only in the job that holds the lease of the checkpoints. With `resume`
+    none there are none.
+
+    Raises:
+        RunError: the store cannot be read, or holds another format.
     """
-    records: list[Record] = []
-    passed: list[tuple[str, str]] = []
-    refusal = ""
-    if world.is_main:
-        try:
-            checkpoints.sweep()
-            if resume != "none":
-                records, passed = checkpoints.newest_first()
-        except (RunError, StoreError) as error:
-            refusal = str(error)
-    records, passed, refusal = from_main((records, passed, refusal))
-    if refusal:
-        raise RunError(refusal)
-    return records, passed
+
+    def read() -> tuple[list[Record], list[tuple[str, str]]]:
+        checkpoints.sweep()
+        return checkpoints.newest_first() if resume != "none" else ([], [])
+
+    records, failure = on_main(read, world)
+    if records is None:
+        raise RunError(failure)
+    return records
 
 
 class Saver:
-    """Saves and restores one run; every method but `news` must be called by all ranks."""
+    """Saves and restores one run; every method but `messages` must be called by all ranks."""
 
     def __init__(
         self, checkpoints: Checkpoints, engine: Engine, ema: EMA, world: World, keep: Keep
@@ -71,7 +76,7 @@ class Saver:
         self._shapes, self._tied = engine.shards.shapes(), engine.shards.tied()
         self._group = torch.distributed.new_group(backend="gloo", timeout=VOTE_TIMEOUT)
         self._thread: Thread | None = None
-        self._news: list[str] = []
+        self._messages: list[str] = []
         self.figures: dict[str, float] = {}  # seconds of the last save and restore
         self.saved_step = -1  # of the newest checkpoint known to be committed
 
@@ -84,7 +89,7 @@ class Saver:
         return self._engine.shards.live() | self._ema.shadows
 
     def save(self, state: TrainState, loader_state: dict[str, Any]) -> None:
-        """Copy everything that the next attempt needs, and have it written and committed.
+        """Copy everything that the next attempt needs, and start writing and committing it.
 
         Waits for the save before it, if that is still being written.
         """
@@ -102,9 +107,10 @@ class Saver:
             "averages": list(self._ema.shadows),
         }
         buffers = safetensors.torch.save(self._engine.shards.buffers())
-        job = _Job(manifest, buffers, began)
-        # A daemon, so that a rank that must die can; `wait` waits for it otherwise.
-        self._thread = Thread(target=self._run, args=(job,), name="mdm-saver", daemon=True)
+        # A daemon thread does not keep a failing rank alive; otherwise `wait` waits for it.
+        self._thread = Thread(
+            target=self._run, args=(manifest, buffers, began), name="mdm-saver", daemon=True
+        )
         self._thread.start()
         self.figures["save_blocked_seconds"] = time.perf_counter() - began
 
@@ -114,85 +120,72 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def news(self) -> list[str]:
-        """What is to be told about saves since the last call: failures, on rank 0."""
-        news, self._news = self._news, []
-        return news
+    def messages(self) -> list[str]:
+        """Warnings about saves since the last call."""
+        messages, self._messages = self._messages, []
+        return messages
 
-    def _run(self, job: _Job) -> None:
-        step = job.manifest["state"]["step"]
+    def _run(self, manifest: dict[str, Any], buffers: bytes, began: float) -> None:
+        step = manifest["state"]["step"]
         try:
-            failure = self._write(job, step)
-        except RuntimeError as error:  # of the group: another rank is gone, and soon all are
+            failure = self._write(manifest, buffers, step)
+        except RuntimeError as error:  # of the process group: another rank is gone
             failure = str(error)
         if failure:
-            self._news.append(
+            self._messages.append(
                 f"warning: step {step} is not saved, the next save tries again: {failure}"
             )
             return
         self.saved_step = step
-        self.figures["save_durable_seconds"] = time.perf_counter() - job.began
+        self.figures["save_durable_seconds"] = time.perf_counter() - began
 
-    def _write(self, job: _Job, step: int) -> str:
+    def _write(self, manifest: dict[str, Any], buffers: bytes, step: int) -> str:
         """Write, vote, commit, prune; returns what went wrong, the same on every rank."""
-        name, failure = from_main(self._claim(step), self._group)
-        if failure:
-            return str(failure)
+        name, failure = on_main(lambda: self.checkpoints.claim(step), self.world, self._group)
+        if name is None:
+            return failure
         files: dict[str, dict[str, Any]] = {}
         try:
             files = self._snapshot.write(self.checkpoints.store, name, self.world.rank)
             key = buffers_key(name, self.world.rank)
-            files |= write_objects(self.checkpoints.store, {key: job.buffers})
+            files |= write_objects(self.checkpoints.store, {key: buffers})
         except (StoreError, OSError, MemoryError) as error:
             failure = f"rank {self.world.rank}: {error}"
         votes = gather_to_all((failure, files), self._group)
         failures = [vote for vote, _ in votes if vote]
-        if self.world.is_main:
-            try:
-                if failures:
-                    self.checkpoints.remove(name)
-                else:
-                    everything = {k: v for _, part in votes for k, v in sorted(part.items())}
-                    self.checkpoints.commit(name, job.manifest | {"files": everything})
-            except (StoreError, OSError, RunError) as error:
-                failures.append(str(error))
-        failures = from_main(failures, self._group)
-        if not failures:
-            self._prune()
-        return "; ".join(failures)
 
-    def _claim(self, step: int) -> tuple[str, str]:
-        if not self.world.is_main:
-            return "", ""
-        try:
-            return self.checkpoints.claim(step), ""
-        except (StoreError, OSError, RunError) as error:
-            return "", str(error)
+        def commit() -> None:
+            if failures:
+                self.checkpoints.remove(name)
+            else:
+                shares = {k: v for _, part in votes for k, v in sorted(part.items())}
+                self.checkpoints.commit(name, manifest | {"files": shares})
 
-    def _prune(self) -> None:
-        if self.world.is_main:
-            try:
-                self.checkpoints.prune(self._keep)
-            except (StoreError, OSError, RunError) as error:
-                self._news.append(f"warning: old checkpoints are not removed: {error}")
+        _, failure = on_main(commit, self.world, self._group)
+        if failures or failure:
+            return "; ".join([*failures, failure] if failure else failures)
+        _, failure = on_main(lambda: self.checkpoints.prune(self._keep), self.world, self._group)
+        if failure:
+            self._messages.append(f"warning: old checkpoints are not removed: {failure}")
+        return ""
 
     def restore(self, candidates: Sequence[Record]) -> tuple[Record | None, list[tuple[str, str]]]:
         """Load the first of `candidates` whose bytes are those that were committed.
 
-        Each rank reads and checks what it needs, which together is everything. Returns what was
-        loaded and why those before it were not; these are set aside.
+        Each rank reads and checks what it needs; together that is everything. Returns what was
+        loaded, and the damaged checkpoints before it with the reason; they are set aside.
 
         Raises:
             RunError: the store cannot be read, or holds another model.
         """
-        began, passed = time.perf_counter(), []
+        began, skipped = time.perf_counter(), []
         for record in candidates:
             damage, failure = self._read(record)
             votes = gather_to_all((damage, failure), self._group)
             if failures := [vote for _, vote in votes if vote]:
                 raise RunError(f"cannot load {self._path(record.name)}: {failures[0]}")
             if damages := [vote for vote, _ in votes if vote]:
-                passed.append((record.name, damages[0]))
+                skipped.append((record.name, damages[0]))
                 if self.world.is_main:
                     self.checkpoints.set_aside(record.name, damages[0])
                 continue
@@ -201,16 +194,16 @@ class Saver:
             self._ema.updates = record.manifest["ema_updates"]
             self.saved_step = record.step
             self.figures["restore_seconds"] = time.perf_counter() - began
-            return record, passed
-        return None, passed
+            return record, skipped
+        return None, skipped
 
     def _read(self, record: Record) -> tuple[str, str]:
-        """Read into the snapshot; returns what is damaged, and what else went wrong."""
+        """Read into the snapshot; returns what is damaged, and any other failure."""
         store, size = self.checkpoints.store, int(record.manifest["world_size"])
-        theirs, ours = record.manifest["shapes"], self._shapes
-        if theirs != ours:
-            name = next(n for n in [*theirs, *ours] if theirs.get(n) != ours.get(n))
-            shapes = f"{theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+        saved, present = record.manifest["shapes"], self._shapes
+        if saved != present:
+            name = next(n for n in [*saved, *present] if saved.get(n) != present.get(n))
+            shapes = f"{saved.get(name, 'missing')} there and {present.get(name, 'missing')} here"
             return "", f"parameter {name} is {shapes}"
         try:
             self._snapshot.read(store, record.name, size, record.files)
@@ -223,14 +216,14 @@ class Saver:
         self._engine.shards.load_buffers(buffers)
         return "", ""
 
-    def beginning(self, found: Record | None, passed: list[tuple[str, str]]) -> list[str]:
-        """What is to be said before the first step: where it goes on, why there, and the memory."""
-        lines = [f"passed over {name}: {reason}" for name, reason in passed]
-        if found:
-            before, now = found.manifest["world_size"], self.world.size
-            turn = f", written by {before} ranks and now on {now}" if before != now else ""
+    def beginning(self, record: Record | None, skipped: list[tuple[str, str]]) -> list[str]:
+        """Lines to log before the first step: what was loaded and skipped, and the memory."""
+        lines = [f"skipped {name}: {reason}" for name, reason in skipped]
+        if record:
+            before, now = record.manifest["world_size"], self.world.size
+            ranks = f", written by {before} ranks and now on {now}" if before != now else ""
             seconds = self.figures["restore_seconds"]
-            lines.append(f"goes on from {found.name}{turn}; loaded in {seconds:.2f} s")
+            lines.append(f"continues from {record.name}{ranks}; loaded in {seconds:.2f} s")
         averages, host = self._ema.nbytes / 2**20, self.nbytes / 2**20
         lines.append(
             f"memory a rank: {averages:.1f} MiB of averaged weights, {host:.1f} MiB of host memory "

@@ -1,7 +1,7 @@
-"""One job a run: rank 0 holds leases of its folder and of its checkpoints, for all ranks.
+"""One writer a run: rank 0 holds leases of its folder and of its checkpoints, for all ranks.
 
-A second job is refused before it reads or writes anything. One whose leases were taken over while
-it was stopped, or cut off from the store, commits nothing more and ends.
+A second job is refused before it reads or writes anything. If a job's leases are taken over while
+it is stopped, or cut off from the store, it commits nothing more and ends.
 """
 
 import os
@@ -22,7 +22,7 @@ RUN_LEASE = "lease.json"  # in the run's folder and beside its checkpoints
 
 
 class OtherRunError(RunError):
-    """Another job writes to the run. One of the same supervised job passes: that may be retried."""
+    """Another job writes to the run; retried if it belongs to the same supervised job."""
 
     def __init__(self, message: str, code: int = MISTAKE) -> None:
         super().__init__(message)
@@ -30,12 +30,12 @@ class OtherRunError(RunError):
 
     @classmethod
     def of(cls, error: OtherJobError) -> "OtherRunError":
-        """The same, with the exit code that it deserves."""
+        """The error with the exit code that fits it."""
         return cls(str(error), GAVE_UP if error.same_job else MISTAKE)
 
 
 class Writer:
-    """This job's right to write to a run; on other ranks than 0 it always has it."""
+    """This job's right to write to a run; ranks other than 0 always have it."""
 
     def __init__(self, leases: list[Lease]) -> None:
         self._leases = leases
@@ -46,7 +46,7 @@ class Writer:
         return any(lease.lost for lease in self._leases)
 
     def confirm(self) -> None:
-        """Ask the stores, before a commit; OtherRunError if another job has taken over."""
+        """Check the leases in the stores; OtherRunError if another job has taken over."""
         try:
             for lease in self._leases:
                 lease.confirm()
@@ -54,7 +54,7 @@ class Writer:
             raise OtherRunError.of(error) from None
 
     def has_folder(self) -> bool:
-        """Whether the run's folder is still this job's, before a line is added to its files."""
+        """Whether the run's folder still belongs to this job."""
         with suppress(OtherJobError, StoreError):
             for lease in self._leases[-1:]:
                 lease.confirm()
@@ -62,34 +62,34 @@ class Writer:
 
     def agree(self) -> None:
         """OtherRunError on all ranks if another job has taken over; all must call."""
-        error = None
+        refusal = None
         if not self.has_folder():
             try:
                 for lease in self._leases:
                     lease.check()
-            except OtherJobError as found:
-                error = OtherRunError.of(found)
-        if refusal := from_main(error and (str(error), error.code)):
-            raise OtherRunError(*refusal)
+            except OtherJobError as error:
+                refusal = OtherRunError.of(error)
+        if arguments := from_main(refusal and (str(refusal), refusal.code)):
+            raise OtherRunError(*arguments)
 
 
 @contextmanager
 def only_writer(config: Config, world: World) -> Iterator[Writer]:
-    """The right to write to the run of `config` for the length of a block; all ranks must call.
+    """Hold the right to write to the run of `config` during a block; all ranks must call.
 
     Raises:
-        OtherRunError: another job has it.
-        RunError: the place of checkpoints or the run's folder cannot be written to.
+        OtherRunError: another job has it, or the place of checkpoints or the run's folder cannot
+            be written to.
     """
-    with ExitStack() as held:
+    with ExitStack() as exit_stack:
         leases: list[Lease] = []
         refusal = None
         if world.is_main:
             try:
-                _take(config, leases, held)
+                _take(config, leases, exit_stack)
             except OtherJobError as error:
                 refusal = (str(error), OtherRunError.of(error).code)
-            except (StoreError, OSError, ValueError) as error:  # ValueError: no such kind of place
+            except (StoreError, OSError, ValueError) as error:  # ValueError: an unknown scheme
                 advice = "--run_dir and --train.checkpoints must be places that can be written"
                 refusal = (f"{error}; {advice}", MISTAKE)
         if refusal := from_main(refusal):
@@ -97,15 +97,15 @@ def only_writer(config: Config, world: World) -> Iterator[Writer]:
         yield Writer(leases)
 
 
-def _take(config: Config, leases: list[Lease], held: ExitStack) -> None:
-    """The lease of the checkpoints, then that of the folder, unless they are one place."""
+def _take(config: Config, leases: list[Lease], exit_stack: ExitStack) -> None:
+    """Take the lease of the checkpoints, then that of the folder, unless they are one place."""
     folder = LocalStore(Path(config.run_dir))
     stores = {place_of(s): s for s in (open_store(uri_of(config)), folder)}.values()
     roots = [store.root for store in stores if isinstance(store, LocalStore)]
     for root in reversed(roots):
         if not root.exists():
-            held.callback(_remove_if_empty, root)
-    held.callback(_release, leases)
+            exit_stack.callback(_remove_if_empty, root)
+    exit_stack.callback(_release, leases)
     for store in stores:
         lease = Lease(
             store,
@@ -119,12 +119,12 @@ def _take(config: Config, leases: list[Lease], held: ExitStack) -> None:
 
 
 def _release(leases: list[Lease]) -> None:
-    """Give back all, the folder last: once its lease is gone, nothing of the run is held."""
+    """Release all, the folder's last: once that is gone, nothing of the run is held."""
     for lease in leases:
         lease.release()
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """A run that came to nothing leaves no empty folder behind."""
+    """Remove the empty folder of a run that did not start."""
     with suppress(OSError):
         folder.rmdir()

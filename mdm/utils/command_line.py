@@ -1,93 +1,28 @@
-"""Command lines made of the fields of dataclasses.
+"""Command lines made of dataclasses, by tyro.
 
-Every job's flags are the fields of its dataclass, nested ones joined by a dot (`--train.lr 1e-3`).
-Unknown flags, presets and values end the job with one line that names the value and the choices,
-never with a stack trace.
+The flags of a job are the fields of its dataclass, nested ones joined by a dot (`--train.lr 1e-3`);
+hyphens may stand for underscores. A boolean takes no value (`--plan`, `--no_plan`; the former
+spelling `--plan true` is accepted), and a flag with several values may be repeated. A mistake ends
+the job with one line that names the value and the choices, and exit code 2.
 """
 
-import argparse
-import dataclasses
+import functools
+import itertools
 import re
 import sys
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from mdm.config import SourceConfig, StageConfig, suggest
-from mdm.utils.uri import folder_of
+import tyro
+from tyro import _errors as errors  # no public hook; pyproject.toml pins the version of tyro
+from tyro.constructors import ConstructorRegistry
+
+from mdm.config import RENAMED, suggest
+from mdm.utils.flags import SPECS, flag_types, key_of, respell
 
 T = TypeVar("T")
-
-
-def _parse(kind: Any, text: str) -> Any:
-    if kind == tuple[StageConfig, ...]:
-        stages = [item.partition("=") for item in re.split(r";(?=\s*\d+=|\s*$)", text) if item]
-        if not all(step.strip().isdigit() and equals for step, equals, _ in stages):
-            raise ValueError(f"{text!r} is not step=name:weight,name:weight;step=...")
-        return tuple(
-            StageConfig(int(step), _parse(tuple[SourceConfig, ...], sources))
-            for step, _, sources in stages
-        )
-    if kind == tuple[SourceConfig, ...]:
-        # A name may hold commas and colons: it ends where a weight and a comma follow.
-        pairs = re.findall(r"(.+?):([^:,]*)(?:,|$)", text, re.DOTALL)
-        if sum(len(name) + len(weight) + 2 for name, weight in pairs) < len(text):
-            raise ValueError(f"{text!r} is not name:weight,name:weight")
-        return tuple(SourceConfig(name, float(weight)) for name, weight in pairs)
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind = next(a for a in typing.get_args(kind) if a is not type(None))
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"{text!r} is neither true nor false")
-        return text.lower() == "true"
-    return folder_of(text) if kind is str else kind(text)
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, tuple) and value and isinstance(value[0], str):
-        return " ".join(value)
-    if isinstance(value, tuple) and value and isinstance(value[0], SourceConfig):
-        return ",".join(f"{s.name}:{s.weight:g}" for s in value)
-    if isinstance(value, tuple) and value and isinstance(value[0], StageConfig):
-        return ";".join(f"{s.step}={_show(s.sources)}" for s in value)
-    return repr(value)
-
-
-def _flags(cls: type, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Flag name -> (type, help) for every leaf field."""
-    hints = typing.get_type_hints(cls)
-    found: dict[str, tuple[Any, str]] = {}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            found |= _flags(typing.cast(type, hints[f.name]), f"{prefix}{f.name}.")
-        else:
-            found[prefix + f.name] = (hints[f.name], f.metadata.get("help", ""))
-    return found
-
-
-def _get(config: Any, path: str) -> Any:
-    for part in path.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def _replace(config: Any, changes: dict[str, Any]) -> Any:
-    """`config` with dotted paths replaced, all at once, so that checks see the final values."""
-    own = {k: v for k, v in changes.items() if "." not in k}
-    for head in {k.split(".", 1)[0] for k in changes if "." in k}:
-        below = {k.split(".", 1)[1]: v for k, v in changes.items() if k.startswith(head + ".")}
-        own[head] = _replace(getattr(config, head), below)
-    return dataclasses.replace(config, **own)
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        flag = message.removeprefix("unrecognized arguments: ").split()[0]
-        if message.startswith("unrecognized") and flag.startswith("--"):
-            known = [s for a in self._actions for s in a.option_strings]
-            message = f"unknown flag {flag}{suggest(flag, known)}"
-        fail(f"{self.prog}: {message} (--help lists the flags)")
 
 
 def fail(message: str) -> NoReturn:
@@ -96,17 +31,29 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _is_list(kind: Any) -> bool:
-    """Whether each occurrence of a flag gives one more item."""
-    return bool(kind == tuple[str, ...])
-
-
-def _metavar(kind: Any) -> str:
-    if _is_list(kind):
-        return "ITEM"
-    if isinstance(kind, types.UnionType):  # such as float | None
-        kind = typing.get_args(kind)[0]
-    return kind.__name__.upper() if isinstance(kind, type) else "LIST"
+def _explain(event: errors.ParseErrorEvent, types: Mapping[str, Any]) -> None:
+    """End the job with one line in place of tyro's box."""
+    unknown: list[str] = getattr(event, "tokens", getattr(event, "unrecognized_tokens", []))
+    key = next(filter(None, map(key_of, unknown)), "")
+    if RENAMED.get(key) in types:
+        message = f"--{key} is now --{RENAMED[key]}"
+    elif key:
+        message = f"unknown flag --{key}{suggest('--' + key, ['--' + name for name in types])}"
+    elif unknown:
+        message = f"unexpected argument {unknown[0]!r}"
+    elif isinstance(event, errors.MissingArgs):
+        names = ", ".join(missing.arg.display_name() for missing in event.missing_arguments)
+        message = f"required: {names}"
+    elif isinstance(event, errors.BadValue):
+        message = f"{event.argument.display_name()} needs a value"
+    elif isinstance(event, errors.InstantiationFailure):
+        message = " ".join(event.message.split())
+        if event.argument:  # of the reasons why no type of a union fits, the first
+            flag, metavar = event.argument.display_name(), event.argument.lowered.metavar
+            message = f"{flag} takes {metavar}: {event.message.splitlines()[0]}"
+    else:
+        return
+    fail(f"{event.prog}: {message} (--help lists the flags)")
 
 
 def parse_cli(
@@ -114,71 +61,41 @@ def parse_cli(
     argv: Sequence[str] | None = None,
     *,
     description: str = "",
-    presets: dict[str, T] | None = None,
-    default: T | None = None,
+    presets: Mapping[str, Any] | None = None,
 ) -> T:
-    """A `cls` from command-line flags named after its fields.
+    """A `cls` from the command line.
 
-    With `presets`, `--preset NAME` picks the values that the other flags change. Fields without
-    a default are required. A mistake prints one line and exits with code 2.
+    Args:
+        cls: A dataclass. A field without a default is a flag that must be given.
+        argv: The words of the command line; by default those of this process.
+        description: What `--help` says about the job.
+        presets: If given, `cls` is a subclass of their class with a field `preset`: the flag
+            `--preset NAME` must be given and picks the values that the other flags change.
+
+    Raises:
+        SystemExit: After `--help`; with code 2, after one line about a mistake.
     """
-    parser = _OneLineParser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher adds it
+    prog, types = Path(sys.argv[0]).name, flag_types(cls)
+    words = sys.argv[1:] if argv is None else argv
+    args = respell([w for w in words if not re.match("--local[_-]rank=", w)], types)  # DeepSpeed's
+    default: Any = tyro.MISSING_NONPROP
     if presets is not None:
-        parser.add_argument(
-            "--preset", required=True, metavar="NAME", help=f"one of {', '.join(presets)}"
+        name = "".join([b for a, b in itertools.pairwise(args) if a == "--preset"][-1:])
+        if name not in presets and not {"-h", "--help"} & set(args):
+            problem = f"unknown preset {name!r}{suggest(name, presets)}" if name else "no --preset"
+            fail(f"{prog}: {problem} (presets: {', '.join(presets)})")
+        if name in presets:
+            default = typing.cast(Any, cls)(**vars(presets[name]), preset=name)
+    registry = ConstructorRegistry()
+    registry.primitive_rule(lambda info: SPECS.get(info.type))
+    with errors.on_parse_error(functools.partial(_explain, types=types)):
+        flags: T = tyro.cli(
+            cls,
+            args=args,
+            prog=prog,
+            description=description,
+            default=default,
+            use_underscores=True,
+            registry=registry,
         )
-    flags = _flags(cls)
-    required = set()
-    if presets is None and default is None:
-        required = {f.name for f in dataclasses.fields(typing.cast(Any, cls)) if _required(f)}
-    for path, (kind, text) in flags.items():
-        if default is not None:
-            text = f"{text} (default {_show(_get(default, path))})"
-        elif presets is None and path not in required:
-            text = f"{text} (default {_show(cls.__dataclass_fields__[path].default)})"  # type: ignore[attr-defined]
-        parser.add_argument(
-            f"--{path}",
-            metavar=_metavar(kind),
-            action="append" if _is_list(kind) else "store",
-            required=path in required,
-            help=text.replace("%", "%%"),
-        )
-    parsed = vars(parser.parse_args(argv))
-    base: Any = default
-    if presets is not None:
-        name = parsed["preset"]
-        if name not in presets:
-            fail(
-                f"{parser.prog}: unknown preset {name!r}{suggest(name, presets)} "
-                f"(presets: {', '.join(presets)})"
-            )
-        base = presets[name]
-    try:
-        changes = {
-            path: _parse_flag(path, kind, parsed[path])
-            for path, (kind, _) in flags.items()
-            if parsed[path] is not None
-        }
-        return typing.cast(T, cls(**changes) if base is None else _replace(base, changes))
-    except ValueError as error:
-        fail(f"{parser.prog}: {error}")
-
-
-def _parse_flag(path: str, kind: Any, text: str | list[str]) -> Any:
-    if isinstance(text, list):
-        return tuple(_parse_flag(path, str, item) for item in text if item)
-    try:
-        return _parse(kind, text)
-    except ValueError as error:
-        raise ValueError(f"--{path} {text!r} is not valid: {error}") from None
-
-
-def _required(f: Any) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    return flags

@@ -1,45 +1,39 @@
-"""Small JSON files of bookkeeping, read as disks leave them and written so that they stay whole.
+"""Small JSON files, read however a crash left them and written so that they are never half-written.
 
 A kill leaves half a line, a power cut a block of zero bytes, a full disk an empty file. None of
-this may end a job: what cannot be used is passed over, and one line says which file, what was wrong
-and how much of it. Files without which a job cannot do its work are read by `load_json`, which
-raises.
+these may end a job: `read_json` and `read_lines` skip what they cannot use and warn once, naming
+the file and the damage. Files that a job cannot do without are read by `load_json`, which raises.
 """
 
 import contextlib
 import errno
 import json
 import logging
-import math
 import os
-import threading
+import socket
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 log = logging.getLogger("mdm")
 
-# The keys that an object must have, and of which type. `float` is any finite number.
+# The keys that an object must have, and their types. `float` means any finite number.
 Shape = Mapping[str, type]
-
-_told: set[str] = set()
-_telling = threading.Lock()
 
 
 class DamagedFileError(ValueError):
     """A file does not hold what it should; the message is one line that names it."""
 
 
-def tell(message: str) -> None:
-    """Log a warning, the same one once a process: some files are read again and again."""
-    with _telling:
-        if message in _told:
-            return
-        _told.add(message)
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning once in the life of the process; some files are read again and again."""
     log.warning("%s", message)
 
 
-def misfit(value: Any, shape: Shape) -> str:
+def mismatch(value: Any, shape: Shape) -> str:
     """Why a JSON value is not an object of this shape; empty if it is one."""
     if not isinstance(value, dict):
         return f"a {type(value).__name__}, not an object"
@@ -52,36 +46,32 @@ def misfit(value: Any, shape: Shape) -> str:
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    if kind is not float:
-        return isinstance(value, kind) and not (isinstance(value, bool) and kind is int)
-    try:
-        return (
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        )
-    except OverflowError:
-        return False
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return isinstance(value, kind)
 
 
 def parse(data: bytes, shape: Shape) -> dict[str, Any]:
-    """The JSON object in `data`; ValueError says in a few words what is wrong."""
-    if not data.strip(b"\0 \t\r\n"):
-        raise ValueError("zero bytes" if b"\0" in data else "empty")
+    """The JSON object in `data`; raises ValueError with a few words on what is wrong."""
     if b"\0" in data:
         raise ValueError("zero bytes")
+    if not data.strip():
+        raise ValueError("empty")
     try:
         value = json.loads(data.decode())
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except (ValueError, RecursionError):
         raise ValueError("cut short, or not JSON") from None
-    if wrong := misfit(value, shape):
-        raise ValueError(wrong)
-    found: dict[str, Any] = value
-    return found
+    if problem := mismatch(value, shape):
+        raise ValueError(problem)
+    return dict(value)
 
 
 def parse_line(line: bytes, shape: Shape) -> tuple[dict[str, Any] | None, str]:
-    """The object of one line, and what is wrong; a good one may follow a block of zero bytes."""
+    """A line's object and its damage; an undamaged object may follow a block of zero bytes."""
     rest = line.strip(b"\0 \t\r\n")
     if not rest:
         return None, "zero bytes" if b"\0" in line else ""
@@ -95,8 +85,8 @@ def load_json(path: Path, shape: Shape | None = None) -> dict[str, Any]:
     """The object in `path`.
 
     Raises:
-        FileNotFoundError: it is not there.
-        DamagedFileError: it cannot be read, or holds no object of this shape.
+        FileNotFoundError: there is no such file.
+        DamagedFileError: the file cannot be read, or holds no object of this shape.
     """
     try:
         return parse(path.read_bytes(), shape or {})
@@ -109,121 +99,144 @@ def load_json(path: Path, shape: Shape | None = None) -> dict[str, Any]:
 
 
 def read_json(path: Path, shape: Shape | None = None) -> dict[str, Any]:
-    """The object in `path`; empty if it is not there or, which one line says, of no use."""
+    """The object in `path`; empty if there is no such file or, with a warning, if it is damaged."""
     try:
         return load_json(path, shape)
     except FileNotFoundError:
         return {}
     except DamagedFileError as error:
-        tell(f"{error}; it is passed over")
+        warn_once(f"{error}; it is ignored")
         return {}
 
 
-def read_lines(path: Path, shape: Shape | None = None) -> list[dict[str, Any]]:
-    """The objects in a file of one a line, without those that one line says are damaged."""
-    return _read_lines(path, shape or {})[0]
+def read_lines(
+    path: Path, shape: Shape | None = None, *, repair: bool = False
+) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; one warning says how many damaged lines it skipped.
 
+    A last line without its newline was cut short while it was written, and counts as damaged.
 
-def mend_lines(path: Path, shape: Shape | None = None) -> list[dict[str, Any]]:
-    """The same, and the damaged lines, once told of, are taken out of the file."""
-    found, damaged = _read_lines(path, shape or {})
-    if damaged:
-        # If it cannot be written, the next who reads it tells of them again.
-        with contextlib.suppress(OSError):
-            write_lines(path, found)
-    return found
-
-
-def _read_lines(path: Path, shape: Shape) -> tuple[list[dict[str, Any]], bool]:
+    Args:
+        path: the file; without it there are no objects.
+        shape: what each object must hold.
+        repair: rewrite the file without its damaged lines, if it can be written.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return [], False
+        return []
     except OSError as error:
-        tell(f"{path} cannot be read: {error.strerror or error}; it is passed over")
-        return [], path.is_dir()
+        warn_once(f"{path} cannot be read: {error.strerror or error}; it is ignored")
+        if repair:
+            set_folder_aside(path)
+        return []
     if not data:
-        tell(f"{path} is empty; it is passed over")
-        return [], True
-    lines = data.split(b"\n")
-    found, damage = [], []
+        warn_once(f"{path} is empty; it is ignored")
+    records: list[dict[str, Any]] = []
+    damage = []
+    *lines, tail = data.split(b"\n")
     for number, line in enumerate(lines, start=1):
-        value, wrong = parse_line(line, shape)
+        value, problem = parse_line(line, shape or {})
         if value is not None:
-            found.append(value)
-        if wrong:
-            damage.append((number, wrong))
-    tell_of_lines(path, damage)
-    return found, bool(damage)
+            records.append(value)
+        if problem:
+            damage.append((number, problem))
+    if tail:
+        damage.append((len(lines) + 1, "zero bytes" if b"\0" in tail else "cut short"))
+    warn_of_lines(path, damage)
+    if repair and (damage or not data):
+        # If the file cannot be written, the next reader warns again.
+        with contextlib.suppress(OSError):
+            write_lines(path, records)
+    return records
 
 
-def tell_of_lines(path: Path, damage: Sequence[tuple[int, str]], unit: str = "line") -> None:
-    """Say in one line how many lines were passed over and what was wrong with the first."""
+def warn_of_lines(path: Path, damage: Sequence[tuple[int, str]], unit: str = "line") -> None:
+    """Warn how many lines were skipped, and what was wrong with the first."""
     if damage:
-        where, wrong = damage[0]
+        where, problem = damage[0]
         lines = f"{len(damage)} damaged line" + ("s" if len(damage) > 1 else "")
-        tell(f"{path}: {lines} passed over; {unit} {where}: {wrong}")
+        warn_once(f"{path}: {lines} skipped; {unit} {where}: {problem}")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all, and have it on the disk on return; raises OSError.
+def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Write `path` whole or not at all.
 
-    Missing folders are made. A folder that has the file's place is set aside, with a line.
+    Missing parent folders are made; a folder at `path` is set aside. Raises OSError.
+
+    Args:
+        path: the file.
+        data: its content.
+        sync: have it on the disk on return, so that it survives a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.tmp")
+    # Of several hosts that share the folder, each has a temporary file of its own.
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.tmp")
     try:
-        with aside.open("wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        make_way(path)
-        aside.replace(path)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        set_folder_aside(path)
+        temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-    handle = os.open(path.parent, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # not every file system can
-        os.fsync(handle)
-    os.close(handle)
+            temporary.unlink(missing_ok=True)
+    if sync:
+        handle = os.open(path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+            os.fsync(handle)
+        os.close(handle)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
     """Write a JSON value as `write_bytes` does."""
-    write_bytes(path, json.dumps(value, indent=1).encode())
+    write_bytes(path, json.dumps(value, indent=1).encode(), sync=sync)
 
 
 def write_lines(path: Path, values: Iterable[Any]) -> None:
-    """Write JSON values, one a line, as `write_bytes` does; no file where there are none."""
+    """Write JSON values, one a line, as `write_bytes` does; without values there is no file."""
     data = "".join(json.dumps(value) + "\n" for value in values).encode()
     write_bytes(path, data)
     if not data:
         path.unlink()
 
 
-def append_line(path: Path, value: Any) -> None:
-    """Add a JSON value as a whole line of its own or, raising OSError, nothing."""
-    make_way(path)
+def append_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Append a JSON object as one line, in one write; a torn last line is cut off first.
+
+    A folder at `path` is set aside. If the write fails, nothing of the record stays and OSError is
+    raised.
+    """
+    set_folder_aside(path)
+    data = json.dumps(record).encode() + b"\n"
     with path.open("a+b", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        data = json.dumps(value).encode() + b"\n"
-        if not ends_a_line(file.fileno(), end):
-            data = b"\n" + data
+        end = end_of_lines(file)
+        if end < file.seek(0, os.SEEK_END):
+            file.truncate(end)
         if file.write(data) != len(data):
             file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def ends_a_line(handle: int, end: int) -> bool:
-    """Whether what is appended at `end` begins a line: it does not after half a line."""
-    return end == 0 or os.pread(handle, 1, end - 1) == b"\n"
+def end_of_lines(file: IO[bytes]) -> int:
+    """The offset behind the last newline of a file; 0 if it has none."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        newline = os.pread(file.fileno(), end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
-def make_way(path: Path) -> None:
-    """Set a folder aside that has a file's place; one line says where to."""
+def set_folder_aside(path: Path) -> None:
+    """Rename a folder that lies where a file should; a warning says where it went."""
     if path.is_dir():
         number = 1
         while (aside := path.with_name(f"{path.name}.folder-{number}")).exists():
             number += 1
         path.rename(aside)
-        tell(f"{path} was a folder; it is now {aside}")
+        warn_once(f"{path} was a folder; it is now {aside}")

@@ -1,8 +1,8 @@
 """The precision of matrix products: bf16 where the hardware computes in it, fp32 elsewhere.
 
-Parameters, optimizer state and what the model marks as fp32 stay fp32 either way; autocast chooses
-the type of matrix products alone. A CPU without bf16 units emulates them: up to 70 times slower
-than fp32 where it has AVX2 alone, twice as slow with AVX-512.
+Parameters, optimizer state and what the model marks as fp32 stay fp32 either way; autocast only
+chooses the type of matrix products. A CPU without bf16 units emulates them: up to 70 times slower
+than fp32 with AVX2 alone, twice as slow with AVX-512.
 """
 
 import time
@@ -14,7 +14,7 @@ from mdm.config import PRECISIONS
 
 AUTO, BF16, FP32 = PRECISIONS
 
-_SIDE = 384  # of the matrices whose products are timed: milliseconds, and too large for the caches
+_SIDE = 384  # of the timed matrices: a product takes milliseconds, and exceeds the caches
 _TRIES = 7
 
 
@@ -22,9 +22,8 @@ _TRIES = 7
 def is_bf16_fast(device_type: str = "cpu") -> bool:
     """Whether a device of this type computes in bf16 rather than emulating it.
 
-    CUDA does. Of a CPU oneDNN knows whether bf16 is worth asking for (`ONEDNN_MAX_CPU_ISA` hides
-    units from it); where it may be, the same product is timed in both types, which takes
-    some 30 ms.
+    CUDA does. For a CPU, oneDNN tells whether it supports bf16 (`ONEDNN_MAX_CPU_ISA` hides units
+    from it); if it does, the same product is timed in both types, which takes some 30 ms.
     """
     if device_type != "cpu":
         return True
@@ -33,7 +32,7 @@ def is_bf16_fast(device_type: str = "cpu") -> bool:
     fp32 = torch.ones(_SIDE, _SIDE)
     bf16 = fp32.bfloat16()
     best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    # One thread, and its own time rather than the clock's: the cores may be busy.
+    # One thread, and its processor time rather than wall time: the cores may be busy.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -48,9 +47,10 @@ def is_bf16_fast(device_type: str = "cpu") -> bool:
 
 
 def resolve(precision: str, device_type: str = "cpu") -> str:
-    """`bf16` or `fp32`: `precision` itself, or the faster of the two on such a device for `auto`.
+    """`bf16` or `fp32`: `precision` itself, or for `auto` the faster one on this type of device.
 
-    ValueError for any other value.
+    Raises:
+        ValueError: `precision` is none of PRECISIONS.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
@@ -60,7 +60,7 @@ def resolve(precision: str, device_type: str = "cpu") -> str:
 
 
 def describe(precision: str, device_type: str = "cpu") -> str:
-    """One line for logs: a resolved precision, and what this device makes of it."""
+    """A line for logs: a resolved precision, and how fast this device computes in it."""
     kind = device_type if device_type == "cpu" else device_type.upper()
     if device_type == "cpu":
         kind = f"this CPU ({torch.backends.cpu.get_cpu_capability()})"
@@ -73,8 +73,8 @@ def describe(precision: str, device_type: str = "cpu") -> str:
 def autocast(precision: str, device_type: str = "cpu") -> torch.autocast:
     """A context in which matrix products are computed in a resolved `precision`.
 
-    A cast weight is not kept for its next use: under ZeRO-3 the copy would outlive the gathered
-    weight, which undoes the saving, and would get its gradient after the weight was freed.
+    Cast weights are not cached: under ZeRO-3 the copy would outlive the gathered weight, use the
+    memory that partitioning saves, and receive its gradient after the weight was freed.
     """
-    on = precision == BF16
-    return torch.autocast(device_type, torch.bfloat16, enabled=on, cache_enabled=False)
+    enabled = precision == BF16
+    return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=False)

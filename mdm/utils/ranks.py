@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and what the ranks agree on."""
+"""This process's rank, and small collectives for control messages."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch.distributed
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size` processes, on `node`, `local_rank` there."""
+    """The place of this process: `rank` of `size` processes, `local_rank` on `node`."""
 
     rank: int = 0
     size: int = 1
@@ -24,7 +24,7 @@ class World:
 
     @classmethod
     def from_env(cls) -> "World":
-        """The world that the launcher (deepspeed, torchrun) describes; alone without one."""
+        """The world that the launcher (deepspeed, torchrun) describes, or a single rank."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -39,10 +39,10 @@ class World:
 
 def exchange(row: Sequence[float], device: torch.device | str = "cpu") -> list[list[float]]:
     """Every rank's row of float64 numbers, in rank order, on every rank: one small all-gather."""
-    own = torch.tensor(row, dtype=torch.float64, device=device)
+    sent = torch.tensor(row, dtype=torch.float64, device=device)
     size = torch.distributed.get_world_size()
     table = torch.empty(size * len(row), dtype=torch.float64, device=device)
-    torch.distributed.all_gather_into_tensor(table, own)
+    torch.distributed.all_gather_into_tensor(table, sent)
     rows: list[list[float]] = table.view(size, len(row)).tolist()
     return rows
 
@@ -50,7 +50,7 @@ def exchange(row: Sequence[float], device: torch.device | str = "cpu") -> list[l
 def from_main(value: Any, group: Any = None) -> Any:
     """Rank 0's value, on every rank (pickled: for small control messages).
 
-    `group` holds all ranks too: one of its own is for a thread beside the training.
+    A thread that communicates beside the training needs a `group` of its own.
     """
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0, group=group)

@@ -1,14 +1,21 @@
-"""Tracking in MLflow: runs, parameters, metrics keyed by samples seen, artifacts.
+"""Delivers a run's `metrics.jsonl` and `events.jsonl` to MLflow.
 
-Training must never wait for a tracking server, nor end because of one. So everything goes into a
-journal on disk, and a thread of its own brings it to the server, trying again for as long as the
-run lives. What is left then is brought by the next attempt, or by running a finished job again.
+A run writes both files whether or not there is an MLflow server, and never waits for one. A
+background thread sends to MLflow the lines after the positions in `tracking.json`, and retries for
+as long as the job runs. The next attempt sends the rest, and so does the command of a finished run
+if it is started again.
 
-A run carries a key that is on disk before the run is created, so that it is found again whenever a
-kill or a full disk keeps its id from being noted. A run that was deleted is restored, or made anew.
-Without mlflow nothing is kept: one line says that tracking is off.
+A line of metrics is recorded at its `samples_seen`. Steps that MLflow already has are skipped, so a
+file that was rewritten is read again from its first line and nothing is sent twice. An event's
+`artifacts` are a mapping from the artifact's name to a file (a path below the run's folder) or to a
+JSON object.
+
+`tracking.json` also has the id of the MLflow run, and a key that is written before the run is
+created: the run is found again if a kill or a full disk keeps its id from being written. A deleted
+run is restored or replaced. Without mlflow one warning says that tracking is off.
 """
 
+import json
 import logging
 import os
 import re
@@ -16,245 +23,224 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mdm.utils import files
-from mdm.utils.journal import Journal
 from mdm.utils.mlflow_run import MlflowRun, RunChanged, first_line, import_mlflow
+from mdm.utils.progress import (
+    EVENTS,
+    METRICS,
+    START,
+    TRACKING,
+    Progress,
+    unsent_bytes,
+    unsent_lines,
+)
 
 log = logging.getLogger("mdm")
 
-DEFAULT_STORE = "runs/mlflow.db"
-_PARAM_LENGTH = 6000  # MLflow refuses longer values
-_METRICS_A_CALL = 1000  # and more than this many a call
-_KEY_FILE = "key"
-_SHAPES: dict[str, files.Shape] = {
-    "params": {"params": dict},
-    "metrics": {"metrics": dict, "step": int, "time": int},
-    "artifact": {"path": str, "folder": str},
-    "text": {"text": str, "path": str},
-    "status": {"status": str},
-    "former": {"run_id": str, "key": str},
-}
-
-
-class Tracker(Protocol):
-    """What a job tells about itself."""
-
-    @property
-    def run_id(self) -> str | None:
-        """The store's name of the run, once it is known."""
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record the resolved configuration, flat."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record floats at `step` (samples seen); a step that the run already has is skipped."""
-
-    def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Record a file, or a whole folder, under `folder`."""
-
-    def log_text(self, text: str, path: str) -> None:
-        """Record `text` as the artifact `path`."""
-
-    def child(self, name: str) -> "Tracker":
-        """A run below this one."""
-
-    def finish(self, status: str = "FINISHED", timeout: float = 30.0) -> None:
-        """Close with FINISHED, FAILED or KILLED; waits at most `timeout` seconds for the queue."""
+_DEFAULT_STORE = "runs/mlflow.db"
+_PARAM_LENGTH = 6000  # MLflow's limit
+_METRICS_A_CALL = 1000  # MLflow's limit
+_POLL_SECONDS = 1.0
+_LATER = "wait for the next attempt, or for this command to be run again"
+_KEYS = ("step", "samples_seen", "time")  # of a line of metrics; all other numbers are metrics
+_METRICS_LINE: files.Shape = {"samples_seen": int, "time": float}
+_EVENT_LINE: files.Shape = {"event": str}
 
 
 class NullTracker:
-    """Tracks nothing: ranks other than 0, and jobs that ask for no tracking."""
+    """Tracks nothing: on ranks other than 0, and in jobs that are not tracked."""
 
-    run_id: str | None = None
+    run_id = identity = ""
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
+    def finish(self, status: str = "FINISHED") -> None:
         """Do nothing."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Do nothing."""
-
-    def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Do nothing."""
-
-    def log_text(self, text: str, path: str) -> None:
-        """Do nothing."""
-
-    def child(self, name: str) -> Tracker:
-        """Another null tracker."""
-        return NullTracker()
-
-    def finish(self, status: str = "FINISHED", timeout: float = 30.0) -> None:
-        """Do nothing."""
-
-
-def default_uri() -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite store under `runs/`."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT_STORE).absolute()}"
 
 
 class MlflowTracker:
-    """One MLflow run, written by a background thread. See `Tracker` for the methods.
+    """Sends the metrics and events in `folder` to one MLflow run, from a background thread.
 
-    Entries wait in `journal`, a folder; without one in a temporary folder that ends with the job.
+    Args:
+        folder: holds `metrics.jsonl`, `events.jsonl` and `tracking.json`.
+        experiment: name of the experiment.
+        name: name of the run.
+        params: the resolved configuration, flat. A run keeps the first values that it gets.
+        uri: the store; by default MLFLOW_TRACKING_URI, or the SQLite store under `runs/`.
+        identity: `identity` of the tracker of a former attempt, if `tracking.json` is lost.
+        parent: id of the run above this one, or empty.
+        config: fingerprint of the configuration, for `tracking.json`.
     """
 
     def __init__(
         self,
+        folder: Path,
         experiment: str,
         name: str,
-        run_id: str | None = None,
-        uri: str | None = None,
-        parent: "MlflowTracker | str | None" = None,
-        on_start: Callable[[str], None] | None = None,
-        journal: Path | None = None,
+        *,
+        params: Mapping[str, Any],
+        uri: str = "",
+        identity: str = "",
+        parent: str = "",
+        config: str = "",
     ) -> None:
-        self._experiment, self._uri = experiment, uri or default_uri()
-        self._wanted_id, self._parent, self._on_start = run_id, parent, on_start
+        self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+        self._uri = self._uri or f"sqlite:///{Path(_DEFAULT_STORE).absolute()}"
+        self._folder = folder
+        self._params = {k: _encodable(v)[:_PARAM_LENGTH] for k, v in params.items()}
+        self._progress = Progress.read(folder)
+        self._progress.config = config
+        self._progress.key = self._progress.key or identity or secrets.token_hex(16)
         self._run = MlflowRun(
-            *(self._uri, experiment, name, run_id),
-            *(self._parent_id, self._key, lambda line: self._warn(line, again=True)),
+            self._uri,
+            experiment,
+            name,
+            run_id=self._progress.run_id or identity,
+            parent=parent,
+            key=self._progress.key,
+            warn=lambda line: self._warn(line, repeat=True),
         )
+        self._first_entries = self._entries_outside_files()  # sent before any line of the files
+        self._written: dict[str, Any] = {}  # what `tracking.json` holds
+        self._written_at = 0.0
+        self._status = "FINISHED"
         self._news, self._ending, self._closing = (threading.Event() for _ in range(3))
-        self._dropped = self._warned = self._off = False
-        self._failures = 0  # in a row, of what is being brought
-        self._announced: str | None = None  # what `on_start` has heard
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._journal, self._folder = self._open_journal(journal)
+        self._warned = False
+        self._failures = 0  # in a row, of the entries that are being sent
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
-    def _open_journal(self, folder: Path | None) -> tuple[Journal, Path]:
-        if folder is not None:
-            try:
-                return Journal(folder, _misfit), folder
-            except OSError as error:
-                self._warn(f"{folder} cannot be written ({error}): what is left at the end is lost")
-        self._scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        folder = Path(self._scratch.name)
-        return Journal(folder, _misfit), folder
+    @property
+    def run_id(self) -> str:
+        """The MLflow run's id; empty until the store has answered once."""
+        return self._run.run_id or self._progress.run_id
 
     @property
-    def run_id(self) -> str | None:
-        """The MLflow run id; None until the store has answered once."""
-        return self._run.run_id or self._wanted_id
+    def identity(self) -> str:
+        """The run's id, or its key while the id is unknown: both find the run again."""
+        return self.run_id or self._progress.key
 
     @property
     def waiting(self) -> int:
-        """Bytes of entries that the store has not taken yet."""
-        return len(self._journal)
+        """Bytes of lines that the store has not received yet."""
+        return unsent_bytes(self._folder, self._progress)
 
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record the resolved configuration, flat."""
-        texts = {key: _text(value)[:_PARAM_LENGTH] for key, value in params.items()}
-        self._put({"kind": "params", "params": texts})
+    def finish(self, status: str = "FINISHED", timeout: float = 30.0, unsent: str = _LATER) -> None:
+        """Close the run with FINISHED, FAILED or KILLED once everything is sent.
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record floats at `step` in one call to the store."""
-        values = {key: float(value) for key, value in metrics.items()}
-        now = int(time.time() * 1000)
-        self._put({"kind": "metrics", "metrics": values, "step": step, "time": now})
-
-    def log_artifact(self, path: str | Path, folder: str = "") -> None:
-        """Record a file, or a whole folder, under `folder`."""
-        self._put({"kind": "artifact", "path": str(Path(path).absolute()), "folder": folder})
-
-    def log_text(self, text: str, path: str) -> None:
-        """Record `text` as the artifact `path`."""
-        self._put({"kind": "text", "text": _text(text), "path": path})
-
-    def child(self, name: str) -> Tracker:
-        """A run below this one."""
-        return MlflowTracker(self._experiment, name, uri=self._uri, parent=self)
-
-    def end_former(self, run_id: str, key: str) -> None:
-        """Close a run that a killed job left RUNNING, by its id or its key, as KILLED."""
-        self._put({"kind": "former", "run_id": run_id, "key": key})
-
-    def finish(self, status: str = "FINISHED", timeout: float = 30.0) -> None:
-        """Close the run; waits at most `timeout` seconds for the store to take what is left."""
-        self._put({"kind": "status", "status": status})
+        Waits at most `timeout` seconds; then a warning says how much is left, and that it is
+        `unsent`.
+        """
+        self._status = status
         self._ending.set()
         self._news.set()
         self._thread.join(timeout)
         self._closing.set()
         self._news.set()
         if self._thread.is_alive():
-            kept = "are lost" if self._scratch else "wait for the next attempt or run of the job"
-            self._warn(f"{len(self._journal)} bytes of entries {kept}", again=True)
-        if self._scratch is not None:
-            self._scratch.cleanup()
+            self._warn(f"{self.waiting} bytes of metrics and events {unsent}", repeat=True)
 
-    def _put(self, entry: dict[str, Any]) -> None:
-        if self._off:
-            return
-        if self._journal.append(entry):
-            self._news.set()
-        elif not self._dropped and not self._off:
-            self._dropped = True
-            log.warning("MLflow's journal takes no more: entries are dropped from now on")
-
-    def _warn(self, message: str, again: bool = False) -> None:
-        if not self._warned or again:
+    def _warn(self, message: str, repeat: bool = False) -> None:
+        if not self._warned or repeat:
             self._warned = True
-            # A URI may carry a password, and errors repeat it.
-            shown = re.sub(r"//[^/@\s]*@", "//", f"MLflow at {self._uri}: {message}")
-            log.warning("%s; training goes on", shown)
+            # A URI may contain a password, and errors repeat it.
+            line = re.sub(r"//[^/@\s]*@", "//", f"MLflow at {self._uri}: {message}")
+            log.warning("%s; the job continues", line)
 
     def _work(self) -> None:
         try:
-            if self._has_mlflow():
+            if _can_import_mlflow():
                 self._deliver()
-        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
-            self._off = True
-            self._warn(f"tracking ends: {type(error).__name__}: {first_line(error)}", again=True)
-        finally:
-            self._journal.close()
-
-    def _has_mlflow(self) -> bool:
-        """Import mlflow; where that fails, nothing is to wait for it."""
-        try:
-            import_mlflow()
-        except Exception as error:  # noqa: BLE001 - a broken installation fails in any way
-            self._off = True
-            self._journal.withdraw()
-            log.warning(
-                "tracking is off: mlflow cannot be imported (%s: %s); install it, or say "
-                "--tracking false",
-                type(error).__name__,
-                first_line(error),
-            )
-            return False
-        return True
+        except Exception as error:  # noqa: BLE001 - no error may end the job
+            self._warn(f"tracking ends: {type(error).__name__}: {first_line(error)}", repeat=True)
 
     def _deliver(self) -> None:
-        self._insist(self._run.connect)
-        if self._run.is_new:  # a store that has lost its run gets all that there still is
-            self._journal.rewind()
+        self._retry(self._connect)
         while not self._closing.is_set():
-            self._announce()
             self._news.clear()
-            waiting = self._journal.waiting()
-            if not waiting:
-                if self._ending.is_set():
-                    return
-                self._news.wait()
+            is_ending = self._ending.is_set()  # before the files are read: no line comes after
+            has_sent = self._send_first() or self._send_metrics() or self._send_event()
+            if not has_sent or time.monotonic() > self._written_at + _POLL_SECONDS:
+                self._write_progress()
+            if has_sent:
                 continue
-            entry, end, backlog = waiting[0]
-            lines = [entry]
-            if entry["kind"] == "metrics":  # what has piled up goes in few calls
-                lines, end = _leading_metrics(waiting)
-            stale = entry["kind"] == "status" and backlog  # how a former attempt ended
-            if stale or self._insist(lambda lines=lines: self._bring(lines)):  # type: ignore[misc]
-                self._journal.take(end)
+            if not is_ending:
+                self._news.wait(_POLL_SECONDS)
+            elif self._send({"kind": "status", "status": self._status}):
+                self._progress.status = self._status
+                break
+        self._write_progress()
 
-    def _insist(self, task: Callable[[], None]) -> bool:
-        """Run `task` until it succeeds or the job ends; a store's trouble is no reason to stop.
+    def _connect(self) -> None:
+        self._progress.status = ""
+        self._progress.write(self._folder)  # a run is created only once its key is on disk
+        self._run.connect()
+        if self._run.is_new:
+            self._send_all_again()
+        self._progress.run_id = self._run.run_id
 
-        False if it has not succeeded, or the journal is to be read again.
+    def _send_all_again(self) -> None:
+        """Send everything there is to a run that has nothing."""
+        self._first_entries = self._entries_outside_files()
+        self._progress.metrics = self._progress.events = START
+
+    def _entries_outside_files(self) -> list[dict[str, Any]]:
+        params = {"kind": "params", "params": self._params}
+        former = [{"kind": "former", "run_id": r, "key": key} for r, key in self._progress.former]
+        return [params, *former]
+
+    def _send_first(self) -> bool:
+        """Send what does not stand in the files; whether there was anything."""
+        if not self._first_entries:
+            return False
+        if self._send(self._first_entries[0]):
+            del self._first_entries[0]
+            if not self._first_entries:
+                self._progress.former = []
+        return True
+
+    def _send_metrics(self) -> bool:
+        """Send the next lines of metrics, as many as fit into a call; whether there was any."""
+        entries: list[dict[str, Any]] = []
+        values, position = 0, None
+        for row, end in unsent_lines(self._folder / METRICS, self._progress.metrics, _METRICS_LINE):
+            if row is not None:
+                metrics = {k: float(v) for k, v in row.items() if k not in _KEYS and _is_number(v)}
+                values += len(metrics)
+                if entries and values > _METRICS_A_CALL:
+                    break
+                when = {"step": row["samples_seen"], "time": int(1000 * row["time"])}
+                entries.append({"kind": "metrics", "metrics": metrics, **when})
+            position = end
+        if position is not None and (not entries or self._send(*entries)):
+            self._progress.metrics = position
+        return position is not None
+
+    def _send_event(self) -> bool:
+        """Send the artifacts of the next event; whether there was one."""
+        for event, end in unsent_lines(self._folder / EVENTS, self._progress.events, _EVENT_LINE):
+            artifacts = (event or {}).get("artifacts")
+            entries = [
+                {"kind": "artifact", "name": name, "file": str(self._folder / content)}
+                if isinstance(content, str)
+                else {"kind": "text", "name": name, "text": json.dumps(content, indent=1)}
+                for name, content in (artifacts if isinstance(artifacts, dict) else {}).items()
+            ]
+            if all(self._send(entry) for entry in entries):
+                self._progress.events = end
+            return True
+        return False
+
+    def _send(self, *entries: dict[str, Any]) -> bool:
+        return self._retry(lambda: self._run.send(entries, self._failures))
+
+    def _retry(self, task: Callable[[], None]) -> bool:
+        """Run `task` until it succeeds or the job ends.
+
+        Returns False if it has not succeeded, or the files must be read again.
         """
         pause, self._failures = 1.0, 0
         while not self._closing.is_set():
@@ -263,85 +249,78 @@ class MlflowTracker:
                 self._warned = False
                 return True
             except RunChanged as change:
-                if change.anew:  # it has nothing of what was taken
-                    self._journal.rewind()
+                if change.is_new:
+                    self._progress.run_id = self._run.run_id
+                    self._send_all_again()
                 return False
-            except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            except Exception as error:  # noqa: BLE001 - no error may end the job
                 self._failures += 1
                 self._warn(f"{type(error).__name__}: {first_line(error)}")
-                # One that ends soon asks more often: its server may be back in time.
+                # A job that is ending retries every second: its server may be back in time.
                 self._closing.wait(1.0 if self._ending.is_set() else pause)
                 pause = min(2 * pause, 30.0)
         return False
 
-    def _bring(self, entries: list[dict[str, Any]]) -> None:
-        self._run.bring(entries, self._failures)
-
-    def _announce(self) -> None:
-        """Tell the run's id; that it cannot be noted does not keep entries from the store."""
-        if self._on_start is not None and self._run.run_id not in (None, self._announced):
+    def _write_progress(self) -> None:
+        """Write `tracking.json` if it has changed; a failure is retried with the next line."""
+        self._written_at = time.monotonic()
+        if self._written != asdict(self._progress):
             try:
-                self._on_start(str(self._run.run_id))
-            except Exception as error:  # noqa: BLE001 - tried again with the next entry
-                self._warn(f"the run's id is not noted: {first_line(error)}")
-            else:
-                self._announced = self._run.run_id
-
-    def _parent_id(self) -> str | None:
-        if self._parent is None or isinstance(self._parent, str):
-            return self._parent
-        found = self._parent._run.run_id
-        if found is None:
-            raise TimeoutError("the run above this one is not known yet")
-        return found
-
-    def _key(self) -> str:
-        path = self._folder / _KEY_FILE
-        found = read_key(self._folder)
-        if not found:
-            found = secrets.token_hex(16)
-            files.write_bytes(path, found.encode())
-        return found
+                self._progress.write(self._folder)
+                self._written = asdict(self._progress)
+            except OSError as error:
+                self._warn(f"{self._folder / TRACKING} is not written: {first_line(error)}")
 
 
-def read_key(journal: Path) -> str:
-    """The key of the run whose entries wait in this folder; empty where none is known."""
-    path = journal / _KEY_FILE
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        files.tell(f"{path} cannot be read: {error.strerror or error}; it is passed over")
-        return ""
-    if re.fullmatch(rb"[0-9a-f]{32}", text):
-        return text.decode()
-    files.tell(f"{path} is damaged: not a key of 32 digits; it is passed over")
-    return ""
+def log_result(
+    experiment: str,
+    name: str,
+    *,
+    parent: str = "",
+    params: Mapping[str, Any],
+    metrics: Iterable[tuple[Mapping[str, float], int]],
+    artifacts: Mapping[str, Any],
+) -> None:
+    """Record the result of a short job as one MLflow run; waits at most 30 seconds for the store.
+
+    Args:
+        experiment: name of the experiment.
+        name: name of the run.
+        parent: id of the run above this one, or empty.
+        params: what the job was called with.
+        metrics: values, each with its step (samples seen).
+        artifacts: files, folders or JSON objects by artifact name.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for values, step in metrics:
+            row = {**values, "samples_seen": step, "time": time.time()}
+            files.append_line(Path(folder, METRICS), row)
+        files.append_line(Path(folder, EVENTS), {"event": name, "artifacts": artifacts})
+        tracker = MlflowTracker(Path(folder), experiment, name, params=params, parent=parent)
+        tracker.finish(unsent="are lost")
 
 
-def _misfit(entry: dict[str, Any]) -> str:
-    shape = _SHAPES.get(entry["kind"])
-    return f"unknown kind {entry['kind']!r}" if shape is None else files.misfit(entry, shape)
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000)
 
 
-def _text(value: Any) -> str:
-    """What any store can encode."""
+def _encodable(value: Any) -> str:
+    """`value` as text that any store can encode."""
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
-def _leading_metrics(
-    waiting: list[tuple[dict[str, Any], int, bool]],
-) -> tuple[list[dict[str, Any]], int]:
-    """The lines of metrics before anything else, as many as one call takes, and where they end."""
-    lines: list[dict[str, Any]] = []
-    end, values = 0, 0
-    for entry, after, _ in waiting:
-        if entry["kind"] != "metrics":
-            break
-        values += len(entry["metrics"])
-        if lines and values > _METRICS_A_CALL:
-            break
-        lines.append(entry)
-        end = after
-    return lines, end
+def _can_import_mlflow() -> bool:
+    """Import mlflow; a warning says that tracking is off if that fails."""
+    try:
+        import_mlflow()
+    except Exception as error:  # noqa: BLE001 - a broken installation may raise anything
+        log.warning(
+            "tracking is off: mlflow cannot be imported (%s: %s); install it, or give "
+            "--no_tracking",
+            type(error).__name__,
+            first_line(error),
+        )
+        return False
+    return True

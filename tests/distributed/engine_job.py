@@ -1,4 +1,4 @@
-"""Properties of the engine that need ranks; a failed assertion fails the job."""
+"""Properties of the engine that need several ranks; a failed assertion fails the job."""
 
 import sys
 from pathlib import Path
@@ -7,12 +7,13 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from mdm.train.ema import EMA
-from mdm.train.engine import Engine, gathered, start_ranks, stop_ranks
-from tests.helpers import ROOT, MemoryLoader, Mixer, SmallObjective, small_config
+from mdm.train.engine import Engine, start_ranks, stop_ranks
+from mdm.train.workarounds import GatheredParameters
+from tests.helpers import ROOT, MemoryLoader, Mixer, SmallLoss, small_config
 
 
 def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
-    with gathered(engine.module):
+    with GatheredParameters(list(engine.module.parameters())):
         return {n: p.detach().clone() for n, p in engine.module.named_parameters()}
 
 
@@ -21,39 +22,39 @@ def main() -> None:
     path = str(ROOT / "deepspeed_configs" / json_name)
     config = small_config(run_dir, 12, deepspeed=path, precision="bf16")
     world = start_ranks(1)
-    engine = Engine(lambda: SmallObjective(config), config, world, (Mixer,))
+    engine = Engine(lambda: SmallLoss(config), config, world, (Mixer,))
     loader = MemoryLoader(config, world)
     ema = EMA(engine.fp32_partitions(), 0.99)
     reference = full_weights(engine)
-    seen: dict[str, torch.dtype] = {}
+    output_dtypes: dict[str, torch.dtype] = {}
 
-    def watch(name):
+    def record_dtype(name):
         def hook(module, inputs, output):
-            seen[name] = output.dtype
+            output_dtypes[name] = output.dtype
 
         return hook
 
-    engine.module.text_out.register_forward_hook(watch("text_out"))
+    engine.module.text_out.register_forward_hook(record_dtype("text_out"))
     for step in range(5):
         terms = engine.forward(next(loader), step)
         engine.backward(terms.total)
         engine.step(1e-2)
         assert engine.was_step_applied
-        # The gathered reference: the same average over whole weights.
+        # The reference: the same EMA, over gathered weights.
         decay = min(0.99, (1 + step) / (10 + step))
         now = full_weights(engine)
         for name, value in reference.items():
             value.lerp_(now[name], 1.0 - decay)
         ema.update(engine.fp32_partitions())
 
-    # Linear layers ran in bf16; every parameter and partition is fp32, the scan's among them.
-    assert seen["text_out"] == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in engine.fp32_partitions() + ema.shadow)
+    # Linear layers ran in bf16. Every parameter and partition is fp32, including those of the scan.
+    assert output_dtypes["text_out"] == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in engine.fp32_partitions() + ema.shadows["ema"])
     islands = [n for n, p in engine.module.named_parameters() if n.split(".")[-1] in ISLANDS]
     assert len(islands) == 6
     assert all(p.dtype == torch.float32 for p in engine.module.parameters())
     assert engine.module.running_mean.dtype == torch.float32
-    # Its master equals what forward sees: no rounding through bf16 on the way.
+    # Their fp32 master weights equal the weights in forward: nothing was rounded to bf16.
     raw = engine.gather(engine.fp32_partitions())
     now = full_weights(engine)
     if world.is_main:
@@ -61,7 +62,7 @@ def main() -> None:
         moved = now["blocks.0.A_log"]
         assert not torch.equal(moved, moved.bfloat16().float())
 
-    averaged = engine.gather(ema.shadow)
+    averaged = engine.gather(ema.shadows["ema"])
     if world.is_main:
         assert averaged.keys() == engine.module.state_dict().keys()
         for name, value in reference.items():
@@ -69,7 +70,7 @@ def main() -> None:
     else:
         assert averaged == {}
 
-    # A step of text alone has no gradient for the picture's head, not the former step's.
+    # A text-only step has no gradient for the image head, not even that of the step before.
     while (batch := next(loader)).latents is not None:
         pass
     engine.backward(engine.forward(batch, 5).total)
@@ -78,7 +79,7 @@ def main() -> None:
     assert safe_get_full_grad(engine.module.text_out.weight).any()
     engine.step(1e-2)
 
-    # A gradient that is not finite on one rank skips the step on all.
+    # A gradient that is not finite on one rank skips the step on all ranks.
     before = full_weights(engine)
     terms = engine.forward(next(loader), 6)
     engine.backward(terms.total * (torch.inf if world.rank == world.size - 1 else 1.0))

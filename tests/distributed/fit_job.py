@@ -1,13 +1,14 @@
-"""`pretrain.py` again and again in one process: the flags of each are a line of JSON on stdin."""
+"""Runs `pretrain.py` repeatedly in one process; stdin has the flags of a run a line, as JSON."""
 
 import functools
 import json
 import sys
 
+from mdm.train import pretraining
 from pipelines import pretrain
 
 if __name__ == "__main__":
-    pretrain.train = functools.partial(pretrain.train, track=False)
+    pretraining.train = functools.partial(pretraining.train, track=False)
     for line in sys.stdin:
         sys.argv = ["pretrain.py", *json.loads(line)]
         code = pretrain.main()

@@ -1,4 +1,4 @@
-"""`pretrain.py` with the last rank on a core that busy processes share."""
+"""`pretrain.py`, with the last rank on a core that it shares with busy processes."""
 
 import multiprocessing
 import os
@@ -16,13 +16,13 @@ if __name__ == "__main__":
     cores = sorted(os.sched_getaffinity(0))
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    others = []
+    busy_processes = []
     if rank == size - 1:
-        others = [multiprocessing.Process(target=spin, daemon=True) for _ in range(6)]
-        for other in others:
-            other.start()
+        busy_processes = [multiprocessing.Process(target=spin, daemon=True) for _ in range(6)]
+        for process in busy_processes:
+            process.start()
     code = pretrain.main()
-    for other in others:
-        other.kill()
-        other.join()
+    for process in busy_processes:
+        process.kill()
+        process.join()
     sys.exit(code)

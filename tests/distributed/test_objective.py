@@ -1,4 +1,4 @@
-"""Levels, noise, masks, loss and gradients are those of one rank on any number of them."""
+"""Noise levels, noise, masks, loss and gradients do not depend on the number of ranks."""
 
 import pytest
 
@@ -7,6 +7,6 @@ from tests.helpers import ROOT, run_ranks
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_compute_what_one_does(ranks):
+def test_several_ranks_compute_the_same_as_one(ranks):
     code, output = run_ranks(ROOT / "tests/distributed/objective_job.py", ranks)
     assert code == 0, output

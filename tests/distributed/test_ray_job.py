@@ -1,4 +1,4 @@
-"""The encode job as `ray job submit` runs it, on a Ray cluster of its own."""
+"""The encode job under `ray job submit`, on a Ray cluster started for the test."""
 
 import json
 import os
@@ -37,13 +37,13 @@ def free_ports(count: int) -> list[int]:
 def cluster(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
-    """The address of a head node's job server, which asks for a token."""
+    """The address of the job server of a head node; it requires a token."""
     token = tmp_path_factory.mktemp("token") / "token"
     token.write_text(secrets.token_hex(32))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     port, dashboard = free_ports(2)
-    # Ray's sockets lie in its folder, and their names may have 107 bytes.
+    # Ray's sockets are in its folder, and a socket's path is limited to 107 bytes.
     folder = Path("/tmp") / f"mdm-ray-{os.getpid()}"
     command = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
     command += [f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
@@ -67,14 +67,14 @@ def cluster(
                     urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
                     break
                 except urllib.error.HTTPError:
-                    break  # it answers, and asks for the token
+                    break  # it is up, and asks for the token
                 except OSError:
                     time.sleep(0.5)
             else:
                 pytest.fail(f"Ray did not start: {log.read_text()[-2000:]}")
             yield address
         finally:
-            head.send_signal(signal.SIGTERM)  # --block ends its processes with it
+            head.send_signal(signal.SIGTERM)  # with --block, its processes end with it
             try:
                 head.wait(30)
             except subprocess.TimeoutExpired:
@@ -82,18 +82,20 @@ def cluster(
     subprocess.run(["rm", "-rf", str(folder)], check=True)
 
 
-def test_a_submitted_job_gives_the_manifest_of_a_local_one(cluster: str, tmp_path: Path) -> None:
+def test_a_submitted_job_writes_the_same_manifest_as_a_local_job(
+    cluster: str, tmp_path: Path
+) -> None:
     raw = write_imagenet(tmp_path / "raw", 12)
     flags = f"--dataset imagenet --root {raw} --split train --shard_rows 16 --batch_rows 4"
     flags += f" --tokenizer {write_tokenizer(tmp_path / 'tokenizer.model')} --encode_batch 8"
     flags += f" --autoencoder {write_autoencoder(tmp_path / 'autoencoder')} --unit_bytes 4000"
-    entry = [sys.executable, "-m", "pipelines.encode", *shlex.split(flags)]
+    command = [sys.executable, "-m", "pipelines.encode", *shlex.split(flags)]
     environment = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
     submit = [RAY, "job", "submit", "--address", cluster]
     submit += ["--runtime-env-json", json.dumps({"env_vars": environment})]
     submitted = subprocess.run(
-        [*submit, "--", *entry, "--out", str(tmp_path / "submitted")],
+        [*submit, "--", *command, "--out", str(tmp_path / "submitted")],
         capture_output=True,
         text=True,
         timeout=580,
@@ -102,12 +104,14 @@ def test_a_submitted_job_gives_the_manifest_of_a_local_one(cluster: str, tmp_pat
     assert "succeeded" in submitted.stdout + submitted.stderr
 
     subprocess.run(
-        [*entry, "--out", str(tmp_path / "local")],
+        [*command, "--out", str(tmp_path / "local")],
         check=True,
         env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | environment,
         timeout=580,
     )
-    there, here = (Manifest.load(str(tmp_path / name)) for name in ("submitted", "local"))
-    assert there.sha256 == here.sha256
-    assert there.rows == 48
-    assert all(not v.problems for v in verify(there))
+    remote_manifest, local_manifest = (
+        Manifest.load(str(tmp_path / name)) for name in ("submitted", "local")
+    )
+    assert remote_manifest.sha256 == local_manifest.sha256
+    assert remote_manifest.rows == 48
+    assert all(not v.problems for v in verify(remote_manifest))

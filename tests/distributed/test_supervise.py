@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mdm.train import heartbeat as watch
+from mdm.train import heartbeat
 from mdm.utils import exit_codes
 from tests.distributed.test_resume import losses
 from tests.helpers import ROOT
@@ -21,12 +21,12 @@ BIN = Path(sys.executable).parent
 JOB = str(ROOT / "tests/distributed/train_job.py")
 
 
-def start(words: list[str], run_dir: Path, options: dict) -> "subprocess.Popen[str]":
+def start(arguments: list[str], run_dir: Path, options: dict) -> "subprocess.Popen[str]":
     env = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [
             *(sys.executable, str(ROOT / "pipelines/supervise.py"), "--backoff", "0.1"),
-            *(*words, JOB, str(run_dir), json.dumps(options)),
+            *(*arguments, JOB, str(run_dir), json.dumps(options)),
         ],
         cwd=ROOT,
         env=os.environ | env,
@@ -48,8 +48,8 @@ def finish(process: "subprocess.Popen[str]") -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A run that nothing disturbed."""
+def undisturbed(tmp_path_factory) -> Path:
+    """The folder of an undisturbed run."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     process = start(launcher("torchrun"), run_dir, {})
     output = finish(process)
@@ -58,8 +58,8 @@ def whole(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "number"), [("deepspeed", "KILL"), ("torchrun", "STOP")])
-def test_a_killed_or_stopped_rank_costs_a_restart(whole, tmp_path, name, number):
-    """Rank 1 is killed, or stops for good, before step 8: the losses are the undisturbed ones."""
+def test_a_killed_or_stopped_rank_causes_one_restart(undisturbed, tmp_path, name, number):
+    """Rank 1 is killed or stopped before step 8: the losses equal those of an undisturbed run."""
     run_dir = tmp_path / "run"
     options = {
         "signal_step": 8,
@@ -71,7 +71,7 @@ def test_a_killed_or_stopped_rank_costs_a_restart(whole, tmp_path, name, number)
     process = start(launcher(name), run_dir, options)
     output = finish(process)
     assert process.returncode == exit_codes.DONE, output
-    assert losses(run_dir) == losses(whole)
+    assert losses(run_dir) == losses(undisturbed)
     done = json.loads((run_dir / "done.json").read_text())
     assert done["attempts"] == 2
     assert 0 < done["goodput"] < 1
@@ -82,41 +82,48 @@ def test_a_killed_or_stopped_rank_costs_a_restart(whole, tmp_path, name, number)
         assert list((run_dir / "hangs").glob("*.collectives.json"))
 
 
-def test_preemption_saves_and_the_same_line_goes_on(whole, tmp_path):
+def test_a_preempted_run_saves_and_the_same_command_resumes_it(undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     options = {"signal_step": 4, "signal_ranks": [0], "signal": int(signal.SIGUSR1)}
     process = start(launcher("torchrun"), run_dir, {"train": {"checkpoint_every": 100}} | options)
-    seen = ""
+    output = ""
     assert process.stdout is not None
-    while "told to stop, and saved; restart" not in seen:  # a rank alone: the supervisor goes on
+    while "asked to stop, and saved; restart" not in output:  # only a rank was signalled
         line = process.stdout.readline()
-        assert line, seen
-        seen += line
+        assert line, output
+        output += line
     process.send_signal(signal.SIGTERM)
     finish(process)
     assert process.returncode == exit_codes.REQUEUE
-    (run_dir / watch.STOP_FILE).touch()
+    (run_dir / heartbeat.STOP_FILE).touch()
     process = start(launcher("torchrun"), run_dir, {"train": {"checkpoint_every": 100}})
     output = finish(process)
     assert process.returncode == exit_codes.HALTED, output
-    (run_dir / watch.STOP_FILE).unlink()
+    (run_dir / heartbeat.STOP_FILE).unlink()
     process = start(launcher("torchrun"), run_dir, {"train": {"checkpoint_every": 100}})
     output = finish(process)
     assert process.returncode == exit_codes.DONE, output
-    assert losses(run_dir) == losses(whole)
+    assert losses(run_dir) == losses(undisturbed)
 
 
-def test_two_nodes_one_of_which_is_lost(whole, tmp_path):
-    """Two supervisors with a rank each; all of one node is killed, and started again."""
+def test_a_lost_node_rejoins_the_job(undisturbed, tmp_path):
+    """Two supervisors with one rank each; all processes of one node are killed and restarted."""
     hosts, run_dir = tmp_path / "hosts", tmp_path / "run"
     hosts.write_text("node-a slots=1\nnode-b slots=1\n")
     options = {"signal_step": 8, "signal_ranks": [1], "once": str(tmp_path / "once")}
-    options["signal"] = int(signal.SIGSTOP)  # it waits there to be killed with its node
+    options["signal"] = int(signal.SIGSTOP)  # the rank stops there until its node is killed
     command = ["--", str(BIN / "deepspeed"), "--no_local_rank"]
 
     def node(name: str) -> "subprocess.Popen[str]":
-        words = ["--hostfile", str(hosts), "--meet", str(tmp_path / "meet"), "--node", name]
-        return start([*words, *command], run_dir, options)
+        arguments = [
+            "--hostfile",
+            str(hosts),
+            "--rendezvous",
+            str(tmp_path / "meet"),
+            "--node",
+            name,
+        ]
+        return start([*arguments, *command], run_dir, options)
 
     first, second = node("node-a"), node("node-b")
     while not (tmp_path / "once").exists():
@@ -124,9 +131,9 @@ def test_two_nodes_one_of_which_is_lost(whole, tmp_path):
         assert second.poll() is None
         time.sleep(0.2)
     for process in [*psutil.Process(second.pid).children(recursive=True), second]:
-        process.kill()  # as a machine that loses its power
+        process.kill()  # as in a power failure
     second.communicate()
     second = node("node-b")
     outputs = [finish(first), finish(second)]
     assert [first.returncode, second.returncode] == [exit_codes.DONE] * 2, "\n".join(outputs)
-    assert losses(run_dir) == losses(whole)
+    assert losses(run_dir) == losses(undisturbed)

@@ -1,4 +1,7 @@
-"""A training job of the small objective: what `pipelines/pretrain.py` does, without a data set."""
+"""A training job of the small objective: like `pipelines/pretrain.py`, but without a data set.
+
+The second argument is a JSON object of options, which also inject faults.
+"""
 
 import dataclasses
 import functools
@@ -17,27 +20,27 @@ from mdm.checkpoint.checkpoints import Checkpoints, uri_of
 from mdm.checkpoint.snapshot import Snapshot
 from mdm.checkpoint.state import RunError
 from mdm.config import Config, GuardConfig
-from mdm.loss import Objective
-from mdm.train import heartbeat as watch
+from mdm.loss import Loss
+from mdm.train import heartbeat
 from mdm.train.engine import start_ranks, stop_ranks
 from mdm.train.loop import train
 from mdm.train.run import Draw
 from mdm.train.saver import Saver
 from mdm.utils import exit_codes
 from mdm.utils.ranks import World
-from tests.helpers import MemoryLoader, Mixer, SmallObjective, small_config
+from tests.helpers import MemoryLoader, Mixer, SmallLoss, small_config
 
 
-class FatalLoader(MemoryLoader):
-    """Raises a signal in this process before it hands out a given step's batch."""
+class FaultyLoader(MemoryLoader):
+    """Injects faults before it returns the batch of a given step."""
 
     signal_step, signal_number = -1, signal.SIGKILL
-    small_files: ClassVar[dict[str, int]] = {}  # step -> largest file in bytes from then on
-    kill: ClassVar[dict[str, int]] = {}  # step -> process to kill, once there is a checkpoint
-    wait_for: ClassVar[dict[str, str]] = {}  # step -> file that must be there before it begins
+    small_files: ClassVar[dict[str, int]] = {}  # step -> limit on file sizes from then on, in bytes
+    kill: ClassVar[dict[str, int]] = {}  # step -> process to kill once a checkpoint is committed
+    wait_for: ClassVar[dict[str, str]] = {}  # step -> file to wait for before that step
     checkpoints: Checkpoints
-    explode_from = sys.maxsize  # from this step on nothing makes sense, whatever the samples
-    once = ""  # a file: the signal comes in the first attempt alone
+    explode_from = sys.maxsize  # from this step on, all latents are far too large
+    once = ""  # a marker file: if given, only the first attempt sends the signal
 
     def _first(self) -> bool:
         if not self.once:
@@ -48,7 +51,7 @@ class FatalLoader(MemoryLoader):
             return False
         return True
 
-    pace = 0.0  # seconds that each batch takes at least
+    pace = 0.0  # least seconds for each batch
 
     def __next__(self):
         time.sleep(self.pace)
@@ -72,36 +75,36 @@ class FatalLoader(MemoryLoader):
 
 
 def die_while_writing(step: int) -> None:
-    """SIGKILL in the middle of a background save: some objects are in the store, others not."""
+    """SIGKILL in the middle of a background save, after two objects were written."""
     write = Snapshot.write
 
     def torn(self, store, folder, rank):
-        put, done = store.put, []
+        put, written = store.put, []
 
-        def fatal(key, data, **options):
-            if folder.startswith(f"step-{step:08d}") and len(done) == 2:
+        def put_or_die(key, data, **options):
+            if folder.startswith(f"step-{step:08d}") and len(written) == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            done.append(key)
+            written.append(key)
             return put(key, data, **options)
 
-        store.put = fatal
+        store.put = put_or_die
         return write(self, store, folder, rank)
 
     Snapshot.write = torn
 
 
 def slow_save(seconds: float) -> None:
-    """A store that takes its time over every object: a save lasts long enough to be hit."""
+    """Slow down every write to the store, so that a signal can hit a save."""
     write = Snapshot.write
 
     def slow(self, store, folder, rank):
         put = store.put
 
-        def waiting(key, data, **options):
+        def slow_put(key, data, **options):
             time.sleep(seconds)
             return put(key, data, **options)
 
-        store.put = waiting
+        store.put = slow_put
         try:
             return write(self, store, folder, rank)
         finally:
@@ -111,7 +114,7 @@ def slow_save(seconds: float) -> None:
 
 
 def die_before_marker(step: int) -> None:
-    """SIGKILL when all is written but the commit."""
+    """SIGKILL after everything is written, before the commit."""
     commit = Checkpoints.commit
 
     def torn(self, name, manifest):
@@ -122,43 +125,43 @@ def die_before_marker(step: int) -> None:
     Checkpoints.commit = torn
 
 
-def copy_what_was_restored(uri: str) -> None:
-    """Save elsewhere what these ranks hold after they restored, before any step."""
+def save_restored_state_to(uri: str) -> None:
+    """After restoring and before any step, save the state of the ranks to `uri` as well."""
     restore = Saver.restore
 
-    def both(self, candidates):
-        found, passed = restore(self, candidates)
-        if found is not None:
-            own, self.checkpoints = self.checkpoints, Checkpoints.at(uri)
-            self.save(found.state, found.manifest["loader"])
+    def restore_and_save(self, candidates):
+        record, passed = restore(self, candidates)
+        if record is not None:
+            own_checkpoints, self.checkpoints = self.checkpoints, Checkpoints.at(uri)
+            self.save(record.state, record.manifest["loader"])
             self.wait()
-            self.checkpoints = own
-        return found, passed
+            self.checkpoints = own_checkpoints
+        return record, passed
 
-    Saver.restore = both
+    Saver.restore = restore_and_save
 
 
 def configured(run_dir: Path, options: dict[str, Any]) -> tuple[Config, type[nn.Module]]:
-    """The run's configuration and objective: the small ones, but for what `options` ask."""
+    """The run's configuration and objective: the small ones, changed by `options`."""
     config = small_config(run_dir, options.get("global_batch", 8), **options.get("train", {}))
-    objective: type[nn.Module] = SmallObjective
+    objective: type[nn.Module] = SmallLoss
     if options.get("real"):
         grid = dataclasses.replace(config.model, image_height=2, image_width=2)
-        config, objective = dataclasses.replace(config, model=grid), Objective
+        config, objective = dataclasses.replace(config, model=grid), Loss
     if "guard" in options:
         config = dataclasses.replace(config, guard=GuardConfig(**options["guard"]))
-    if "pictures" in options:  # tokenizer, autoencoder, vocab_size
-        given = dict(options["pictures"])
-        model = dataclasses.replace(config.model, vocab_size=given.pop("vocab_size"))
-        config = dataclasses.replace(config, model=model, **given)
+    if "images" in options:  # tokenizer, autoencoder, vocab_size
+        inputs = dict(options["images"])
+        model = dataclasses.replace(config.model, vocab_size=inputs.pop("vocab_size"))
+        config = dataclasses.replace(config, model=model, **inputs)
     return config, objective
 
 
 def drawing(options: dict[str, Any]) -> Draw | None:
-    """What draws pictures of snapshots, if asked for."""
+    """The function that generates images with each snapshot; None without the option `draw`."""
     if not options.get("draw"):
         return None
-    from mdm.evaluate.samples import draw_samples
+    from mdm.report.drawing import draw_samples
 
     return functools.partial(draw_samples, n=2)
 
@@ -169,7 +172,7 @@ def main() -> int:
     world = start_ranks(config.train.threads)
 
     def make_loader(config, world: World) -> MemoryLoader:
-        loader = FatalLoader(config, world, options.get("poison_step", -1), options.get("poison"))
+        loader = FaultyLoader(config, world, options.get("poison_step", -1), options.get("poison"))
         loader.once = options.get("once", "")
         loader.poison_from = options.get("poison_from", 0)
         loader.wait_for = options.get("wait_for", {})
@@ -183,9 +186,9 @@ def main() -> int:
         loader.signal_number = options.get("signal", signal.SIGKILL)
         return loader
 
-    for fault in (copy_what_was_restored, die_while_writing, die_before_marker, slow_save):
-        if given := options.get(fault.__name__):
-            fault(given)
+    for fault in (save_restored_state_to, die_while_writing, die_before_marker, slow_save):
+        if argument := options.get(fault.__name__):
+            fault(argument)
     while not Path(options.get("begin_when", "/")).exists():
         time.sleep(0.02)
     try:
@@ -199,15 +202,15 @@ def main() -> int:
             track=options.get("track", False),
             draw=drawing(options),
         )
-        watch.report_end(code)
+        heartbeat.report_end(code)
         return code
     except RunError as error:
-        watch.report_end(error.code, str(error))
+        heartbeat.report_end(error.code, str(error))
         if world.is_main:
             print(error, file=sys.stderr)  # noqa: T201
         return error.code
     except Exception as error:
-        watch.report_end(exit_codes.GAVE_UP, f"{type(error).__name__}: {error}")
+        heartbeat.report_end(exit_codes.GAVE_UP, f"{type(error).__name__}: {error}")
         raise
     finally:
         stop_ranks()

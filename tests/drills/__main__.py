@@ -1,7 +1,7 @@
-"""`make drill`: real faults in real jobs, a table, and `runs/drill/report.json`. Exit code 1 if not
-every fault was survived without loss.
+"""`make drill`: inject real faults into real jobs, print a table, write `runs/drill/report.json`.
 
-`python -m tests.drills --only encode_kills --rounds 3` runs one of them, with fewer kills.
+The exit code is 1 unless every fault was survived without loss.
+`python -m tests.drills --only encode_kills --rounds 3` runs one drill, with fewer kills.
 """
 
 import dataclasses
@@ -45,14 +45,14 @@ DRILLS: tuple[Drill, ...] = (
 class Flags:
     """Flags of the drills."""
 
-    only: str = doc("", "names of drills, separated by commas; all without")
-    rounds: int = doc(30, "random kills of each drill that kills")
-    seed: int = doc(0, "of all that is random")
+    only: str = doc("", "names of drills, separated by commas; empty: all")
+    rounds: int = doc(30, "random kills in each drill that kills processes")
+    seed: int = doc(0, "seed of everything random")
     out: str = doc("runs/drill", "folder of report.json")
 
 
-def chosen(only: str) -> list[Drill]:
-    """The drills of these names; ValueError for an unknown one."""
+def select_drills(only: str) -> list[Drill]:
+    """The drills with these names, or all drills; ValueError for an unknown name."""
     by_name = {d.__name__: d for d in DRILLS}
     unknown = [name for name in only.split(",") if name and name not in by_name]
     if unknown:
@@ -60,7 +60,7 @@ def chosen(only: str) -> list[Drill]:
     return [by_name[name] for name in only.split(",") if name] or list(DRILLS)
 
 
-def line(name: str, row: Row) -> str:
+def table_line(name: str, row: Row) -> str:
     equal = "yes" if row.bitwise_equal else "NO"
     return (
         f"{name:<16} {row.fault:<34} {row.injected:>8} {row.survived:>8} {row.lost:>4} {equal:>7} "
@@ -69,8 +69,8 @@ def line(name: str, row: Row) -> str:
 
 
 def passed(row: dict[str, Any]) -> bool:
-    held: bool = row["survived"] == row["injected"] and row["bitwise_equal"] and not row["lost"]
-    return held
+    all_survived: bool = row["survived"] == row["injected"]
+    return all_survived and row["bitwise_equal"] and not row["lost"]
 
 
 def write_report(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -88,7 +88,7 @@ def write_report(path: Path, rows: list[dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     flags = parse_cli(Flags, argv, description=__doc__)
     try:
-        drills = chosen(flags.only)
+        drills = select_drills(flags.only)
     except ValueError as error:
         fail(f"drill: {error}")
     rows: list[dict[str, Any]] = []
@@ -103,16 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 for row in drill(Setting(Path(folder), flags.rounds, flags.seed)):
                     rows.append({"drill": name, **dataclasses.asdict(row)})
-                    print(line(name, row), flush=True)
-            except Exception as error:  # noqa: BLE001 - the others are run all the same
-                told = f"{type(error).__name__}: {error}"[:2000]
-                row = Row("the drill itself", 1, 0, 0, False, time.monotonic() - began, told)
+                    print(table_line(name, row), flush=True)
+            except Exception as error:  # noqa: BLE001 - the other drills still run
+                message = f"{type(error).__name__}: {error}"[:2000]
+                row = Row("the drill itself", 1, 0, 0, False, time.monotonic() - began, message)
                 rows.append({"drill": name, **dataclasses.asdict(row)})
-                print(line(name, row), flush=True)
+                print(table_line(name, row), flush=True)
         write_report(path, rows)
-    bad = [r for r in rows if not passed(r)]
-    print(f"{len(rows) - len(bad)} of {len(rows)} held; {path}")
-    return 1 if bad else 0
+    failed = [r for r in rows if not passed(r)]
+    print(f"{len(rows) - len(failed)} of {len(rows)} passed; {path}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

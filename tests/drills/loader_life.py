@@ -1,6 +1,6 @@
-"""A process that loads as all ranks of a run until it is killed, and its life as a drill sees it.
+"""A process that loads the batches of all ranks until it is killed, and the drill's side of it.
 
-Ranks do not speak to one another when they load, so one process can be all of them.
+Ranks do not communicate when they load, so one process can act for all of them.
 """
 
 import json
@@ -22,13 +22,13 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Step:
-    """What a step gave: ids by rank, and the state after it."""
+    """One step: the sample ids of each rank, and the loader state after it."""
 
     parts: list[list[str]]
     state: dict[str, Any]
 
     def ids(self) -> list[str]:
-        """Of the global batch, whatever the number of ranks."""
+        """The ids of the global batch, which do not depend on the number of ranks."""
         return [i for part in self.parts for i in part]
 
 
@@ -40,7 +40,7 @@ def walk(
     seconds: float = 0.0,
     **settings: int,
 ) -> list[Step]:
-    """So many steps from a state on; the process is killed this long after the last of them."""
+    """Load `steps` steps from a state on; the process is killed `seconds` after the last one."""
     plan = {"data": to_dict(config), "ranks": ranks, "state": state, "settings": settings}
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.drills.loader_life", json.dumps(plan)],
@@ -61,7 +61,7 @@ def walk(
 
 
 def main() -> None:
-    """Print the ids of each step by rank, and the state after it, a line a step."""
+    """Print one line of JSON a step: the ids by rank, and the loader state after it."""
     plan = json.loads(sys.argv[1])
     mixture = open_mixture(from_dict(DataConfig, plan["data"]))
     loaders = [

@@ -1,4 +1,4 @@
-"""Drills of the training engine: signals at random moments, bad numbers, damage, servers away."""
+"""Drills of training: signals at random times, bad numbers, damaged checkpoints, outages."""
 
 import itertools
 import json
@@ -12,38 +12,38 @@ from pathlib import Path
 from typing import Any
 
 from mdm.checkpoint.checkpoints import MANIFEST, MARKER
-from pipelines.s3_server import S3Server
-from tests.chaos.faults import environment
-from tests.chaos.mlflow_server import MlflowServer
-from tests.chaos.proxy import FaultProxy
+from mdm.storage.server import S3Server
 from tests.drills.drill import Row, Setting
 from tests.drills.runbook import execute
 from tests.drills.training_job import (
     ENV,
     Job,
-    committed,
-    done_note,
-    equal,
+    equal_runs,
     losses,
+    newest_committed_step,
+    read_done,
     unfinished,
 )
+from tests.faults.faults import environment
+from tests.faults.mlflow_server import MlflowServer
+from tests.faults.proxy import FaultProxy
 
 TARGETS = ("rank", "launcher", "supervisor")
 SIGNALS = ("SIGKILL", "SIGSTOP", "SIGTERM", "SIGUSR1")
 
 
 def timed(run_dir: Path, options: dict[str, Any]) -> float:
-    """Seconds of an undisturbed run."""
+    """The seconds that an undisturbed run takes."""
     began = time.monotonic()
     Job(run_dir, options).finish()
     return time.monotonic() - began
 
 
 def training_signals(setting: Setting) -> Iterator[Row]:
-    """`rounds` signals to ranks, launcher and supervisor: half of them into a save.
+    """Send `rounds` signals to ranks, launcher and supervisor, half of them during a save.
 
-    One run saves into a folder, another one to S3; each is hit again and again, at random moments
-    and while a checkpoint is being written or uploaded.
+    One run saves to a folder, another to S3. Each receives signals again and again, in turn at
+    random times and while a checkpoint is being written or uploaded.
     """
     steps = 40 * -(-setting.rounds // 2)
     common = {"steps": steps, "checkpoint_every": 7, "snapshots": 0, "hang_seconds": 8.0}
@@ -53,69 +53,75 @@ def training_signals(setting: Setting) -> Iterator[Row]:
         server = stack.enter_context(S3Server(setting.folder / "s3", bucket="drill"))
         stack.enter_context(environment(server.env))
         half = setting.rounds // 2
-        for what, uri, rounds in (
+        for kind_of_save, uri, rounds in (
             ("a save", str(setting.folder / "saved"), setting.rounds - half),
             ("an upload", "s3://drill/run", half),
         ):
             faults = [(s, t) for s in SIGNALS for t in TARGETS]
-            setting.random(what).shuffle(faults)
-            run_dir = setting.folder / what.replace(" ", "-")
+            setting.random(kind_of_save).shuffle(faults)
+            run_dir = setting.folder / kind_of_save.replace(" ", "-")
             job = Job(run_dir, options | {"train": common | {"checkpoints": uri}, "slow_save": 0.1})
             began, lost = time.monotonic(), 0
             injected, torn = Counter[str](), Counter[str]()
             for n in itertools.count():
                 if injected.total() == rounds or job.done():
                     break
-                into = "" if n % 2 else what
-                hit = strike(job, uri, *faults[n % len(faults)], into=into, setting=setting)
-                if hit is not None:  # else the next one takes its turn
-                    name, was_torn, was_lost = hit
+                during = "" if n % 2 else kind_of_save
+                fault = faults[n % len(faults)]
+                result = inject_signal(job, uri, *fault, during=during, setting=setting)
+                if result is not None:  # else go on with the next fault
+                    name, was_torn, was_lost = result
                     injected[name] += 1
                     torn[name] += was_torn
                     lost += was_lost
             job.finish()
-            same = equal(setting.folder / "whole", run_dir)
+            same = equal_runs(setting.folder / "whole", run_dir)
             seconds = time.monotonic() - began - undisturbed
-            goodput = done_note(run_dir)["goodput"]
+            goodput = read_done(run_dir)["goodput"]
             for name, count in sorted(injected.items()):
                 note = f"{torn[name]} left a torn checkpoint; goodput of its run {goodput:.2f}"
                 share = seconds * count / injected.total()
                 yield Row(name, count, count, lost, same, share, note)
 
 
-def strike(
-    job: Job, uri: str, name: str, target: str, into: str, setting: Setting
+def inject_signal(
+    job: Job, uri: str, name: str, target: str, during: str, setting: Setting
 ) -> tuple[str, bool, bool] | None:
-    """One signal: which, whether a torn checkpoint is left, and whether a committed one is gone.
+    """Send one signal; returns None if the run was done already or had no such process.
 
-    None where the run was done before, or its process was not there.
+    Otherwise returns the fault's name, whether it left a torn checkpoint, and whether a committed
+    checkpoint is gone.
     """
     before = job.step()
     rng = setting.random(f"{uri} {before} {name} {target}")
-    while not job.done() and job.step() <= before + 2:  # each attempt gets somewhere
+    while not job.done() and job.step() <= before + 2:  # let each attempt make progress
         time.sleep(0.05)
     former = unfinished(uri)
-    if into:
+    if during:
         while not job.done() and not unfinished(uri) - former:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.2))
     else:
         time.sleep(rng.uniform(0, 1.0))
-    process = job.find(target, rng)
+    process = job.find_process(target, rng)
     if process is None or job.done():
         return None
-    newest = committed(uri)
+    newest = newest_committed_step(uri)
     process.send_signal(getattr(signal, name))
-    if name == "SIGSTOP" and target != "rank":  # it holds nothing up, and goes on later
+    if name == "SIGSTOP" and target != "rank":  # it delays nothing: continue it later
         time.sleep(rng.uniform(0, 2))
         process.send_signal(signal.SIGCONT)
-    time.sleep(2.0)  # a save that was not hit is committed by now
-    where = f", in {into}" if into else f", {'S3' if uri.startswith('s3') else 'folder'}"
-    return f"{name} of {target}{where}", bool(unfinished(uri) - former), committed(uri) < newest
+    time.sleep(2.0)  # by now, a save that was not interrupted is committed
+    where = f", in {during}" if during else f", {'S3' if uri.startswith('s3') else 'folder'}"
+    return (
+        f"{name} of {target}{where}",
+        bool(unfinished(uri) - former),
+        newest_committed_step(uri) < newest,
+    )
 
 
 def training_numbers(setting: Setting) -> Iterator[Row]:
-    """NaN and spikes on one rank, with a kill right after: the same decisions once more."""
+    """NaN and spikes on one rank, then SIGKILL: the guard repeats its decisions after resuming."""
     common = {"steps": 30, "checkpoint_every": 5, "snapshots": 0}
     for fault, extra in (
         ("NaN on one rank", {"poison_step": 13}),
@@ -129,19 +135,21 @@ def training_numbers(setting: Setting) -> Iterator[Row]:
         job = Job(folder / "killed", options | kill)
         job.finish()
         seconds = time.monotonic() - began - undisturbed
-        held = '"skipped"' in (job.run_dir / "events.jsonl").read_text()
-        same = equal(folder / "whole", job.run_dir)
-        note = f"and a SIGKILL; goodput {done_note(job.run_dir)['goodput']:.2f}"
-        yield Row(fault, 1, int(held), 0, same, seconds, note)
+        skipped = '"skipped"' in (job.run_dir / "events.jsonl").read_text()
+        same = equal_runs(folder / "whole", job.run_dir)
+        note = f"and a SIGKILL; goodput {read_done(job.run_dir)['goodput']:.2f}"
+        yield Row(fault, 1, int(skipped), 0, same, seconds, note)
 
 
 def _change(key: str, change: Callable[[bytearray], Any]) -> Callable[[Path], None]:
-    def harm(checkpoint: Path) -> None:
+    """A function that changes the bytes of one file of a checkpoint."""
+
+    def damage(checkpoint: Path) -> None:
         data = bytearray((checkpoint / key).read_bytes())
         change(data)
         (checkpoint / key).write_bytes(data)
 
-    return harm
+    return damage
 
 
 def flip(data: bytearray) -> None:
@@ -162,12 +170,12 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
 
 
 def newest_folder(run_dir: Path) -> Path:
-    """The newest checkpoint of a run that keeps them in its folder."""
+    """The newest checkpoint of a run whose checkpoints are in its folder."""
     return sorted((run_dir / "checkpoints").glob("step-*"))[-1]
 
 
 def training_damage(setting: Setting) -> Iterator[Row]:
-    """The newest checkpoint of a stopped run is damaged: it goes on from the one before."""
+    """Damage the newest checkpoint of a stopped run: it resumes from the one before."""
     train = {"steps": 24, "checkpoint_every": 5, "keep": 3, "snapshots": 0}
     options = {"train": train, "pace": 0.1}
     timed(setting.folder / "whole", options)
@@ -175,24 +183,24 @@ def training_damage(setting: Setting) -> Iterator[Row]:
     stopped.reach(11)
     stopped.halt()
     seconds = {}
-    for fault, harm in {"": lambda checkpoint: None, **DAMAGE}.items():
+    for fault, damage in {"": lambda checkpoint: None, **DAMAGE}.items():
         run_dir = setting.folder / f"again-{fault.replace(' ', '-')}"
         shutil.copytree(stopped.run_dir, run_dir)
         name = newest_folder(run_dir).name
-        harm(newest_folder(run_dir))
+        damage(newest_folder(run_dir))
         began = time.monotonic()
         job = Job(run_dir, options)
         job.finish()
         seconds[fault] = time.monotonic() - began
         if fault:
-            held = f"passed over {name}" in job.said()
-            same = equal(setting.folder / "whole", run_dir)
+            passed_over = f"skipped {name}" in job.output()
+            same = equal_runs(setting.folder / "whole", run_dir)
             lost = seconds[fault] - seconds[""]
-            yield Row(f"newest checkpoint: {fault}", 1, int(held), 0, same, lost)
+            yield Row(f"newest checkpoint: {fault}", 1, int(passed_over), 0, same, lost)
 
 
 def training_store(setting: Setting) -> Iterator[Row]:
-    """S3 is away in the middle of a run and comes back; then a network that spoils requests."""
+    """An S3 outage in the middle of a run; then a network that corrupts requests."""
     options = {"train": {"steps": 120, "checkpoint_every": 10, "snapshots": 0}, "pace": 0.1}
     undisturbed = timed(setting.folder / "whole", options)
     with ExitStack() as stack:
@@ -202,30 +210,30 @@ def training_store(setting: Setting) -> Iterator[Row]:
         began = time.monotonic()
         job = Job(setting.folder / "away", _saving_to(options, uri))
         job.reach(25)
-        before = committed(uri)
+        before = newest_committed_step(uri)
         server.kill()
         job.reach(60)
         server.start()
         job.finish()
-        lost = int(committed(uri) < before) + 120 - len(losses(job.run_dir))
-        same = equal(setting.folder / "whole", job.run_dir)
-        held = committed(uri) == 120
-        note = f"{job.said().count('is not saved')} saves failed; {_goodput(job)}"
+        lost = int(newest_committed_step(uri) < before) + 120 - len(losses(job.run_dir))
+        same = equal_runs(setting.folder / "whole", job.run_dir)
+        finished = newest_committed_step(uri) == 120
+        note = f"{job.output().count('is not saved')} saves failed; {_goodput(job)}"
         seconds = time.monotonic() - began - undisturbed
-        yield Row("S3 away, in uploads", 1, int(held), lost, same, seconds, note)
+        yield Row("S3 down, in uploads", 1, int(finished), lost, same, seconds, note)
 
-        uri = "s3://drill/spoilt"
+        uri = "s3://drill/corrupted"
         kinds = ("503", "reset", "truncate", "flip")
         with FaultProxy(server.port, 0.1, kinds, setting.seed) as proxy:
             began = time.monotonic()
             env = {"AWS_ENDPOINT_URL": proxy.endpoint}
-            job = Job(setting.folder / "spoilt", _saving_to(options, uri), env)
+            job = Job(setting.folder / "corrupted", _saving_to(options, uri), env)
             job.finish()
             count = sum(proxy.injected.values())
-        lost = 120 - committed(uri)
-        same = equal(setting.folder / "whole", job.run_dir)
+        lost = 120 - newest_committed_step(uri)
+        same = equal_runs(setting.folder / "whole", job.run_dir)
         seconds = time.monotonic() - began - undisturbed
-        yield Row("S3 spoils 10 % of requests", count, count, lost, same, seconds, _goodput(job))
+        yield Row("S3 network corrupts 10 %", count, count, lost, same, seconds, _goodput(job))
 
 
 def _saving_to(options: dict[str, Any], uri: str) -> dict[str, Any]:
@@ -233,11 +241,11 @@ def _saving_to(options: dict[str, Any], uri: str) -> dict[str, Any]:
 
 
 def _goodput(job: Job) -> str:
-    return f"goodput {done_note(job.run_dir)['goodput']:.2f}"
+    return f"goodput {read_done(job.run_dir)['goodput']:.2f}"
 
 
 def tracking_away(setting: Setting) -> Iterator[Row]:
-    """The MLflow server is killed in the middle of a run and comes back before its end."""
+    """Kill the MLflow server in the middle of a run and restart it before the run ends."""
     import mlflow
 
     options = {"train": {"steps": 120, "checkpoint_every": 20, "snapshots": 0}, "pace": 0.1}
@@ -256,7 +264,7 @@ def tracking_away(setting: Setting) -> Iterator[Row]:
         run_id = json.loads((job.run_dir / "tracking.json").read_text())["run_id"]
         client = mlflow.MlflowClient(tracking_uri=server.uri)
         steps = [m.step for m in client.get_metric_history(run_id, "loss")]
-        held = sorted(steps) == [8 * (n + 1) for n in range(120)]
-        held = held and client.get_run(run_id).info.status == "FINISHED"
-    same, lost = equal(setting.folder / "whole", job.run_dir), 120 - len(set(steps))
-    yield Row("MLflow away", 1, int(held), lost, same, seconds, _goodput(job))
+        delivered = sorted(steps) == [8 * (n + 1) for n in range(120)]
+        delivered = delivered and client.get_run(run_id).info.status == "FINISHED"
+    same, lost = equal_runs(setting.folder / "whole", job.run_dir), 120 - len(set(steps))
+    yield Row("MLflow down", 1, int(delivered), lost, same, seconds, _goodput(job))

@@ -1,4 +1,4 @@
-"""A second training on a living run, at random times: it is refused, the first is untouched."""
+"""Start a second training on a live run, at random times: it is refused, the first unaffected."""
 
 import itertools
 import json
@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from mdm.checkpoint.checkpoints import Checkpoints
+from mdm.storage.server import S3Server
 from mdm.train.writer import RUN_LEASE
 from mdm.utils import exit_codes
-from pipelines.s3_server import S3Server
-from tests.chaos.faults import environment
 from tests.drills.drill import Row, Setting
-from tests.drills.training_job import ENV, JOB, equal
+from tests.drills.training_job import ENV, JOB, equal_runs
+from tests.faults.faults import environment
 from tests.helpers import ROOT
 
 ROUNDS = 20
 TRAIN = {"steps": 16, "checkpoint_every": 3, "snapshots": 1}
-LAST = "14"  # the first one waits before this step until the second has ended
+PAUSE_STEP = "14"  # the first job waits before this step until the second has ended
 KINDS = [*itertools.product(("run folder", "checkpoints"), ("disk", "S3"), ("auto", "none"))]
 
 
 def start(run_dir: Path, options: dict[str, Any]) -> "subprocess.Popen[str]":
-    """A training of one rank, without a supervisor."""
+    """Start a training on one rank, without a supervisor."""
     return subprocess.Popen(
         [sys.executable, JOB, str(run_dir), json.dumps(options)],
         cwd=ROOT,
@@ -39,35 +39,43 @@ def start(run_dir: Path, options: dict[str, Any]) -> "subprocess.Popen[str]":
 
 
 def two_trainings(setting: Setting) -> Iterator[Row]:
-    """`rounds` second jobs, 20 at most: to go on or to start over, on the same folder or on its
-    checkpoints alone, which lie in a folder or on S3."""
-    whole = setting.folder / "whole"
-    undisturbed = start(whole, {"train": TRAIN})
-    said, _ = undisturbed.communicate(timeout=900)
-    assert undisturbed.returncode == exit_codes.DONE, said
+    """Start `rounds` second jobs, at most 20.
+
+    They resume or start over, on the folder of a live run or only on its checkpoints, which are in
+    a folder or on S3.
+    """
+    undisturbed = setting.folder / "whole"
+    process = start(undisturbed, {"train": TRAIN})
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == exit_codes.DONE, output
     with ExitStack() as stack:
         server = stack.enter_context(S3Server(setting.folder / "s3", bucket="drill"))
         stack.enter_context(environment(server.env))
-        found: dict[str, list[tuple[bool, bool]]] = {}
+        results: dict[str, list[tuple[bool, bool]]] = {}
         for number in range(min(setting.rounds, ROUNDS)):
             shared, store, resume = KINDS[number % len(KINDS)]
             folder = setting.folder / f"round-{number}"
             uri = f"s3://drill/round-{number}" if store == "S3" else str(folder / "saved")
-            result = second_job(setting, folder, uri, shared == "checkpoints", resume, whole)
-            found.setdefault(f"second training, {shared}, {store}", []).append(result)
-        for fault, rounds in found.items():
+            only_checkpoints = shared == "checkpoints"
+            result = second_job(setting, folder, uri, only_checkpoints, resume, undisturbed)
+            results.setdefault(f"second training, {shared}, {store}", []).append(result)
+        for fault, rounds in results.items():
             refused = sum(r for r, _ in rounds)
             yield Row(fault, len(rounds), refused, 0, all(same for _, same in rounds), 0.0)
 
 
 def second_job(
-    setting: Setting, folder: Path, uri: str, elsewhere: bool, resume: str, whole: Path
+    setting: Setting, folder: Path, uri: str, elsewhere: bool, resume: str, undisturbed: Path
 ) -> tuple[bool, bool]:
-    """Whether the second was refused by name, and whether the first is as `whole`, bit for bit."""
+    """Run a first job, and a second one while it is alive.
+
+    Returns whether the second was refused with a line that names the first, and whether the first
+    equals the run in `undisturbed` bit for bit.
+    """
     first_dir, gate, go = folder / "run", folder / "gate", folder / "go"
     folder.mkdir()
     train = TRAIN | {"checkpoints": uri}
-    pace = {"pace": 0.2, "wait_for": {LAST: str(gate)}}
+    pace = {"pace": 0.2, "wait_for": {PAUSE_STEP: str(gate)}}
     first = start(first_dir, {"train": train} | pace)
     second_dir = folder / "other" if elsewhere else first_dir
     second = start(second_dir, {"train": train, "resume": resume, "begin_when": str(go)})
@@ -76,28 +84,33 @@ def second_job(
         time.sleep(0.02)
     time.sleep(setting.random(f"two_trainings {folder.name}").uniform(0, 4))
     go.touch()
-    said, _ = second.communicate(timeout=300)
-    lines = [x for x in said.splitlines() if "is being written by another job" in x]
+    second_output, _ = second.communicate(timeout=300)
+    lines = [x for x in second_output.splitlines() if "is being written by another job" in x]
     refused = second.returncode == exit_codes.MISTAKE and len(lines) == 1
-    refused = refused and f"(process {first.pid} on " in lines[0] and "Traceback" not in said
+    refused = refused and f"(process {first.pid} on " in lines[0]
+    refused = refused and "Traceback" not in second_output
     refused = refused and not (elsewhere and second_dir.exists())
     gate.touch()
-    output, _ = first.communicate(timeout=300)
-    assert first.returncode == exit_codes.DONE, output
-    assert refused, said
-    attempts = (first_dir / "attempts.jsonl").read_text().splitlines()
-    same = equal(whole, first_dir) and len(attempts) == 1 and events(first_dir) == events(whole)
-    return refused, same and saved(uri) == saved(str(whole / "checkpoints"))
+    first_output, _ = first.communicate(timeout=300)
+    assert first.returncode == exit_codes.DONE, first_output
+    assert refused, second_output
+    attempts = [event for event, _ in events(first_dir) if event == "started"]
+    same = equal_runs(undisturbed, first_dir) and len(attempts) == 1
+    same = same and events(first_dir) == events(undisturbed)
+    return refused, same and saved(uri) == saved(str(undisturbed / "checkpoints"))
 
 
 def events(run_dir: Path) -> list[tuple[str, int]]:
-    """The run's logbook, but for times, and for saves: of two in a row the second one is noted."""
+    """The events of a run without their times.
+
+    Saves are left out: if two finish before they are logged, only the second one is.
+    """
     rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     return [(row["event"], row["step"]) for row in rows if row["event"] != "saved"]
 
 
 def saved(uri: str) -> dict[str, Any]:
-    """All that lies where a run keeps its checkpoints: keys, sizes and hashes."""
+    """The objects in the place of a run's checkpoints: keys, sizes and hashes."""
     checkpoints = Checkpoints.at(uri)
     hashes = {record.name: record.files for record in checkpoints.newest_first()[0]}
     return {"keys": sorted(checkpoints.store.listing()), "hashes": hashes}

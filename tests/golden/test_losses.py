@@ -1,6 +1,6 @@
-"""Twenty small training steps give the losses on record.
+"""Twenty small training steps give the recorded losses.
 
-A change of them is a change of the model or the objective: explain it in the commit. Rewrite the
+If they change, the model or the objective has changed: explain this in the commit. Rewrite the
 record with `python -m tests.golden.test_losses`.
 """
 
@@ -12,7 +12,7 @@ import torch
 
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from mdm.data.batch import Batch
-from mdm.loss import Objective
+from mdm.loss import Loss
 
 RECORD = Path(__file__).with_name("losses.json")
 STEPS = 20
@@ -37,7 +37,7 @@ CONFIG = Config(
 
 
 def batch(step: int) -> Batch:
-    """Pictures that show their class, captions that name it; every fourth batch is text alone."""
+    """Images that show their class, with captions that name it; every fourth batch is text-only."""
     text_only = step % 4 == 3
     generator = torch.Generator().manual_seed(step)
     b, m = 8, 10 if text_only else 6
@@ -62,7 +62,7 @@ def batch(step: int) -> Batch:
 def run() -> list[dict[str, float]]:
     """The loss terms of every step."""
     torch.manual_seed(0)
-    objective = Objective(CONFIG)
+    objective = Loss(CONFIG)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=3e-3, weight_decay=0)
     rows = []
     for step in range(STEPS):
@@ -75,10 +75,10 @@ def run() -> list[dict[str, float]]:
     return rows
 
 
-def test_losses_are_those_on_record():
+def test_twenty_steps_give_the_recorded_losses():
     recorded = json.loads(RECORD.read_text())
     for step, (ours, golden) in enumerate(zip(run(), recorded, strict=True)):
-        # Sums differ in order between processors; the record is not a bitwise promise.
+        # Processors sum in different orders, so the losses are not compared bit for bit.
         assert ours == pytest.approx(golden, rel=2e-3, abs=2e-4), f"step {step}"
 
 

@@ -1,4 +1,4 @@
-"""The objective: what carries gradients, how noise levels are drawn, nothing hidden."""
+"""The loss: which terms carry gradients, how noise levels are drawn, no hidden randomness."""
 
 import dataclasses
 
@@ -8,20 +8,23 @@ import torch
 from mdm.config import ObjectiveConfig
 from mdm.data.batch import Batch
 from mdm.diffusion import schedule
+from mdm.diffusion.levels import CONDITIONINGS
 from mdm.diffusion.schedule import STEPS
-from mdm.loss import CONDITIONINGS, Objective
+from mdm.loss import Loss
+from mdm.model.inputs import TextInput
+from mdm.train.metrics import sums_by_conditioning
 from tests.golden.test_losses import CONFIG, batch
 
 
 @pytest.fixture
-def objective() -> Objective:
+def objective() -> Loss:
     torch.manual_seed(0)
-    made = Objective(CONFIG)
-    torch.nn.init.normal_(made.network.image_out.weight, std=0.1)
-    return made
+    loss = Loss(CONFIG)
+    torch.nn.init.normal_(loss.network.image_out.weight, std=0.1)
+    return loss
 
 
-def test_is_a_pure_function_of_weights_and_batch(objective):
+def test_the_loss_is_a_pure_function_of_weights_and_batch(objective):
     objective.eval()  # running statistics stand still
     first = objective(batch(0), 0)
     torch.manual_seed(123)
@@ -63,27 +66,27 @@ def test_prompt_tokens_are_not_predicted(objective):
 def test_losses_by_conditioning_add_up_to_the_losses(objective):
     """Each sample counts for one conditioning, and the sums are those of the means."""
     terms = objective(batch(0), 0)
-    samples, eps_img, se_img, se_txt = terms.by_conditioning.sum(0)
+    samples, eps_img, se_img, se_txt = sums_by_conditioning(terms).sum(0)
     n = len(batch(0))
     assert samples == n
     means = torch.stack([eps_img, se_img, se_txt]).float() / n
     expected = torch.stack([terms.eps_img, terms.se_img, terms.se_txt])
     torch.testing.assert_close(means, expected.detach())
-    text = objective(batch(3), 3).by_conditioning
+    text = sums_by_conditioning(objective(batch(3), 3))
     assert text[CONDITIONINGS.index("text_alone"), 0] == text[:, 0].sum() == len(batch(3))
 
 
 def test_conditionings_are_named_by_what_is_given():
-    objective = Objective(CONFIG)
+    objective = Loss(CONFIG)
     n = 4000
-    many = dataclasses.replace(
+    whole = dataclasses.replace(
         batch(0),
         class_ids=torch.zeros(n, dtype=torch.long),
         latents=torch.zeros(n, 4, 16),
         prompt=(torch.arange(n) % 2 == 0).unsqueeze(1).expand(n, batch(0).tokens.shape[1]),
     )
     uniforms = torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
-    levels = objective.draw_levels(uniforms, many)
+    levels = objective.draw_levels(uniforms, whole)
     named = [CONDITIONINGS[i] for i in levels.conditioning.tolist()]
     for i, name in enumerate(named):
         t_img, t_txt, label = int(levels.t_img[i, -1]), int(levels.t_txt[i]), levels.class_ids[i]
@@ -91,8 +94,8 @@ def test_conditionings_are_named_by_what_is_given():
             "class_to_image": t_txt == STEPS and label >= 0 and 0 < t_img < STEPS,
             "image": t_txt == STEPS and label < 0 and 0 < t_img < STEPS,
             "text_to_image": t_txt == 0 and 0 < t_img < STEPS,
-            "image_to_text": t_img == 0 and 0 < t_txt < STEPS and not many.prompt[i, 0],
-            "answer": t_img == 0 and 0 < t_txt < STEPS and bool(many.prompt[i, 0]),
+            "image_to_text": t_img == 0 and 0 < t_txt < STEPS and not whole.prompt[i, 0],
+            "answer": t_img == 0 and 0 < t_txt < STEPS and bool(whole.prompt[i, 0]),
             "text_alone": t_img == STEPS and 0 < t_txt < STEPS,
             "both": 0 < t_img < STEPS and 0 < t_txt < STEPS,
         }
@@ -103,16 +106,16 @@ def test_conditionings_are_named_by_what_is_given():
 def test_shares_of_noise_levels():
     weights = ObjectiveConfig()
     config = dataclasses.replace(CONFIG, objective=weights)
-    objective = Objective(config)
+    objective = Loss(config)
     n = 20_000
-    many = dataclasses.replace(
+    whole = dataclasses.replace(
         batch(0),
         class_ids=torch.zeros(n, dtype=torch.long),
         latents=torch.zeros(n, 4, 16),
         prompt=torch.zeros(n, 1, dtype=torch.bool),
     )
     uniforms = torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
-    levels = objective.draw_levels(uniforms, many)
+    levels = objective.draw_levels(uniforms, whole)
     shares = {
         "p_text_to_image": levels.t_txt == 0,
         "p_image_to_text": levels.t_img[:, 0] == 0,
@@ -128,59 +131,59 @@ def test_shares_of_noise_levels():
     assert not ((levels.t_img[:, 0] == 0) & (levels.t_txt == 0)).any()
 
 
-def with_objective(**changes) -> Objective:
+def with_objective(**changes) -> Loss:
     torch.manual_seed(0)
     weights = dataclasses.replace(CONFIG.objective, **changes)
-    made = Objective(dataclasses.replace(CONFIG, objective=weights))
-    torch.nn.init.normal_(made.network.image_out.weight, std=0.1)
-    return made
+    loss = Loss(dataclasses.replace(CONFIG, objective=weights))
+    torch.nn.init.normal_(loss.network.image_out.weight, std=0.1)
+    return loss
 
 
-def two_pictures(n: int = 8):
-    """A dialogue with a picture at its second token and another beside the whole of it."""
+def two_images(n: int = 8):
+    """A dialogue with an image at its second token and another without a position."""
     one = batch(0)
     return dataclasses.replace(
         one,
         latents=torch.cat([one.latents, one.latents.flip(0)], 1),
-        picture_at=torch.tensor([[1, -1]]).expand(n, 2).contiguous(),
+        image_at=torch.tensor([[1, -1]]).expand(n, 2).contiguous(),
     )
 
 
-def test_former_pictures_of_a_dialogue_are_given_or_dropped(objective):
+def test_earlier_images_of_a_dialogue_are_given_or_dropped(objective):
     n = 4000
-    many = dataclasses.replace(
-        two_pictures(),
+    whole = dataclasses.replace(
+        two_images(),
         class_ids=torch.zeros(n, dtype=torch.long),
         latents=torch.zeros(n, 8, 16),
         prompt=torch.zeros(n, 1, dtype=torch.bool),
     )
     uniforms = torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
-    levels = objective.draw_levels(uniforms, many)
+    levels = objective.draw_levels(uniforms, whole)
     former, last = levels.t_img.unbind(1)
     nothing_given = (levels.t_txt == STEPS) | (last == STEPS)
     assert (former == torch.where(nothing_given, STEPS, 0)).all()
     assert ((last > 0) & (last < STEPS) & (former == 0)).any()
-    one = dataclasses.replace(many, latents=torch.zeros(n, 4, 16))
+    one = dataclasses.replace(whole, latents=torch.zeros(n, 4, 16))
     assert torch.equal(objective.draw_levels(uniforms, one).t_img[:, 0], last)
 
 
-def test_a_dialogue_with_pictures_trains(objective):
-    terms = objective(two_pictures(), 0)
+def test_a_dialogue_with_images_trains(objective):
+    terms = objective(two_images(), 0)
     terms.total.backward()
     assert terms.eps_img > 0
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
-    moved = dataclasses.replace(two_pictures(), picture_at=torch.full((8, 2), 3))
-    assert objective(moved, 0).eps_img != objective(two_pictures(), 0).eps_img
+    moved = dataclasses.replace(two_images(), image_at=torch.full((8, 2), 3))
+    assert objective(moved, 0).eps_img != objective(two_images(), 0).eps_img
 
 
-def test_a_dropped_text_takes_its_prompt_along():
-    """Of a question with a picture nothing reaches a picture made without them."""
+def test_a_dropped_text_drops_its_prompt():
+    """A question does not influence the loss of an image that is generated without it."""
     objective = with_objective(p_image=1.0, p_text_to_image=0.0, p_image_to_text=0.0, p_text=0.0)
     objective.eval()
-    asked = dataclasses.replace(batch(0), prompt=torch.eye(8, 6, dtype=torch.bool))
-    other = dataclasses.replace(asked, tokens=asked.tokens.flip(1))
-    assert objective(asked, 1).eps_img == objective(other, 1).eps_img
-    assert objective(asked, 1).eps_img > 0
+    question = dataclasses.replace(batch(0), prompt=torch.eye(8, 6, dtype=torch.bool))
+    other = dataclasses.replace(question, tokens=question.tokens.flip(1))
+    assert objective(question, 1).eps_img == objective(other, 1).eps_img
+    assert objective(question, 1).eps_img > 0
 
 
 def test_total_is_eq_18_with_its_weights():
@@ -190,7 +193,7 @@ def test_total_is_eq_18_with_its_weights():
     torch.testing.assert_close(t.total, t.rec_img + t.rec_txt + 0.05 * t.kl + 0.7 * diffusion)
 
 
-def test_image_encoder_hears_the_diffusion_only_if_told_to():
+def test_the_diffusion_trains_the_image_encoder_only_if_latents_are_not_detached():
     objective = with_objective(detach_latents=False)
     terms = objective(batch(0), 0)
     (terms.eps_img + terms.se_img).backward()
@@ -226,7 +229,7 @@ LENGTH, WORDS = 6, 10
 
 
 def sentences(step: int) -> Batch:
-    """Every token is followed by one other; the first is given and so determines all."""
+    """Every token determines the next; the first one is given."""
     generator = torch.Generator().manual_seed(step)
     following = torch.randperm(WORDS, generator=torch.Generator().manual_seed(99))
     tokens = [torch.randint(WORDS, (32,), generator=generator)]
@@ -246,27 +249,27 @@ def sentences(step: int) -> Batch:
 
 
 def accuracy_from_context(target: str, steps: int = 120) -> float:
-    """Share of right tokens where nothing but the given first token tells them."""
+    """Share of right tokens if only the first token is given."""
     torch.manual_seed(0)
     model = dataclasses.replace(CONFIG.model, n_layer=2, dt_min=0.05, dt_max=0.5, a_max=2.0)
     config = dataclasses.replace(
         CONFIG, model=model, objective=ObjectiveConfig(target=target, p_self_condition=0)
     )
-    objective = Objective(config)
+    objective = Loss(config)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2, weight_decay=0)
     for step in range(steps):
         optimizer.zero_grad()
         objective(sentences(step), step).total.backward()
         optimizer.step()
-    asked = sentences(steps + 1)
+    question = sentences(steps + 1)
     with torch.no_grad():
         means, bias = objective.vae.vocabulary()
         noise = torch.randn(32, LENGTH, 16, generator=torch.Generator().manual_seed(0))
-        z_txt = torch.where(asked.prompt.unsqueeze(-1), means[asked.tokens], noise)
+        z_txt = torch.where(question.prompt.unsqueeze(-1), means[question.tokens], noise)
         level = torch.full((32,), schedule.TEXT.log_snr_range()[1])
-        said = objective.network(z_txt, level, asked.prompt, asked.class_ids)
-        right = (said.text @ means.T + bias).argmax(-1) == asked.tokens
-    return right[~asked.prompt].float().mean().item()
+        h = objective.network(TextInput(z_txt, level, question.prompt), question.class_ids).text
+        right = (h @ means.T + bias).argmax(-1) == question.tokens
+    return right[~question.prompt].float().mean().item()
 
 
 def test_the_one_hot_target_learns_context_and_theorem_1s_cannot():
@@ -275,7 +278,7 @@ def test_the_one_hot_target_learns_context_and_theorem_1s_cannot():
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"tokens": torch.zeros(8, 11, dtype=torch.long)}, r"\(8, 11\); 8 samples need \[8, 1"),
         ({"tokens": torch.zeros(8, 6)}, r"tokens is torch.float32"),
@@ -288,13 +291,13 @@ def test_the_one_hot_target_learns_context_and_theorem_1s_cannot():
         ({"latents": torch.zeros(8, 5, 16)}, r"\(8, 5, 16\).*need torch.float32 \(8, 4, 16\)"),
         ({"latents": torch.zeros(8, 4, 8)}, r"\(8, 4, 8\).*need torch.float32 \(8, 4, 16\)"),
         ({"latents": torch.zeros(8, 4, 16).double()}, "latents is torch.float64"),
-        ({"picture_at": torch.full((8, 1), 6)}, r"has 6 in picture_at; it lies in -1 \.\.\. 5"),
-        ({"latents": None, "picture_at": torch.zeros(8, 1)}, "latents are None"),
+        ({"image_at": torch.full((8, 1), 6)}, r"has 6 in image_at; it lies in -1 \.\.\. 5"),
+        ({"latents": None, "image_at": torch.zeros(8, 1)}, "latents are None"),
     ],
 )
-def test_batches_that_do_not_fit_are_refused(objective, changes, says):
-    with pytest.raises(ValueError, match=says):
-        objective(dataclasses.replace(batch(0), **changes), 0)
+def test_batches_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(batch(0), **changes).check(CONFIG.model)
 
 
 def test_samples_with_broken_latents_are_named(objective):

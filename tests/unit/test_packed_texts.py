@@ -1,4 +1,4 @@
-"""Packed texts through the whole objective: each as if it were alone."""
+"""Packed texts through the whole loss: each as if it were alone."""
 
 import dataclasses
 
@@ -10,35 +10,37 @@ from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from mdm.data import packing
 from mdm.data.batch import Batch
 from mdm.first_stage.tokenizer import EOS
-from mdm.loss import Objective
-from mdm.model.packing import N_HEAD, Texts, text_rows
+from mdm.loss import Loss
+from mdm.model.inputs import TextInput
+from mdm.model.sequence import FRAME, Texts, text_rows
+from mdm.train.metrics import sums_by_conditioning
 
 LENGTH, ROWS = 24, 3
 SIZES = [5, 14, 1, 3, 6, 2, 4, 9]
 
 
-def objective(**settings) -> Objective:
+def objective(**settings) -> Loss:
     model = {
         "d_model": 32, "n_layer": 4, "d_state": 8, "headdim": 16, "chunk_size": 8, "n_heads": 4,
         "n_kv_heads": 2, "vocab_size": 40, "n_classes": 4, "image_height": 2, "image_width": 2,
         "text_length": LENGTH, "eq17_logits": True,
     }  # fmt: skip
-    wanted = ObjectiveConfig(
+    weights = ObjectiveConfig(
         target=settings.pop("target", "one_hot"), p_self_condition=settings.pop("estimate", 0.0)
     )
     torch.manual_seed(0)
-    made = Objective(
+    loss = Loss(
         Config(
             model=ModelConfig(**model | settings),
-            objective=wanted,
+            objective=weights,
             data=DataConfig(caption_length=6, dialogue_length=LENGTH),
             seed=3,
         )
     )
-    for p in made.parameters():  # nothing may be zero at the start and hide a difference
+    for p in loss.parameters():  # nothing may be zero at the start and hide a difference
         with torch.no_grad():
             p.add_(0.05 * torch.randn_like(p))
-    return made
+    return loss
 
 
 def alone(number: int) -> Batch:
@@ -87,47 +89,50 @@ def packed(average_over: int = len(SIZES)) -> Batch:
     ],
 )
 def test_losses_and_gradients_are_those_of_the_texts_alone(settings) -> None:
-    made = objective(**settings)
+    loss = objective(**settings)
     batch = packed()
-    batch.check(made.model)
-    together = made(batch, 0)
+    batch.check(loss.model)
+    together = loss(batch, 0)
     together.total.backward()
-    grads = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
-    made.zero_grad()
-    singles = [made(alone(i), 0) for i in range(len(SIZES))]
-    means = [torch.stack(term).mean(0) for term in zip(*singles, strict=True)]
-    means[-1] *= len(SIZES)  # sums over the samples of each conditioning
-    for name, term, mean in zip(together._fields, together, means, strict=True):
+    grads = {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
+    loss.zero_grad()
+    singles = [loss(alone(i), 0) for i in range(len(SIZES))]
+    scalars = [terms[:-2] for terms in singles]
+    means = [torch.stack(term).mean() for term in zip(*scalars, strict=True)]
+    for name, term, mean in zip(together._fields, together[:-2], means, strict=False):
         torch.testing.assert_close(term, mean, rtol=1e-5, atol=1e-6, msg=name)
+    sums = sum(sums_by_conditioning(terms) for terms in singles)
+    torch.testing.assert_close(sums_by_conditioning(together), sums, rtol=1e-5, atol=1e-6)
     means[0].backward()
-    assert {n for n, p in made.named_parameters() if p.grad is not None} == grads.keys()
-    for name, p in made.named_parameters():
+    assert {n for n, p in loss.named_parameters() if p.grad is not None} == grads.keys()
+    for name, p in loss.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("decoder", ["mamba", "transformer"])
 @torch.no_grad()
-def test_a_text_hears_nothing_of_its_neighbours(decoder: str) -> None:
+def test_a_text_does_not_depend_on_its_neighbours(decoder: str) -> None:
     network = objective(decoder=decoder).network
     batch = packed()
     z, count = torch.randn(ROWS, LENGTH, 16), len(batch.ids)
     level, classes = torch.linspace(-2, 2, count), torch.full((count,), -1)
+    rows = network.rows(batch.text_of, count, "cpu")
     row = next(r for r in range(ROWS) if len(batch.text_of[r].unique()) > 2)
     own = batch.text_of == batch.text_of[row, 0]
 
-    def says(z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-        return network(z, level, batch.prompt, classes, text_of=batch.text_of).text[own]
+    def predict(z: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+        return network(TextInput(z, level, batch.prompt, rows=rows), classes).text[own]
 
     other = torch.where(own.unsqueeze(2), z, z + torch.randn_like(z))
     else_level = torch.where(torch.arange(count) == batch.text_of[row, 0], level, level + 1)
-    torch.testing.assert_close(says(other, else_level), says(z, level), rtol=1e-6, atol=1e-6)
-    assert not torch.allclose(says(z + own.unsqueeze(2), level), says(z, level))
+    torch.testing.assert_close(predict(other, else_level), predict(z, level), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(predict(z + own.unsqueeze(2), level), predict(z, level))
 
 
 def test_ranks_average_to_the_mean_over_all_texts() -> None:
-    made = objective()
-    whole = made(packed(), 0)
+    loss = objective()
+    whole = loss(packed(), 0)
     batch = packed(average_over=len(SIZES) // 2)
     halves = []
     for rows in (slice(0, 1), slice(1, ROWS)):
@@ -135,7 +140,7 @@ def test_ranks_average_to_the_mean_over_all_texts() -> None:
         first, last = int(text_of[text_of >= 0].min()), int(text_of.max()) + 1
         fields = {k: getattr(batch, k)[first:last] for k in ("ids", "keys", "epochs", "class_ids")}
         halves.append(
-            made(
+            loss(
                 dataclasses.replace(
                     batch,
                     **fields,
@@ -146,17 +151,20 @@ def test_ranks_average_to_the_mean_over_all_texts() -> None:
                 0,
             )
         )
-    for term, one, two in zip(whole[:-1], *(h[:-1] for h in halves), strict=True):
+    for term, one, two in zip(whole[:-2], *(h[:-2] for h in halves), strict=True):
         torch.testing.assert_close((one + two) / 2, term, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_are_framed_text_by_text() -> None:
-    assert packing.FRAME == N_HEAD + 2
-    rows = text_rows(torch.tensor([[0, 0, 1, -1, -1, -1, -1, -1], [2] * 8]), 3)
+    assert FRAME == 4
+    rows = text_rows(torch.tensor([[0, 0, 1, -1, -1, -1, -1, -1], [2] * 8]), 3, [((2, 2),)])
     assert rows.seq_idx.tolist() == [[0] * 6 + [1] * 5 + [3], [2] * 12]
     assert rows.frame.T.tolist() == [[0, 1, 2, 5], [6, 7, 8, 10], [12, 13, 14, 23]]
     assert rows.place[0].tolist() == [3, 4, 9, *[24] * 5]
     assert rows.position[0].tolist() == [0, 1, 0, *[0] * 5]
+    order, inverse = (t.squeeze(1) for t in rows.orders[(2, 2),])
+    assert order[:12].tolist() == [5, 4, 3, 2, 1, 0, 10, 9, 8, 7, 6, 11]
+    assert order[inverse].tolist() == list(range(24))
 
 
 def test_means_are_over_texts_not_over_tokens() -> None:

@@ -11,7 +11,7 @@ from mdm.checkpoint.exported import Training, write_export
 from mdm.data.provenance import Provenance
 from mdm.evaluate import classifier
 from mdm.first_stage.tokenizer import Tokenizer
-from mdm.train import replay_box as blackbox
+from mdm.train import replay_box
 from pipelines import train_tokenizer
 from tests.data_sets import encoded, write_autoencoder, write_tokenizer, write_ultrachat
 from tests.helpers import MemoryLoader, small_config
@@ -36,7 +36,7 @@ def test_every_file_and_folder_has_the_permissions_of_the_umask(umask: int, tmp_
     judge(torch.zeros(1, 3, 32, 32))
     classifier.save(judge, out / "classifier", {"accuracy": 1.0})
     batch = next(MemoryLoader(config, type("World", (), {"rank": 0, "size": 1})()))
-    blackbox.write(out, config, 1, {}, batch, weights["raw"])
+    replay_box.write(out, config, 1, {}, batch, weights["raw"])
     encoded(str(out / "encoded"), [8])
     texts = write_ultrachat(tmp_path / "raw", [["hello there", f"answer {n}"] for n in range(40)])
     flags = [f"--datasets=ultrachat={texts}", f"--out={out / 'trained'}", "--vocab_size=28"]

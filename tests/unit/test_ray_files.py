@@ -11,9 +11,9 @@ import pytest
 import ray
 import yaml
 
+from mdm.preprocess.encode import Flags
 from mdm.storage import StoreOptions
 from mdm.utils.command_line import parse_cli
-from pipelines.encode import Flags
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra" / "ray"

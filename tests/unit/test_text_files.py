@@ -30,7 +30,7 @@ def left_to_the_locale(tree: ast.Module) -> Iterator[ast.Call]:
 def test_no_text_is_read_or_written_in_the_locales_encoding() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{call.lineno}: {ast.unparse(call)[:60]}"
-        for folder in ("mdm", "pipelines")
+        for folder in ("mdm", "pipelines", "examples")
         for path in sorted((ROOT / folder).rglob("*.py"))
         for call in left_to_the_locale(ast.parse(path.read_text(encoding="utf-8")))
     ]

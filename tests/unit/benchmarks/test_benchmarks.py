@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from benchmarks import decoder_scaling, ssd_cpu
+from benchmarks.timing import Result, milliseconds, worst
 from mdm.kernels.ssd import ssd_reference
-from tests.benchmarks import decoder_scaling, ssd_cpu
-from tests.benchmarks.timing import Result, milliseconds, worst
 
 
 def test_a_ratio_above_one_means_that_we_are_better():

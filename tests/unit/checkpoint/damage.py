@@ -1,14 +1,6 @@
 """How files of bookkeeping look after a kill, a power cut, a full disk, a stray hand."""
 
-NAMES = (
-    "attempts.jsonl",
-    "metrics.jsonl",
-    "events.jsonl",
-    "tracking.json",
-    "tracking/journal.jsonl",
-    "tracking/taken",
-    "done.json",
-)
+NAMES = ("metrics.jsonl", "events.jsonl", "tracking.json", "done.json")
 # What is added to a file of lines, and what any other file holds.
 KINDS = {
     "half a line": (b'{"step": 17, "lo', b'{"run_id": "0'),

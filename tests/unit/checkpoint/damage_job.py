@@ -13,7 +13,7 @@ from typing import Any
 
 from mdm.train.engine import start_ranks, stop_ranks
 from mdm.train.loop import train
-from tests.helpers import MemoryLoader, SmallObjective, small_config
+from tests.helpers import MemoryLoader, SmallLoss, small_config
 from tests.unit.checkpoint.damage import KINDS, NAMES, damaged
 
 STEPS = 4
@@ -26,7 +26,7 @@ def start(run_dir: Path, **settings: Any) -> int:
     log.addHandler(handler)
     world = start_ranks(1)
     try:
-        return train(config, world, SmallObjective, MemoryLoader, **settings)
+        return train(config, world, SmallLoss, MemoryLoader, **settings)
     finally:
         log.removeHandler(handler)
         handler.close()

@@ -22,24 +22,22 @@ def commit(checkpoints: Checkpoints, step: int, loss: float | None = None) -> st
 
 @pytest.fixture
 def checkpoints(uri) -> Checkpoints:
-    """In a folder, then on a real S3 server."""
+    """Checkpoints in a folder, then on a real S3 server."""
     return Checkpoints.at(uri)
 
 
-def test_newest_committed_is_found(checkpoints):
-    assert checkpoints.latest_valid() == (None, [])
+def test_committed_checkpoints_are_listed_newest_first(checkpoints):
+    assert checkpoints.newest_first() == ([], [])
     commit(checkpoints, 1)
     commit(checkpoints, 2)
     checkpoints.claim(3)
-    found, passed = checkpoints.latest_valid()
-    assert found is not None
-    assert found.step == 2
-    assert found.state.step == 2
-    assert passed == [("step-00000003", "it was never committed")]
+    records, skipped = checkpoints.newest_first()
+    assert [record.step for record in records] == [2, 1]
+    assert records[0].state.step == 2
+    assert skipped == [("step-00000003", "it was never committed")]
 
 
-def test_every_object_is_covered(checkpoints):
-    """A missing, longer or changed object of any kind invalidates the whole."""
+def test_a_checkpoint_is_invalid_if_any_object_is_damaged_or_missing(checkpoints):
     name = commit(checkpoints, 1)
     store = checkpoints.store
     assert checkpoints.why_invalid(name) == ""
@@ -63,7 +61,7 @@ def test_a_name_is_never_written_twice(checkpoints):
     assert checkpoints.prune(Keep(1)) == ["step-00000007.1", "step-00000007"]
 
 
-def test_prune_keeps_newest_every_nth_and_best(checkpoints):
+def test_prune_keeps_the_newest_every_nth_and_the_best(checkpoints):
     for step, loss in ((10, 3.0), (20, 1.0), (25, 4.0), (30, 2.0), (40, 2.0)):
         commit(checkpoints, step, loss)
     checkpoints.claim(45)
@@ -72,14 +70,14 @@ def test_prune_keeps_newest_every_nth_and_best(checkpoints):
     assert [r[5:] for r in kept_of(records, Keep(0, best=True))] == ["00000040", "00000020"]
     removed = checkpoints.prune(Keep(1, every=20, best=True))
     assert sorted(removed) == [f"step-000000{n}" for n in (10, 25, 30)]
-    # What is newer than all that count may be being written.
+    # An uncommitted checkpoint newer than all committed ones may still be being written.
     assert list(checkpoints.contents()) == [f"step-000000{n}" for n in (45, 40, 20)]
     assert not checkpoints.store.listing("step-00000010")
 
 
-def test_set_aside_keeps_the_bytes_out_of_sight(checkpoints):
+def test_a_checkpoint_set_aside_is_not_used_but_stays(checkpoints):
     name = commit(checkpoints, 1)
-    checkpoints.set_all_aside("for a look")
+    checkpoints.set_all_aside("to be inspected")
     assert checkpoints.newest_first() == ([], [])
     assert checkpoints.why_invalid(name) == ""
     assert commit(checkpoints, 1) == "step-00000001.1"
@@ -91,9 +89,9 @@ def test_a_torn_manifest_is_set_aside_at_once(tmp_path):
     checkpoints = Checkpoints(open_store(str(tmp_path)))
     name = commit(checkpoints, 1)
     (tmp_path / name / "manifest.json").write_text("{}")
-    records, passed = checkpoints.newest_first()
+    records, skipped = checkpoints.newest_first()
     assert records == []
-    assert passed == [(name, "manifest.json is not the one that was committed")]
+    assert skipped == [(name, "manifest.json is not the one that was committed")]
     assert (tmp_path / name / ASIDE).exists()
     assert checkpoints.newest_first() == ([], [])
 
@@ -114,7 +112,7 @@ def test_another_format_is_refused_with_both_versions(tmp_path):
     assert checkpoints.newest_first() == ([], [])
 
 
-def test_what_was_never_committed_cannot_be_read(checkpoints):
+def test_an_uncommitted_checkpoint_cannot_be_read(checkpoints):
     name = checkpoints.claim(1)
     with pytest.raises(DamagedError, match="never committed"):
         checkpoints.read(name)
@@ -124,7 +122,7 @@ def test_a_job_that_lost_its_lease_changes_nothing(uri):
     store = open_store(uri)
     lease = Lease(store, "run", key="lease.json")
     lease.take()
-    lease._stop.set()  # as if it had been stopped with all its threads
+    lease._stop.set()  # as if the process had been stopped with all its threads
     checkpoints = Checkpoints(store, lease.confirm)
     for step in (10, 20, 30):
         commit(checkpoints, step)

@@ -1,4 +1,4 @@
-"""Weights travel to people who have no DeepSpeed."""
+"""Exports need no DeepSpeed."""
 
 import subprocess
 import sys

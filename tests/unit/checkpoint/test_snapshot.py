@@ -1,4 +1,4 @@
-"""What n ranks wrote, m ranks read: every number at its place, every byte checked."""
+"""m ranks read what n ranks wrote: each number in its place, each byte checked."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ SHAPES = {name: list(value.shape) for name, value in FULL.items()}
 
 
 def zero3(world: int, rank: int) -> tuple[list[Piece], list[torch.Tensor]]:
-    """An equal part of every parameter, padded with nines."""
+    """A rank's equal part of each parameter, padded with nines."""
     pieces, flats, at = [], [], 0
     for name, value in FULL.items():
         n = -(-value.numel() // world)
@@ -35,7 +35,7 @@ def zero3(world: int, rank: int) -> tuple[list[Piece], list[torch.Tensor]]:
 
 
 def zero2(world: int, rank: int) -> tuple[list[Piece], list[torch.Tensor]]:
-    """All parameters end to end, cut evenly."""
+    """A rank's equal part of all parameters laid end to end."""
     whole = torch.cat([value.flatten() for value in FULL.values()])
     size = -(-len(whole) // world)
     pieces, offset = [], 0
@@ -48,7 +48,7 @@ def zero2(world: int, rank: int) -> tuple[list[Piece], list[torch.Tensor]]:
     return pieces, [padded[rank * size : (rank + 1) * size]]
 
 
-def written(store, layout, world: int) -> dict:
+def write_shares(store, layout, world: int) -> dict:
     files = {}
     for rank in range(world):
         pieces, flats = layout(world, rank)
@@ -61,10 +61,12 @@ def written(store, layout, world: int) -> dict:
 
 @pytest.mark.parametrize("layout", [zero2, zero3])
 @pytest.mark.parametrize("before", [1, 2, 3, 5])
-def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, monkeypatch, before, layout):
+def test_any_number_of_ranks_reads_what_any_other_number_wrote(
+    tmp_path, monkeypatch, before, layout
+):
     monkeypatch.setattr(snapshot, "PART", 7)
     store = open_store(str(tmp_path))
-    files = written(store, layout, before)
+    files = write_shares(store, layout, before)
     for after in (1, 2, 3, 4, 7):
         for other in (zero2, zero3):
             for rank in range(after):
@@ -81,7 +83,7 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path, monkeypatch, b
     assert all(torch.equal(whole[name], FULL[name]) for name in FULL)
 
 
-def test_a_snapshot_is_a_copy_and_can_be_given_back(tmp_path):
+def test_a_snapshot_is_a_copy_that_restores_the_live_tensors(tmp_path):
     pieces, flats = zero3(2, 0)
     before = [flat.clone() for flat in flats]
     share = Snapshot({"weights": flats}, pieces)
@@ -93,17 +95,17 @@ def test_a_snapshot_is_a_copy_and_can_be_given_back(tmp_path):
     assert share.nbytes == 4 * sum(flat.numel() for flat in flats)
 
 
-def test_a_parameter_that_nobody_wrote_is_missed(tmp_path):
+def test_a_parameter_that_no_rank_wrote_is_an_error(tmp_path):
     store = open_store(str(tmp_path))
-    files = written(store, zero3, 2)
+    files = write_shares(store, zero3, 2)
     share = Snapshot({"weights": [torch.empty(3)]}, [Piece("unknown", 0, 3, 0)])
     with pytest.raises(KeyError, match="holds 0 of the 3 numbers"):
         share.read(store, "step", 2, files)
 
 
-def test_damage_is_named(tmp_path):
+def test_a_damaged_object_is_named_with_its_damage(tmp_path):
     store = open_store(str(tmp_path))
-    files = written(store, zero3, 1)
+    files = write_shares(store, zero3, 1)
     key = "step/rank-00000/ema.0000"
     data = store.get(key)
     pieces, flats = zero3(1, 0)
@@ -120,7 +122,7 @@ def test_damage_is_named(tmp_path):
         fetch(store, key, files[key])
 
 
-def test_overlaps_and_their_parts():
+def test_copies_cover_the_overlap_of_two_shares_and_can_be_cut():
     copies = overlaps([Piece("a", 4, 6, 10)], [Piece("a", 0, 6, 0), Piece("a", 8, 9, 20)])
     assert copies == [(10, 4, 2), (14, 20, 2)]
     assert within(copies, 8, 11) == [(2, 4, 1)]

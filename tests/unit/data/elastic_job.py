@@ -1,7 +1,7 @@
-"""One life of a run's loaders, all ranks in this process: a plan from stdin.
+"""One life of a run's loaders, with all ranks in this process; its plan comes from stdin.
 
-It says every rank's ids of the committed steps and the state after them, having gone on as a run
-does that has not saved yet, and kills itself.
+It prints every rank's ids of the committed steps and the state after them, and then kills itself.
+Before, it takes a few more steps, like a run that dies before its next checkpoint.
 """
 
 import json

@@ -21,18 +21,18 @@ def size(cache: NodeCache) -> int:
     return sum(p.stat().st_size for p in (cache.folder / "files").iterdir())
 
 
-def test_bytes_come_back_in_ranges_also_after_a_restart(tmp_path: Path) -> None:
+def test_ranges_are_read_back_even_after_a_restart(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 1000)
     assert cache.read("a", 0, 4) is None
     cache.put("a", [b"0123", memoryview(b"4567")])
     for again in (cache, NodeCache(tmp_path, 1000)):
         assert again.read("a", 2, 4) == b"2345"
-        assert again.read("a", 6, 4) == b"67"  # as many as there are: the caller will see
+        assert again.read("a", 6, 4) == b"67"  # fewer bytes than requested: the caller will see
     cache.drop("a")
     assert cache.read("a", 0, 4) is None
 
 
-def test_the_least_recently_used_go_and_the_limit_holds(tmp_path: Path) -> None:
+def test_the_least_recently_used_files_are_dropped_and_the_limit_holds(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 1000)
     for i in range(10):
         cache.put(f"f{i}", [bytes(100)])
@@ -46,7 +46,7 @@ def test_the_least_recently_used_go_and_the_limit_holds(tmp_path: Path) -> None:
         assert size(cache) <= 1000
 
 
-def test_a_lower_limit_holds_from_the_start_and_leftovers_go(tmp_path: Path) -> None:
+def test_a_lower_limit_holds_from_the_start_and_partial_files_are_removed(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 1000)
     for i in range(10):
         cache.put(f"f{i}", [bytes(100)])
@@ -59,7 +59,7 @@ def test_a_lower_limit_holds_from_the_start_and_leftovers_go(tmp_path: Path) -> 
     assert size(smaller) == 350
 
 
-def test_one_at_a_time_holds_a_name_and_a_death_frees_it(tmp_path: Path) -> None:
+def test_a_lock_excludes_others_and_is_released_when_its_process_dies(tmp_path: Path) -> None:
     cache = NodeCache(tmp_path, 1000)
     context = multiprocessing.get_context("spawn")
     held = context.Event()
@@ -106,14 +106,14 @@ def test_a_full_disk_costs_the_cache_and_one_warning(
         caplog.records[0].message
     ]
     assert str(tmp_path) in caplog.records[0].message
-    assert names(cache) == {"before"}  # nothing half-written stays in the way
+    assert names(cache) == {"before"}  # no partial files remain
     assert cache.read("before", 0, 4) == b"here"
 
 
 def test_a_disk_that_is_full_from_the_start_costs_the_cache_and_not_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, text: str) -> int:
+    def full(self: Path, text: str, **options: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     NodeCache(tmp_path, 1000).put("before", [b"here"])
@@ -126,7 +126,7 @@ def test_a_disk_that_is_full_from_the_start_costs_the_cache_and_not_the_run(
     assert cache.read("more", 0, 1) is None
 
 
-def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"data.cache_dir .*file/below cannot be used: Not a dir"):
         NodeCache(tmp_path / "file" / "below", 1000)

@@ -1,4 +1,4 @@
-"""Runs killed at random and continued by other numbers of ranks: one order, each sample once."""
+"""Runs killed at random and resumed at other world sizes: one order, each sample once an epoch."""
 
 import json
 import random
@@ -15,16 +15,16 @@ import pytest
 from mdm.config import DataConfig, SourceConfig, StageConfig, to_dict
 from mdm.data.loader import ResumeError
 from mdm.data.mixture import open_mixture
-from mdm.data.order import Order
+from mdm.data.order import SampleOrder
 from tests.data_sets import encoded
 from tests.helpers import ROOT
 from tests.unit.data.elastic_job import LENGTHS, live
 
 RANKS = (1, 2, 3, 8)
 SETTINGS = tuple({"prefetch": p, "threads": t} for p, t in product((1, 8), (1, 4)))
-FIRST = (SourceConfig("pictures", 0.5), SourceConfig("talk", 0.5))
+FIRST = (SourceConfig("images", 0.5), SourceConfig("talk", 0.5))
 LATER = StageConfig(
-    14, (SourceConfig("pictures", 0.25), SourceConfig("talk", 0.4), SourceConfig("late", 0.35))
+    14, (SourceConfig("images", 0.25), SourceConfig("talk", 0.4), SourceConfig("late", 0.35))
 )
 STEPS = 40
 
@@ -32,8 +32,8 @@ STEPS = 40
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("encoded"))
-    encoded(f"{folder}/pictures", [50, 21, 34, 8], part_shards=2)
-    encoded(f"{folder}/talk", [90, 70, 33], pictures=False, part_shards=1)
+    encoded(f"{folder}/images", [50, 21, 34, 8], part_shards=2)
+    encoded(f"{folder}/talk", [90, 70, 33], images=False, part_shards=1)
     encoded(f"{folder}/late", [40, 60], part_shards=1)
     return folder
 
@@ -44,7 +44,7 @@ def data(root: str, texts_per_row: int, staged: bool = True) -> DataConfig:
         FIRST,
         24,
         2,
-        stages=(LATER,) if staged else (),
+        mixture_stages=(LATER,) if staged else (),
         texts_per_row=texts_per_row,
         **LENGTHS,
     )
@@ -63,7 +63,7 @@ def in_a_process(plan: dict[str, Any]) -> tuple[list[list[list[str]]], dict[str,
 def check(config: DataConfig, steps: list[list[list[str]]], state: dict[str, Any]) -> None:
     """The ranks' samples are the order's; each once an epoch; every source has its exact share."""
     mixture = open_mixture(config)
-    order = Order(mixture, 7)
+    order = SampleOrder(mixture, 7)
     seen: Counter[tuple[str, int]] = Counter()
     for step, parts in enumerate(steps):
         draw = order.draw(step)
@@ -86,7 +86,7 @@ def check(config: DataConfig, steps: list[list[list[str]]], state: dict[str, Any
 
 
 @pytest.mark.parametrize("texts_per_row", [1, 3])
-def test_killed_and_continued_runs_have_one_order(root: str, texts_per_row: int) -> None:
+def test_killed_and_resumed_runs_have_one_sample_order(root: str, texts_per_row: int) -> None:
     config = data(root, texts_per_row)
     plan = {"data": to_dict(config), "settings": {}, "ranks": 1, "lost": 0, "state": None}
     expected, final = live(plan | {"steps": STEPS})
@@ -97,7 +97,7 @@ def test_killed_and_continued_runs_have_one_order(root: str, texts_per_row: int)
         steps: list[list[list[str]]] = []
         state, ranks = None, first
         while len(steps) < STEPS:
-            # Until step 14 the run does not know of the stage that begins there.
+            # Before step 14 the run's configuration lacks the mixture stage that begins there.
             room = 14 - len(steps) if len(steps) < 14 else STEPS - len(steps)
             some = min(room, chance.randint(3, 15))
             known = data(root, texts_per_row, staged=len(steps) >= 14)
@@ -105,7 +105,7 @@ def test_killed_and_continued_runs_have_one_order(root: str, texts_per_row: int)
                 "data": to_dict(known), "settings": chance.choice(SETTINGS), "ranks": ranks,
                 "state": state, "steps": some, "lost": chance.randint(0, 3),
             }  # fmt: skip
-            # One of the runs dies for true, each life a process.
+            # One of the runs really dies: each of its lives is a process.
             more, state = in_a_process(plan) if first == 3 else live(plan)
             state = json.loads(json.dumps(state))
             steps += more
@@ -116,16 +116,16 @@ def test_killed_and_continued_runs_have_one_order(root: str, texts_per_row: int)
             assert [i for part in parts for i in part] == ids
 
 
-def test_the_past_cannot_be_changed_and_the_future_can(root: str) -> None:
+def test_past_mixture_stages_cannot_be_changed_and_future_ones_can(root: str) -> None:
     plan = {"settings": {}, "ranks": 1, "lost": 0, "steps": 14}
     _, state = live(plan | {"data": to_dict(data(root, 1)), "state": None})
     onward = plan | {"state": state, "steps": 1}
-    live(onward | {"data": to_dict(data(root, 1, staged=False))})  # not begun: may be dropped
-    moved = replace(data(root, 1), stages=(replace(LATER, step=13),))
+    live(onward | {"data": to_dict(data(root, 1, staged=False))})  # not begun, so it may be dropped
+    moved = replace(data(root, 1), mixture_stages=(replace(LATER, step=13),))
     with pytest.raises(ResumeError, match=r"(?s)at step 14: .*'step': 0.*this run.*'step': 13"):
         live(onward | {"data": to_dict(moved)})
-    other = replace(data(root, 1), sources=(SourceConfig("pictures", 0.6), FIRST[1]))
-    with pytest.raises(ResumeError, match=r"(?s)'pictures': 0.5.*'pictures': 0.6"):
+    other = replace(data(root, 1), sources=(SourceConfig("images", 0.6), FIRST[1]))
+    with pytest.raises(ResumeError, match=r"(?s)'images': 0.5.*'images': 0.6"):
         live(onward | {"data": to_dict(other)})
     with pytest.raises(ResumeError, match=r"packing None, this run has .*'texts_per_row': 3"):
         live(onward | {"data": to_dict(data(root, 3))})

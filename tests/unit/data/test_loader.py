@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -10,24 +11,26 @@ from mdm.config import Config, DataConfig, ModelConfig, SourceConfig
 from mdm.data.batch import Batch, sample_key
 from mdm.data.loader import Loader, ResumeError, build_loader
 from mdm.data.mixture import Mixture, Source, open_mixture
-from mdm.data.order import Order, layout_of, sample_ids
+from mdm.data.order import SampleOrder, layout_of, sample_ids
 from mdm.data.reader import SourceReader
 from mdm.data.schema import from_bfloat16_bits
 from mdm.data.text import fit
 from mdm.first_stage.tokenizer import EOS, PAD
 from mdm.storage import LocalStore, StoreError, join
 from mdm.utils.ranks import World
-from tests.data_sets import encoded, examples
+from tests.data_sets import encoded, samples
 
 LENGTHS = {"caption_length": 8, "dialogue_length": 10}
 DATA = DataConfig(
-    sources=(SourceConfig("pictures", 0.75), SourceConfig("talk", 0.25)), global_batch=24, window=2
+    sources=(SourceConfig("images", 0.75), SourceConfig("talk", 0.25)),
+    global_batch=24,
+    shuffle_window=2,
 )
 
 
 def write(root: str) -> Mixture:
-    encoded(join(root, "pictures"), [50, 21])
-    encoded(join(root, "talk"), [40], pictures=False)
+    encoded(join(root, "images"), [50, 21])
+    encoded(join(root, "talk"), [40], images=False)
     return open_mixture(DataConfig(root, DATA.sources, 24, 2))
 
 
@@ -52,8 +55,8 @@ def same(one: Batch, other: Batch) -> bool:
     )
 
 
-def test_batches_hold_what_the_order_says_bit_for_bit(mixture: Mixture) -> None:
-    shards = {"pictures": [examples(50), examples(21, seed=1)], "talk": [examples(40)]}
+def test_batches_hold_the_samples_of_the_order_bit_for_bit(mixture: Mixture) -> None:
+    shards = {"images": [samples(50), samples(21, seed=1)], "talk": [samples(40)]}
     with Loader(mixture, 7, **LENGTHS) as loader:
         batches = take(loader, 12)
     assert {b.task for b in batches} == {"image_text", "text"}
@@ -81,7 +84,7 @@ def test_batches_hold_what_the_order_says_bit_for_bit(mixture: Mixture) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 3), (3, 8), (8, 1)])
-def test_resume_with_another_number_of_ranks_goes_on_exactly(
+def test_resume_with_another_number_of_ranks_continues_exactly(
     local: Mixture, before: int, after: int
 ) -> None:
     def world(size: int) -> list[Loader]:
@@ -93,7 +96,7 @@ def test_resume_with_another_number_of_ranks_goes_on_exactly(
     first = world(before)
     seen = [[next(loader) for loader in first] for _ in range(5)]
     states = [json.dumps(loader.state_dict()) for loader in first]
-    assert len(set(states)) == 1  # the same on every rank, and without what was prefetched
+    assert len(set(states)) == 1  # the same on every rank, prefetched batches not counted
     second = world(after)
     for loader in second:
         loader.load_state_dict(json.loads(states[0]))
@@ -108,7 +111,7 @@ def test_resume_with_another_number_of_ranks_goes_on_exactly(
         loader.close()
 
 
-def test_steps_made_together_are_those_made_alone(local: Mixture) -> None:
+def test_steps_collated_together_equal_those_collated_alone(local: Mixture) -> None:
     with Loader(local, 7, World(1, 2), **LENGTHS) as loader:
         alone = [loader.collate([loader.plan(step)])[0] for step in range(12)]
         together = loader.collate([loader.plan(step) for step in range(12)])
@@ -119,7 +122,7 @@ def test_steps_made_together_are_those_made_alone(local: Mixture) -> None:
         assert one.latents is None or torch.equal(one.latents, other.latents)
 
 
-def test_a_loader_can_be_taken_back_while_it_runs(local: Mixture) -> None:
+def test_a_running_loader_can_return_to_an_earlier_state(local: Mixture) -> None:
     with Loader(local, 7, **LENGTHS) as loader:
         take(loader, 3)
         state = loader.state_dict()
@@ -133,7 +136,7 @@ def test_a_state_of_other_data_is_refused_with_both_values(local: Mixture) -> No
     with Loader(local, 7, **LENGTHS) as loader, Loader(local, 8, **LENGTHS) as other:
         with pytest.raises(ResumeError, match=r"seed 7, this run has 8"):
             other.load_state_dict(loader.state_dict())
-        next(loader)  # what was not consumed yet may change
+        next(loader)  # data that was not consumed yet may change
         state = loader.state_dict()
         state["manifests"] |= {"talk": "0123"}
         sha256 = local.sources[1].manifest.sha256
@@ -152,17 +155,17 @@ def flip(mixture: Mixture, shard: int, batch: int) -> str:
     return info.key
 
 
-def test_a_flipped_bit_is_never_handed_out(local: Mixture) -> None:
+def test_a_flipped_bit_never_reaches_a_batch(local: Mixture) -> None:
     key = flip(local, 0, 1)
     expected = local.sources[0].manifest.shards[0].batches[1].xxh3
     used = []
-    order, layout = Order(local, 7), layout_of(local.sources[0])
+    order, layout = SampleOrder(local, 7), layout_of(local.sources[0])
     for step in range(20):
         draw = order.draw(step)
         shards, batches, _ = layout.locate(draw.rows[draw.sources == 0])
         used.append((0, 1) in zip(shards.tolist(), batches.tolist(), strict=True))
     good = used.index(True)
-    assert good  # batches made together with it are handed out
+    assert good  # the batches collated together with it are returned
     with Loader(local, 7, **LENGTHS) as loader:
         take(loader, good)
         with pytest.raises(StoreError, match=rf"record batch 1 of .*{key}.*{expected}"):
@@ -170,7 +173,7 @@ def test_a_flipped_bit_is_never_handed_out(local: Mixture) -> None:
 
 
 class FlipsOnce(LocalStore):
-    """A true store behind a network that flips a bit of the first answer."""
+    """A real store behind a network that flips a bit of the first answer."""
 
     reads = 0
 
@@ -182,7 +185,7 @@ class FlipsOnce(LocalStore):
         return bytes(data)
 
 
-def test_a_bit_flipped_on_its_way_is_read_again(local: Mixture) -> None:
+def test_a_bit_flipped_in_transit_is_read_again(local: Mixture) -> None:
     reader = SourceReader(local.sources[0])
     good = reader.read(0, [0, 1, 2])
     reader.store = FlipsOnce(Path(local.sources[0].manifest.location))
@@ -191,16 +194,32 @@ def test_a_bit_flipped_on_its_way_is_read_again(local: Mixture) -> None:
     assert all(a.batch.equals(b.batch) for a, b in zip(good, again, strict=True))
 
 
-def test_adjacent_record_batches_are_one_request(local: Mixture) -> None:
+def test_adjacent_record_batches_take_one_request(local: Mixture) -> None:
     reader = SourceReader(local.sources[0])
-    assert reader.runs(0, [5, 1, 2, 6, 0]) == [(0, [0, 1, 2]), (0, [5, 6])]
+    assert reader.runs(0, [5, 1, 2, 6, 0]) == [[0, 1, 2], [5, 6]]
 
 
-def test_a_missing_shard_is_an_error_that_names_it(local: Mixture) -> None:
+def test_a_missing_shard_is_named(local: Mixture) -> None:
     manifest = local.sources[0].manifest
     Path(manifest.location, manifest.shards[0].key).unlink()
     with Loader(local, 7, **LENGTHS) as loader, pytest.raises(StoreError, match="does not exist"):
         take(loader, 20)
+
+
+def test_a_batch_that_does_not_fit_the_model_is_refused_where_it_is_collated(
+    local: Mixture,
+) -> None:
+    fitting = ModelConfig(vocab_size=100, image_height=2, image_width=2, text_length=10)
+    small = dataclasses.replace(fitting, vocab_size=8)
+    with Loader(local, 7, **LENGTHS, model=fitting) as loader:
+        take(loader, 4)
+    with (
+        Loader(local, 7, **LENGTHS, model=small) as loader,
+        pytest.raises(
+            ValueError, match=r"sample images:\d+ has \d+ in tokens; it lies in 0 \.\.\. 7"
+        ),
+    ):
+        take(loader, 4)
 
 
 def test_memory_stays_within_its_budget(local: Mixture) -> None:
@@ -209,7 +228,7 @@ def test_memory_stays_within_its_budget(local: Mixture) -> None:
         for _ in range(30):
             next(loader)
             held.append(loader._cache._bytes)
-        loader._stop()  # else it reads on between the two
+        loader._stop()  # otherwise it continues to read between the two
         cached = list(loader._cache._held.values())
         assert max(held) < 60_000
         assert loader._cache._bytes == sum(pending.nbytes for pending in cached)
@@ -245,7 +264,7 @@ def test_fit_keeps_the_reply_and_its_end(tokens, prompt, length, expected, kept)
     assert (found.tolist(), left) == (expected, kept)
 
 
-def test_a_prompt_is_marked_and_texts_end_in_eos(local: Mixture) -> None:
+def test_captions_have_no_prompt_and_texts_end_in_eos(local: Mixture) -> None:
     with Loader(local, 7, **LENGTHS) as loader:
         for batch in take(loader, 8):
             assert not batch.prompt.any()
@@ -261,7 +280,7 @@ def config(root: str, **model: int) -> Config:
     )
 
 
-def test_a_run_gets_its_loader_from_its_configuration(tmp_path: Path) -> None:
+def test_a_loader_is_built_from_the_configuration(tmp_path: Path) -> None:
     mixture = write(str(tmp_path))
     with (
         build_loader(config(str(tmp_path)), World()) as built,
@@ -284,6 +303,16 @@ def test_data_that_does_not_fit_the_model_is_refused(
     write(str(tmp_path))
     with pytest.raises(ValueError, match=message):
         build_loader(config(str(tmp_path), **change), World())
+
+
+def test_a_batch_that_does_not_fit_the_model_is_refused_when_it_is_collated(local: Mixture) -> None:
+    model = config("", vocab_size=9).model
+    message = r"sample (images|talk):\d+ has \d+ in tokens; .* 0 \.\.\. 8"
+    with (
+        Loader(local, 7, **LENGTHS, model=model) as loader,
+        pytest.raises(ValueError, match=message),
+    ):
+        next(loader)
 
 
 def test_a_source_without_weight_or_rows_is_refused(local: Mixture) -> None:

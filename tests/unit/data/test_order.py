@@ -10,15 +10,15 @@ from mdm.data.batch import sample_key, sample_keys
 from mdm.data.layout import RowLayout
 from mdm.data.loader import extend_digest
 from mdm.data.mixture import (
-    QUOTA_BLOCK,
+    QUOTA_PERIOD,
     Interleaving,
     Mixture,
+    MixtureStage,
     Source,
-    Stage,
     exact_quotas,
     interleave,
 )
-from mdm.data.order import Order, SourceOrder, sample_ids
+from mdm.data.order import SampleOrder, SourceOrder, sample_ids
 from mdm.data.shuffle import Permutation, shuffled
 from mdm.utils.ranks import World
 from tests.data_sets import planned
@@ -32,7 +32,7 @@ def mixture(global_batch: int = 24) -> Mixture:
         (
             Source("digits", planned([50, 37, 8]), 0.6),
             Source("emoji", planned([11, 30]), 0.25),
-            Source("dialogues", planned([29], pictures=False), 0.15),
+            Source("dialogues", planned([29], images=False), 0.15),
         ),
         global_batch=global_batch,
     )
@@ -55,19 +55,19 @@ def test_a_shuffle_is_the_same_with_every_numpy() -> None:
 
 @given(SHAPES, st.integers(1, 9), st.integers(1, 3))
 @settings(max_examples=50, deadline=None)
-def test_blocks_hold_each_row_once_and_locate_finds_it(
+def test_shuffled_batches_hold_each_row_once_and_locate_finds_it(
     shape: list[int], size: int, part_shards: int
 ) -> None:
     manifest = planned(shape, batch_rows=size, part_shards=part_shards)
     layout = RowLayout(manifest)
     found = []
     for part in range(layout.parts):
-        blocks = [layout.block(part, i) for i in range(layout.part(part).blocks)]
-        assert all(len(b) == size for b in blocks[:-1])
-        for i, block in enumerate(blocks):
+        batches = [layout.batch(part, i) for i in range(layout.part(part).batches)]
+        assert all(len(b) == size for b in batches[:-1])
+        for i, batch in enumerate(batches):
             first = layout.part_start[part]
-            assert {layout.part(part).block_of(row - first) for row in block.tolist()} == {i}
-        found += blocks
+            assert {layout.part(part).batch_of(row - first) for row in batch.tolist()} == {i}
+        found += batches
     rows = np.concatenate(found)
     assert sorted(rows.tolist()) == list(range(sum(shape)))
     starts = np.cumsum([0, *shape])
@@ -81,7 +81,7 @@ LARGER = st.lists(st.integers(1, 20), min_size=1, max_size=40)
 
 @given(LARGER, st.integers(1, 9), st.integers(1, 5), st.integers(0, 3), st.integers(1, 2))
 @settings(max_examples=40, deadline=None)
-def test_every_epoch_has_each_row_once_and_each_row_knows_when(
+def test_every_epoch_has_each_row_once_and_the_turn_of_a_row_is_computed(
     shape: list[int], size: int, window: int, seed: int, part_shards: int
 ) -> None:
     layout = RowLayout(planned(shape, batch_rows=size, part_shards=part_shards))
@@ -96,7 +96,7 @@ def test_every_epoch_has_each_row_once_and_each_row_knows_when(
             assert order.rows(epoch * n + place, epoch * n + place + 1)[0] == rows[place]
 
 
-def test_epochs_seeds_and_names_are_shuffled_apart() -> None:
+def test_epochs_seeds_and_names_have_independent_orders() -> None:
     layout = RowLayout(planned([64] * 200, batch_rows=8))
     orders = [
         SourceOrder("a", layout, 0, 4).rows(0, layout.rows)[0],
@@ -113,7 +113,7 @@ def test_epochs_seeds_and_names_are_shuffled_apart() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_the_ranks_share_one_global_batch_whatever_their_number(size: int) -> None:
+def test_the_ranks_share_one_global_batch_at_any_world_size(size: int) -> None:
     for step in (0, 1, 7, 100, 12_345_678):
         parts = [sample_ids(mixture(), 5, step, World(rank=r, size=size)) for r in range(size)]
         assert {len(p) for p in parts} == {24 // size}
@@ -143,16 +143,16 @@ def test_a_world_that_does_not_divide_the_batch_is_refused_with_both_values() ->
 
 
 def test_a_step_has_one_task_and_shares_are_exact() -> None:
-    order = Order(mixture(), 3)
+    order = SampleOrder(mixture(), 3)
     used: Counter[str] = Counter()
     tasks: Counter[str] = Counter()
-    for step in range(QUOTA_BLOCK // 4):
+    for step in range(QUOTA_PERIOD // 4):
         draw = order.draw(step)
         tasks[draw.task] += 1
         names = Counter(i.partition(":")[0] for i in draw.ids)
         used += names
         assert set(names) <= ({"dialogues"} if draw.task == "text" else {"digits", "emoji"})
-    steps = QUOTA_BLOCK // 4
+    steps = QUOTA_PERIOD // 4
     assert tasks["text"] == pytest.approx(0.15 * steps, abs=1)
     total = 24 * steps
     assert used["digits"] == pytest.approx(0.60 * total, abs=25)
@@ -160,7 +160,7 @@ def test_a_step_has_one_task_and_shares_are_exact() -> None:
 
 
 def test_mixed_sources_are_each_passed_evenly() -> None:
-    order = Order(mixture(), 3)
+    order = SampleOrder(mixture(), 3)
     seen: Counter[tuple[str, int]] = Counter()
     for step in range(40):
         draw = order.draw(step)
@@ -174,32 +174,32 @@ def test_mixed_sources_are_each_passed_evenly() -> None:
 @settings(max_examples=30, deadline=None)
 def test_quotas_are_exact_and_spread(weights: list[float]) -> None:
     quotas = exact_quotas(weights, [str(i) for i in range(len(weights))])
-    assert sum(quotas) == QUOTA_BLOCK
+    assert sum(quotas) == QUOTA_PERIOD
     for weight, quota in zip(weights, quotas, strict=True):
-        assert quota == pytest.approx(weight / sum(weights) * QUOTA_BLOCK, abs=1)
+        assert quota == pytest.approx(weight / sum(weights) * QUOTA_PERIOD, abs=1)
     turns = interleave(quotas)
     for k, quota in enumerate(quotas):
         assert (turns == k).sum() == quota
         # Evenly spread: any prefix has its share, to within one turn a source.
         count = np.cumsum(turns == k)
-        ideal = np.arange(1, QUOTA_BLOCK + 1) * quota / QUOTA_BLOCK
+        ideal = np.arange(1, QUOTA_PERIOD + 1) * quota / QUOTA_PERIOD
         assert np.abs(count - ideal).max() <= len(weights)
 
 
-@given(st.integers(0, 5 * QUOTA_BLOCK))
+@given(st.integers(0, 5 * QUOTA_PERIOD))
 @settings(max_examples=30, deadline=None)
-def test_turns_are_counted_by_arithmetic(slot: int) -> None:
+def test_turns_before_a_slot_are_computed(slot: int) -> None:
     turns = Interleaving((7059, 2941))
     counted = np.bincount(turns.turns(0, slot), minlength=2)
     assert counted.tolist() == turns.before(slot).tolist()
 
 
-def test_a_share_too_small_to_be_exact_is_refused() -> None:
+def test_a_weight_too_small_for_an_exact_share_is_refused() -> None:
     with pytest.raises(ValueError, match="'b' has weight 1e-06"):
         exact_quotas([1.0, 1e-6], ["a", "b"])
 
 
-def test_sources_that_do_not_fit_together_are_refused_with_both_values() -> None:
+def test_incompatible_sources_are_refused_with_both_values() -> None:
     other = planned([10])
     object.__setattr__(other, "tokenizer_sha256", "other")
     with pytest.raises(ValueError, match="tokenizer_sha256 is tokenizer and other"):
@@ -209,12 +209,12 @@ def test_sources_that_do_not_fit_together_are_refused_with_both_values() -> None
 def staged(*stages: tuple[int, dict[str, float]]) -> Mixture:
     shapes = {"digits": [50, 37, 8], "emoji": [11, 30], "extra": [17]}
     sources = [Source(n, planned(s, part_shards=1)) for n, s in shapes.items()]
-    sources.append(Source("dialogues", planned([29], pictures=False)))
+    sources.append(Source("dialogues", planned([29], images=False)))
     used = {name for _, weights in stages for name in weights}
     return Mixture(
         tuple(s for s in sources if s.name in used),
         global_batch=8,
-        stages=tuple(Stage(step, tuple(weights.items())) for step, weights in stages),
+        stages=tuple(MixtureStage(step, tuple(weights.items())) for step, weights in stages),
     )
 
 
@@ -223,8 +223,8 @@ SECOND = (37, {"digits": 0.1, "extra": 0.7, "dialogues": 0.2})
 THIRD = (90, {"emoji": 1.0})
 
 
-def test_a_stage_leaves_what_was_consumed_and_goes_on_from_there() -> None:
-    before, after = Order(staged(FIRST), 3), Order(staged(FIRST, SECOND, THIRD), 3)
+def test_a_mixture_stage_continues_from_what_was_consumed() -> None:
+    before, after = SampleOrder(staged(FIRST), 3), SampleOrder(staged(FIRST, SECOND, THIRD), 3)
     for step in range(37):
         assert after.draw(step).ids == before.draw(step).ids
     seen: Counter[tuple[str, int]] = Counter()
@@ -244,8 +244,8 @@ def test_a_stage_leaves_what_was_consumed_and_goes_on_from_there() -> None:
         assert whole <= seen.keys()
 
 
-def test_shares_are_exact_in_each_stage() -> None:
-    order = Order(staged(FIRST, (10_000, SECOND[1])), 3)
+def test_shares_are_exact_in_each_mixture_stage() -> None:
+    order = SampleOrder(staged(FIRST, (10_000, SECOND[1])), 3)
     names = [s.name for s in order.mixture.sources]
     first = dict(zip(names, order.consumed(10_000).tolist(), strict=True))
     assert first == {"digits": 48_000, "emoji": 16_000, "dialogues": 16_000, "extra": 0}
@@ -256,7 +256,7 @@ def test_shares_are_exact_in_each_stage() -> None:
 @pytest.mark.parametrize("texts_per_row", [1, 3])
 def test_the_steps_of_a_sample_are_found_without_drawing_them(texts_per_row: int) -> None:
     mixture = replace(staged(FIRST, SECOND, THIRD), texts_per_row=texts_per_row)
-    order = Order(mixture, 3)
+    order = SampleOrder(mixture, 3)
     used: dict[str, list[tuple[int, int]]] = {}
     for step in range(120):
         draw = order.draw(step)
@@ -269,11 +269,11 @@ def test_the_steps_of_a_sample_are_found_without_drawing_them(texts_per_row: int
             assert found == used.get(f"{source.name}:{row}", [])
 
 
-def test_the_names_order_in_the_configuration_moves_nothing() -> None:
+def test_the_order_of_sources_in_the_configuration_does_not_matter() -> None:
     one = staged(FIRST)
     other = staged((0, dict(reversed(FIRST[1].items()))))
     other = replace(other, sources=tuple(reversed(other.sources)))
-    assert Order(one, 3).draw(11).ids == Order(other, 3).draw(11).ids
+    assert SampleOrder(one, 3).draw(11).ids == SampleOrder(other, 3).draw(11).ids
 
 
 @pytest.mark.parametrize(
@@ -284,25 +284,25 @@ def test_the_names_order_in_the_configuration_moves_nothing() -> None:
         ([(0, {"digits": -1.0})], "weight of 'digits' from step 0 on is -1"),
     ],
 )
-def test_stages_that_make_no_sense_are_refused(stages, message: str) -> None:
+def test_invalid_mixture_stages_are_refused(stages, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         staged(*stages)
 
 
-def test_the_order_of_a_run_in_progress_stays() -> None:
+def test_the_sample_order_of_earlier_versions_is_unchanged() -> None:
     stages = (
-        Stage(0, (("pictures", 0.75), ("talk", 0.25))),
-        Stage(21, (("talk", 0.5), ("pictures", 0.5))),
+        MixtureStage(0, (("pictures", 0.75), ("talk", 0.25))),
+        MixtureStage(21, (("talk", 0.5), ("pictures", 0.5))),
     )
     sources = (
         Source("pictures", planned([50, 21]), 0.75),
-        Source("talk", planned([40], pictures=False), 0.25),
+        Source("talk", planned([40], images=False), 0.25),
     )
-    order = Order(Mixture(sources, global_batch=24, window=2, stages=stages), 7)
+    order = SampleOrder(Mixture(sources, global_batch=24, shuffle_window=2, stages=stages), 7)
     digest = ""
     for step in range(60):
         digest = extend_digest(digest, order.draw(step).ids)
-    # Of the first version that had stages, and so had its noise keys.
+    # Of the first version with mixture stages; source names are part of the digest.
     assert digest == "19caa3358671946cb75a11ee4e42965c"
     assert sample_key("bench:12345") == 3309121811503889601
     assert sample_keys(["a:0", "bench:12345"]).tolist() == [sample_key("a:0"), 3309121811503889601]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mdm.data import packing
 from mdm.data.loader import Loader
 from mdm.data.mixture import Mixture, Source
-from mdm.data.order import Order, sample_ids
+from mdm.data.order import SampleOrder, sample_ids
 from mdm.data.trace import locate, packs_of
 from mdm.first_stage.tokenizer import PAD
 from mdm.utils.ranks import World
@@ -19,19 +19,19 @@ LENGTHS = st.lists(st.integers(1, 32), min_size=1, max_size=60)
 
 @given(LENGTHS, st.integers(1, 12))
 @settings(deadline=None)
-def test_a_plan_holds_each_text_once_and_no_row_too_much(lengths: list[int], rows: int) -> None:
+def test_a_plan_holds_each_text_once_and_overfills_no_row(lengths: list[int], rows: int) -> None:
     packs = packing.plan(lengths, 32, rows)
     assert sorted(i for p in packs for i in p) == list(range(len(lengths)))
     assert len(packs) >= rows
     for pack in packs:
         assert sum(lengths[i] + packing.FRAME for i in pack) <= 32 + packing.FRAME
-    if len(packs) > rows:  # not without need: a new row is opened where the last text fits nowhere
+    if len(packs) > rows:  # only if needed: a row is added when a text fits in no other
         assert all(packs)
 
 
 @given(st.integers(8, 40), st.sampled_from([1, 2, 3, 8]))
 @settings(deadline=None)
-def test_the_ranks_have_all_rows_in_turn_and_as_many_each(rows: int, ranks: int) -> None:
+def test_the_ranks_have_all_rows_in_order_and_equally_many_each(rows: int, ranks: int) -> None:
     packs = [[i] for i in range(rows)]
     shares = [packing.share(packs, rank, ranks) for rank in range(ranks)]
     assert len({len(s) for s in shares}) == 1
@@ -50,8 +50,8 @@ def test_rows_are_filled_from_their_start() -> None:
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
     folder = str(tmp_path_factory.mktemp("talk"))
-    talk = encoded(folder, [90, 70], pictures=False, part_shards=1)
-    return Mixture((Source("talk", talk),), global_batch=6, window=3, texts_per_row=4)
+    talk = encoded(folder, [90, 70], images=False, part_shards=1)
+    return Mixture((Source("talk", talk),), global_batch=6, shuffle_window=3, texts_per_row=4)
 
 
 def test_a_packed_batch_holds_the_texts_of_its_step(mixture: Mixture) -> None:
@@ -61,7 +61,7 @@ def test_a_packed_batch_holds_the_texts_of_its_step(mixture: Mixture) -> None:
             Mixture(mixture.sources, 24, 3), 1, caption_length=8, dialogue_length=40
         ) as unpacked,
     ):
-        for step in range(6):  # of one epoch: no text comes twice
+        for step in range(6):  # of one epoch, so no text comes twice
             batch, plain = next(loader), next(unpacked)
             assert batch.tokens.shape == (6, 40)
             assert batch.average_over == 24
@@ -76,7 +76,7 @@ def test_a_packed_batch_holds_the_texts_of_its_step(mixture: Mixture) -> None:
         sample_ids(mixture, 1, 0, World(0, 2))
 
 
-def test_texts_that_do_not_fit_get_more_rows_and_none_is_lost(mixture: Mixture) -> None:
+def test_texts_that_do_not_fit_get_more_rows(mixture: Mixture) -> None:
     narrow = Mixture(mixture.sources, 6, 3, texts_per_row=4)
     for size in (1, 2):
         loaders = [
@@ -91,10 +91,10 @@ def test_texts_that_do_not_fit_get_more_rows_and_none_is_lost(mixture: Mixture) 
             loader.close()
 
 
-def test_a_trace_tells_the_row_that_texts_share(mixture: Mixture) -> None:
+def test_a_trace_names_the_row_that_texts_share(mixture: Mixture) -> None:
     with Loader(mixture, 1, caption_length=8, dialogue_length=40) as loader:
         batch = next(loader)
-    draw = Order(mixture, 1).draw(0)
+    draw = SampleOrder(mixture, 1).draw(0)
     packs = packs_of(mixture, draw, 40)
     traces = locate(mixture, draw.ids, draw.epochs.tolist(), packs)
     for number, name in enumerate(batch.ids):

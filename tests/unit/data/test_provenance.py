@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mdm.config import Config, ModelConfig
-from mdm.data.mixture import Mixture, Source, Stage
+from mdm.data.mixture import Mixture, MixtureStage, Source
 from mdm.data.provenance import Provenance, check_fit
 from mdm.first_stage.folder import PIXELS, describe
 from mdm.first_stage.tokenizer import Tokenizer, train_model
@@ -27,19 +27,19 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Config:
     )
 
 
-def source(given: Config, name: str, *, pictures: bool = True, **changes: object) -> Source:
-    first_stage = describe(given.autoencoder).sha256 if pictures else None
-    made = {
+def source(given: Config, name: str, *, images: bool = True, **changes: object) -> Source:
+    first_stage = describe(given.autoencoder).sha256 if images else None
+    fields = {
         "tokenizer_sha256": Tokenizer(given.tokenizer).sha256,
         "vocab_size": 32,
         "autoencoder_sha256": first_stage,
     }
-    manifest = planned([8], pictures=pictures)
-    return Source(name, dataclasses.replace(manifest, **(made | changes)))  # type: ignore[arg-type]
+    manifest = planned([8], images=images)
+    return Source(name, dataclasses.replace(manifest, **(fields | changes)))  # type: ignore[arg-type]
 
 
-def test_what_the_data_was_encoded_with_fits_wherever_it_lies(given: Config, tmp_path) -> None:
-    mixture = Mixture((source(given, "a"), source(given, "text", pictures=False)))
+def test_the_tokenizer_and_autoencoder_of_the_data_fit_at_any_path(given: Config, tmp_path) -> None:
+    mixture = Mixture((source(given, "a"), source(given, "text", images=False)))
     check_fit(mixture, given)
     for name in ("tokenizer", "autoencoder"):
         (tmp_path / name).symlink_to(getattr(given, name))
@@ -77,13 +77,13 @@ def test_any_other_tokenizer_is_refused_by_name(
     config = dataclasses.replace(given, tokenizer="" if kind == "not given" else str(path))
     with pytest.raises(ValueError, match=message) as refusal:
         check_fit(Mixture((source(given, "a"), source(given, "b"))), config)
-    said = str(refusal.value)
-    assert Tokenizer(given.tokenizer).sha256 in said
-    assert "'a'" in said
-    assert "--tokenizer" in said
-    assert "\n" not in said
+    refused = str(refusal.value)
+    assert Tokenizer(given.tokenizer).sha256 in refused
+    assert "'a'" in refused
+    assert "--tokenizer" in refused
+    assert "\n" not in refused
     if kind == "another":
-        assert Tokenizer(path).sha256 in said
+        assert Tokenizer(path).sha256 in refused
 
 
 def test_a_tokenizer_with_another_vocabulary_than_the_model_is_refused(given: Config) -> None:
@@ -102,22 +102,22 @@ def test_any_other_autoencoder_is_refused_by_name(given: Config, tmp_path: Path,
         config = folder / "config.json"
         config.unlink() if kind == "half" else config.write_text(config.read_text() + "\n")
     config = dataclasses.replace(given, autoencoder="" if kind == "not given" else str(folder))
-    talk = source(given, "talk", pictures=False)
+    talk = source(given, "talk", images=False)
     with pytest.raises(ValueError, match="autoencoder") as refusal:
         check_fit(Mixture((talk, source(given, "a"))), config)
-    said = str(refusal.value)
-    assert describe(given.autoencoder).sha256 in said
-    assert "'a'" in said
-    assert "--autoencoder" in said
-    assert "\n" not in said
+    refused = str(refusal.value)
+    assert describe(given.autoencoder).sha256 in refused
+    assert "'a'" in refused
+    assert "--autoencoder" in refused
+    assert "\n" not in refused
     if kind == "another":
-        assert describe(folder).sha256 in said
+        assert describe(folder).sha256 in refused
     check_fit(Mixture((talk,)), config)  # text alone needs none
 
 
 def test_a_data_set_of_a_later_stage_counts_too(given: Config) -> None:
-    stages = (Stage(0, (("talk", 1.0),)), Stage(900, (("a", 1.0),)))
-    talk = source(given, "talk", pictures=False)
+    stages = (MixtureStage(0, (("talk", 1.0),)), MixtureStage(900, (("a", 1.0),)))
+    talk = source(given, "talk", images=False)
     without = dataclasses.replace(given, autoencoder="")
     with pytest.raises(ValueError, match="'a' was encoded with the autoencoder"):
         check_fit(Mixture((talk, source(given, "a")), stages=stages), without)
@@ -144,7 +144,7 @@ def test_a_label_means_the_same_class_in_all_data_sets(given: Config) -> None:
         check_fit(Mixture((none, first, shifted)), given)  # neither is the mixture's first
 
 
-def test_a_loaders_state_says_what_its_data_was_encoded_with() -> None:
+def test_a_loaders_state_names_what_its_data_was_encoded_with() -> None:
     state = {"tokenizer_sha256": "t", "autoencoder_sha256": None}
     assert Provenance.of(state) == Provenance("t", "")
     assert Provenance.of({"step": 3}) == Provenance()

@@ -1,4 +1,4 @@
-"""Ten billion samples: what is fetched and held does not grow with their number."""
+"""Ten billion samples: neither fetches nor memory grow with their number."""
 
 import json
 import tracemalloc
@@ -9,17 +9,17 @@ import numpy as np
 from mdm.data import resume
 from mdm.data.manifest import Manifest
 from mdm.data.mixture import Mixture, Source
-from mdm.data.order import POOL, Order, layout_of
+from mdm.data.order import POOL_PARTS, SampleOrder, layout_of
 from tests.data_sets import vast
 
 ROWS = 10**10
 
 
-def order(uri: Path) -> Order:
-    layout_of.cache_clear()  # as a new process begins
+def order(uri: Path) -> SampleOrder:
+    layout_of.cache_clear()  # as in a new process
     manifest = Manifest.load(str(uri))
-    assert manifest.shard_parts.fetched == 0
-    return Order(Mixture((Source("web", manifest),), global_batch=256), 5)
+    assert manifest.shards.fetched == 0
+    return SampleOrder(Mixture((Source("web", manifest),), global_batch=256), 5)
 
 
 def test_ten_billion_samples_are_opened_drawn_resumed_and_traced_by_arithmetic(
@@ -29,18 +29,18 @@ def test_ten_billion_samples_are_opened_drawn_resumed_and_traced_by_arithmetic(
     deep = int(3.9 * ROWS) // 256
     tracemalloc.start()
     first = order(tmp_path)
-    fetched = first.sources[0].layout.manifest.shard_parts
+    fetched = first.sources[0].layout.manifest.shards
     draw = first.draw(0)
     assert len(set(draw.ids)) == 256
-    # The steps that are drawn together begin in one pool of parts, and may end in the next.
-    assert fetched.fetched <= 2 * POOL
+    # Steps drawn together begin in one shuffle pool and may end in the next.
+    assert fetched.fetched <= 2 * POOL_PARTS
     state = json.dumps(resume.state_dict(first, 0, deep, "digest"))
 
     second = order(tmp_path)
     resume.check(json.loads(state), second, 0)
-    assert second.sources[0].layout.manifest.shard_parts.fetched == 0
+    assert second.sources[0].layout.manifest.shards.fetched == 0
     there = second.draw(deep)
-    assert second.sources[0].layout.manifest.shard_parts.fetched <= 2 * POOL
+    assert second.sources[0].layout.manifest.shards.fetched <= 2 * POOL_PARTS
     assert set(there.epochs.tolist()) == {3}
     uses = list(second.uses(0, int(there.rows[7]), deep + 1))
     assert [epoch for _, epoch in uses] == [0, 1, 2, 3]
@@ -52,9 +52,9 @@ def test_ten_billion_samples_are_opened_drawn_resumed_and_traced_by_arithmetic(
 
     for step in range(deep + 1, deep + 100):
         second.draw(step)
-    parts = second.sources[0].layout.manifest.shard_parts
-    pools = 5  # those of the deep step, of three former epochs, and one more if it ends there
-    assert parts.fetched <= pools * POOL
+    parts = second.sources[0].layout.manifest.shards
+    pools = 5  # of the deep step, of three earlier epochs, and one more in case a pool ends there
+    assert parts.fetched <= pools * POOL_PARTS
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 400 << 20  # an array of one byte a sample would be 9.3 GiB

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdm.data.schema import (
-    Rows,
+    RecordBatch,
     checksum,
-    example_schema,
     from_bfloat16_bits,
+    sample_schema,
     to_bfloat16_bits,
     write_shard,
 )
-from tests.data_sets import examples
+from tests.data_sets import samples
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=2.0**126)))
@@ -30,10 +30,10 @@ def test_latents_that_are_not_finite_are_refused() -> None:
         to_bfloat16_bits(np.array([1.0, np.nan], np.float32))
 
 
-@pytest.mark.parametrize("pictures", [True, False])
-def test_a_shard_gives_back_every_bit_from_ranges_alone(pictures: bool) -> None:
-    rows = examples(21, pictures=pictures)
-    schema = example_schema((2, 2) if pictures else None, 16)
+@pytest.mark.parametrize("images", [True, False])
+def test_every_bit_of_a_shard_is_read_back_from_byte_ranges(images: bool) -> None:
+    rows = samples(21, images=images)
+    schema = sample_schema((2, 2) if images else None, 16)
     data, info = write_shard(rows, schema, 8)
     assert [b.rows for b in info.batches] == [8, 8, 5]
     assert (info.rows, info.bytes) == (21, len(data))
@@ -41,7 +41,7 @@ def test_a_shard_gives_back_every_bit_from_ranges_alone(pictures: bool) -> None:
     for batch in info.batches:
         part = data[batch.offset : batch.offset + batch.length]
         assert checksum(part) == batch.xxh3
-        read = Rows(part, schema)
+        read = RecordBatch(part, schema)
         span = slice(first, first + batch.rows)
         assert read.ids == rows.ids[span]
         assert read.origins == rows.origins[span]
@@ -49,14 +49,14 @@ def test_a_shard_gives_back_every_bit_from_ranges_alone(pictures: bool) -> None:
         assert np.array_equal(read.prompt_lengths, rows.prompt_lengths[span])
         for i in range(batch.rows):
             assert np.array_equal(read.text(i), rows.tokens[first + i])
-        if pictures:
+        if images:
             assert np.array_equal(read.latents.reshape(batch.rows, -1), rows.latents[span])
         first += batch.rows
 
 
 def test_a_shard_is_a_plain_arrow_file_with_units() -> None:
-    schema = example_schema((2, 2), 16)
-    data, _ = write_shard(examples(21), schema, 8)
+    schema = sample_schema((2, 2), 16)
+    data, _ = write_shard(samples(21), schema, 8)
     table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
     assert table.num_rows == 21
     assert table.schema.equals(schema, check_metadata=True)
@@ -64,6 +64,6 @@ def test_a_shard_is_a_plain_arrow_file_with_units() -> None:
     assert all(b"unit" in f.metadata for f in schema)
 
 
-def test_the_same_rows_are_the_same_bytes() -> None:
-    schema = example_schema((2, 2), 16)
-    assert write_shard(examples(21), schema, 8) == write_shard(examples(21), schema, 8)
+def test_equal_samples_give_equal_bytes() -> None:
+    schema = sample_schema((2, 2), 16)
+    assert write_shard(samples(21), schema, 8) == write_shard(samples(21), schema, 8)

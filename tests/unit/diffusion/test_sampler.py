@@ -1,4 +1,4 @@
-"""The solvers against diffusers', and against distributions whose answer is known."""
+"""The solvers against those of diffusers, and against distributions with known solutions."""
 
 import numpy as np
 import pytest
@@ -26,13 +26,13 @@ def solve(solver, z, estimate):
     return z
 
 
-def fresh(shape, seed=0, dtype=torch.float64):
-    """Noise of every step, in the order in which it is asked for."""
+def step_noise(shape, seed=0, dtype=torch.float64):
+    """New noise for every call, reproducible by seed."""
     generator = torch.Generator().manual_seed(seed)
     return lambda i: torch.randn(shape, generator=generator, dtype=dtype)
 
 
-def made(name, grid, noise=None):
+def build_solver(name, grid, noise=None):
     return {
         "dpmpp2m": lambda: DPMSolverPP2M(grid),
         "eq9": lambda: Heun(grid),
@@ -41,7 +41,7 @@ def made(name, grid, noise=None):
 
 
 class Net(torch.nn.Module):
-    """A small random network in the place of the decoder, fp32."""
+    """A small random fp32 network that replaces the decoder."""
 
     def __init__(self):
         super().__init__()
@@ -107,49 +107,49 @@ def test_ddpm_equals_diffusers():
     net, start = Net(), torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
     z, generator = start, torch.Generator().manual_seed(3)
     for t, level in zip(theirs.timesteps, grid, strict=True):
-        said = net(z.float(), level.sigmoid())
-        z = theirs.step(said, t, z, generator=generator).prev_sample.float()
-    ours = Ancestral(grid, fresh((50, 8), seed=3, dtype=torch.float32))
+        z_0 = net(z.float(), level.sigmoid())
+        z = theirs.step(z_0, t, z, generator=generator).prev_sample.float()
+    ours = Ancestral(grid, step_noise((50, 8), seed=3, dtype=torch.float32))
     torch.testing.assert_close(solve(ours, start, net), z, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("dpmpp2m", 60), ("eq9", 60), ("ddpm", 400)])
-def test_mixture_comes_back(name, steps):
-    grid = log_snr_grid(schedule.IMAGE, steps, low=-12.0, high=12.0)
+def test_solvers_reproduce_a_mixture(name, steps):
+    grid = torch.linspace(-12.0, 12.0, steps, dtype=torch.float64)
     z = normal_quantiles(20_000)
-    x = solve(made(name, grid, fresh(z.shape)), z, MIXTURE.estimate)
-    # Components hardly overlap: cut between them.
+    x = solve(build_solver(name, grid, step_noise(z.shape)), z, MIXTURE.estimate)
+    # The components hardly overlap, so cut between them.
     for w, m, s, low, high in zip(
         MIXTURE.weights, MIXTURE.means, MIXTURE.stds, (-9, -0.4, 0.85), (-0.4, 0.85, 9), strict=True
     ):
         u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
         exact = MIXTURE.quantile(u)
-        mine, true = (v[(v > low) & (v < high)] for v in (x, exact))
-        assert len(mine) / len(x) == pytest.approx(len(true) / len(exact), abs=0.01)
-        assert mine.mean().item() == pytest.approx(true.mean().item(), abs=0.02)
-        assert mine.std().item() == pytest.approx(true.std().item(), abs=0.02)
+        sampled, true = (v[(v > low) & (v < high)] for v in (x, exact))
+        assert len(sampled) / len(x) == pytest.approx(len(true) / len(exact), abs=0.01)
+        assert sampled.mean().item() == pytest.approx(true.mean().item(), abs=0.02)
+        assert sampled.std().item() == pytest.approx(true.std().item(), abs=0.02)
         assert true.mean().item() == pytest.approx(m, abs=0.06)
         assert len(true) / len(exact) == pytest.approx(w, abs=0.02)
         assert true.std().item() == pytest.approx(s, abs=0.06)
 
 
 def flow_error(name, steps):
-    """Mean distance to the exact flow, with the same last estimate."""
+    """Mean distance from the exact flow, with the same last estimate."""
     grid = log_snr_grid(schedule.IMAGE, steps)
     z = normal_quantiles(500)
     start, end = grid[0].sigmoid(), grid[-1].sigmoid()
     exact = MIXTURE.estimate(MIXTURE.flow(z, start, end), end)
-    return float((solve(made(name, grid), z, MIXTURE.estimate) - exact).abs().mean())
+    return float((solve(build_solver(name, grid), z, MIXTURE.estimate) - exact).abs().mean())
 
 
 @pytest.mark.parametrize("name", ["dpmpp2m", "eq9"])
-def test_error_falls_with_the_square_of_the_steps(name):
+def test_error_is_of_second_order_in_the_step(name):
     coarse, fine, finest = (flow_error(name, 1 + n) for n in (80, 160, 320))
     assert 3.2 < coarse / fine < 5.0
     assert 3.5 < fine / finest < 4.6
 
 
-def test_without_memory_the_error_falls_with_the_steps_alone():
+def test_error_without_the_previous_estimate_is_of_first_order():
     class Euler(DPMSolverPP2M):
         def step(self, i, z, z_0):
             self.previous = None
@@ -165,7 +165,7 @@ def test_without_memory_the_error_falls_with_the_steps_alone():
     assert 1.7 < error(161) / error(321) < 2.3
 
 
-def test_eq9_follows_the_ode_with_its_signs_put_right():
+def test_eq9_solves_the_ode_with_correct_signs():
     beta, mean, std = 12.0, 0.8, 0.3  # constant beta: abar = exp(-beta t)
     data = Mixture((1.0,), (mean,), (std,))
 
@@ -196,17 +196,17 @@ def test_eq9_follows_the_ode_with_its_signs_put_right():
     np.testing.assert_allclose(x, exact, atol=2e-3)
 
 
-def test_solvers_take_no_more_evaluations_than_steps():
+def test_solvers_use_at_most_the_given_number_of_evaluations():
     for steps in (5, 20, 21):
         for name in SOLVERS:
-            levels = make_solver(name, schedule.TEXT, steps, fresh((1,))).levels
+            levels = make_solver(name, schedule.TEXT, steps, step_noise((1,))).levels
             assert steps - 1 <= len(levels) <= steps
             assert (levels.diff() >= 0).all()
             assert levels[0] == pytest.approx(-7)
             assert levels[-1] == pytest.approx(4)
 
 
-def test_mistakes_name_the_way_out():
+def test_errors_name_the_valid_choices():
     with pytest.raises(ValueError, match="takes 1 steps"):
         log_snr_grid(schedule.TEXT, 1)
     with pytest.raises(ValueError, match="eq9 needs at least 3"):

@@ -13,7 +13,7 @@ from mdm.diffusion.score_entropy import (
 )
 
 
-def test_log_ratio_is_eq_5():
+def test_log_ratio_equals_eq_5():
     torch.manual_seed(0)
     z_t, y = torch.randn(3, 16, dtype=torch.float64), torch.randn(3, 7, 16, dtype=torch.float64)
     abar = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
@@ -24,14 +24,14 @@ def test_log_ratio_is_eq_5():
     torch.testing.assert_close(log_ratio(z_t, y, abar), expected.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_energy_is_eq_17_with_a_residual():
+def test_energy_equals_eq_17_with_a_residual():
     torch.manual_seed(0)
     z_0, eps, y = torch.randn(3, 16), torch.randn(3, 16), torch.randn(3, 7, 16)
     y[:, 2] = z_0
     abar = torch.tensor([0.1, 0.5, 0.9])
     a = abar[:, None]
     z_t = a.sqrt() * z_0 + (1 - a).sqrt() * eps
-    energies = energy(z_t, y, abar, eps)  # the true residual explains the true candidate whole
+    energies = energy(z_t, y, abar, eps)  # the true residual explains the true candidate exactly
     torch.testing.assert_close(energies[:, 2], z_t.square().sum(1) / 2)
     assert (energies.argmax(1) == 2).all()
     eps_y = (z_t.unsqueeze(1) - a[..., None].sqrt() * y) / (1 - a[..., None]).sqrt()
@@ -39,21 +39,21 @@ def test_energy_is_eq_17_with_a_residual():
     torch.testing.assert_close(energies, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_is_zero_at_the_target_and_positive_elsewhere():
+def test_score_entropy_is_zero_at_the_target_and_positive_elsewhere():
     torch.manual_seed(0)
     log_r = torch.randn(4, 9).log_softmax(-1)
     torch.testing.assert_close(score_entropy(log_r, log_r), torch.zeros(4), atol=1e-6, rtol=0)
     assert (score_entropy(torch.randn(4, 9).log_softmax(-1), log_r) > 1e-3).all()
 
 
-def test_equals_kl_for_normalised_ratios():
+def test_score_entropy_of_normalised_ratios_equals_kl():
     torch.manual_seed(0)
     log_s, log_r = torch.randn(5, 8).log_softmax(-1), torch.randn(5, 8).log_softmax(-1)
     kl = (log_r.exp() * (log_r - log_s)).sum(-1)
     torch.testing.assert_close(score_entropy(log_s, log_r), kl, rtol=1e-5, atol=1e-6)
 
 
-def test_equals_cross_entropy_for_a_one_hot_target():
+def test_score_entropy_of_a_one_hot_target_equals_cross_entropy():
     torch.manual_seed(0)
     logits, target = torch.randn(6, 11), torch.arange(6)
     one_hot = torch.full((6, 11), -torch.inf)
@@ -63,13 +63,13 @@ def test_equals_cross_entropy_for_a_one_hot_target():
 
 
 @pytest.mark.parametrize("alpha_bar", [0.1, 0.6, 0.95])
-def test_gradient_over_dense_candidates_is_that_of_noise_prediction(alpha_bar):
-    # With candidates filling the line, cross-entropy over energies moves eps_hat as
-    # 1/2 |eps - eps_hat|^2 does.
+def test_gradient_over_dense_candidates_equals_that_of_noise_prediction(alpha_bar):
+    # With candidates that fill the line, cross-entropy over energies has the same gradient in
+    # eps_hat as 1/2 |eps - eps_hat|^2.
     abar = torch.tensor([alpha_bar])
     z_0, eps = torch.tensor([[0.3]]), torch.tensor([[-0.7]])
     z_t = abar.sqrt() * z_0 + (1 - abar).sqrt() * eps
-    reach = 9 * ((1 - abar) / abar).sqrt()  # of the energies' Gaussian: nine deviations
+    reach = 9 * ((1 - abar) / abar).sqrt()  # nine standard deviations of the energies' Gaussian
     y = z_0 + torch.arange(-500, 501).view(1, -1, 1) / 500 * reach
     eps_hat = torch.tensor([[0.2]], requires_grad=True)
     log_s = log_score_ratio(energy(z_t, y, abar, eps_hat))
@@ -86,7 +86,7 @@ def test_ratios_over_a_shared_vocabulary_equal_those_over_candidates():
     torch.testing.assert_close(log_ratio_vocabulary(z_t, y, abar), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_survives_almost_clean_data():
+def test_log_scores_of_almost_clean_data_are_finite():
     z_0 = torch.randn(2, 16)
     abar = torch.full((2,), 1 - 1e-6)
     y = torch.randn(2, 40, 16)
@@ -97,7 +97,7 @@ def test_survives_almost_clean_data():
     assert (log_s[:, 0] > -1e-3).all()
 
 
-def test_bad_input_names_both_values():
+def test_errors_name_both_values():
     z_t, y = torch.zeros(2, 4), torch.zeros(2, 3, 4)
     with pytest.raises(ValueError, match=r"alpha_bar spans 0\.5 to 1"):
         log_ratio(z_t, y, torch.tensor([0.5, 1.0]))

@@ -1,4 +1,4 @@
-"""Levels are drawn where the loss changes, by what a buffer holds."""
+"""Noise levels are drawn where the learned loss curve changes."""
 
 import torch
 
@@ -16,33 +16,33 @@ def learned() -> TimeWarp:
     return warp
 
 
-def test_levels_are_even_until_losses_are_seen():
+def test_levels_are_uniform_until_losses_are_seen():
     t = TimeWarp(100).steps(UNIFORMS, LAST)
     assert (t.min(), t.max()) == (1, LAST - 1)
     shares = torch.bincount((t - 1) * 10 // (LAST - 1), minlength=10) / len(t)
     assert (shares - 0.1).abs().max() < 0.02
 
 
-def test_levels_go_where_the_loss_changes():
+def test_levels_concentrate_where_the_loss_changes():
     t = learned().steps(UNIFORMS, LAST)
     assert (t.min(), t.max()) == (1, LAST - 1)
     assert ((t > 400) & (t < 600)).float().mean() > 0.7
-    assert (t < 300).float().mean() > 0.04  # none is given up
+    assert (t < 300).float().mean() > 0.04  # every level is still drawn
 
 
-def test_levels_rise_with_their_uniforms():
+def test_levels_increase_with_their_uniforms():
     t = learned().steps(UNIFORMS.sort().values, LAST)
     assert (t.diff() >= 0).all()
 
 
-def test_conditions_and_drops_teach_nothing():
+def test_clean_and_dropped_tokens_are_ignored():
     warp = TimeWarp(100)
     before = warp.loss.clone()
     warp.update(torch.tensor([0, LAST]), torch.tensor([100.0, 100.0]), LAST)
     assert torch.equal(warp.loss, before)
 
 
-def test_what_is_learned_is_in_the_state():
+def test_the_learned_curve_is_saved_in_the_state_dict():
     warp, other = learned(), TimeWarp(100)
     other.load_state_dict(warp.state_dict())
     assert torch.equal(warp.steps(UNIFORMS, LAST), other.steps(UNIFORMS, LAST))

@@ -4,22 +4,21 @@ import pytest
 import torch
 
 from mdm.evaluate import classifier
-from mdm.evaluate.classifier import Classifier, Training
+from mdm.evaluate.classifier import Classifier
 from mdm.evaluate.image import agreement
-from tests.unit.evaluate.conftest import Digits
+from tests.unit.conftest import Digits
 
 
-def test_it_reads_digits_it_has_not_seen(digits: Digits, judge: Classifier) -> None:
+def test_the_classifier_generalises_to_held_out_digits(digits: Digits, judge: Classifier) -> None:
     seen, features = judge.judge(digits.heldout.pixels)
     assert agreement(seen, digits.heldout.labels.numpy()) > 0.85
     assert features.shape == (len(digits.heldout), classifier.FEATURES)
 
 
 def test_training_is_deterministic_and_leaves_the_global_random_state(digits: Digits) -> None:
-    short = Training(epochs=1, batch=64)
     pixels, labels = digits.train.pixels[:128], digits.train.labels[:128]
     state = torch.get_rng_state()
-    first, second = (classifier.train(pixels, labels, 10, short) for _ in range(2))
+    first, second = (classifier.train(pixels, labels, 10, epochs=1, batch=64) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -30,12 +29,14 @@ def test_none_of_the_classes_is_a_class_of_its_own(digits: Digits) -> None:
     noise = torch.rand(300, 3, 32, 32, generator=rng)
     pixels = torch.cat([digits.train.pixels[:400], noise[:200]])
     labels = torch.cat([digits.train.labels[:400], torch.full((200,), -1)])
-    net = classifier.train(pixels, labels, 10, Training(epochs=3, batch=64))
+    net = classifier.train(pixels, labels, 10, epochs=3, batch=64)
     assert (net.judge(noise[200:])[0] == 10).mean() > 0.95
     assert (net.judge(digits.heldout.pixels)[0] == 10).mean() < 0.1
 
 
-def test_save_and_load(judge: Classifier, digits: Digits, tmp_path: Path) -> None:
+def test_a_saved_classifier_loads_with_its_report(
+    judge: Classifier, digits: Digits, tmp_path: Path
+) -> None:
     classifier.save(judge, tmp_path, {"accuracy": 0.9})
     loaded, report = classifier.load(tmp_path)
     assert report["accuracy"] == 0.9

@@ -31,7 +31,7 @@ def test_frechet_of_a_shift_is_its_square_and_of_a_scale_closed_form() -> None:
     assert frechet_distance(x, 2 * x) == pytest.approx(float(np.trace(np.cov(x.T))), rel=1e-9)
 
 
-def test_frechet_of_unlike_gaussians_nears_the_closed_form() -> None:
+def test_frechet_of_different_gaussians_approaches_the_closed_form() -> None:
     d, rng = 3, np.random.default_rng(1)
     scale_a, scale_b = np.array([1.0, 2.0, 0.5]), np.array([2.0, 1.0, 1.5])
     a = rng.standard_normal((200_000, d)) * scale_a
@@ -40,12 +40,12 @@ def test_frechet_of_unlike_gaussians_nears_the_closed_form() -> None:
     assert frechet_distance(a, b) == pytest.approx(exact, rel=0.02)
 
 
-def test_frechet_survives_constant_features() -> None:
+def test_frechet_accepts_constant_features() -> None:
     x = np.concatenate([normal(100, 4, 0), np.zeros((100, 4))], axis=1)
     assert frechet_distance(x, x + 1.0) == pytest.approx(8.0, rel=1e-6)
 
 
-def test_kernel_distance_is_unbiased_and_sees_a_shift() -> None:
+def test_kernel_distance_is_unbiased_and_detects_a_shift() -> None:
     same = [kernel_distance(normal(200, 16, s), normal(200, 16, s + 99), seed=s) for s in range(8)]
     assert abs(np.mean(same)) < 2 * np.std(same) / np.sqrt(len(same)) + 0.01
     assert min(same) < 0.0 < max(same)
@@ -76,7 +76,7 @@ def test_scatter_loses_precision() -> None:
     assert precision < 0.05
 
 
-def test_nearest_neighbours_tell_copies_from_new_pictures() -> None:
+def test_nearest_neighbours_distinguish_copies_from_new_images() -> None:
     train, heldout, fresh = normal(500, 8, 0), normal(100, 8, 1), normal(100, 8, 2)
     assert nn_distance_ratio(fresh, heldout, train) == pytest.approx(1.0, abs=0.15)
     assert nn_distance_ratio(train[:100], heldout, train) == pytest.approx(0.0, abs=1e-6)
@@ -88,11 +88,11 @@ def test_shuffling_scores_chance() -> None:
     wanted = np.arange(500) % 10
     assert agreement(wanted, wanted) == 1.0
     assert shuffled_control(wanted, wanted, seed=0) == pytest.approx(0.1, abs=0.02)
-    # A generator that draws one class alone agrees with it by chance, shuffled or not.
+    # A generator that draws only one class agrees by chance, shuffled or not.
     assert shuffled_control(np.zeros(500, int), wanted, seed=0) == pytest.approx(0.1)
 
 
-def test_shares_count_pictures_of_no_class_in_the_whole() -> None:
+def test_images_of_no_class_count_in_the_total_of_class_shares() -> None:
     assert class_shares(np.array([0, 0, 1, 2]), 2).tolist() == [0.5, 0.25]
 
 

@@ -23,7 +23,7 @@ def pixels():
     return torch.randint(0, 256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(1)).byte()
 
 
-def test_shapes_and_facts(folder, pixels):
+def test_latents_and_pixels_have_the_documented_shapes(folder, pixels):
     autoencoder = Autoencoder.load(folder)
     assert (autoencoder.image_size, autoencoder.grid, autoencoder.latent_dim) == (16, (2, 2), 16)
     latents = autoencoder.encode(pixels)
@@ -63,14 +63,14 @@ def test_decode_undoes_the_normalisation_and_the_patches(folder, pixels):
     torch.testing.assert_close(autoencoder.decode(autoencoder.encode(pixels)), expected)
 
 
-def test_a_picture_wider_than_high(folder):
+def test_an_image_wider_than_high(folder):
     autoencoder = Autoencoder.load(folder)
     latents = autoencoder.encode(torch.rand(1, 3, 8, 24))
     assert latents.shape == (1, 3, 16)
     assert autoencoder.decode(latents, (1, 3)).shape == (1, 3, 8, 24)
 
 
-def test_sha_follows_weights_and_config(folder, tmp_path):
+def test_the_sha256_depends_on_weights_and_config(folder, tmp_path):
     same = Autoencoder.load(folder).sha256
     assert Autoencoder.load(folder).sha256 == same
     model = build(16, (8, 8, 8))
@@ -80,7 +80,7 @@ def test_sha_follows_weights_and_config(folder, tmp_path):
     assert len(shas | {same}) == 3
 
 
-def test_a_pretrained_folder_without_channel_figures_uses_its_scaling(folder, tmp_path, pixels):
+def test_a_folder_without_channel_statistics_uses_its_scaling_factor(folder, tmp_path, pixels):
     model = build(16, (8, 8, 8))
     model.save_pretrained(tmp_path / "sd")
     autoencoder = Autoencoder.load(tmp_path / "sd")
@@ -108,34 +108,43 @@ def test_broken_folders_and_shapes_are_value_errors(folder, tmp_path, pixels):
     with pytest.raises(ValueError, match="autoencoder"):
         Autoencoder.load(tmp_path)
     autoencoder = Autoencoder.load(folder)
-    with pytest.raises(ValueError, match="10 x 16 is no multiple of 8"):
+    with pytest.raises(ValueError, match="10 x 16 is not a multiple of 8"):
         autoencoder.encode(pixels[:, :, :10])
     with pytest.raises(ValueError, match="not \\[B, 3, H, W\\]"):
         autoencoder.encode(pixels[:, :1])
     with pytest.raises(ValueError, match="not \\[B, 2 x 2, 16\\]"):
         autoencoder.decode(torch.zeros(1, 5, 16))
-    with pytest.raises(ValueError, match="image_size 30 is no multiple of 8"):
+    with pytest.raises(ValueError, match="image_size 30 is not a multiple of 8"):
         build(30)
 
 
-def test_fit_lowers_the_loss_and_the_figures_normalise(tmp_path):
+def test_training_lowers_the_loss_and_the_statistics_normalise_latents(tmp_path):
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, 2, (64, 3, 2, 2), generator=generator) * 255
-    pictures = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3).byte()
+    images = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3).byte()
     torch.manual_seed(0)
     model = build(16, (8, 16, 16))
     options = {"batch": 16, "lr": 1e-2, "kl_weight": 1e-4, "seed": 0, "precision": "fp32"}
-    losses = list(fit_autoencoder.fit(model, {"solid": pictures}, steps=80, **options))
+    losses = list(fit_autoencoder.fit(model, {"solid": images}, steps=80, **options))
     first, last = (
         sum(term["reconstruction"] for term in part) for part in (losses[:5], losses[-5:])
     )
     assert last < 0.7 * first
-    save(model, tmp_path / "ae", *fit_autoencoder.channel_statistics(model, pictures))
-    latents = Autoencoder.load(tmp_path / "ae").encode(pictures).view(-1, 4)
+    save(model, tmp_path / "ae", *fit_autoencoder.channel_statistics(model, images))
+    latents = Autoencoder.load(tmp_path / "ae").encode(images).view(-1, 4)
     torch.testing.assert_close(latents.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std(0), torch.ones(4), atol=1e-2, rtol=0)
 
 
-def test_psnr():
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
+def test_a_training_of_any_length_runs(steps):
+    images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    model = build(8, (8, 8))
+    options = {"batch": 2, "lr": 1e-2, "kl_weight": 1e-4, "seed": 0, "precision": "fp32"}
+    losses = list(fit_autoencoder.fit(model, {"black": images}, steps=steps, **options))
+    assert len(losses) == steps
+
+
+def test_psnr_of_a_constant_error():
     target = torch.zeros(2, 3, 4, 4)
     assert fit_autoencoder.psnr(target + 0.1, target) == pytest.approx(20.0, abs=1e-3)

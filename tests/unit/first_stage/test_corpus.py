@@ -17,7 +17,7 @@ def test_order_of_the_input_does_not_matter_and_the_output_is_shuffled(tmp_path)
     assert (first.train_lines, first.held_out_lines) == (len(train), len(held_out))
 
 
-def test_refused_lines_are_counted_by_reason(tmp_path):
+def test_dropped_lines_are_counted_by_reason(tmp_path):
     texts = ["one", "  one ", "ONE", "x", "?!", "", "two\n  words\t", "two words", "7"]
     made = corpus.build(texts, tmp_path / "c")
     assert sorted([*made.train(), *made.held_out()]) == ["ONE", "two words"]

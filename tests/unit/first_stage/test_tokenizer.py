@@ -31,14 +31,14 @@ def test_training_is_deterministic():
     assert first != other
 
 
-def test_special_ids_and_size(tokenizer):
+def test_special_pieces_have_the_first_ids(tokenizer):
     assert (UNK, PAD, EOS, USER, ASSISTANT) == (0, 1, 2, 3, 4)
     assert tokenizer.vocab_size == 60
     assert [tokenizer.piece(i) for i in (USER, ASSISTANT)] == ["<user>", "<assistant>"]
     assert len(tokenizer.sha256) == 64
 
 
-def test_round_trip(tokenizer):
+def test_decoding_restores_an_encoded_text(tokenizer):
     for line in lines(7, 20):
         ids = tokenizer.encode(line)
         assert UNK not in ids
@@ -53,7 +53,7 @@ def test_no_text_becomes_a_control_piece(tokenizer, text):
     assert not {PAD, EOS, USER, ASSISTANT} & set(tokenizer.encode(f"red {text} cat\n{text}"))
 
 
-def test_dialogue_layout(tokenizer):
+def test_a_dialogue_marks_each_turn_and_ends_with_eos(tokenizer):
     ask, answer, more, end = (tokenizer.encode(t) for t in ("cat", "red dog", "bake", "lomu"))
     ids, prompt = tokenizer.encode_dialogue(["cat", "red dog", "bake", "lomu"])
     assert ids == [USER, *ask, ASSISTANT, *answer, USER, *more, ASSISTANT, *end, EOS]
@@ -94,7 +94,7 @@ def of_code(tmp_path_factory):
         "\n" * 7,
     ],
 )
-def test_layout_survives(of_code, text):
+def test_decoding_restores_the_layout(of_code, text):
     ids = of_code.encode(text)
     assert UNK not in ids
     assert of_code.decode(ids) == text
@@ -103,7 +103,7 @@ def test_layout_survives(of_code, text):
 
 
 @given(st.text(alphabet=st.sampled_from(sorted({*CODE, *"\n\t  \u2581"})), max_size=60))
-def test_any_text_of_known_characters_comes_back(of_code, text):
+def test_any_text_of_known_characters_is_restored(of_code, text):
     assert of_code.decode(of_code.encode(text)) == text
 
 
@@ -119,7 +119,7 @@ def test_indentation_by_other_spaces_is_indentation(of_code, space):
     assert of_code.decode(of_code.encode(text)) == text.replace(space, " ")
 
 
-def test_prose_takes_the_pieces_that_it_took_without_layout(of_code, tmp_path):
+def test_prose_has_the_same_pieces_with_and_without_layout(of_code, tmp_path):
     """A line of prose costs nothing, a paragraph one piece; captions have no layout at all."""
     plain = of_code._model.encode
     for line in lines(3, 50):
@@ -128,7 +128,7 @@ def test_prose_takes_the_pieces_that_it_took_without_layout(of_code, tmp_path):
     assert of_code.encode_caption(" red\n\n  cat\t") == plain("red cat")
 
 
-def test_models_without_pieces_for_layout_read_it_as_a_space(tmp_path):
+def test_models_without_layout_pieces_encode_layout_as_a_space(tmp_path):
     """So do those of earlier versions, whose data sets and checkpoints hold such tokens."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train_model(lines(), 60, layout=False))
@@ -140,7 +140,7 @@ def test_models_without_pieces_for_layout_read_it_as_a_space(tmp_path):
     assert Tokenizer(small).decode(Tokenizer(small).encode("one\ntwo")) == "one two"
 
 
-def test_vocabulary_that_the_corpus_cannot_support_names_the_largest():
+def test_a_vocabulary_too_large_for_the_corpus_names_the_largest():
     with pytest.raises(ValueError, match=r"vocab_size 5000 is too large .* at most \d+"):
         train_model(lines(), 5000)
     with pytest.raises(ValueError, match=r"too small: the characters alone need \d+"):

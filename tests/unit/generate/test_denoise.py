@@ -1,22 +1,24 @@
 """The denoising loop on a small untrained network: solvers, guidance, blocks, lengths, drops."""
 
+import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 
-from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
-from mdm.diffusion import noise
+from mdm.config import Config, DataConfig, ModelConfig
 from mdm.first_stage.tokenizer import EOS, PAD
-from mdm.generate.denoise import denoise
+from mdm.generate import denoise as denoising
 from mdm.generate.request import Request, Sampling
-from mdm.loss import Objective
+from mdm.model.mdm import MDM
 
 M, N, VOCAB = 12, 16, 29
+denoise = functools.partial(denoising.denoise, self_conditions=True)
 
 
 @pytest.fixture
-def objective():
+def model():
     torch.manual_seed(0)
     config = Config(
         model=ModelConfig(
@@ -31,72 +33,65 @@ def objective():
             image_width=4,
             text_length=M,
         ),
-        objective=ObjectiveConfig(p_self_condition=0.25),
         data=DataConfig(caption_length=M, dialogue_length=M),
     )
-    made = Objective(config).eval()
-    torch.nn.init.normal_(made.network.image_out.weight, std=0.1)
-    torch.nn.init.normal_(made.network.text_out.weight, std=0.3)
-    return made
+    model = MDM(config.model).eval()
+    torch.nn.init.normal_(model.network.image_out.weight, std=0.1)
+    torch.nn.init.normal_(model.network.text_out.weight, std=0.3)
+    return model
 
 
-def request(image, text, b=3, first=0, n_image=N, **more):
+def request(image, text, b=3, first=0, **conditions):
     keys = torch.arange(first, first + b)
-
-    def draw(number):
-        return noise.draw(5, keys, torch.full_like(keys, number), n_image, M, 16)
-
-    return Request(image, text, torch.zeros(b).long(), draw, **more)
+    return Request(image, text, keys, 5, M, torch.zeros(b).long(), **conditions)
 
 
-def seen_by(network):
-    """Arguments of every evaluation: those by place, then those by name in their order."""
+def record(network):
+    """The arguments of every evaluation: (text, class_ids, images)."""
     calls = []
-    network.register_forward_pre_hook(
-        lambda _, args, named: calls.append((*args, *named.values())), with_kwargs=True
-    )
+    network.register_forward_pre_hook(lambda _, args: calls.append(args))
     return calls
 
 
-def prefer(objective, token, by):
+def prefer(model, token, by):
     with torch.no_grad():
-        objective.vae.vocabulary.bias[token] += by
+        model.vae.vocabulary.bias[token] += by
 
 
 @pytest.mark.parametrize("solver", ["dpmpp2m", "eq9", "ddpm"])
-def test_results_belong_to_the_sample_not_to_the_batch(objective, solver):
+def test_a_sample_does_not_depend_on_its_batch(model, solver):
     how = Sampling(image_steps=5, text_steps=7, solver=solver, image_guidance=1.0)
-    together = denoise(objective, request("asked", "asked"), how)
-    alone = denoise(objective, request("asked", "asked", b=1, first=2), how)
+    together = denoise(model, request("generated", "generated"), how)
+    alone = denoise(model, request("generated", "generated", b=1, first=2), how)
     torch.testing.assert_close(together.latents[2:], alone.latents, rtol=1e-4, atol=1e-4)
     assert torch.equal(together.tokens[2:], alone.tokens)
     assert together.selected.evaluations == 7
 
 
-def test_solvers_differ(objective):
-    found = [
-        denoise(objective, request("asked", "absent"), Sampling(image_steps=5, solver=s)).latents
+def test_solvers_differ(model):
+    latents = [
+        denoise(model, request("generated", "absent"), Sampling(image_steps=5, solver=s)).latents
         for s in ("dpmpp2m", "eq9", "ddpm")
     ]
-    assert not torch.allclose(found[0], found[1])
-    assert not torch.allclose(found[0], found[2])
+    assert not torch.allclose(latents[0], latents[1])
+    assert not torch.allclose(latents[0], latents[2])
 
 
-def test_solvers_agree_in_the_limit(objective):
-    many = [
-        denoise(objective, request("asked", "absent"), Sampling(image_steps=n, solver=s)).latents
+def test_solvers_agree_in_the_limit(model):
+    latents = [
+        denoise(model, request("generated", "absent"), Sampling(image_steps=n, solver=s)).latents
         for s, n in (("dpmpp2m", 120), ("eq9", 239))
     ]
-    torch.testing.assert_close(*many, rtol=0, atol=0.02)
+    torch.testing.assert_close(*latents, rtol=0, atol=0.02)
 
 
-def test_guidance_acts_within_its_interval_alone(objective):
-    calls = seen_by(objective.network)
+def test_guidance_acts_only_within_its_interval(model):
+    calls = record(model.network)
 
     def drawn(w, interval):
         calls.clear()
         how = Sampling(image_steps=9, image_guidance=w, interval=interval)
-        return denoise(objective, request("asked", "absent"), how).latents, len(calls)
+        return denoise(model, request("generated", "absent"), how).latents, len(calls)
 
     everywhere, all_calls = drawn(2.0, (-math.inf, math.inf))
     nowhere, none = drawn(2.0, (50.0, 60.0))
@@ -107,117 +102,118 @@ def test_guidance_acts_within_its_interval_alone(objective):
     assert not torch.allclose(within, nowhere)
 
 
-def test_each_modality_has_its_own_guidance(objective):
-    calls = seen_by(objective.network)
+def test_each_modality_has_its_own_guidance(model):
+    calls = record(model.network)
     for image, text, expected in ((0, 0, 6), (1, 0, 10), (0, 1, 12), (1, 1, 16)):
         calls.clear()
         how = Sampling(image_steps=4, text_steps=6, image_guidance=image, text_guidance=text)
-        denoise(objective, request("asked", "asked"), how)
+        denoise(model, request("generated", "generated"), how)
         assert len(calls) == expected
 
 
-def test_text_trails_by_a_share_of_the_pictures_steps(objective):
-    calls = seen_by(objective.network)
+def test_text_trails_the_image_by_a_share_of_its_steps(model):
+    calls = record(model.network)
     how = Sampling(image_steps=4, text_steps=6, text_delay=0.5)
-    drawn = denoise(objective, request("asked", "asked"), how)
+    drawn = denoise(model, request("generated", "generated"), how)
     assert drawn.selected.evaluations == len(calls) == 8
-    text, image = ([float(args[k][0]) for args in calls] for k in (1, 5))
+    text = [float(text.level[0]) for text, _, _ in calls]
+    image = [float(images.level[0]) for _, _, images in calls]
     assert text[:3] == [-20, -20, -7]
     assert image[3:6] == [7, 20, 20]
     assert text[-1] == 4
 
 
-def test_after_the_first_eos_there_is_padding_alone(objective):
-    prefer(objective, EOS, 100.0)
-    tokens = denoise(objective, request("absent", "asked"), Sampling(text_steps=3)).tokens
+def test_only_padding_follows_the_first_eos(model):
+    prefer(model, EOS, 100.0)
+    tokens = denoise(model, request("absent", "generated"), Sampling(text_steps=3)).tokens
     assert (tokens[:, 0] == EOS).all()
     assert (tokens[:, 1:] == PAD).all()
 
 
-def test_an_eos_in_the_prompt_ends_nothing(objective):
-    prefer(objective, 7, 100.0)
+def test_an_eos_in_the_prompt_does_not_end_the_text(model):
+    prefer(model, 7, 100.0)
     given = torch.full((3, M), EOS)
     prompt = torch.arange(M).expand(3, M) < torch.tensor([[2], [4], [0]])
-    asked = request("absent", "asked", n_image=0, tokens=given, prompt=prompt)
-    tokens = denoise(objective, asked, Sampling(text_steps=3)).tokens
+    asked = request("absent", "generated", tokens=given, prompt=prompt)
+    tokens = denoise(model, asked, Sampling(text_steps=3)).tokens
     assert torch.equal(tokens, torch.where(prompt, EOS, 7))
 
 
-def test_blocks_are_drawn_in_turn_as_the_prompt_of_the_next(objective):
-    prefer(objective, EOS, -100.0)
-    calls = seen_by(objective.network)
+def test_each_block_is_the_prompt_of_the_next(model):
+    prefer(model, EOS, -100.0)
+    calls = record(model.network)
     how = Sampling(text_steps=4, text_blocks=3)
-    tokens = denoise(objective, request("absent", "asked"), how).tokens
-    prompts = [args[2] for args in calls]
+    tokens = denoise(model, request("absent", "generated"), how).tokens
+    prompts = [text.prompt for text, _, _ in calls]
     assert [int(p[0].sum()) for p in prompts] == [0] * 4 + [4] * 4 + [8] * 4
     assert prompts[-1][0].tolist() == [True] * 8 + [False] * 4
-    means = objective.vae.vocabulary()[0]
-    torch.testing.assert_close(calls[-1][0][:, :8], means[tokens[:, :8]])
-    fresh = request("absent", "asked").noise(0).text[:, 0]
-    assert torch.equal(calls[4][0][:, 4:], fresh[:, 4:])
+    means = model.vae.vocabulary()[0]
+    torch.testing.assert_close(calls[-1][0].z_t[:, :8], means[tokens[:, :8]])
+    fresh = request("absent", "generated").noise(0, model.network.config)[1]
+    assert torch.equal(calls[4][0].z_t[:, 4:], fresh[:, 4:])
 
 
-def test_no_block_is_drawn_after_the_last_eos(objective):
-    prefer(objective, EOS, 100.0)
+def test_no_block_is_generated_after_every_text_has_ended(model):
+    prefer(model, EOS, 100.0)
     how = Sampling(text_steps=4, text_blocks=3)
-    assert denoise(objective, request("absent", "asked"), how).selected.evaluations == 4
+    assert denoise(model, request("absent", "generated"), how).selected.evaluations == 4
 
 
-def test_what_has_settled_keeps_its_value_and_leaves_the_scans(objective):
-    prefer(objective, EOS, -100.0)
-    objective.network.text_out.weight.data *= 4  # sure of most tokens
-    calls = seen_by(objective.network)
+def test_a_settled_token_keeps_its_value_and_leaves_the_scans(model):
+    prefer(model, EOS, -100.0)
+    model.network.text_out.weight.data *= 4  # sure of most tokens
+    calls = record(model.network)
     how = Sampling(text_steps=10, selection=0.5)
-    drawn = denoise(objective, request("given", "asked", latents=torch.randn(3, N, 16)), how)
+    drawn = denoise(model, request("given", "generated", latents=torch.randn(3, N, 16)), how)
     when = drawn.selected.text
     assert ((when >= 1) & (when < 9)).any()
     assert (drawn.selected.image == -1).all()
-    means = objective.vae.vocabulary()[0]
-    for i, args in enumerate(calls[: drawn.selected.evaluations]):
+    means = model.vae.vocabulary()[0]
+    for i, (text, _, images) in enumerate(calls[: drawn.selected.evaluations]):
         settled = (when >= 0) & (when < i)
-        torch.testing.assert_close(args[0][settled], means[drawn.tokens[settled]])
+        torch.testing.assert_close(text.z_t[settled], means[drawn.tokens[settled]])
         if settled.any():
-            assert torch.equal(args[8], ~settled & ~settled.all(1, keepdim=True))
-            assert args[9].all(1).tolist() == (~settled.all(1)).tolist()
+            assert torch.equal(text.keep, ~settled & ~settled.all(1, keepdim=True))
+            assert images.keep.all(1).tolist() == (~settled.all(1)).tolist()
 
 
-def test_a_picture_that_has_settled_needs_no_more_evaluations(objective):
+def test_an_image_that_has_settled_needs_no_more_evaluations(model):
     how = Sampling(image_steps=9, selection=1e9)
-    drawn = denoise(objective, request("asked", "absent"), how)
+    drawn = denoise(model, request("generated", "absent"), how)
     # Levels -9, -7, ..., 7: the first above 0 is the sixth.
     assert drawn.selected.evaluations == 6
     assert (drawn.selected.image == 5).all()
 
 
-def test_nothing_is_dropped_while_the_other_modality_has_to_hear_it(objective):
-    calls = seen_by(objective.network)
+def test_no_token_is_dropped_while_the_other_modality_depends_on_it(model):
+    calls = record(model.network)
     how = Sampling(image_steps=9, text_steps=9, text_delay=0.8, selection=1e9)
-    drawn = denoise(objective, request("asked", "asked"), how)
-    # The picture is above log-SNR 0 from evaluation 5 on; the text is drawn from 7 on.
+    drawn = denoise(model, request("generated", "generated"), how)
+    # The image is above log-SNR 0 from evaluation 5 on; the text is drawn from 7 on.
     assert (drawn.selected.image == 5).all()
     assert drawn.selected.text.min() > 6
-    assert all(args[9] is None or args[9].all() for args in calls)
+    assert all(images.keep is None or images.keep.all() for _, _, images in calls)
     how = Sampling(image_steps=9, text_steps=9, selection=1e9)
-    drawn = denoise(objective, request("asked", "asked"), how)
+    drawn = denoise(model, request("generated", "generated"), how)
     assert (drawn.selected.image == -1).all()
     assert (drawn.selected.text == -1).all()
 
 
-def test_selection_off_selects_nothing(objective):
-    drawn = denoise(objective, request("asked", "asked"), Sampling(image_steps=4, text_steps=4))
+def test_selection_off_selects_nothing(model):
+    drawn = denoise(model, request("generated", "generated"), Sampling(image_steps=4, text_steps=4))
     assert (drawn.selected.image == -1).all()
     assert (drawn.selected.text == -1).all()
 
 
-def test_a_tiny_threshold_changes_nothing(objective):
-    plain = denoise(objective, request("asked", "asked"), Sampling(image_steps=4, text_steps=4))
+def test_a_tiny_threshold_changes_nothing(model):
+    plain = denoise(model, request("generated", "generated"), Sampling(image_steps=4, text_steps=4))
     how = Sampling(image_steps=4, text_steps=4, selection=1e-30)
-    strict = denoise(objective, request("asked", "asked"), how)
+    strict = denoise(model, request("generated", "generated"), how)
     assert torch.equal(plain.latents, strict.latents)
     assert torch.equal(plain.tokens, strict.tokens)
 
 
-def test_mistakes_name_the_way_out(objective):
+def test_invalid_settings_are_refused_with_the_way_out(model):
     for settings, message in (
         ({"solver": "euler"}, "'euler'; choose one of dpmpp2m"),
         ({"text_delay": 1.5}, "text_delay is 1.5"),
@@ -229,5 +225,25 @@ def test_mistakes_name_the_way_out(objective):
     ):
         with pytest.raises(ValueError, match=message):
             Sampling(**settings)
-    with pytest.raises(ValueError, match="the image is asked but its noise is missing"):
-        denoise(objective, request("asked", "absent", n_image=0), Sampling())
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ({"class_ids": torch.tensor([0, 3])}, r"sample 1 has 3 in class_ids; it lies in -1 .* 2:"),
+        ({"tokens": torch.full((2, M), VOCAB)}, r"sample 0 has 29 in tokens.*0 \.\.\. 28"),
+        ({"tokens": torch.zeros(2, M - 1).long()}, r"prompt is torch.bool \(2, 12\).*\(2, 11\)"),
+        (
+            {"latents": torch.zeros(2, N + 1, 16)},
+            r"\(2, 17, 16\).*need torch.float32 \(2, 16, 16\)",
+        ),
+        ({"latents": torch.zeros(3, N, 16)}, r"\(3, 16, 16\); 2 samples"),
+        ({"image_at": torch.tensor([[0], [M]])}, r"sample 1 has 12 in image_at.*-1 \.\.\. 11"),
+        ({"length": M + 1}, r"tokens have shape \(2, 13\); .* 1 \.\.\. 12 \(model.text_length\)"),
+    ],
+)
+def test_conditions_that_do_not_fit_the_model_are_refused(model, conditions, message):
+    valid = Request("given", "generated", torch.arange(2), 0, M, latents=torch.zeros(2, N, 16))
+    denoise(model, valid, Sampling(text_steps=2))
+    with pytest.raises(ValueError, match=message):
+        denoise(model, dataclasses.replace(valid, **conditions), Sampling(text_steps=2))

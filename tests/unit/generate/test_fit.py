@@ -1,4 +1,4 @@
-"""Weights are used with the tokenizer and the autoencoder of their training data, or not at all."""
+"""Weights are used only with the tokenizer and autoencoder of their training data."""
 
 import dataclasses
 import json
@@ -9,19 +9,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from examples.digits import data as learn_data
 from mdm.checkpoint.exported import Training, read_provenance, write_export
 from mdm.config import Config, DataConfig, ModelConfig
 from mdm.data.provenance import Provenance
 from mdm.evaluate.heldout import load_encoded
 from mdm.first_stage.folder import PIXELS, describe
 from mdm.first_stage.tokenizer import Tokenizer, train_model
-from mdm.generate import MDM
-from mdm.loss import Objective
-from pipelines import evaluate, generate, learn_data
+from mdm.generate import Generator
+from mdm.loss import Loss
+from mdm.report import drawing
+from pipelines import evaluate, generate
 from tests.data_sets import write_autoencoder, write_tokenizer
 
 
-class Made:
+class Run:
     """A run's tokenizer and autoencoder, others of the same shape, and untrained weights."""
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +49,7 @@ class Made:
             tokenizer=str(self.tokenizer),
             autoencoder=str(self.autoencoder),
         )
-        self.weights = Objective(self.config).state_dict()
+        self.weights = Loss(self.config).state_dict()
 
     def export(self, name: str, provenance: Provenance, tokenizer: Path | None = None) -> Path:
         model = (tokenizer or self.tokenizer).read_bytes()
@@ -58,108 +60,108 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Made:
-    return Made(tmp_path_factory.mktemp("made"))
+def run(tmp_path_factory) -> Run:
+    return Run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
-def export(made) -> Path:
-    return made.export("export", made.provenance)
+def export(run) -> Path:
+    return run.export("export", run.provenance)
 
 
-def test_an_export_says_what_its_data_was_encoded_with(made, export):
-    assert read_provenance(export) == made.provenance
-    assert made.provenance.autoencoder in (export / "README.md").read_text()
-    again = made.export("again", made.provenance) / "model.safetensors"
+def test_an_export_records_what_encoded_its_data(run, export):
+    assert read_provenance(export) == run.provenance
+    assert run.provenance.autoencoder in (export / "README.md").read_text()
+    again = run.export("again", run.provenance) / "model.safetensors"
     assert again.read_bytes() == (export / "model.safetensors").read_bytes()
     stored = load_file(again)
-    assert stored.keys() == made.weights.keys()
-    assert all(torch.equal(stored[name], made.weights[name]) for name in stored)
+    assert stored.keys() == run.weights.keys()
+    assert all(torch.equal(stored[name], run.weights[name]) for name in stored)
 
 
-def test_the_same_content_in_other_places_is_taken(made, export, tmp_path, caplog):
+def test_the_same_content_at_other_paths_is_accepted(run, export, tmp_path, caplog):
     for name in ("tokenizer", "autoencoder"):
-        (tmp_path / name).symlink_to(getattr(made, name))
+        (tmp_path / name).symlink_to(getattr(run, name))
     places = {name: str(tmp_path / name) for name in ("tokenizer", "autoencoder")}
-    model = MDM.from_pretrained(export, **places)
+    model = Generator.from_pretrained(export, **places)
     model.save_pretrained(tmp_path / "saved")
-    assert read_provenance(tmp_path / "saved") == made.provenance
+    assert read_provenance(tmp_path / "saved") == run.provenance
     assert not caplog.messages
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "autoencoder"])
-def test_another_one_is_refused_by_name(made, export, kind, capsys):
-    other = {"tokenizer": made.other, "autoencoder": made.another}[kind]
-    wanted = getattr(made.provenance, kind)
+def test_another_tokenizer_or_autoencoder_is_refused_by_name(run, export, kind, capsys):
+    other = {"tokenizer": run.other, "autoencoder": run.another}[kind]
+    expected = getattr(run.provenance, kind)
     found = Tokenizer(other).sha256 if kind == "tokenizer" else describe(other).sha256
-    with pytest.raises(ValueError, match=f"has sha256 {found}, but .* {wanted}; .*--{kind}"):
-        MDM.from_pretrained(export, **{kind: str(other)})
-    with pytest.raises(ValueError, match=rf"{wanted}, give that \w+ as --{kind}"):
-        MDM.from_pretrained(export, **{kind: str(made.folder / "gone")})
+    with pytest.raises(ValueError, match=f"has sha256 {found}, but .* {expected}; .*--{kind}"):
+        Generator.from_pretrained(export, **{kind: str(other)})
+    with pytest.raises(ValueError, match=rf"{expected}, give that \w+ as --{kind}"):
+        Generator.from_pretrained(export, **{kind: str(run.folder / "gone")})
 
 
-def test_a_file_that_was_replaced_under_its_path_is_refused(made, tmp_path):
+def test_a_replaced_file_is_refused(run, tmp_path):
     """The export's own tokenizer, and the autoencoder that its configuration names."""
-    folder = made.export("replaced", made.provenance, tokenizer=made.other)
-    with pytest.raises(ValueError, match=made.provenance.tokenizer):
-        MDM.from_pretrained(folder)
-    shutil.copy(made.tokenizer, folder / "tokenizer.model")
+    folder = run.export("replaced", run.provenance, tokenizer=run.other)
+    with pytest.raises(ValueError, match=run.provenance.tokenizer):
+        Generator.from_pretrained(folder)
+    shutil.copy(run.tokenizer, folder / "tokenizer.model")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"autoencoder": str(made.another)}))
-    with pytest.raises(ValueError, match=made.provenance.autoencoder):
-        MDM.from_pretrained(folder)
-    MDM.from_pretrained(folder, autoencoder=str(made.autoencoder))
+    (folder / "config.json").write_text(json.dumps(config | {"autoencoder": str(run.another)}))
+    with pytest.raises(ValueError, match=run.provenance.autoencoder):
+        Generator.from_pretrained(folder)
+    Generator.from_pretrained(folder, autoencoder=str(run.autoencoder))
 
 
-def test_an_export_that_records_nothing_says_so_and_goes_on(made, caplog):
-    MDM.from_pretrained(made.export("old", Provenance()))
-    (said,) = caplog.messages
-    assert "old does not record its tokenizer and autoencoder" in said
-    assert str(made.autoencoder) in said
+def test_an_export_without_a_record_is_loaded_with_a_warning(run, caplog):
+    Generator.from_pretrained(run.export("old", Provenance()))
+    (line,) = caplog.messages
+    assert "old does not record its tokenizer and autoencoder" in line
+    assert str(run.autoencoder) in line
 
 
-def test_text_alone_needs_no_autoencoder(made, tmp_path):
-    folder = made.export("text", dataclasses.replace(made.provenance, autoencoder=""))
+def test_text_alone_needs_no_autoencoder(run, tmp_path):
+    folder = run.export("text", dataclasses.replace(run.provenance, autoencoder=""))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"autoencoder": "gone"}))
-    model = MDM.from_pretrained(folder)
+    model = Generator.from_pretrained(folder)
     assert len(model.reply([("one",)], steps=2)) == 1
     with pytest.raises(ValueError, match="trained on text alone"):
         model.class_to_image([0], steps=2)
     with pytest.raises(ValueError, match="trained on text alone"):
-        generate.encode(model, [str(tmp_path / "a.png")])
+        drawing.encode(model, [str(tmp_path / "a.png")])
 
 
-def test_pixel_patches_are_decoded_by_no_autoencoder(made):
-    folder = made.export("pixels", dataclasses.replace(made.provenance, autoencoder=PIXELS))
+def test_pixel_patches_have_no_autoencoder(run):
+    folder = run.export("pixels", dataclasses.replace(run.provenance, autoencoder=PIXELS))
     with pytest.raises(ValueError, match="trained on pixel patches"):
-        MDM.from_pretrained(folder)
+        Generator.from_pretrained(folder)
 
 
-def test_the_jobs_end_with_one_line(made, export, tmp_path, monkeypatch, capsys):
+def test_the_jobs_end_with_one_line(run, export, tmp_path, monkeypatch, capsys):
     common = ["--checkpoint", str(export), "--out", str(tmp_path / "out")]
     for job, more in (
-        (generate, ["--tokenizer", str(made.other)]),
-        (generate, ["--autoencoder", str(made.another)]),
-        (evaluate, ["--tokenizer", str(made.other), "--autoencoder", str(made.autoencoder)]),
-        (evaluate, ["--tokenizer", str(made.tokenizer), "--autoencoder", str(made.another)]),
+        (generate, ["--tokenizer", str(run.other)]),
+        (generate, ["--autoencoder", str(run.another)]),
+        (evaluate, ["--tokenizer", str(run.other), "--autoencoder", str(run.autoencoder)]),
+        (evaluate, ["--tokenizer", str(run.tokenizer), "--autoencoder", str(run.another)]),
     ):
         monkeypatch.setattr("sys.argv", ["job", *common, *more])
         with pytest.raises(SystemExit) as ended:
             job.main()
         assert ended.value.code == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1
-        assert "has sha256" in said
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        assert "has sha256" in line
 
 
-def test_an_evaluation_compares_with_data_of_the_same_first_stages(made, tmp_path):
+def test_an_evaluation_compares_with_data_of_the_same_first_stages(run, tmp_path):
     learn_data.write(tmp_path)
     uri, tokenizer = str(tmp_path / "encoded/digits"), Tokenizer(tmp_path / "tokenizer.model")
     found, manifest = load_encoded(uri, tokenizer, PIXELS)
     assert len(found) == manifest.rows
-    first_stage = made.provenance.autoencoder
+    first_stage = run.provenance.autoencoder
     with pytest.raises(ValueError, match=f"autoencoder {PIXELS}; .* {first_stage}; .*--autoenc"):
         load_encoded(uri, tokenizer, first_stage)
     with pytest.raises(ValueError, match=f"tokenizer {tokenizer.sha256}; .*--tokenizer"):
-        load_encoded(uri, Tokenizer(made.other), PIXELS)
+        load_encoded(uri, Tokenizer(run.other), PIXELS)

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from mdm.config import Config, DataConfig, ModelConfig, to_dict
 from mdm.first_stage import autoencoder
 from mdm.first_stage.tokenizer import train_model
-from mdm.generate import MDM
+from mdm.generate import Generator
 from mdm.generate import generator as module
 from mdm.generate.request import Request
-from mdm.loss import Objective
+from mdm.loss import Loss
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -44,7 +44,7 @@ def export(tmp_path_factory):
         tokenizer=str(folder / "tokenizer.model"),
         autoencoder=str(folder / "autoencoder"),
     )
-    objective = Objective(config)
+    objective = Loss(config)
     torch.nn.init.normal_(objective.network.image_out.weight, std=0.02)
     save_file(objective.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
@@ -53,41 +53,41 @@ def export(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generator(export):
-    return MDM.from_pretrained(export)
+    return Generator.from_pretrained(export)
 
 
-def test_weights_trained_with_cuda_kernels_draw_the_same_here(export, generator):
+def test_weights_trained_with_cuda_kernels_generate_the_same_without(export, generator):
     config = json.loads((export / "config.json").read_text())
     config["model"]["kernel"] = "fused"
     other = export.parent / "fused"
     shutil.copytree(export, other)
     (other / "config.json").write_text(json.dumps(config))
-    fused = MDM.from_pretrained(other)
+    fused = Generator.from_pretrained(other)
     assert fused.config.model.kernel == "fused"
-    asked = {"class_ids": [0, 1], "steps": 2}
-    assert torch.equal(fused.class_to_image(**asked), generator.class_to_image(**asked))
+    images = generator.class_to_image([0, 1], steps=2)
+    assert torch.equal(fused.class_to_image([0, 1], steps=2), images)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, inside its own compiler
-def test_compiled_blocks_draw_the_same(export, generator):
+def test_compiled_blocks_generate_the_same(export, generator):
     eager = generator.class_to_image([0, 1, 2], steps=3)
     config = json.loads((export / "config.json").read_text())
     config["model"]["kernel"] = "compiled"
     other = export.parent / "compiled"
     shutil.copytree(export, other)
     (other / "config.json").write_text(json.dumps(config))
-    compiled = MDM.from_pretrained(other, compiled=True)
+    compiled = Generator.from_pretrained(other, compiled=True)
     assert compiled.compiled
-    assert not MDM.from_pretrained(other).compiled
+    assert not Generator.from_pretrained(other).compiled
     torch.testing.assert_close(
         compiled.class_to_image([0, 1, 2], steps=3), eager, rtol=0, atol=0.05
     )
     assert compiled.selected.text.shape[0] == 3
 
 
-def test_saved_and_loaded_by_the_hubs_own_methods(generator, tmp_path):
-    """Beside what is in the folder already; the tokenizer travels along."""
-    (tmp_path / "notes.txt").write_text("mine")
+def test_a_generator_is_saved_and_loaded_by_the_hubs_methods(generator, tmp_path):
+    """Other files in the folder are kept, and the tokenizer is saved too."""
+    (tmp_path / "notes.txt").write_text("ours")
     generator.save_pretrained(tmp_path)
     names = {p.name for p in tmp_path.iterdir()}
     expected = {"config.json", "model.safetensors", "tokenizer.model", "README.md", "notes.txt"}
@@ -95,18 +95,18 @@ def test_saved_and_loaded_by_the_hubs_own_methods(generator, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["tokenizer"] = "gone.model"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    again = MDM.from_pretrained(tmp_path)
+    again = Generator.from_pretrained(tmp_path)
     assert again.config.model == generator.config.model
-    mine, theirs = again.objective.state_dict(), generator.objective.state_dict()
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    ours, theirs = again.model.state_dict(), generator.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "mdm"
-    assert "MDM.from_pretrained" in card.text
+    assert "Generator.from_pretrained" in card.text
     pixels = generator.class_to_image([1], steps=2)
     assert torch.equal(again.class_to_image([1], steps=2), pixels)
 
 
-def test_pictures_have_the_autoencoders_size(generator):
+def test_images_have_the_autoencoders_size(generator):
     pixels = generator.class_to_image([0, 1, 2, -1], steps=3)
     assert pixels.shape == (4, 3, 16, 16)
     assert pixels.min() >= 0
@@ -120,7 +120,7 @@ def test_seed_decides_and_conditions_matter(generator):
     assert not torch.equal(one, generator.text_to_image(["two", "one"], steps=3, seed=1))
 
 
-def test_guidance_changes_pictures(generator):
+def test_guidance_changes_images(generator):
     plain = generator.class_to_image([0], steps=3, guidance=0.0)
     assert not torch.equal(plain, generator.class_to_image([0], steps=3, guidance=2.0))
 
@@ -162,67 +162,67 @@ def test_long_captions_are_cut_with_a_warning(generator, caplog):
 
 
 def test_mistakes_name_both_values(generator, export, tmp_path):
-    with pytest.raises(ValueError, match=r"leave 0 \.\.\. 2"):
+    with pytest.raises(ValueError, match=r"sample 0 has 5 in class_ids; it lies in -1 \.\.\. 2"):
         generator.class_to_image([5])
-    with pytest.raises(ValueError, match="0 samples are asked for"):
+    with pytest.raises(ValueError, match="0 samples are requested"):
         generator.class_to_image([])
-    with pytest.raises(ValueError, match="0 texts are given"):
+    with pytest.raises(ValueError, match="0 samples are requested"):
         generator.text_to_image([])
-    with pytest.raises(FileNotFoundError, match="no/such/folder is no folder"):
-        MDM.from_pretrained("no/such/folder", local_files_only=True)
+    with pytest.raises(FileNotFoundError, match="no/such/folder is not a folder"):
+        Generator.from_pretrained("no/such/folder", local_files_only=True)
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        MDM.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="choose one of given, asked, absent"):
-        Request("given", "wished", torch.zeros(1), lambda _: None, latents=torch.zeros(1))
+        Generator.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="choose one of given, generated, absent"):
+        Request("given", "wished", torch.zeros(1), 0, 8, latents=torch.zeros(1))
     config = json.loads((export / "config.json").read_text())
     config["model"]["vocab_size"] = 30
     (tmp_path / "config.json").write_text(json.dumps(config))
-    changed = Objective(generator.config).state_dict()
+    changed = Loss(generator.config).state_dict()
     save_file(changed, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="29 pieces but the model was trained with 30"):
-        MDM.from_pretrained(tmp_path)
+        Generator.from_pretrained(tmp_path)
 
 
-def test_a_reply_hears_pictures_and_where_they_stand(generator):
-    """Weights here are random: what is given must change what the network says, not make sense."""
-    pictures = torch.randn(1, 2, 4 * 4, 16, generator=torch.Generator().manual_seed(0))
-    heard = []
+def test_a_reply_depends_on_images_and_their_positions(generator):
+    """The weights are random: conditions must change the outputs, not make sense."""
+    images = torch.randn(1, 2, 4 * 4, 16, generator=torch.Generator().manual_seed(0))
+    outputs = []
 
-    def asked(turns, shown):
-        heard.clear()
-        generator.reply([turns], pictures=shown, steps=2)
-        return [v.clone() for v in heard]
+    def first_h(turns, shown):
+        outputs.clear()
+        generator.reply([turns], images=shown, steps=2)
+        return [v.clone() for v in outputs]
 
-    hook = generator.objective.network.register_forward_hook(
-        lambda module, args, said: heard.append(said.text)
+    hook = generator.model.network.register_forward_hook(
+        lambda module, args, prediction: outputs.append(prediction.text)
     )
     try:
-        beside = asked(("o t",), pictures)
-        assert not torch.equal(beside[0], asked(("o t",), pictures.flip(1))[0])
-        first = asked(("<image> o <image> t",), pictures)
+        beside = first_h(("o t",), images)
+        assert not torch.equal(beside[0], first_h(("o t",), images.flip(1))[0])
+        first = first_h(("<image> o <image> t",), images)
         assert not torch.equal(beside[0], first[0])
-        assert not torch.equal(first[0], asked(("o <image> t <image>",), pictures)[0])
+        assert not torch.equal(first[0], first_h(("o <image> t <image>",), images)[0])
     finally:
         hook.remove()
 
 
-def test_places_of_pictures_count_tokens(generator):
+def test_places_of_images_count_tokens(generator):
     pieces = generator.tokenizer
     turns = ("one <image>", "two", "<image> three")
-    ids, places = generator._asked(turns, 2, 40)
+    ids, places = generator._prompt(turns, 2, 40)
     assert ids == pieces.encode_prompt(("one", "two", "three"))
     one, two = len(pieces.encode("one")), len(pieces.encode("two"))
     assert places == [1 + one, 1 + one + 1 + two + 1]
-    cut, moved = generator._asked(turns, 2, len(ids))  # two tokens are left for the reply
+    cut, moved = generator._prompt(turns, 2, len(ids))  # two tokens are left for the reply
     assert cut == ids[2:]
     assert moved == [at - 2 for at in places]
-    assert generator._asked(("one",), 2, 40)[1] == [-1, -1]
+    assert generator._prompt(("one",), 2, 40)[1] == [-1, -1]
 
 
-def test_marks_without_pictures_are_refused(generator):
-    with pytest.raises(ValueError, match="marks 2 places with <image> but has 1 pictures"):
-        generator.reply([("<image> one <image>",)], pictures=torch.zeros(1, 1, 16, 16))
-    with pytest.raises(ValueError, match="marks 1 places with <image> but has 0 pictures"):
+def test_marks_without_images_are_refused(generator):
+    with pytest.raises(ValueError, match="marks 2 places with <image> but has 1 images"):
+        generator.reply([("<image> one <image>",)], images=torch.zeros(1, 1, 16, 16))
+    with pytest.raises(ValueError, match="marks 1 places with <image> but has 0 images"):
         generator.reply([("<image> one",)])
-    with pytest.raises(ValueError, match="1 sets of pictures for 2 dialogues"):
-        generator.reply([("one",), ("two",)], pictures=torch.zeros(1, 1, 16, 16))
+    with pytest.raises(ValueError, match="1 sets of images for 2 dialogues"):
+        generator.reply([("one",), ("two",)], images=torch.zeros(1, 1, 16, 16))

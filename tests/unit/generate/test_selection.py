@@ -1,4 +1,4 @@
-"""Selection: its score entropy, and the map of what was selected when."""
+"""Selection: its score entropy, and the map of selected tokens."""
 
 import torch
 
@@ -24,8 +24,8 @@ def test_image_score_entropy_is_the_drop_of_eq_17():
     a = abar.unsqueeze(-1)
     z_t = a.sqrt() * z_0 + (1 - a).sqrt() * eps
     f = energy(z_t, torch.stack([z_0, last], 2), abar, eps)
-    found = image_score_entropy(z_0, last, log_snr)
-    torch.testing.assert_close(found, f[..., 0] - f[..., 1], rtol=1e-4, atol=1e-3)
+    entropy = image_score_entropy(z_0, last, log_snr)
+    torch.testing.assert_close(entropy, f[..., 0] - f[..., 1], rtol=1e-4, atol=1e-3)
 
 
 def test_image_score_entropy_is_eq_4_over_dense_candidates():
@@ -40,8 +40,8 @@ def test_image_score_entropy_is_eq_4_over_dense_candidates():
         return log_score_ratio(energy(z_t, y, abar, eps))
 
     expected = score_entropy(log_s(z_0), log_s(last))
-    found = image_score_entropy(z_0, last, log_snr)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    entropy = image_score_entropy(z_0, last, log_snr)
+    torch.testing.assert_close(entropy, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_nothing_settles_while_noise_outweighs_the_signal():
@@ -53,15 +53,15 @@ def test_nothing_settles_while_noise_outweighs_the_signal():
     assert (text_score_entropy(logits, last, 0.1) == 0).all()
 
 
-def test_text_score_entropy_wants_a_token_sure_and_unchanged():
+def test_text_score_entropy_vanishes_for_a_certain_and_unchanged_token():
     logits = torch.tensor([[[9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.1, 0.0, 0.0]]])
-    found = text_score_entropy(logits, torch.tensor([[0, 1, 0]]), 1.0)[0]
-    assert found[0] < 0.001
-    assert found[1] > 8
-    assert found[2] > 1
+    entropy = text_score_entropy(logits, torch.tensor([[0, 1, 0]]), 1.0)[0]
+    assert entropy[0] < 0.001
+    assert entropy[1] > 8
+    assert entropy[2] > 1
     one_hot = torch.full((1, 3, 3), -torch.inf)
     one_hot[0, torch.arange(3), torch.tensor([0, 1, 0])] = 0
-    torch.testing.assert_close(found, score_entropy(logits.log_softmax(-1), one_hot)[0])
+    torch.testing.assert_close(entropy, score_entropy(logits.log_softmax(-1), one_hot)[0])
 
 
 def test_a_settled_token_stays_settled():
@@ -72,16 +72,16 @@ def test_a_settled_token_stays_settled():
     assert selection.settled.tolist() == [[True, True, False]]
 
 
-def test_map_has_a_row_a_sample_and_a_column_an_evaluation():
+def test_the_map_has_a_row_for_each_sample_and_a_column_for_each_evaluation():
     image = torch.tensor([[0, -1, -1, 2], [-1, -1, -1, -1]])
     text = torch.tensor([[-1, 1, -1], [-1, -1, -1]])
-    picture = draw_map(Selected(image, text, 3), (2, 2))
+    image_map = draw_map(Selected(image, text, 3), (2, 2))
     side = 2 * CELL + GAP
-    assert picture.shape == (2 * 2 * side, 3 * side, 3)
+    assert image_map.shape == (2 * 2 * side, 3 * side, 3)
 
     def colour(sample, evaluation, row, column, below=0):
         y = sample * 2 * side + below * side + row * CELL
-        return tuple(picture[y + 1, evaluation * side + column * CELL + 1].tolist())
+        return tuple(image_map[y + 1, evaluation * side + column * CELL + 1].tolist())
 
     assert colour(0, 0, 0, 0) == SETTLED
     assert colour(0, 1, 1, 1) == MOVING

@@ -1,6 +1,6 @@
-"""Run our kernels and mamba_ssm's on the same inputs, and save both results for the test.
+"""Run our kernels and mamba_ssm's on the same inputs and save both results for the test.
 
-`python -m tests.unit.kernels.interpreted_job FILE`, with the interpreter's environment.
+Run as `python -m tests.unit.kernels.interpreted_job FILE` in the interpreter's environment.
 """
 
 import sys
@@ -23,7 +23,7 @@ LENGTH, CHUNK = 24, 16  # the last chunk is not full
 
 
 def gradients(outputs: list[Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a weighted sum of all outputs, so that no two elements count alike."""
+    """Gradients of a weighted sum of all outputs in which every element has its own weight."""
     total = sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum() for y in outputs)
     grads = torch.autograd.grad(total, list(inputs.values()))
     return dict(zip(inputs, grads, strict=True))
@@ -57,7 +57,7 @@ def scan(b: int, h: int, g: int, seq_idx: Tensor | None, dtype: torch.dtype) -> 
 
 
 def mixer() -> Pairs:
-    """Slice 1 of our stacked mixers inside a stock `mamba_ssm.Mamba2`, forward and backward."""
+    """Slice 1 of our stacked mixers and a stock `mamba_ssm.Mamba2`, forward and backward."""
     sizes = {"d_model": 16, "d_state": 16, "headdim": 16, "chunk_size": CHUNK}
     config = ModelConfig(**sizes, discretization="euler")
     torch.manual_seed(0)
@@ -69,34 +69,34 @@ def mixer() -> Pairs:
     stock.load_state_dict({name: p[1] for name, p in ours.state_dict().items()}, strict=True)
     u = torch.randn(1, LENGTH, 16)
 
-    def run(module: torch.nn.Module, pick: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def run(module: torch.nn.Module, select: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         x = u.clone().requires_grad_()
-        y = pick(module(x.unsqueeze(2).expand(-1, -1, 3, -1) if module is ours else x))
+        y = select(module(x.unsqueeze(2).expand(-1, -1, 3, -1) if module is ours else x))
         return {"y": y} | gradients([y], {"u": x} | dict(module.named_parameters()))
 
     theirs = run(stock, lambda y: y)
-    own = run(ours, lambda y: y[:, :, 1])
+    slice_1 = run(ours, lambda y: y[:, :, 1])
     return {
         name: (theirs[name].detach(), (t if name in ("y", "u") else t[1]).detach())
-        for name, t in own.items()
+        for name, t in slice_1.items()
     }
 
 
 def main() -> None:
     """Save {case: pairs}."""
-    # causal-conv1d has no Triton kernel; the stock module takes ours in its place.
+    # causal-conv1d has no Triton kernel, so the stock module uses ours instead.
     from mamba_ssm.modules import mamba2
 
     mamba2.causal_conv1d_fn = lambda x, weight, bias, activation, **_: conv.causal_conv(
         x.transpose(1, 2), weight.unsqueeze(1), bias
     ).transpose(1, 2)
-    place = torch.arange(LENGTH)
-    packed = ((place >= 7).int() + (place >= 19))[None]  # one start in either chunk
+    position = torch.arange(LENGTH)
+    packed = ((position >= 7).int() + (position >= 19))[None]  # a start in each chunk
     torch.save(
         {
             "scan": scan(2, 2, 1, None, torch.float32),
             "packed scan": scan(1, 4, 2, packed + 3, torch.float32),
-            # Half, for want of bf16 in the interpreter.
+            # Half precision, because the interpreter does not support bf16.
             "half scan": scan(1, 4, 2, packed, torch.float16),
             "mixer": mixer(),
         },

@@ -1,4 +1,4 @@
-"""The short convolution equals torch's, and never reaches into another text."""
+"""The short convolution equals torch's and never mixes sequences."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from mdm.kernels.conv import causal_conv
 
 
-def test_equals_conv1d():
+def test_convolution_equals_conv1d():
     torch.manual_seed(0)
     x, w, b = torch.randn(2, 9, 6), torch.randn(6, 1, 4), torch.randn(6)
     expected = F.silu(F.conv1d(x.transpose(1, 2), w, b, padding=3, groups=6)[..., :9])
     torch.testing.assert_close(causal_conv(x, w, b), expected.transpose(1, 2))
 
 
-def test_seq_idx_resets_the_taps():
+def test_taps_stay_within_their_sequence():
     torch.manual_seed(0)
     x, w, b = torch.randn(1, 9, 6), torch.randn(6, 1, 4), torch.randn(6)
     seq_idx = (torch.arange(9) >= 4).long()[None]
@@ -25,7 +25,7 @@ def test_seq_idx_resets_the_taps():
 
 @pytest.mark.parametrize("length", [1, 2, 9])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradient_is_the_derivative(length, packed):
+def test_gradients_equal_numerical_derivatives(length, packed):
     torch.manual_seed(0)
     shapes = ((2, length, 3), (3, 1, 4), (3,))
     inputs = [torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -33,7 +33,7 @@ def test_gradient_is_the_derivative(length, packed):
     assert torch.autograd.gradcheck(lambda *t: causal_conv(*t, seq_idx), inputs)
 
 
-def test_bf16_gradients_are_sums_in_fp32():
+def test_bf16_gradients_accumulate_in_fp32():
     torch.manual_seed(0)
     x = torch.randn(4, 500, 6).bfloat16()
     w, b = torch.randn(6, 1, 4), torch.randn(6)
@@ -49,7 +49,7 @@ def test_bf16_gradients_are_sums_in_fp32():
         results.append(torch.autograd.grad(y, leaves, grad.to(dtype)))
     for ours, exact in zip(*results, strict=True):
         error = (ours.double() - exact).abs().max() / exact.abs().max()
-        assert error < 2**-7  # sums of 2,000 terms, kept in bf16, would be off by ten times that
+        assert error < 2**-7  # accumulated in bf16, sums of 2,000 terms have ten times that
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_bf16_gradients_are_sums_in_fp32():
         ({"seq_idx": (2, 8)}, r"seq_idx has shape \(2, 8\).*needs \(2, 9\)"),
     ],
 )
-def test_wrong_shapes_name_both_values(change, message):
+def test_errors_name_the_wrong_and_the_expected_shape(change, message):
     shapes = {"x": (2, 9, 6), "weight": (6, 1, 4), "bias": (6,)} | change
     with pytest.raises(ValueError, match=message):
         causal_conv(**{name: torch.zeros(shape) for name, shape in shapes.items()})

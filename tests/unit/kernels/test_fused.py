@@ -1,4 +1,4 @@
-"""mamba_ssm's real Triton kernels, interpreted on the CPU, equal ours: forward, every gradient."""
+"""mamba_ssm's Triton kernels, interpreted on the CPU, equal ours: outputs and all gradients."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def results(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("case", TOLERANCE)
-def test_equals_mamba_ssm(results, case):
+def test_outputs_and_gradients_equal_mamba_ssm(results, case):
     for name, (theirs, ours) in results[case].items():
         assert theirs.dtype == ours.dtype, name
         error = (theirs.double() - ours.double()).abs().max() / theirs.double().abs().max()
@@ -41,7 +41,7 @@ def test_equals_mamba_ssm(results, case):
 
 
 class Recorder:
-    """Stands in for the CUDA kernel of causal-conv1d, and keeps what it was handed."""
+    """Replaces the CUDA kernel of causal-conv1d and records its arguments."""
 
     def __call__(self, x, weight, bias, seq_idx, activation):
         self.x, self.weight, self.bias, self.seq_idx = x, weight, bias, seq_idx
@@ -49,9 +49,9 @@ class Recorder:
         return torch.zeros_like(x)
 
 
-def test_convolution_hands_over_what_causal_conv1d_documents(monkeypatch):
-    # It checks x [b, channels, l] for channels side by side in memory where seq_idx is given,
-    # weight [channels, taps], and seq_idx contiguous int32 [b, l].
+def test_convolution_passes_the_layout_that_causal_conv1d_documents(monkeypatch):
+    # The kernel requires x [b, channels, l], with contiguous channels if seq_idx is given, weight
+    # [channels, taps], and seq_idx contiguous int32 [b, l].
     kernel = Recorder()
     module = type(sys)("causal_conv1d")
     module.causal_conv1d_fn = kernel
@@ -69,7 +69,7 @@ def test_convolution_hands_over_what_causal_conv1d_documents(monkeypatch):
     assert kernel.seq_idx[0].tolist() == [0] * 5 + [3] * 4
 
 
-def test_wrong_shapes_are_refused_before_the_kernel():
+def test_wrong_shapes_are_rejected_before_the_kernel_is_called():
     x = torch.zeros(2, 5, 4, 8)
     B = torch.zeros(2, 5, 1, 8)
     with pytest.raises(ValueError, match=r"dt has shape \(2, 4, 4\).*needs \(2, 5, 4\)"):

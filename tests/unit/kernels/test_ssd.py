@@ -29,12 +29,13 @@ def inputs(b=2, length=13, h=4, p=3, g=2, n=5, dtype=torch.float64, seed=0):
 
 @given(length=st.integers(1, 40), chunk=st.integers(1, 48), packed=st.booleans())
 @settings(max_examples=25, deadline=None)
-def test_equals_the_recurrence_at_any_length_and_chunk(length, chunk, packed):
+def test_scan_equals_the_recurrence_at_any_length_and_chunk_size(length, chunk, packed):
     data = inputs(length=length)
     seq_idx = None
     if packed:
-        place = torch.arange(length)
-        seq_idx = ((place >= length // 3).long() + (place >= length - 2)).expand(2, -1)
+        position = torch.arange(length)
+        starts = (position >= length // 3).long() + (position >= length - 2)
+        seq_idx = starts.expand(2, -1)
     options = {"dt_softplus": True, "seq_idx": seq_idx, "return_final_states": True}
     y, state = ssd(**data, chunk_size=chunk, **options)
     y_ref, state_ref = ssd_reference(**data, chunk_size=chunk, **options)
@@ -42,7 +43,7 @@ def test_equals_the_recurrence_at_any_length_and_chunk(length, chunk, packed):
     torch.testing.assert_close(state.double(), state_ref, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_equal_the_recurrences():
+def test_gradients_equal_those_of_the_recurrence():
     grads = []
     for function in (ssd, ssd_reference):
         data = {k: v.float().requires_grad_() for k, v in inputs().items()}
@@ -59,7 +60,7 @@ def test_bf16_inputs_accumulate_in_fp32():
     doubled = {k: v.double() for k, v in data.items()}
     exact = ssd_reference(**doubled, chunk_size=16, dt_softplus=True)
     assert y.dtype == torch.bfloat16
-    # One rounding of the result to bf16 (8 bits), not one a token.
+    # One rounding of the result to bf16 (8 bits), not one per token.
     error = (y.double() - exact).abs() / exact.abs().clamp(min=1)
     assert error.max() < 2**-7
 
@@ -78,7 +79,7 @@ def test_bf16_gradients_accumulate_in_fp32():
         assert error < 2**-6, name
 
 
-def test_packed_texts_do_not_mix():
+def test_packed_sequences_do_not_mix():
     data = inputs(length=12)
     del data["initial_states"]
     seq_idx = (torch.arange(12) >= 5).long().expand(2, -1)
@@ -87,7 +88,7 @@ def test_packed_texts_do_not_mix():
     torch.testing.assert_close(packed[:, 5:], ssd(**alone, chunk_size=4), rtol=1e-5, atol=1e-5)
 
 
-def test_zero_order_hold_is_eq_13():
+def test_zoh_scale_equals_eq_13():
     dt = torch.tensor([1e-8, 1e-3, 0.5, 20.0], dtype=torch.float64)
     A = torch.tensor(-1.5, dtype=torch.float64)
     expected = torch.expm1(dt * A) / (dt * A)
@@ -109,13 +110,13 @@ def test_zero_order_hold_is_eq_13():
         ("seq_idx", (2, 12), r"seq_idx has shape \(2, 12\).*needs \(2, 13\)"),
     ],
 )
-def test_wrong_shapes_name_both_values(name, shape, message):
+def test_errors_name_the_wrong_and_the_expected_shape(name, shape, message):
     data = inputs() | {name: torch.zeros(shape)}
     with pytest.raises(ValueError, match=message):
         ssd(**data, chunk_size=4)
 
 
-def test_wrong_kinds_of_numbers_are_named():
+def test_errors_name_wrong_dtypes_and_chunk_sizes():
     data = inputs()
     with pytest.raises(ValueError, match=r"x is torch\.int64"):
         ssd(**data | {"x": data["x"].long()}, chunk_size=4)

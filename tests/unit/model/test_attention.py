@@ -7,7 +7,7 @@ import torch
 
 from mdm.config import ModelConfig
 from mdm.model.attention import AttentionBlock
-from mdm.model.decoder import Network
+from mdm.model.decoder import Decoder
 from mdm.presets import MDM_1B
 
 SMALL = ModelConfig(d_model=32, n_layer=1, d_state=8, headdim=16, n_heads=4, n_kv_heads=2)
@@ -32,14 +32,14 @@ def test_attention_is_softmax_over_shared_keys():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_packed_sequences_do_not_hear_each_other():
+def test_packed_sequences_do_not_mix():
     block = AttentionBlock(SMALL, 1)
     a, b = torch.randn(1, 3, 32), torch.randn(1, 4, 32)
     packed = block(torch.cat([a, b], 1), seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1, 1]]))
     torch.testing.assert_close(packed, torch.cat([block(a), block(b)], 1))
 
 
-def test_tokens_are_told_apart_by_their_embedding_alone():
+def test_attention_itself_has_no_order():
     block = AttentionBlock(SMALL, 1)
     x, turned = torch.randn(2, 7, 32), torch.randperm(7)
     torch.testing.assert_close(block(x)[:, turned], block(x[:, turned]))
@@ -51,7 +51,7 @@ def test_trunks_have_equal_parameters(mode):
     sizes = []
     for decoder in ("mamba", "transformer"):
         with torch.device("meta"):
-            trunk = Network(dataclasses.replace(model, decoder=decoder)).trunk
+            trunk = Decoder(dataclasses.replace(model, decoder=decoder)).trunk
         sizes.append(sum(p.numel() for p in trunk.parameters()))
     assert sizes[1] == pytest.approx(sizes[0], rel=1e-3)
 

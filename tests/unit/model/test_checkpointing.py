@@ -1,11 +1,11 @@
-"""Blocks computed again for their gradient give every bit of what blocks that keep all give."""
+"""Recomputing blocks in the backward pass changes no bit of losses and gradients."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from mdm.model.decoder import Network
+from mdm.model.decoder import Decoder
 from mdm.utils.precision import autocast
 from tests.unit.model.test_decoder import SMALL, call
 
@@ -21,29 +21,29 @@ from tests.unit.model.test_decoder import SMALL, call
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_checkpointing_changes_no_bit(changes, precision):
     torch.manual_seed(0)
-    network = Network(dataclasses.replace(SMALL, **changes))
+    network = Decoder(dataclasses.replace(SMALL, **changes))
     torch.nn.init.normal_(network.image_out.weight)
     z_txt, z_img = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
-    ran = [0]
+    runs = [0]
     for block in network.trunk.blocks:
-        block.register_forward_pre_hook(lambda *_: ran.__setitem__(0, ran[0] + 1))
-    found = []
+        block.register_forward_pre_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    results = []
     for checkpointing in (False, True):
         network.trunk.checkpointing = checkpointing
         network.zero_grad()
-        ran[0] = 0
+        runs[0] = 0
         with autocast(precision):
-            said = call(network, z_txt, z_img)
-        loss = said.text.float().square().sum() + said.image.float().square().sum()
+            prediction = call(network, z_txt, z_img)
+        loss = prediction.text.float().square().sum() + prediction.image.float().square().sum()
         loss.backward()
-        assert ran[0] == SMALL.n_layer * (2 if checkpointing else 1)
-        found.append([loss.detach(), *(p.grad.clone() for p in network.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        assert runs[0] == SMALL.n_layer * (2 if checkpointing else 1)
+        results.append([loss.detach(), *(p.grad.clone() for p in network.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_without_gradients_nothing_is_computed_twice():
-    network = Network(SMALL)
+    network = Decoder(SMALL)
     network.trunk.checkpointing = True
     with torch.no_grad():
-        said = call(network, torch.randn(2, 5, 16), torch.randn(2, 6, 16))
-    assert said.text.grad_fn is None
+        prediction = call(network, torch.randn(2, 5, 16), torch.randn(2, 6, 16))
+    assert prediction.text.grad_fn is None

@@ -1,4 +1,4 @@
-"""Compiled functions in processes of their own that share a cache on disk."""
+"""Compiled functions in separate processes that share a cache on disk."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ print(torch.compiler.config.cache_key_tag)
 
 
 def call(cache: Path, **env: str) -> str:
-    """Call a compiled function with this cache; the tag in the cache's keys."""
+    """Call a compiled function with this cache; returns the tag in the cache's keys."""
     return subprocess.run(
         [sys.executable, "-c", CALL],
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), **env},
@@ -30,7 +30,7 @@ def call(cache: Path, **env: str) -> str:
     ).stdout
 
 
-def test_what_a_kill_left_half_compiled_is_compiled_again(tmp_path):
+def test_a_library_that_a_kill_left_incomplete_is_compiled_again(tmp_path):
     call(tmp_path)
     libraries = list(tmp_path.rglob("*.main.so"))
     assert libraries

@@ -1,4 +1,4 @@
-"""Multiply-accumulates counted from sizes are those that the operations do."""
+"""Multiply-accumulates counted from sizes equal those of the operations."""
 
 import dataclasses
 
@@ -9,16 +9,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from mdm.config import ModelConfig
 from mdm.model.count import trunk_macs
 from mdm.model.decoder import Trunk
+from mdm.model.sequence import Layout
 
 SMALL = ModelConfig(d_model=256, n_layer=3, d_state=16, headdim=32, chunk_size=32, long_skip=True)
 
 
 def counted(config: ModelConfig, length: int) -> int:
-    """Of products of matrices, as torch counts them."""
+    """Multiply-accumulates of matrix products, as torch counts them."""
     with torch.device("meta"):
         trunk, x = Trunk(config), torch.empty(1, length, config.d_model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        trunk(x, length - 4, None)
+        trunk(x, Layout(length - 4))
     return counter.get_total_flops() // 2
 
 

@@ -149,29 +149,10 @@ def test_compiled_kernel_equals_torch():
         torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("discretization", ["zoh", "euler"])
-def test_steps_equal_the_scan_token_by_token(discretization):
-    mixer = perturbed(dataclasses.replace(SMALL, discretization=discretization), 2)
-    u = torch.randn(3, 11, 2, 32)
-    state, said = mixer.allocate_state(3), []
-    for i in range(u.shape[1]):
-        y, state = mixer.step(u[:, i], state)
-        said.append(y)
-    torch.testing.assert_close(torch.stack(said, 1), mixer(u), rtol=1e-4, atol=1e-5)
-
-
 def test_tokens_of_another_shape_are_refused():
     mixer = perturbed(SMALL, 1)
     with pytest.raises(ValueError, match=r"shape \(3, 9, 32\).*\[batch, length, 1 scans, 32\]"):
         mixer(torch.randn(3, 9, 32))
-    with pytest.raises(ValueError, match=r"shape \(3, 2, 32\).*\[batch, 1 scans, 32\]"):
-        mixer.step(torch.randn(3, 2, 32), mixer.allocate_state(3))
-
-
-def test_a_step_refuses_a_state_of_another_batch():
-    mixer = perturbed(SMALL, 1)
-    with pytest.raises(ValueError, match=r"shape \(3, 1, 32\).*one of 2 sequences"):
-        mixer.step(torch.randn(3, 1, 32), mixer.allocate_state(2))
 
 
 def test_fused_kernel_missing_raises_with_the_way_out():

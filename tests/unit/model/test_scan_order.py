@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdm.model.scan_order import image_scan, joint_scan, parse_scans, text_scan
+from mdm.model.scan_order import image_scan, parse_scans, text_scan
 
 sides = st.integers(1, 9)
 
@@ -26,31 +26,11 @@ def test_text_scan_then_inverse_is_the_identity(length, pattern):
     assert torch.equal(x[order][inverse], x)
 
 
-@given(sides, sides, st.integers(1, 20), st.integers(1, 4), st.integers(1, 2), st.integers(0, 3))
-def test_joint_scan_then_inverse_is_the_identity(h, w, length, image, text, pictures):
-    grid = (h, w) if pictures else None
-    order, inverse = joint_scan(2, length, grid, image, text, pictures)
-    total = 2 + length + 2 + pictures * (h * w + 2)
-    assert sorted(order.tolist()) == list(range(total))
-    assert torch.equal(order[inverse], torch.arange(total))
-
-
 def test_patterns_of_a_small_grid():
     assert image_scan(2, 3, 1)[0].tolist() == [0, 1, 2, 3, 4, 5]
     assert image_scan(2, 3, 2)[0].tolist() == [5, 4, 3, 2, 1, 0]
     assert image_scan(2, 3, 3)[0].tolist() == [0, 3, 1, 4, 2, 5]
     assert image_scan(2, 3, 4)[0].tolist() == [5, 2, 4, 1, 3, 0]
-
-
-def test_a_reversed_scan_puts_the_picture_before_the_text():
-    order, _ = joint_scan(2, 3, (2, 2), 2, 2)
-    assert order.tolist() == list(range(13))[::-1]
-
-
-def test_every_picture_is_read_in_the_same_pattern():
-    one, two = joint_scan(2, 3, (2, 3), 3, 1)[0], joint_scan(2, 3, (2, 3), 3, 1, 2)[0]
-    assert torch.equal(two[: len(one)], one)
-    assert torch.equal(two[len(one) :] - 8, one[-8:])
 
 
 @pytest.mark.parametrize("pattern", [0, 5])

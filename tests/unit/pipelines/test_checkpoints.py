@@ -56,7 +56,7 @@ def test_list_verify_prune_and_roll_back(tmp_path, run):
         "checkpoints: --to is 20; there are checkpoints of steps [10]\n",
     )
     assert run("prune", "--keep", "1") == (0, "")
-    assert run("prune", "--asides", "true")[1].count("removed") == 3
+    assert run("prune", "--asides")[1].count("removed") == 3
     assert list(checkpoints.contents()) == ["step-00000010"]
 
 
@@ -73,18 +73,18 @@ def test_a_living_runs_checkpoints_are_listed_and_verified_and_not_changed(tmp_p
     for step in (10, 20, 30):
         commit(checkpoints, step)
     with hold(checkpoints.store, "run /runs/a", key=RUN_LEASE):
-        for words in (("prune",), ("prune", "--asides", "true"), ("rollback", "--to", "10")):
+        for words in (("prune",), ("prune", "--asides"), ("rollback", "--to", "10")):
             code, said = run(*words)
             assert code == 2
             assert said.startswith(
                 f"checkpoints: {tmp_path} is being written by another job (process {os.getpid()} "
             )
-            assert "run /runs/a): wait for it, or have it end first" in said
+            assert "run /runs/a): wait for it, or stop it first" in said
             assert said.count("\n") == 1
         assert len(run("list")[1].splitlines()) == 3
         assert run("verify")[0] == 0
-        assert run("prune", "--keep", "2", "--live", "true") == (0, "removed step-00000010\n")
-        assert run("prune", "--asides", "true", "--live", "true")[0] == 2
+        assert run("prune", "--keep", "2", "--live") == (0, "removed step-00000010\n")
+        assert run("prune", "--asides", "--live")[0] == 2
     assert run("rollback", "--to", "20") == (0, "set aside step-00000030\n")
     assert RUN_LEASE not in checkpoints.store.listing()
     assert run("prune", "--at", str(tmp_path / "nothing")) == (0, "")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.demo import data as demo_data
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.tokenizer import Tokenizer
-from pipelines import demo_data, train_autoencoder, train_tokenizer
+from pipelines import train_autoencoder, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_questions_do_not_straddle_the_split(tmp_path):
     assert not asked["train"] & asked["test"]
 
 
-def test_pictures_are_dark_on_white(demo):
+def test_images_are_dark_on_white(demo):
     path = next((demo / "digits" / "train" / "n00000003").iterdir())
     digit = Image.open(io.BytesIO(path.read_bytes()))
     assert (digit.size, digit.mode) == ((32, 32), "RGB")
@@ -99,10 +100,10 @@ def test_autoencoder_job(demo, tmp_path):
     autoencoder = Autoencoder.load(out)
     assert report["sha256"] == autoencoder.sha256
     assert set(report["psnr"]) == {"digits", "emoji"}
-    assert report["train_pictures"]["digits"] == 50
+    assert report["train_images"]["digits"] == 50
     assert autoencoder.encode(torch.rand(2, 3, 32, 32)).shape == (2, 16, 16)
-    with Image.open(out / "reconstructions.png") as picture:
-        assert picture.size == (1024, 256)
+    with Image.open(out / "reconstructions.png") as image:
+        assert image.size == (1024, 256)
     assert [path.name for path in tmp_path.iterdir()] == ["ae"]
 
 
@@ -120,16 +121,16 @@ def test_autoencoder_job(demo, tmp_path):
         (
             train_autoencoder,
             ["--datasets", "ultrachat={demo}/dialogues"],
-            "no usable picture in split train",
+            "no usable image in split train",
         ),
         (
             train_autoencoder,
             ["--datasets", "imagenet={demo}/digits", "--image_size", "30"],
-            "image_size 30 is no multiple of 8",
+            "image_size 30 is not a multiple of 8",
         ),
         (train_autoencoder, ["--steps", "0"], "steps is 0"),
         (demo_data, ["--limit", "-1"], "limit is -1"),
-        (demo_data, ["--out", "/proc/nowhere"], "cannot write /proc/nowhere"),
+        (demo_data, ["--out", "/proc/nowhere"], "demo_data: /proc/nowhere"),
     ],
 )
 def test_mistakes_end_in_one_line(job, flags, message, demo, tmp_path, capsys):

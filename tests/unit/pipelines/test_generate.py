@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.generate import Flags
+from mdm.report.drawing import Flags
 
 
 def test_a_map_needs_selection():
@@ -18,6 +18,6 @@ def test_a_task_needs_its_input():
         Flags(task="reply")
 
 
-def test_pictures_belong_to_a_dialogue():
-    with pytest.raises(ValueError, match="--pictures belong to --task reply, not to joint"):
-        Flags(task="joint", pictures=("a.png",))
+def test_images_belong_to_a_dialogue():
+    with pytest.raises(ValueError, match="--images belong to --task reply, not to joint"):
+        Flags(task="joint", images=("a.png",))

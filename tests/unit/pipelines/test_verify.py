@@ -28,7 +28,7 @@ def run(monkeypatch, capsys):
 
 
 def records(name: str, count: int) -> list[Quarantined]:
-    reason = 'damaged picture: "é" \\ \n in 2 lines'
+    reason = 'damaged image: "é" \\ \n in 2 lines'
     return [
         Quarantined(f"{name}/train/漢 {i}", reason, f"a.json@{i}, {i}.png") for i in range(count)
     ]
@@ -44,25 +44,25 @@ def test_the_quarantine_is_listed_as_a_line_of_json_a_record(uri, run):
     sets = {f"{uri}/one": records("one", 10), f"{uri}/two": [], f"{uri}/three": records("three", 1)}
     for at, found in sets.items():
         publish_quarantine(at, found)
-    code, out, err = run(*(f"--data={at}" for at in sets), "--quarantine", "true")
+    code, out, err = run(*(f"--data={at}" for at in sets), "--quarantine")
     assert (code, err) == (0, "")
     rows = [json.loads(line) for line in out.splitlines()]
     assert rows == [dataclasses.asdict(record) for found in sets.values() for record in found]
     assert list(rows[0]) == ["id", "reason", "origin"]
     assert "漢" in out  # for people: not escaped
-    assert run("--data", f"{uri}/two", "--quarantine", "true") == (0, "", "")
+    assert run("--data", f"{uri}/two", "--quarantine") == (0, "", "")
     # Without the flag the same data set is re-read, and its shard is missing.
     code, out, _ = run("--data", f"{uri}/two")
     assert code == 1
-    assert "to repair: verify.py with --discard true" in out
+    assert "to repair: verify.py --discard" in out
 
 
 def test_what_is_no_data_set_is_one_line(tmp_path, run):
-    code, out, err = run("--data", str(tmp_path), "--quarantine", "true")
+    code, out, err = run("--data", str(tmp_path), "--quarantine")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert err.startswith("verify: ")
     assert "holds no encoded data set" in err
-    code, out, err = run("--data", str(tmp_path), "--quarantine", "true", "--discard", "true")
+    code, out, err = run("--data", str(tmp_path), "--quarantine", "--discard")
     assert (code, out) == (2, "")
-    assert "give either --discard true or --quarantine true" in err
+    assert "give either --discard or --quarantine" in err

@@ -31,5 +31,5 @@ def test_plain_texts_are_kept(text: str) -> None:
         ("caf\ufffd on the \ufffd corner", "broken characters"),
     ],
 )
-def test_texts_that_teach_nothing_are_named(text: str, reason: str) -> None:
+def test_low_quality_texts_get_a_reason(text: str, reason: str) -> None:
     assert text_problem(text, 2).endswith(reason)

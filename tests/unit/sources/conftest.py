@@ -1,11 +1,11 @@
 import pytest
 
-from pipelines import demo_data
+from examples.demo import data as demo_data
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The three real sets, small, as the demo writes them. Tests copy what they break."""
+    """Small versions of the demo's three real data sets. Tests copy what they damage."""
     out = tmp_path_factory.mktemp("demo")
     demo_data.write(out, limit=60)
     return out

@@ -1,4 +1,4 @@
-"""Pictures damaged, or only unusual, in the ways in which downloads and tools do it."""
+"""Images that are damaged, or only unusual, in ways that downloads and tools cause."""
 
 import gzip
 import io
@@ -16,9 +16,9 @@ def noise(width: int = 24, height: int = 20, channels: int = 3) -> Image.Image:
     return Image.fromarray(_RANDOM.integers(0, 255, shape, dtype=np.uint8))
 
 
-def saved(picture: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+def saved(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -33,20 +33,20 @@ def chunk_of_exif(thumbnail: bytes) -> bytes:
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    """A small file that claims, and packs, very many pixels."""
+    """A small file that claims, and contains compressed, very many pixels."""
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     rows = zlib.compress(b"\0" * ((width // 8 + 1) * min(height, 2000)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def png_of_rows(rows: int, *, depth: int = 8, colours: int = 2, adam7: bool = False) -> bytes:
-    """A PNG of 9 x 8 pixels, all checksums right, of whose rows (Adam7: 15) only so many are there.
+    """A PNG of 9 x 8 pixels with valid checksums, but only `rows` of its 8 rows (Adam7: 15).
 
-    Rows of zeros, so that they look like those which the decoder leaves out.
+    The rows are zeros, so that they look like rows that the decoder leaves out.
     """
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colours]
     columns = [9] * 8
-    if adam7:  # the columns of every row of the seven passes
+    if adam7:  # the columns of every row in the seven passes
         columns = [2, 1, 3, 2, 2, 5, 5, 4, 4, 4, 4, 9, 9, 9, 9]
     raw = b"".join(b"\0" * (1 + -(-width * bits // 8)) for width in columns[:rows])
     head = struct.pack(">IIBBBBB", 9, 8, depth, colours, 0, 0, adam7)
@@ -65,7 +65,7 @@ def jpeg_of_size(width: int, height: int) -> bytes:
 
 
 def flipped(data: bytes, at: float, count: int = 1) -> bytes:
-    """`data` with some bytes inverted at that share of its length."""
+    """`data` with `count` bytes inverted, starting at the fraction `at` of its length."""
     changed = bytearray(data)
     start = int(len(data) * at)
     for i in range(start, start + count):
@@ -94,79 +94,79 @@ _JPEG, _PNG = saved(noise(64, 64)), saved(noise(64, 64), "PNG")
 _THUMBNAIL = _JPEG[:2] + chunk_of_exif(saved(noise(8, 8))) + _JPEG[2:]
 _PROGRESSIVE = saved(noise(64, 64), progressive=True)
 
-# name -> (bytes, what the reason says)
+# name -> (bytes, expected reason)
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "zero bytes": (b"", "empty file"),
     "html error page": (
         b"<!DOCTYPE html>\n<html><title>404 Not Found</title></html>",
-        "not a picture: begins with '<!DOCTYPE html>'",
+        "not an image: begins with '<!DOCTYPE html>'",
     ),
-    "html after white space": (b"\n\n  <html>forbidden</html>", "not a picture"),
-    "json error": (b'{"error": "rate limited"}', "not a picture"),
-    "svg": (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture"),
-    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "not a picture"),
-    "zeros": (b"\0" * 4096, "not a picture: 4096 zero bytes"),
+    "html after white space": (b"\n\n  <html>forbidden</html>", "not an image"),
+    "json error": (b'{"error": "rate limited"}', "not an image"),
+    "svg": (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
+    "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "not an image"),
+    "zeros": (b"\0" * 4096, "not an image: 4096 zero bytes"),
     "git lfs pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n",
-        "not a picture",
+        "not an image",
     ),
-    "gzipped jpeg": (gzip.compress(_JPEG), "not a picture"),
-    "base64 of a jpeg": (b"data:image/jpeg;base64,/9j/4AAQSkZJRg==", "not a picture"),
-    "mp4": (b"\0\0\0\x18ftypmp42" + b"\0" * 64, "not a picture"),
-    "jpeg without its beginning": (_JPEG[2:], "not a picture"),
-    "jpeg through a text filter": (_JPEG.decode("latin-1").encode("utf-8"), "not a picture"),
-    "jpeg signature alone": (b"\xff\xd8\xff", "picture: begins as a JPEG"),
-    "jpeg headers alone": (_JPEG[: _JPEG.index(b"\xff\xda")], "picture"),
+    "gzipped jpeg": (gzip.compress(_JPEG), "not an image"),
+    "base64 of a jpeg": (b"data:image/jpeg;base64,/9j/4AAQSkZJRg==", "not an image"),
+    "mp4": (b"\0\0\0\x18ftypmp42" + b"\0" * 64, "not an image"),
+    "jpeg without its start": (_JPEG[2:], "not an image"),
+    "jpeg through a text filter": (_JPEG.decode("latin-1").encode("utf-8"), "not an image"),
+    "jpeg signature alone": (b"\xff\xd8\xff", "image: begins as a JPEG"),
+    "jpeg headers alone": (_JPEG[: _JPEG.index(b"\xff\xda")], "image"),
     "truncated jpeg": (_JPEG[: len(_JPEG) // 2], "truncated"),
     "truncated progressive jpeg": (_PROGRESSIVE[: len(_PROGRESSIVE) // 3], "truncated"),
     "progressive jpeg without its last scans": (
         _PROGRESSIVE[: int(len(_PROGRESSIVE) * 0.9)],
         "truncated",
     ),
-    "jpeg of zeros behind the middle": (_JPEG[: len(_JPEG) // 2] + b"\0" * 9000, "truncated"),
-    "such a jpeg with a thumbnail": (
+    "jpeg with zeros after the middle": (_JPEG[: len(_JPEG) // 2] + b"\0" * 9000, "truncated"),
+    "jpeg with zeros after the middle and a thumbnail": (
         _THUMBNAIL[: len(_THUMBNAIL) // 2] + b"\0" * 9000,
         "truncated",
     ),
     "jpeg that claims 60000 x 60000": (jpeg_of_size(60_000, 60_000), "too many pixels"),
-    "jpeg of no rows": (jpeg_of_size(24, 0), "picture"),
-    "png of a bad checksum": (flipped(_PNG, 0.5), "damaged"),
-    "png of a bad header": (_PNG[:20] + b"\xff\xff" + _PNG[22:], "damaged|picture|pixels"),
+    "jpeg without rows": (jpeg_of_size(24, 0), "image"),
+    "png with a bad checksum": (flipped(_PNG, 0.5), "damaged"),
+    "png with a bad header": (_PNG[:20] + b"\xff\xff" + _PNG[22:], "damaged|image|pixels"),
     "truncated png": (_PNG[: len(_PNG) // 2], "truncated|damaged"),
-    "png of no data": (_PNG[:33] + chunk(b"IEND", b""), "truncated|damaged|picture"),
-    "png with dos line ends": (_PNG.replace(b"\n", b"\r\n"), "not a picture|damaged"),
-    "png of pixels with a wrong checksum": (
+    "png without data": (_PNG[:33] + chunk(b"IEND", b""), "truncated|damaged|image"),
+    "png with dos line endings": (_PNG.replace(b"\n", b"\r\n"), "not an image|damaged"),
+    "png with a wrong checksum of its pixels": (
         _PNG[: _PNG.index(b"IEND") - 8] + b"\0\0\0\0" + _PNG[_PNG.index(b"IEND") - 4 :],
-        "damaged picture: wrong checksum of its IDAT at byte 33",
+        "damaged image: wrong checksum of its IDAT at byte 33",
     ),
-    "png of too few rows": (
+    "png with too few rows": (
         png_of_rows(7),
-        "damaged picture: 196 bytes of pixels, but its header says 224",
+        "damaged image: 196 bytes of pixels, but its header says 224",
     ),
-    "interlaced png of too few rows": (
+    "interlaced png with too few rows": (
         png_of_rows(14, adam7=True),
-        "damaged picture: .* of pixels",
+        "damaged image: .* of pixels",
     ),
     "png without its last chunk": (_PNG[: _PNG.index(b"IEND") - 4], "truncated"),
-    "sound": (b"RIFF\x24\0\0\0WAVEfmt ", "not a picture: begins with the bytes 52 49 46 46"),
+    "sound": (b"RIFF\x24\0\0\0WAVEfmt ", "not an image: begins with the bytes 52 49 46 46"),
     "png bomb": (png_bomb(50_000, 50_000), "too many pixels"),
     "truncated gif": (
         saved(noise(64, 64), "GIF")[:200],
-        "truncated|damaged picture: begins as a GIF",
+        "truncated|damaged image: begins as a GIF",
     ),
-    "truncated webp": (saved(noise(64, 64), "WEBP")[:90], "truncated|damaged|not a picture"),
+    "truncated webp": (saved(noise(64, 64), "WEBP")[:90], "truncated|damaged|not an image"),
     "truncated bmp": (saved(noise(64, 64), "BMP")[:900], "truncated|damaged"),
     "tiff": (saved(noise(), "TIFF"), "another kind: TIFF"),
     "jpeg 2000": (saved(noise(), "JPEG2000"), "another kind: JPEG2000"),
 }
 
-# Nothing is wrong with these: they must stay.
+# Nothing is wrong with these: they must be kept.
 UNUSUAL: dict[str, bytes] = {
     "cmyk jpeg": saved(noise().convert("CMYK")),
     "grey jpeg": saved(noise().convert("L")),
     "progressive jpeg": _PROGRESSIVE,
     "jpeg with a thumbnail": _THUMBNAIL,
-    "jpeg with garbage behind its end": _JPEG + b"\0" * 100 + b"<html>",
+    "jpeg with garbage after its end": _JPEG + b"\0" * 100 + b"<html>",
     "png named jpg": _PNG,
     "16 bit png": saved(Image.fromarray(np.full((8, 9), 40_000, np.uint16)), "PNG"),
     "palette png with transparency": saved(noise().convert("P"), "PNG", transparency=0),
@@ -175,11 +175,11 @@ UNUSUAL: dict[str, bytes] = {
     "animated gif": _animated("GIF"),
     "animated webp": _animated("WEBP"),
     "animated png": _animated("PNG"),
-    "one very long line of pixels": saved(Image.new("L", (60_000, 1)), "PNG"),
+    "one very long row of pixels": saved(Image.new("L", (60_000, 1)), "PNG"),
     "one pixel": saved(Image.new("RGB", (1, 1)), "PNG"),
     "rotated by exif": _exif(6),
     "exif orientation 99": _exif(99),
-    "exif of garbage": _JPEG[:2] + b"\xff\xe1\x00\x10Exif\0\0" + b"\xff" * 8 + _JPEG[2:],
+    "garbage as exif": _JPEG[:2] + b"\xff\xe1\x00\x10Exif\0\0" + b"\xff" * 8 + _JPEG[2:],
     "png with a wrong iccp": _PNG[:33]
     + chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no"))
     + _PNG[33:],

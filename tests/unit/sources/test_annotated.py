@@ -1,4 +1,4 @@
-"""What all sets of annotations and pictures must do, each in its published layout."""
+"""What every data set of annotations and images must do, each in its published layout."""
 
 import json
 import pickle
@@ -8,7 +8,7 @@ import pytest
 from mdm import sources
 from mdm.sources.record import BadRecord, RawRecord
 from tests import published_sets as sets
-from tests.published_sets import picture
+from tests.published_sets import image_bytes
 
 WRITERS = {
     "coco": sets.write_coco,
@@ -23,7 +23,7 @@ WRITERS = {
     "llava": sets.write_llava,
 }
 SPLITS = {"coco": "train2014", "flickr30k": "all", "visual_genome": "qa"}
-# What is offered for download, and the folder or file that each holds.
+# The archives offered for download, each with the folder or file it holds.
 ARCHIVES = {
     "coco": [
         "train2014.zip:train2014",
@@ -66,24 +66,24 @@ COUNTS["llava"] = 7
 
 @pytest.fixture(params=WRITERS)
 def published(request, tmp_path):
-    """(name, split, folder, records) of a whole data set."""
+    """(name, split, root, records) of a data set."""
     name = request.param
     root = WRITERS[name](tmp_path / "published")
     split = SPLITS.get(name, "train")
     return name, split, root, list(sources.records(name, root, split))
 
 
-def place(record):
-    """The byte of its entry."""
+def offset(record):
+    """The byte at which the record's entry starts."""
     return int(record.origin.split(", ")[0].rsplit("@", 1)[1])
 
 
-def by_place(records):
-    """In the file's order: records of one picture come together."""
-    return sorted(records, key=lambda r: (place(r), r.id))
+def in_file_order(records):
+    """Readers yield the records of one image together; this restores the file's order."""
+    return sorted(records, key=lambda r: (offset(r), r.id))
 
 
-def test_every_entry_is_a_record_with_its_picture(published):
+def test_every_entry_is_a_record_with_its_image(published):
     name, split, root, records = published
     assert all(isinstance(r, RawRecord) for r in records), records
     assert len(records) == COUNTS.get(name, 3)
@@ -94,70 +94,73 @@ def test_every_entry_is_a_record_with_its_picture(published):
         assert (r.text is None) == bool(r.turns)
         annotation, place = r.origin.split(", ")
         assert (root / annotation.split("@")[0]).is_file()
-        assert r.image == picture(place)
-    said = sorted(t for r in records for t in ((r.text,) if r.text else r.turns))
-    assert sorted(sources.get(name).texts(root, split)) == said
+        assert r.image == image_bytes(place)
+    texts = sorted(t for r in records for t in ((r.text,) if r.text else r.turns))
+    assert sorted(sources.get(name).texts(root, split)) == texts
 
 
-def test_any_cut_into_units_gives_the_same_records(published):
+def test_units_of_any_size_give_the_same_records(published):
     name, split, root, records = published
     reader = sources.get(name)
-    most = 0
+    largest_count = 0
     for unit_bytes in (1, 50, 150, 400):
         units = reader.units(root, split, unit_bytes=unit_bytes)
-        most = max(most, len(units))
+        largest_count = max(largest_count, len(units))
         assert [u.index for u in units] == list(range(len(units)))
         assert len({u.fingerprint for u in units}) == len(units)
         units = pickle.loads(pickle.dumps(units))
-        # Backwards: a unit needs nothing from those before it.
-        pieces = [list(reader.read(u)) for u in reversed(units)]
-        found = [r for piece in reversed(pieces) for r in piece]
-        assert by_place(found) == by_place(records)
-    assert most >= 3
+        # In reverse order: a unit needs nothing from those before it.
+        unit_records = [list(reader.read(u)) for u in reversed(units)]
+        read_records = [r for part in reversed(unit_records) for r in part]
+        assert in_file_order(read_records) == in_file_order(records)
+    assert largest_count >= 3
     assert len(reader.units(root, split)) == 1
 
 
-def test_archives_as_offered_give_the_same_records_as_their_folders(published):
+def test_published_archives_give_the_same_records_as_their_folders(published):
     name, split, root, records = published
     for archive in ARCHIVES[name]:
         sets.pack(root, archive)
-    packed = by_place(sources.records(name, root, split))
-    records = by_place(records)
+    packed = in_file_order(sources.records(name, root, split))
+    records = in_file_order(records)
     strip = lambda r: (r.id, r.text, r.turns, r.image)  # noqa: E731
     assert [strip(r) for r in packed] == [strip(r) for r in records]
     assert any("::" in r.origin for r in packed)
-    if name != "flickr30k":  # whose pictures are one stream
+    if name != "flickr30k":  # its images are a single stream
         units = sources.get(name).units(root, split, unit_bytes=150)
         assert len(units) > 2
-        found = [r for u in units for r in sources.get(name).read(u)]
-        assert by_place(found) == by_place(packed)
+        unit_records = [r for u in units for r in sources.get(name).read(u)]
+        assert in_file_order(unit_records) == in_file_order(packed)
 
 
-def test_another_picture_changes_the_fingerprint_another_place_does_not(published, tmp_path):
+def test_a_changed_image_changes_the_fingerprint_but_moving_the_folder_does_not(
+    published, tmp_path
+):
     name, split, root, records = published
     reader = sources.get(name)
     (before,) = reader.units(root, split)
     moved = tmp_path / "moved"
     root.rename(moved)
     assert reader.units(moved, split)[0].fingerprint == before.fingerprint
-    (moved / records[0].origin.split(", ")[1]).write_bytes(b"another picture")
+    (moved / records[0].origin.split(", ")[1]).write_bytes(b"another image")
     assert reader.units(moved, split)[0].fingerprint != before.fingerprint
 
 
-def test_missing_pictures_are_bad_records_with_their_name(published):
+def test_missing_images_are_bad_records_with_their_ids(published):
     name, split, root, records = published
     place = records[0].origin.split(", ")[1]
     (root / place).unlink()
-    found = list(sources.records(name, root, split))
-    lost = {r.id for r in records if r.origin.endswith(f", {place}")}
-    assert {r.id for r in found if isinstance(r, BadRecord)} == lost
-    assert all(r.reason.startswith("missing file: ") for r in found if isinstance(r, BadRecord))
-    assert [r for r in found if isinstance(r, RawRecord)] == [
-        r for r in records if r.id not in lost
+    remaining = list(sources.records(name, root, split))
+    bad = [r for r in remaining if isinstance(r, BadRecord)]
+    lost_ids = {r.id for r in records if r.origin.endswith(f", {place}")}
+    assert {r.id for r in bad} == lost_ids
+    assert all(r.reason.startswith("missing file: ") for r in bad)
+    assert [r for r in remaining if isinstance(r, RawRecord)] == [
+        r for r in records if r.id not in lost_ids
     ]
 
 
-def test_what_is_missing_altogether_is_named(published, tmp_path):
+def test_errors_name_missing_files_splits_and_images(published, tmp_path):
     name, split, root, _ = published
     reader = sources.get(name)
     with pytest.raises(ValueError, match=f"{name}: none of these files in {tmp_path}: "):
@@ -166,7 +169,7 @@ def test_what_is_missing_altogether_is_named(published, tmp_path):
         reader.units(root, "dev")
     for place in root.rglob("*.[jp][pn]g"):
         place.unlink()
-    with pytest.raises(ValueError, match=f"{name}: no pictures in .*; put one of these there: "):
+    with pytest.raises(ValueError, match=f"{name}: no images in .*; put one of these there: "):
         reader.units(root, split)
 
 
@@ -188,59 +191,59 @@ def test_what_is_missing_altogether_is_named(published, tmp_path):
         ("flickr30k", "results_20130124.token", "", "holds no entry"),
     ],
 )
-def test_a_file_without_entries_is_a_value_error(tmp_path, name, file, content, reason):
+def test_a_file_without_entries_is_an_error(tmp_path, name, file, content, reason):
     root = WRITERS[name](tmp_path)
     (root / file).write_text(content)
     with pytest.raises(ValueError, match=f"{name}: .*{file}.*{reason}"):
         sources.get(name).units(root, SPLITS.get(name, "train"))
 
 
-def test_truncated_annotations_keep_what_is_whole_and_tell_the_rest(published):
+def test_truncated_annotations_keep_complete_entries_and_report_the_rest(published):
     name, split, root, records = published
     file = root / records[0].origin.split("@")[0]
     data = file.read_bytes()
-    records = by_place(records)
-    last = place(records[-1])
+    records = in_file_order(records)
+    last = offset(records[-1])
     file.write_bytes(data[: last + 9])
-    found = list(sources.records(name, root, split))
-    good = by_place(r for r in found if isinstance(r, RawRecord))
+    remaining = list(sources.records(name, root, split))
+    good = in_file_order(r for r in remaining if isinstance(r, RawRecord))
     assert (
         good == [r for r in records if not r.origin.startswith(f"{file.name}@{last}")][: len(good)]
     )
     assert 0 < len(good) < len(records)
-    bad = [r.reason for r in found if isinstance(r, BadRecord)]
-    assert any("unreadable annotations behind byte" in b or "line begins" in b for b in bad)
+    reasons = [r.reason for r in remaining if isinstance(r, BadRecord)]
+    assert any("unreadable annotations after byte" in r or "line begins" in r for r in reasons)
 
 
-def test_pictures_of_a_wrong_name_never_leave_the_folder(tmp_path):
+def test_image_paths_never_reach_outside_the_folder(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     root = sets.write_llava(tmp_path / "set")
     path = root / "llava_v1_5_mix665k.json"
-    rows = json.loads(path.read_text())
+    entries = json.loads(path.read_text())
     places = ["../secret.jpg", str(tmp_path / "secret.jpg"), "coco/../../secret.jpg", "a\0b", "vg"]
-    for row, place in zip(rows, places, strict=False):
-        row["image"] = place
-    path.write_text(json.dumps(rows))
-    found = list(sources.records("llava", root, "train"))
-    assert [r.reason.split(":")[0] for r in found if isinstance(r, BadRecord)] == [
-        *["picture's name points outside the data set"] * 3,
+    for entry, place in zip(entries, places, strict=False):
+        entry["image"] = place
+    path.write_text(json.dumps(entries))
+    records = list(sources.records("llava", root, "train"))
+    assert [r.reason.split(":")[0] for r in records if isinstance(r, BadRecord)] == [
+        *["image path points outside the data set"] * 3,
         "field image holds the control character U+0000",
-        "a folder in a picture's place",
+        "a folder in place of an image",
     ]
-    assert all(r.image != b"secret" for r in found if isinstance(r, RawRecord))
+    assert all(r.image != b"secret" for r in records if isinstance(r, RawRecord))
 
 
-def test_records_of_one_picture_come_together_and_read_it_once(published):
+def test_records_of_one_image_come_together_and_the_image_is_read_once(published):
     _, _, _, records = published
     places = [r.origin.partition(", ")[2] for r in records if isinstance(r, RawRecord)]
-    runs = [p for i, p in enumerate(places) if not i or p != places[i - 1]]
-    assert len(runs) == len(set(runs))
+    distinct = [p for i, p in enumerate(places) if not i or p != places[i - 1]]
+    assert len(distinct) == len(set(distinct))
     images = [r.image for r in records if isinstance(r, RawRecord)]
-    shared = [i for i in range(1, len(places)) if places[i] == places[i - 1]]
-    assert all(images[i] is images[i - 1] for i in shared)
+    repeated = [i for i in range(1, len(places)) if places[i] == places[i - 1]]
+    assert all(images[i] is images[i - 1] for i in repeated)
 
 
-def test_splits_for_training_are_the_right_ones(published):
+def test_training_and_held_out_splits_are_those_of_the_data_set(published):
     name, _, root, _ = published
     expected = {
         "flickr30k": ("all",),

@@ -1,39 +1,29 @@
 import gzip
-import io
 import json
-import tarfile
 
 import pytest
 
 from mdm.sources import journeydb
 from mdm.sources.journeydb import ANNOTATIONS
 from mdm.sources.record import BadRecord, RawRecord
+from tests.published_sets import write_tgz
 
 
 def read_all(root, split="train"):
     return [r for u in journeydb.units(root, split) for r in journeydb.read(u)]
 
 
-def write_tgz(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def row(path, **fields):
+def annotation(path, **fields):
     return json.dumps({"img_path": path, "prompt": "a prompt", **fields}).encode()
 
 
-def write_set(root, rows, archives):
-    write_tgz(root / ANNOTATIONS["train"], [("train.jsonl", b"\n".join(rows) + b"\n")])
+def write_set(root, annotations, archives):
+    write_tgz(root / ANNOTATIONS["train"], [("train.jsonl", b"\n".join(annotations) + b"\n")])
     for name, members in archives.items():
         write_tgz(root / f"data/train/imgs/{name}.tgz", members)
 
 
-def test_demo_emoji(demo):
+def test_emoji_of_the_demo_are_read_with_captions(demo):
     units = journeydb.units(demo / "emoji", "train")
     assert [u.files[0][-7:] for u in units] == [f"00{i}.tgz" for i in range(5)]
     records = read_all(demo / "emoji") + read_all(demo / "emoji", "valid")
@@ -46,33 +36,36 @@ def test_demo_emoji(demo):
     )
 
 
-def test_caption_before_prompt(tmp_path):
-    rows = [row("./000/a.jpg", Task2={"Caption": "a caption"}), row("./000/b.jpg", Task2={})]
-    write_set(tmp_path, rows, {"000": [("000/a.jpg", b"A"), ("./000/b.jpg", b"B")]})
+def test_the_caption_is_preferred_to_the_prompt(tmp_path):
+    annotations = [
+        annotation("./000/a.jpg", Task2={"Caption": "a caption"}),
+        annotation("./000/b.jpg", Task2={}),
+    ]
+    write_set(tmp_path, annotations, {"000": [("000/a.jpg", b"A"), ("./000/b.jpg", b"B")]})
     assert [(r.id, r.text, r.image) for r in read_all(tmp_path)] == [
         ("journeydb/train/000/a.jpg", "a caption", b"A"),
         ("journeydb/train/000/b.jpg", "a prompt", b"B"),
     ]
 
 
-def test_everything_wrong_is_reported_once_with_its_reason(tmp_path):
-    rows = [
-        row("./001/good.jpg"),
-        row("./001/gone.jpg"),
-        row("./001/empty.jpg", prompt=" "),
-        row("./001/list.jpg", Task2=[1]),
-        row("./001/good.jpg", prompt="twice"),
-        row("er.jpg"),
-        row("../000/up.jpg"),
+def test_every_problem_is_reported_once_with_its_reason(tmp_path):
+    annotations = [
+        annotation("./001/good.jpg"),
+        annotation("./001/gone.jpg"),
+        annotation("./001/empty.jpg", prompt=" "),
+        annotation("./001/list.jpg", Task2=[1]),
+        annotation("./001/good.jpg", prompt="twice"),
+        annotation("er.jpg"),
+        annotation("../000/up.jpg"),
         b'{"img_path": "./001/x.jpg", "prompt": "\xff"}',
         b'{"img_path": "./001/',
         b'{"prompt": "nowhere"}',
-        row("./007/far.jpg"),
-        row("./007/away.jpg"),
+        annotation("./007/far.jpg"),
+        annotation("./007/away.jpg"),
     ]
-    pictures = [("001/good.jpg", b"1"), ("001/stray.jpg", b"2"), ("001/good.jpg", b"3")]
-    pictures += [("001/empty.jpg", b"4"), ("001/list.jpg", b"5")]
-    write_set(tmp_path, rows, {"000": [], "001": pictures})
+    images = [("001/good.jpg", b"1"), ("001/stray.jpg", b"2"), ("001/good.jpg", b"3")]
+    images += [("001/empty.jpg", b"4"), ("001/list.jpg", b"5")]
+    write_set(tmp_path, annotations, {"000": [], "001": images})
     records = read_all(tmp_path)
     good = [r for r in records if isinstance(r, RawRecord)]
     assert [(r.id, r.image) for r in good] == [("journeydb/train/001/good.jpg", b"1")]
@@ -82,12 +75,12 @@ def test_everything_wrong_is_reported_once_with_its_reason(tmp_path):
         if isinstance(r, BadRecord)
     ]
     reasons = dict(bad)
-    assert reasons["001/stray.jpg"] == "picture without annotation"
+    assert reasons["001/stray.jpg"] == "image without annotation"
     assert reasons["001/gone.jpg"] == "missing file: annotated, but not in the archive"
     assert reasons["001/empty.jpg"] == "field prompt is empty"
     assert reasons["001/list.jpg"] == "field Task2 is not an object"
     assert sorted(reason for name, reason in bad if name == "001/good.jpg") == [
-        "duplicate id: a second row for this picture",
+        "duplicate id: a second annotation of this image",
         "duplicate id: the archive holds this name twice",
     ]
     assert "not ./<archive>/<file>" in reasons["line 6"]
@@ -96,10 +89,10 @@ def test_everything_wrong_is_reported_once_with_its_reason(tmp_path):
     assert "invalid JSON" in reasons["line 9"]
     assert reasons["line 10"] == "field img_path is absent"
     assert "no archive 007.tgz for its 2 annotated" in reasons["007/"]
-    assert len(bad) == 12  # nothing is told twice
+    assert len(bad) == 12  # nothing is reported twice
 
 
-def test_truncated_archive_names_what_is_out_of_reach(demo, tmp_path):
+def test_a_truncated_archive_reports_its_missing_images(demo, tmp_path):
     (unit, *_) = journeydb.units(demo / "emoji", "train")
     whole = [r.id for r in journeydb.read(unit)]
     for name in (ANNOTATIONS["train"], unit.files[0]):
@@ -120,15 +113,15 @@ def test_truncated_archive_names_what_is_out_of_reach(demo, tmp_path):
 
 
 def test_damaged_annotations_are_reported(tmp_path):
-    write_set(tmp_path, [row("./000/a.jpg")], {"000": [("000/a.jpg", b"A")]})
+    write_set(tmp_path, [annotation("./000/a.jpg")], {"000": [("000/a.jpg", b"A")]})
     annotations = tmp_path / ANNOTATIONS["train"]
     annotations.write_bytes(gzip.compress(b"not a tar" * 200))
     reasons = [r.reason for r in read_all(tmp_path)]
     assert any("unreadable annotations after line 0" in reason for reason in reasons)
-    assert "picture without annotation" in reasons
+    assert "image without annotation" in reasons
 
 
-def test_missing_parts_are_value_errors(tmp_path):
+def test_missing_annotations_and_archives_are_errors(tmp_path):
     with pytest.raises(ValueError, match="no annotations data/valid/valid_anno_repath"):
         journeydb.units(tmp_path, "valid")
     write_set(tmp_path, [], {})
@@ -136,12 +129,12 @@ def test_missing_parts_are_value_errors(tmp_path):
         journeydb.units(tmp_path, "train")
 
 
-def test_the_test_split_has_one_archive_and_rows_without_prompt_are_named(tmp_path):
-    rows = [row("./imgs/a.jpg", prompt="a cat"), row("b.jpg", prompt=None)]
-    write_tgz(tmp_path / ANNOTATIONS["test"], [("test_questions.jsonl", b"\n".join(rows) + b"\n")])
+def test_the_test_split_has_a_single_archive_and_annotations_without_prompt_are_reported(tmp_path):
+    lines = [annotation("./imgs/a.jpg", prompt="a cat"), annotation("b.jpg", prompt=None)]
+    write_tgz(tmp_path / ANNOTATIONS["test"], [("test_questions.jsonl", b"\n".join(lines))])
     members = {"imgs/a.jpg": b"A", "imgs/b.jpg": b"B", "imgs/c.jpg": b"C"}
     write_tgz(tmp_path / "data/test/imgs.tgz", members.items())
-    found = {r.id.rpartition("/")[2]: r for r in read_all(tmp_path, "test")}
-    assert (found["a.jpg"].text, found["a.jpg"].image) == ("a cat", b"A")
-    reasons = {name: found[name].reason for name in ("b.jpg", "c.jpg")}
-    assert reasons == {"b.jpg": "field prompt is absent", "c.jpg": "picture without annotation"}
+    records = {r.id.rpartition("/")[2]: r for r in read_all(tmp_path, "test")}
+    assert (records["a.jpg"].text, records["a.jpg"].image) == ("a cat", b"A")
+    reasons = {name: records[name].reason for name in ("b.jpg", "c.jpg")}
+    assert reasons == {"b.jpg": "field prompt is absent", "c.jpg": "image without annotation"}

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from mdm.sources import jsoncursor, streams
+from mdm.sources import jsoncursor, textfile
 from mdm.sources.jsoncursor import BrokenFileError
 from mdm.sources.jsonfile import elements, line_elements
 
@@ -22,7 +22,7 @@ def pairs(data, section=""):
 
 @pytest.fixture(params=[1, 7, 64, 1 << 18])
 def window(request, monkeypatch):
-    """Windows that end anywhere: within a number, an escape, a key."""
+    """Text windows that end anywhere: within a number, an escape, a key."""
     monkeypatch.setattr(jsoncursor, "_WINDOW", request.param)
 
 
@@ -43,7 +43,7 @@ def values(seed, depth=3):
 
 
 @pytest.mark.parametrize("ascii_only", [True, False])
-def test_same_as_the_standard_parser(window, ascii_only):
+def test_files_are_read_as_by_the_standard_parser(window, ascii_only):
     for seed in range(12):
         items = [values(f"{seed} {i}") for i in range(9)]
         indent = seed % 3 or None
@@ -52,13 +52,19 @@ def test_same_as_the_standard_parser(window, ascii_only):
         named = {f"key {i} é": item for i, item in enumerate(items)}
         text = json.dumps(named, ensure_ascii=ascii_only, indent=indent)
         assert pairs(text) == list(named.items())
-        around = {"info": {"a": [1]}, "first": items, "n": -12.5e3, "second": items[::-1], "z": []}
-        text = json.dumps(around, ensure_ascii=ascii_only, indent=indent)
+        sections = {
+            "info": {"a": [1]},
+            "first": items,
+            "n": -12.5e3,
+            "second": items[::-1],
+            "z": [],
+        }
+        text = json.dumps(sections, ensure_ascii=ascii_only, indent=indent)
         assert pairs(text, "second") == [("", item) for item in items[::-1]]
         assert pairs(text, "z") == []
 
 
-def test_reading_may_begin_and_end_at_any_entry(window):
+def test_reading_can_start_and_stop_at_any_entry(window):
     data = json.dumps({"a": [1], "b": [{"id": i, "é": "é" * i} for i in range(20)]}).encode()
     whole = read(data, "b")
     for at in range(1, 20):
@@ -72,21 +78,21 @@ def test_reading_may_begin_and_end_at_any_entry(window):
     assert read(named, start=whole[4].offset) == whole[4:]
 
 
-def test_memory_stays_at_one_window(monkeypatch):
+def test_only_one_window_is_held_in_memory(monkeypatch):
     monkeypatch.setattr(jsoncursor, "_WINDOW", 1000)
     data = json.dumps([{"id": i, "text": "x" * 50} for i in range(2000)]).encode()
-    asked = []
+    read_sizes = []
 
     class Counted(io.BytesIO):
         def read(self, size=-1):
-            asked.append(size)
+            read_sizes.append(size)
             return super().read(size)
 
     entries = elements(Counted(data))
     assert [next(entries).value["id"] for _ in range(10)] == list(range(10))
-    assert len(asked) <= 2
+    assert len(read_sizes) <= 2
     assert len(list(entries)) == 1990
-    assert max(asked) == 1000
+    assert max(read_sizes) == 1000
 
 
 @pytest.mark.parametrize(
@@ -104,12 +110,12 @@ def test_memory_stays_at_one_window(monkeypatch):
         (b'{"c": "caf\xe9"}', "invalid UTF-8 at byte 10 of the entry"),
     ],
 )
-def test_one_damaged_entry_is_told_and_those_behind_it_still_come(window, broken, reason):
+def test_a_damaged_entry_is_reported_and_later_entries_are_read(window, broken, reason):
     broken = broken if isinstance(broken, bytes) else broken.encode()
-    found = read(b'[{"a": 1},' + broken + b', {"b": "{"}, 3]')
-    assert [e.value for e in found] == [{"a": 1}, None, {"b": "{"}, 3]
-    assert found[1].problem.startswith(reason.replace("\\\\", "\\"))
-    assert found[1].offset == 10
+    elements_read = read(b'[{"a": 1},' + broken + b', {"b": "{"}, 3]')
+    assert [e.value for e in elements_read] == [{"a": 1}, None, {"b": "{"}, 3]
+    assert elements_read[1].problem.startswith(reason.replace("\\\\", "\\"))
+    assert elements_read[1].offset == 10
 
 
 @pytest.mark.parametrize(
@@ -119,12 +125,12 @@ def test_one_damaged_entry_is_told_and_those_behind_it_still_come(window, broken
         ('[{"a": 1}, {"a": "2', 1, "entry at byte 11 has no end: invalid JSON: Unterminated"),
         ('[{"a": 1}, {"a": 2}', 2, "the file ends at byte 19, before its last bracket"),
         ('[{"a": 1}, {"a": 2, {"b": [3}]', 1, "entry at byte 11 has no end: invalid JSON"),
-        ('[{"a": 1}} , 2]', 1, "invalid JSON at byte 9: '}' behind an entry"),
+        ('[{"a": 1}} , 2]', 1, "invalid JSON at byte 9: '}' after an entry"),
         ("[1] [2]", 1, "invalid JSON at byte 2: ']' between entries"),
         ('{"a": 1, 2: 3}', 1, "invalid JSON at byte 9: a key is missing"),
     ],
 )
-def test_where_the_rest_is_out_of_reach_it_is_an_error(window, text, good, reason):
+def test_damage_that_hides_the_rest_of_the_file_is_an_error(window, text, good, reason):
     entries = elements(io.BytesIO(text.encode()))
     for _ in range(good):
         assert next(entries).problem == ""
@@ -138,10 +144,10 @@ ENTRIES = [
 ]
 
 
-@pytest.mark.parametrize("victim", range(1, 5))
+@pytest.mark.parametrize("damaged", range(1, 5))
 @pytest.mark.parametrize("form", ["list", "section", "object"])
-def test_no_change_of_one_byte_of_an_entry_loses_another(form, victim):
-    """Each of its bytes left out, doubled, another one."""
+def test_no_change_of_one_byte_of_an_entry_loses_another_entry(form, damaged):
+    """Each byte is removed, doubled or replaced."""
     parts = [json.dumps(entry) for entry in ENTRIES]
     section, head, tail = "", "[", "]"
     if form == "section":
@@ -149,23 +155,23 @@ def test_no_change_of_one_byte_of_an_entry_loses_another(form, victim):
     if form == "object":
         head, tail = "{", "}"
         parts = [f'"key {i}": {part}' for i, part in enumerate(parts)]
-    text, others = parts[victim], ENTRIES[:victim] + ENTRIES[victim + 1 :]
+    text, others = parts[damaged], ENTRIES[:damaged] + ENTRIES[damaged + 1 :]
     for at in range(len(text)):
         for new in ("", text[at] * 2, *'{}[]",:\\\n'):
-            parts[victim] = text[:at] + new + text[at + 1 :]
+            parts[damaged] = text[:at] + new + text[at + 1 :]
             data = head + ", ".join(parts) + tail
-            found, whole = [], True
+            values, valid = [], True
             try:
                 for element in elements(io.BytesIO(data.encode()), section):
-                    found += [] if element.problem else [element.value]
-                    whole = whole and not element.problem
+                    values += [] if element.problem else [element.value]
+                    valid = valid and not element.problem
             except BrokenFileError:
-                whole = victim < 4 and pytest.fail(f"the rest is lost: {data}")
-            assert [value for value in found if value in others] == others, data
-            assert not whole or len(found) == 5, data  # a changed value, and nobody can tell
+                valid = damaged < 4 and pytest.fail(f"the rest is lost: {data}")
+            assert [value for value in values if value in others] == others, data
+            assert not valid or len(values) == 5, data  # a changed value that is valid JSON
 
 
-def test_damage_before_a_list_is_passed_over_and_no_such_list_is_an_error():
+def test_damage_before_a_list_is_skipped_and_a_missing_list_is_an_error():
     assert pairs('{"a": [1}, "b": [2]}', "b") == [("", 2)]
     assert pairs('{"info": {"a": "x}, "a": [{"n": 1}], "b" : [2]}', "b") == [("", 2)]
     with pytest.raises(BrokenFileError, match="no list 'c'"):
@@ -174,22 +180,22 @@ def test_damage_before_a_list_is_passed_over_and_no_such_list_is_an_error():
         read('{"a": {}}', "a")
 
 
-def test_endless_entry_is_refused_and_the_next_one_comes(monkeypatch):
-    monkeypatch.setattr(streams, "MAX_LINE_BYTES", 100)
+def test_an_endless_entry_is_reported_and_the_next_one_is_read(monkeypatch):
+    monkeypatch.setattr(textfile, "MAX_LINE_BYTES", 100)
     monkeypatch.setattr(jsoncursor, "_WINDOW", 16)
     for endless in ('"' + "x" * 5000 + '"', "[" + "1," * 900 + "1]"):
-        found = read(f"[1, {endless}, 2]")
-        assert [e.value for e in found] == [1, None, 2]
-        assert found[1].problem == "entry is longer than 100 bytes"
+        elements_read = read(f"[1, {endless}, 2]")
+        assert [e.value for e in elements_read] == [1, None, 2]
+        assert elements_read[1].problem == "entry is longer than 100 bytes"
 
 
-def test_byte_order_mark_is_no_part_of_the_text():
+def test_a_byte_order_mark_is_not_part_of_the_text():
     assert pairs(b"\xef\xbb\xbf[1, 2]") == [("", 1), ("", 2)]
 
 
-def test_lines():
+def test_lines_are_elements_and_invalid_utf8_is_reported():
     data = "first\n\nzweite \xe9\n".encode() + b"caf\xe9\r\nlast"
-    found = list(line_elements(io.BytesIO(data)))
-    assert [e.value for e in found] == ["first", "zweite é", None, "last"]
-    assert found[2].problem == "invalid UTF-8 at byte 3 of the line"
-    assert list(line_elements(io.BytesIO(data), found[1].offset, found[3].offset)) == found[1:3]
+    lines = list(line_elements(io.BytesIO(data)))
+    assert [e.value for e in lines] == ["first", "zweite é", None, "last"]
+    assert lines[2].problem == "invalid UTF-8 at byte 3 of the line"
+    assert list(line_elements(io.BytesIO(data), lines[1].offset, lines[3].offset)) == lines[1:3]

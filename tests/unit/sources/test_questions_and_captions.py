@@ -1,4 +1,4 @@
-"""What each annotated set says, and what is said of its damaged entries."""
+"""The contents of each annotated data set, and the reasons given for its damaged entries."""
 
 import json
 
@@ -10,26 +10,26 @@ from tests import published_sets as sets
 
 
 def change(path, edit):
-    """Rewrite a JSON file after `edit` worked on it in place."""
+    """Rewrite a JSON file after `edit` has changed its value in place."""
     plain = json.loads(path.read_text())
     edit(plain)
     path.write_text(json.dumps(plain))
 
 
 def read(name, root, split):
-    """(id below the split -> text or turns, id -> reason)."""
-    found = list(sources.records(name, root, split))
+    """({id below the split: text or turns}, {id: reason})."""
+    records = list(sources.records(name, root, split))
     short = lambda r: r.id.split("/", 2)[2]  # noqa: E731
-    good = {short(r): r.text or r.turns for r in found if isinstance(r, RawRecord)}
-    bad = {short(r): r.reason for r in found if isinstance(r, BadRecord)}
-    assert len(good) + len(bad) == len(found)
+    good = {short(r): r.text or r.turns for r in records if isinstance(r, RawRecord)}
+    bad = {short(r): r.reason for r in records if isinstance(r, BadRecord)}
+    assert len(good) + len(bad) == len(records)
     return good, bad
 
 
-def test_coco(tmp_path):
+def test_coco_captions_come_image_by_image_and_an_ambiguous_split_is_an_error(tmp_path):
     root = sets.write_coco(tmp_path, "val2017")
     good, _ = read("coco", root, "val2017")
-    assert list(good) == ["300", "301", "200", "201", "100", "101"]  # picture by picture
+    assert list(good) == ["300", "301", "200", "201", "100", "101"]  # image by image
     assert good["301"] == "Caption 1 of é 3."
     assert next(sources.records("coco", root, "val")).id == "coco/val2017/300"
     record = next(sources.records("coco", root, "val2017"))
@@ -39,26 +39,26 @@ def test_coco(tmp_path):
         sources.get("coco").units(root, "val")
 
 
-def test_coco_damage(tmp_path):
-    root = sets.write_coco(tmp_path, pictures=8)
+def test_damaged_coco_entries_have_a_reason(tmp_path):
+    root = sets.write_coco(tmp_path, count=8)
 
     def damage(plain):
-        rows, images = plain["annotations"], plain["images"]
-        rows[0]["image_id"] = 999
-        rows[1]["image_id"] = "63"
-        rows[2]["caption"] = None
-        rows[3]["caption"] = "\ud800 half"
-        rows[11]["id"] = rows[10]["id"]
-        del rows[5]["id"]
-        rows.append("no object")
-        rows.append({"id": 7, "image_id": True, "caption": "x"})
+        captions, images = plain["annotations"], plain["images"]
+        captions[0]["image_id"] = 999
+        captions[1]["image_id"] = "63"
+        captions[2]["caption"] = None
+        captions[3]["caption"] = "\ud800 half"
+        captions[11]["id"] = captions[10]["id"]
+        del captions[5]["id"]
+        captions.append("no object")
+        captions.append({"id": 7, "image_id": True, "caption": "x"})
         del images[0]["file_name"]
         images[1]["id"] = images[2]["id"]
         images.append([])
 
     change(root / "annotations/captions_train2014.json", damage)
     good, bad = read("coco", root, "train2014")
-    assert list(good) == ["400", "401", "801", "701", "601"]  # picture by picture
+    assert list(good) == ["400", "401", "801", "701", "601"]  # image by image
     assert {key: reason for key, reason in bad.items() if "@" not in key} == {
         "800": "no entry in images for image_id 999",
         "700": "field image_id is text, not a whole number",
@@ -70,7 +70,7 @@ def test_coco_damage(tmp_path):
         "301": "images entry of image_id 27: two entries with this id that differ",
         "201": "no entry in images for image_id 18",
         "101": "images entry of image_id 9: field file_name is absent",
-        "7": "field image_id is a truth value, not a whole number",
+        "7": "field image_id is a boolean, not a whole number",
     }
     assert sorted(reason for key, reason in bad.items() if "@" in key) == [
         "entry is text, not an object",
@@ -80,7 +80,7 @@ def test_coco_damage(tmp_path):
     ]
 
 
-def test_karpathy_splits(tmp_path):
+def test_karpathy_splits_are_read_and_their_damaged_entries_reported(tmp_path):
     root = sets.write_karpathy(tmp_path, "coco", ["train", "val", "restval", "test", "train"])
     assert list(read("coco", root, "karpathy-train")[0]) == ["0", "1", "4", "5", "8", "9"]
     assert read("coco", root, "train")[0]["5"] == "Sentence 1 of 2."
@@ -103,7 +103,7 @@ def test_karpathy_splits(tmp_path):
     assert list(read("flickr30k", root, "train")[0]) == ["2", "3"]
 
 
-def test_flickr30k_lines(tmp_path):
+def test_flickr30k_lines_are_read_and_damaged_ones_reported(tmp_path):
     root = sets.write_flickr30k(tmp_path, 1)
     assert read("flickr30k", root, "all")[0]["1000.jpg#4"] == "A caption 4 , of 0 ."
     with pytest.raises(ValueError, match="without it, the split is all"):
@@ -121,20 +121,20 @@ def test_flickr30k_lines(tmp_path):
     assert any(reason == "invalid UTF-8 at byte 11 of the line" for reason in bad.values())
 
 
-def test_truncated_picture_archive_names_what_is_out_of_reach(tmp_path):
+def test_a_truncated_image_archive_reports_its_missing_images(tmp_path):
     root = sets.write_flickr30k(tmp_path, 40)
-    whole, _ = read("flickr30k", root, "all")
+    complete, _ = read("flickr30k", root, "all")
     sets.pack(root, "flickr30k-images.tar.gz:flickr30k-images")
     path = root / "flickr30k-images.tar.gz"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     good, bad = read("flickr30k", root, "all")
-    assert 0 < len(good) < len(whole)
-    assert {*good, *bad} == set(whole)
+    assert 0 < len(good) < len(complete)
+    assert {*good, *bad} == set(complete)
     assert all("unreadable archive: " in reason for reason in bad.values())
 
 
-def test_gqa_damage(tmp_path):
-    root = sets.write_gqa(tmp_path, pictures=6)
+def test_damaged_gqa_entries_have_a_reason(tmp_path):
+    root = sets.write_gqa(tmp_path, count=6)
     assert read("gqa", root, "train")[0]["00000004"] == ("What is in 4?", "thing 4")
     path = root / "train_balanced_questions.json"
 
@@ -157,7 +157,7 @@ def test_gqa_damage(tmp_path):
     ]
 
 
-def test_ocrvqa_splits_and_damage(tmp_path):
+def test_ocrvqa_splits_are_read_and_their_damaged_entries_reported(tmp_path):
     root = sets.write_ocrvqa(tmp_path, 5)
     assert list(read("ocrvqa", root, "train")[0]) == ["00X/0", "00X/1", "03X/0", "03X/1"]
     assert read("ocrvqa", root, "val")[0]["01X/1"] == ("Is this book number 1?", "Yes")
@@ -181,7 +181,7 @@ def test_ocrvqa_splits_and_damage(tmp_path):
     assert list(read("ocrvqa", root, "test")[1].values()) == ["field questions is text, not a list"]
 
 
-def test_textvqa_and_vizwiz_take_what_most_people_said(tmp_path):
+def test_textvqa_and_vizwiz_use_the_most_frequent_answer(tmp_path):
     root = sets.write_textvqa(tmp_path)
     assert read("textvqa", root, "train")[0]["34603"] == ("what does sign 1 say?", "go 1")
     change(root / "TextVQA_0.5.1_train.json", lambda p: p["data"][0].update(answers=["", " "]))
@@ -200,7 +200,7 @@ def test_textvqa_and_vizwiz_take_what_most_people_said(tmp_path):
     assert list(bad.values())[1] == "duplicate id"
 
 
-def test_visual_genome(tmp_path):
+def test_visual_genome_questions_and_regions_are_read_and_damaged_ones_reported(tmp_path):
     root = sets.write_visual_genome(tmp_path)
     good, _ = read("visual_genome", root, "qa")
     assert good["986721"] == ("What colour is 2?", "Green 1.")
@@ -221,7 +221,7 @@ def test_visual_genome(tmp_path):
     ]
 
 
-def test_vqav2_and_okvqa_join_two_files(tmp_path):
+def test_vqav2_and_okvqa_join_questions_and_answers(tmp_path):
     root = sets.write_mscoco_vqa(tmp_path / "v", "v2_")
     key = "458752001"
     assert read("vqav2", root, "train")[0][key] == ("What is this number 1?", "ball 1")
@@ -229,34 +229,34 @@ def test_vqav2_and_okvqa_join_two_files(tmp_path):
     change(annotations, lambda p: p["annotations"].reverse())
     assert len(read("vqav2", root, "train")[0]) == 4
     change(annotations, lambda p: [a.pop("multiple_choice_answer") for a in p["annotations"]])
-    assert not read("vqav2", root, "train")[0]  # the ten answers are no substitute
+    assert not read("vqav2", root, "train")[0]  # the ten answers do not replace it
     root = sets.write_mscoco_vqa(tmp_path / "ok", "")
     assert read("okvqa", root, "train")[0][key] == ("What is this number 1?", "raw ball 1")
 
 
-def test_vqav2_damage(tmp_path):
+def test_damaged_vqav2_questions_and_answers_have_a_reason(tmp_path):
     root = sets.write_mscoco_vqa(tmp_path, "v2_", questions=9)
 
-    def asked(plain):
-        rows = plain["questions"]
-        rows[0]["question_id"] = "9" * 30
-        rows[1]["question_id"] = rows[2]["question_id"]
-        rows[2]["question"] = {}
-        rows[3]["question"] = " "
+    def damage_questions(plain):
+        entries = plain["questions"]
+        entries[0]["question_id"] = "9" * 30
+        entries[1]["question_id"] = entries[2]["question_id"]
+        entries[2]["question"] = {}
+        entries[3]["question"] = " "
 
-    def answered(plain):
-        rows = plain["annotations"]
-        rows[4]["answers"] = []
-        rows[5]["multiple_choice_answer"] = 3
-        rows[6]["image_id"] = 1
-        del rows[7]["question_id"]
-        rows[8]["answers"][1] = {"answer": None}
+    def damage_answers(plain):
+        entries = plain["annotations"]
+        entries[4]["answers"] = []
+        entries[5]["multiple_choice_answer"] = 3
+        entries[6]["image_id"] = 1
+        del entries[7]["question_id"]
+        entries[8]["answers"][1] = {"answer": None}
 
-    change(root / "v2_OpenEnded_mscoco_train2014_questions.json", asked)
-    change(root / "v2_mscoco_train2014_annotations.json", answered)
-    found = list(sources.records("vqav2", root, "train"))
-    assert not any(isinstance(r, RawRecord) for r in found)
-    bad = [(r.id.rsplit("/", 1)[1], r.reason) for r in found if isinstance(r, BadRecord)]
+    change(root / "v2_OpenEnded_mscoco_train2014_questions.json", damage_questions)
+    change(root / "v2_mscoco_train2014_annotations.json", damage_answers)
+    records = list(sources.records("vqav2", root, "train"))
+    assert not any(isinstance(r, RawRecord) for r in records)
+    bad = [(r.id.rsplit("/", 1)[1], r.reason) for r in records if isinstance(r, BadRecord)]
     n = 458752000
     assert [b for b in bad if "@" not in b[0]] == [
         (f"{n}", "annotations entry that nothing refers to"),
@@ -286,24 +286,24 @@ def test_vqav2_damage(tmp_path):
     assert reason == "annotations entry: field question_id is absent"
 
 
-def test_damaged_answers_are_told_once_and_their_questions_with_them(tmp_path):
+def test_truncated_answers_are_reported_once_and_with_each_question(tmp_path):
     root = sets.write_mscoco_vqa(tmp_path, "")
     path = root / "mscoco_train2014_annotations.json"
     text = path.read_text()
     path.write_text(text[: text.index('"image_id": 458753')])
     units = sources.get("okvqa").units(root, "train", unit_bytes=200)
     assert len(units) > 1
-    found = [r for u in units for r in sources.get("okvqa").read(u)]
-    assert sum(isinstance(r, RawRecord) for r in found) == 2
-    reasons = [r.reason for r in found if isinstance(r, BadRecord)]
+    records = [r for u in units for r in sources.get("okvqa").read(u)]
+    assert sum(isinstance(r, RawRecord) for r in records) == 2
+    reasons = [r.reason for r in records if isinstance(r, BadRecord)]
     assert sum(r.startswith("unreadable annotations: the entry at byte") for r in reasons) == 1
     assert sum("question_id 45875200" in r and "(unreadable: " in r for r in reasons) == 2
 
 
-def test_llava(tmp_path):
+def test_llava_dialogues_are_read_and_damaged_ones_reported(tmp_path):
     root = sets.write_llava(tmp_path)
     records = list(sources.records("llava", root, "train"))
-    # The first and the last entry are about one picture, and come together.
+    # The first and the last entry are about one image, and come together.
     assert [r.turns[0] for r in records[:3]] == ["What?", "What?", "What is in 1?"]
     assert records[0].turns[1:] == ("Thing 0.", "And?", "No more.")
     assert records[0].image == records[1].image
@@ -321,7 +321,7 @@ def test_llava(tmp_path):
     change(root / "llava_v1_5_mix665k.json", damage)
     good, bad = read("llava", root, "train")
     assert list(good.values()) == [
-        ("And?", "Thing 0."),  # a reply stood before, and a question without one behind
+        ("And?", "Thing 0."),  # without the reply before it and the unanswered question after it
         ("What?", "Thing 6.", "And?", "No more."),
         ("What is in 1?", "Thing 1."),  # its last question has no reply
     ]

@@ -19,17 +19,17 @@ def read_all(root, split="train", **options):
     return [r for u in ultrachat.units(root, split, **options) for r in ultrachat.read(u)]
 
 
-def test_demo_dialogues(demo):
+def test_dialogues_of_the_demo_are_read(demo):
     records = read_all(demo / "dialogues")
     assert len(records) > 40
     assert all(isinstance(r, RawRecord) for r in records)
     assert all(len(r.turns) % 2 == 0 and r.image is None for r in records)
-    rows = (demo / "dialogues" / "train_0.jsonl").read_text().splitlines()
-    assert [list(r.turns) for r in records] == [json.loads(row)["data"] for row in rows]
+    lines = (demo / "dialogues" / "train_0.jsonl").read_text().splitlines()
+    assert [list(r.turns) for r in records] == [json.loads(line)["data"] for line in lines]
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 17, 100, 1000, 10**6])
-def test_any_cut_gives_each_line_once(demo, unit_bytes):
+def test_units_of_any_size_give_each_line_once(demo, unit_bytes):
     whole = read_all(demo / "dialogues")
     units = ultrachat.units(demo / "dialogues", "train", unit_bytes=unit_bytes)
     assert [r for u in units for r in ultrachat.read(u)] == whole
@@ -37,18 +37,18 @@ def test_any_cut_gives_each_line_once(demo, unit_bytes):
     assert pickle.loads(pickle.dumps(units)) == units
 
 
-def test_fingerprint_follows_the_content_size_not_the_place(demo, tmp_path):
+def test_the_fingerprint_depends_on_size_but_not_on_the_folder(demo, tmp_path):
     data = (demo / "dialogues" / "train_0.jsonl").read_bytes()
     (tmp_path / "train_0.jsonl").write_bytes(data)
-    (here,) = ultrachat.units(tmp_path, "train")
-    (there,) = ultrachat.units(demo / "dialogues", "train")
-    assert here.fingerprint == there.fingerprint
+    (copy,) = ultrachat.units(tmp_path, "train")
+    (original,) = ultrachat.units(demo / "dialogues", "train")
+    assert copy.fingerprint == original.fingerprint
     (tmp_path / "train_0.jsonl").write_bytes(data + b"\n")
-    assert ultrachat.units(tmp_path, "train")[0].fingerprint != there.fingerprint
+    assert ultrachat.units(tmp_path, "train")[0].fingerprint != original.fingerprint
 
 
-def test_broken_rows_are_reported_one_by_one(tmp_path):
-    rows = [
+def test_damaged_lines_are_reported_one_by_one(tmp_path):
+    lines = [
         b'{"id": "good", "data": ["hi", "hello"]}',
         b'{"id": "latin", "data": ["caf\xe9", "x"]}',
         b'{"id": "cut", "data": ["hi',
@@ -64,7 +64,7 @@ def test_broken_rows_are_reported_one_by_one(tmp_path):
         b'{"id": "good", "data": ["again", "again"]}',
         b'{"id": 5, "data": ["last", "one"]}',
     ]
-    (tmp_path / "train.jsonl").write_bytes(b"\n".join(rows))
+    (tmp_path / "train.jsonl").write_bytes(b"\n".join(lines))
     records = read_all(tmp_path)
     good = {r.id: r.turns for r in records if isinstance(r, RawRecord)}
     assert good == {
@@ -73,8 +73,8 @@ def test_broken_rows_are_reported_one_by_one(tmp_path):
         "ultrachat/train/train/5": ("last", "one"),
     }
     bad = [(r.id.rsplit("/", 1)[1], r.reason) for r in records if isinstance(r, BadRecord)]
-    offset = len(rows[0]) + 1
-    byte = rows[1].index(b"\xe9")
+    offset = len(lines[0]) + 1
+    byte = lines[1].index(b"\xe9")
     assert bad[0] == (f"@{offset}", f"invalid UTF-8 at byte {byte} of the line")
     assert "invalid JSON" in bad[1][1]
     assert bad[2:] == [
@@ -89,13 +89,13 @@ def test_broken_rows_are_reported_one_by_one(tmp_path):
     ]
 
 
-TALKS = [[f"question {n}", f"answer {n}", "and?", "so."][: 2 + n % 2 * 2] for n in range(10)]
+DIALOGUES = [[f"question {n}", f"answer {n}", "and?", "so."][: 2 + n % 2 * 2] for n in range(10)]
 
 
-def test_parquet_of_the_200k_set_any_cut(tmp_path):
-    write_ultrachat_200k(tmp_path, TALKS)
+def test_parquet_of_the_200k_set_gives_the_same_records_for_units_of_any_size(tmp_path):
+    write_ultrachat_200k(tmp_path, DIALOGUES)
     whole = read_all(tmp_path, "train_sft")
-    assert [list(r.turns) for r in whole] == TALKS
+    assert [list(r.turns) for r in whole] == DIALOGUES
     stem = "train_sft-00000-of-00001-a3ecf92756993583"
     assert whole[4].id == f"ultrachat/train_sft/{stem}/{4:064x}"
     assert whole[4].origin == f"data/{stem}.parquet@1:1"
@@ -109,7 +109,7 @@ def test_parquet_of_the_200k_set_any_cut(tmp_path):
         ultrachat.units(tmp_path, "test")
 
 
-def test_broken_parquet_rows_are_reported_one_by_one(tmp_path):
+def test_damaged_parquet_rows_are_reported_one_by_one(tmp_path):
     user, reply = {"content": "a", "role": "user"}, {"content": "b", "role": "assistant"}
     rows = [
         ("good", [user, reply]),
@@ -129,8 +129,8 @@ def test_broken_parquet_rows_are_reported_one_by_one(tmp_path):
         pa.Table.from_pylist(table, ULTRACHAT), path, compression="none", use_dictionary=False
     )
     path.write_bytes(path.read_bytes().replace(b"LATIN", b"LAT\xe9N"))
-    found = read_all(tmp_path, "train_gen")
-    bad = [(r.id.rsplit("/", 1)[1], r.reason) for r in found if isinstance(r, BadRecord)]
+    records = read_all(tmp_path, "train_gen")
+    bad = [(r.id.rsplit("/", 1)[1], r.reason) for r in records if isinstance(r, BadRecord)]
     assert bad == [
         ("system", "field messages[0].role is 'system', not 'user'"),
         ("odd", "dialogue of 1 turns: no question has a reply"),
@@ -142,21 +142,21 @@ def test_broken_parquet_rows_are_reported_one_by_one(tmp_path):
         ("@0:8", "invalid UTF-8: invalid continuation byte"),
         ("good", "duplicate id"),
     ]
-    assert len(found) == 10
+    assert len(records) == 10
 
 
-def test_damaged_parquet_loses_its_row_group_alone(tmp_path, monkeypatch):
-    write_ultrachat_200k(tmp_path, TALKS)
+def test_a_damaged_row_group_loses_only_its_own_rows(tmp_path, monkeypatch):
+    write_ultrachat_200k(tmp_path, DIALOGUES)
     (path,) = tmp_path.glob("data/*.parquet")
     whole, data = read_all(tmp_path, "train_sft"), path.read_bytes()
     with pq.ParquetFile(path) as file:
         column = file.metadata.row_group(1).column(1)
-    broken = bytearray(data)
-    broken[column.dictionary_page_offset : column.dictionary_page_offset + 8] = b"\xff" * 8
-    path.write_bytes(broken)
-    found = read_all(tmp_path, "train_sft")
-    assert [r for r in found if isinstance(r, RawRecord)] == whole[:3] + whole[6:]
-    (bad,) = [r for r in found if isinstance(r, BadRecord)]
+    damaged = bytearray(data)
+    damaged[column.dictionary_page_offset : column.dictionary_page_offset + 8] = b"\xff" * 8
+    path.write_bytes(damaged)
+    records = read_all(tmp_path, "train_sft")
+    assert [r for r in records if isinstance(r, RawRecord)] == whole[:3] + whole[6:]
+    (bad,) = [r for r in records if isinstance(r, BadRecord)]
     assert bad.reason.startswith("unreadable row group 1 after 0 rows: ")
     path.write_bytes(data[:-20])
     (bad,) = read_all(tmp_path, "train_sft")
@@ -166,11 +166,11 @@ def test_damaged_parquet_loses_its_row_group_alone(tmp_path, monkeypatch):
     assert bad.reason == "unreadable parquet: no column messages"
     path.write_bytes(data)
     monkeypatch.setattr(ultrachat, "MAX_LINE_BYTES", 150)
-    found = read_all(tmp_path, "train_sft")
-    assert [r.turns for r in found if isinstance(r, RawRecord)] == [
-        tuple(t) for t in TALKS if len(t) == 2
+    records = read_all(tmp_path, "train_sft")
+    assert [r.turns for r in records if isinstance(r, RawRecord)] == [
+        tuple(t) for t in DIALOGUES if len(t) == 2
     ]
-    assert {r.reason.split()[-1] for r in found if isinstance(r, BadRecord)} == {"large"}
+    assert {r.reason.split()[-1] for r in records if isinstance(r, BadRecord)} == {"large"}
 
 
 READ_ALL = """
@@ -181,25 +181,25 @@ import pyarrow.parquet
 from mdm.sources import ultrachat
 from mdm.sources.record import RawRecord
 
-def highest():  # MiB that were resident at once
+def peak_memory():  # MiB
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) >> 10
 
 (unit,) = ultrachat.units(Path(sys.argv[1]), "train_sft")
-before = highest()
+before = peak_memory()
 print(sum(isinstance(r, RawRecord) for r in islice(ultrachat.read(unit), 4000)))
-print(highest() - before)
+print(peak_memory() - before)
 """
 
 
-def test_a_row_group_of_any_size_takes_little_memory(tmp_path):
-    """192 MiB of dialogues in one row group, written without a pass through Python's texts."""
+def test_a_row_group_of_any_size_needs_little_memory(tmp_path):
+    """The file has 192 MiB of dialogues in one row group, built without Python strings."""
     rows, size = 24 << 10, 8 << 10
-    bytes_before = np.zeros(2 * rows + 1, np.int64)
-    bytes_before[1:] = np.cumsum(np.tile([2, size - 2], rows))
+    offsets = np.zeros(2 * rows + 1, np.int64)
+    offsets[1:] = np.cumsum(np.tile([2, size - 2], rows))
     data = np.full(rows * size, ord("x"), np.uint8)
     content = pa.StringArray.from_buffers(
-        2 * rows, pa.py_buffer(bytes_before.astype(np.int32)), pa.py_buffer(data)
+        2 * rows, pa.py_buffer(offsets.astype(np.int32)), pa.py_buffer(data)
     )
     roles = pa.array(["user", "assistant"] * rows)
     messages = pa.ListArray.from_arrays(
@@ -221,12 +221,12 @@ def test_a_row_group_of_any_size_takes_little_memory(tmp_path):
         env=environment,
     )
     assert out.returncode == 0, out.stderr
-    records, grown = map(int, out.stdout.split())
+    records, growth = map(int, out.stdout.split())
     assert records == 4000
-    assert grown < 120
+    assert growth < 120
 
 
-def test_file_that_vanishes_is_a_bad_record(demo, tmp_path):
+def test_a_file_that_disappears_is_a_bad_record(demo, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"id": 1, "data": ["a", "b"]}\n')
     (unit,) = ultrachat.units(tmp_path, "train")
     (tmp_path / "train.jsonl").unlink()
@@ -235,7 +235,7 @@ def test_file_that_vanishes_is_a_bad_record(demo, tmp_path):
     assert "no such file" in record.reason
 
 
-def test_missing_files_and_unknown_split_are_value_errors(tmp_path):
+def test_missing_files_and_unknown_splits_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"no train\.jsonl"):
         ultrachat.units(tmp_path, "train")
     with pytest.raises(ValueError, match="no split 'dev'; choose one of train, test"):

@@ -13,7 +13,7 @@ def address(array: np.ndarray) -> int:  # type: ignore[type-arg]
     return int(array.__array_interface__["data"][0])
 
 
-def test_memory_is_used_again_once_nobody_refers_to_it() -> None:
+def test_memory_is_reused_once_nothing_refers_to_it() -> None:
     buffers = Buffers()
     first = buffers.take(SIZE)
     at = address(first)
@@ -34,7 +34,7 @@ def test_memory_is_used_again_once_nobody_refers_to_it() -> None:
     assert at in [address(a) for a in [buffers.take(SIZE) for _ in range(9)]]
 
 
-def test_sizes_that_differ_a_little_share_memory_and_small_ones_need_none() -> None:
+def test_similar_sizes_share_memory_and_small_ones_are_not_kept() -> None:
     buffers = Buffers()
     at = address(buffers.take(SIZE))
     again = buffers.take(SIZE - 1000)
@@ -43,7 +43,7 @@ def test_sizes_that_differ_a_little_share_memory_and_small_ones_need_none() -> N
     assert len(buffers.take(0)) == 0
 
 
-def test_what_nobody_uses_is_bounded() -> None:
+def test_unused_memory_is_bounded() -> None:
     buffers = Buffers(spare=3 * SIZE)
     held = [buffers.take(SIZE) for _ in range(9)]
     held.clear()

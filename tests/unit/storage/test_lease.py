@@ -30,7 +30,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "WATCH_SECONDS", 1.0)
 
 
-def test_one_job_holds_the_lease_and_gives_it_back(uri: str) -> None:
+def test_one_job_holds_the_lease_and_releases_it(uri: str) -> None:
     store = open_store(uri)
     with hold(store, "recipe-one") as mine:
         named = rf"process {os.getpid()} on .* since 2.*, recipe-one\)"
@@ -47,7 +47,7 @@ def test_one_job_holds_the_lease_and_gives_it_back(uri: str) -> None:
         assert json.loads(store.get(LEASE))["about"] == "recipe-two"
 
 
-def test_a_killed_jobs_lease_is_taken_over_at_once_and_a_living_ones_is_not(
+def test_the_lease_of_a_killed_job_is_taken_over_at_once_and_that_of_a_living_one_is_not(
     tmp_path: Path,
 ) -> None:
     store = open_store(str(tmp_path))
@@ -60,7 +60,7 @@ def test_a_killed_jobs_lease_is_taken_over_at_once_and_a_living_ones_is_not(
         other.kill()
         while psutil.Process(other.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.01)
-        # Nobody has taken note of its end yet, as of a rank whose launcher is busy.
+        # A zombie: its parent has not waited for it yet, like a rank with a busy launcher.
         with hold(store, "at once"):
             pass
         other.wait()
@@ -68,7 +68,7 @@ def test_a_killed_jobs_lease_is_taken_over_at_once_and_a_living_ones_is_not(
         assert json.loads(store.get(LEASE))["about"] == "mine"
 
 
-def test_a_stopped_jobs_lease_is_not_taken_over_through_a_link(tmp_path: Path) -> None:
+def test_the_lease_of_a_suspended_job_is_not_taken_over_through_a_link(tmp_path: Path) -> None:
     folder, link = tmp_path / "folder", tmp_path / "link"
     link.symlink_to(folder)
     command = [sys.executable, "-c", HOLDER, str(folder)]
@@ -83,23 +83,23 @@ def test_a_stopped_jobs_lease_is_not_taken_over_through_a_link(tmp_path: Path) -
             other.kill()
 
 
-def test_another_machines_lease_is_watched_and_not_its_clock(
-    uri: str, capsys: pytest.CaptureFixture[str]
+def test_a_lease_of_another_machine_is_watched_whatever_its_clock(
+    uri: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = open_store(uri)
     there = {"token": "t", "host": "far", "machine": "m", "pid": 1, "ticks": 1, "about": "r"}
     store.put(LEASE, json.dumps(there).encode())
-    with hold(store, "mine"):  # it does not change: its owner is dead
-        assert "far" in capsys.readouterr().err
+    with hold(store, "mine"):  # it does not change, so its owner is dead
+        assert "far" in caplog.text
     living = Lease(store, "theirs")
-    living._mine["machine"] = "elsewhere"
+    living._content["machine"] = "elsewhere"
     living.take()
     with pytest.raises(OtherJobError, match="being written by another job"):
         Lease(store, "mine").take()
     living.release()
 
 
-def test_a_job_that_slept_learns_that_it_was_replaced(uri: str) -> None:
+def test_a_suspended_job_learns_that_another_took_over(uri: str) -> None:
     store = open_store(uri)
     sleeper = Lease(store, "sleeper")
     sleeper.take()
@@ -114,7 +114,7 @@ def test_a_job_that_slept_learns_that_it_was_replaced(uri: str) -> None:
     assert LEASE in store.listing()  # not ours to remove
 
 
-def test_a_lease_that_was_copied_with_its_folder_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_lease_copied_with_its_folder_blocks_no_job(tmp_path: Path) -> None:
     original, copy = open_store(str(tmp_path / "one")), open_store(str(tmp_path / "two"))
     with hold(original, "living"):
         copy.put(LEASE, original.get(LEASE))
@@ -133,8 +133,8 @@ def test_a_damaged_lease_is_watched_and_taken_over(tmp_path: Path, data: bytes) 
 
 
 @pytest.mark.parametrize("pid", [2**31, 2**63, 10**30])
-def test_a_process_id_that_no_kernel_has_is_a_dead_jobs(
-    tmp_path: Path, pid: int, capsys: pytest.CaptureFixture[str]
+def test_an_impossible_process_id_belongs_to_a_dead_job(
+    tmp_path: Path, pid: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = open_store(str(tmp_path))
     with hold(store, "first"):
@@ -142,42 +142,42 @@ def test_a_process_id_that_no_kernel_has_is_a_dead_jobs(
     store.put(LEASE, json.dumps(there | {"pid": pid}).encode())
     with hold(store, "mine") as mine:
         mine.confirm()
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
-def test_whatever_a_lease_holds_its_owner_is_named_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_owner_is_named_in_one_line_whatever_the_lease_holds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = open_store(str(tmp_path))
     for there in (b"half", json.dumps({"pid": 1, "host": "x", "about": "a\nb\x1b[0m"}).encode()):
         store.put(LEASE, there)
         with hold(store, "mine"):
             pass
-    damaged, odd = capsys.readouterr().err.splitlines()
+    damaged, odd = caplog.messages
     assert "its lease is damaged" in damaged
     assert "process 1 on x, a?b?[0m" in odd
 
 
-def test_a_lease_that_is_a_link_to_nowhere_is_told_of(
+def test_a_lease_that_is_a_dangling_link_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "MISSES", 3)
     (tmp_path / "lease.json").symlink_to("/nope/lease.json")
     with (
-        pytest.raises(StoreError, match="can be neither read nor made"),
+        pytest.raises(StoreError, match="can be neither read nor created"),
         hold(open_store(str(tmp_path)), "mine", key="lease.json"),
     ):
         pass
 
 
-def test_a_job_asks_before_it_commits_and_leaves_what_is_not_its_own(uri: str) -> None:
+def test_a_job_confirms_before_it_commits_and_leaves_the_lease_of_another(uri: str) -> None:
     store = open_store(uri)
     sleeper = Lease(store, "sleeper", job="run")
     sleeper.take()
-    sleeper._stop.set()  # as if it had been stopped with all its threads
+    sleeper._stop.set()  # as if all its threads were suspended
     sleeper.confirm()
     store.put(LEASE, json.dumps({"token": "x", "pid": 7, "host": "far", "job": "run"}).encode())
-    sleeper.check()  # it does not know yet
+    sleeper.check()  # does not know yet
     with pytest.raises(OtherJobError, match=r"taken over by another job .process 7 on far") as one:
         sleeper.confirm()
     assert one.value.same_job
@@ -194,7 +194,7 @@ def test_a_job_asks_before_it_commits_and_leaves_what_is_not_its_own(uri: str) -
 
 
 @pytest.mark.parametrize("options", [{"brief": True}, {"job": "supervised"}])
-def test_a_brief_command_and_a_dying_attempt_of_the_same_job_are_waited_for(
+def test_a_job_waits_for_a_brief_command_and_for_an_earlier_attempt(
     tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = open_store(str(tmp_path))
@@ -213,7 +213,7 @@ def test_a_brief_command_and_a_dying_attempt_of_the_same_job_are_waited_for(
         assert not refused.value.same_job
 
 
-def test_a_folder_that_is_replaced_as_a_whole_is_leased_beside_it(tmp_path: Path) -> None:
+def test_the_lease_of_a_folder_that_is_replaced_lies_beside_it(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     with hold_folder(out, "train_autoencoder.py"):
         assert not out.exists()

@@ -22,9 +22,9 @@ ODD = "a b,c%41+#?é漢=:;&'(~"
 
 
 def litter(uri: str, *below: str) -> list[str]:
-    """Puts a folder marker of each kind, and other people's objects, below these prefixes.
+    """Puts folder markers of each kind and other people's objects below these prefixes.
 
-    Returns the keys that are other people's.
+    Returns the keys of the latter.
     """
     if uri.startswith("s3://"):
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
@@ -41,7 +41,7 @@ def litter(uri: str, *below: str) -> list[str]:
     return others
 
 
-def test_a_data_set_with_markers_and_other_peoples_objects_is_whole(uri: str) -> None:
+def test_folder_markers_and_other_peoples_objects_do_not_disturb_a_data_set(uri: str) -> None:
     encoded(uri, [16, 8])
     others = litter(uri, "shards/", "parts/", "work/")
     manifest = Manifest.load(uri)
@@ -61,7 +61,7 @@ def test_a_data_set_with_markers_and_other_peoples_objects_is_whole(uri: str) ->
     assert not [v for v in verify(Manifest.load(uri)) if v.problems]
 
 
-def test_a_manifest_without_counts_of_a_quarantine_or_a_card_is_verified(tmp_path: Path) -> None:
+def test_a_manifest_without_quarantine_counts_or_card_is_verified(tmp_path: Path) -> None:
     manifest = dataclasses.replace(encoded(str(tmp_path), [8]), card_sha256="")
     manifest = dataclasses.replace(manifest, counts={"examples": manifest.rows})
     (tmp_path / "card.json").unlink()
@@ -85,7 +85,7 @@ def test_checkpoints_are_found_pruned_and_claimed_among_other_peoples_objects(ur
     assert [r.step for r in checkpoints.newest_first()[0]] == [2]
 
 
-def test_a_node_cache_lets_other_peoples_files_and_folders_be(tmp_path: Path) -> None:
+def test_a_node_cache_leaves_other_peoples_files_and_folders_alone(tmp_path: Path) -> None:
     (tmp_path / "files" / "a folder").mkdir(parents=True)
     (tmp_path / "files" / ".DS_Store").write_bytes(bytes(2000))
     cache = NodeCache(tmp_path, 1000)
@@ -97,7 +97,7 @@ def test_a_node_cache_lets_other_peoples_files_and_folders_be(tmp_path: Path) ->
     assert (tmp_path / "files" / "a folder").is_dir()
 
 
-def test_keys_and_prefixes_of_odd_letters_come_back(uri: str) -> None:
+def test_keys_and_prefixes_with_odd_characters_come_back(uri: str) -> None:
     at = join(uri, ODD)
     store = open_store(at)
     for key in (ODD, f"{ODD}x/{ODD}", "a+b", "a b", "a%20b"):
@@ -119,14 +119,14 @@ names = st.binary(min_size=1, max_size=20).filter(
 )
 
 
-def test_a_place_below_a_file_is_an_error_in_one_line(tmp_path: Path) -> None:
+def test_a_store_below_a_file_is_an_error_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"cannot write .*file/a/b: Not a directory"):
         open_store(str(tmp_path / "file" / "a")).put("b", b"")
 
 
 @given(parts=st.lists(names.map(os.fsdecode), min_size=1, max_size=3))
-def test_a_file_uri_names_the_path_that_it_was_made_of(parts: list[str]) -> None:
+def test_a_file_uri_names_the_path_it_was_made_from(parts: list[str]) -> None:
     path = Path("/", *parts)
     store = open_store(path.as_uri())
     assert isinstance(store, LocalStore)
@@ -159,6 +159,6 @@ def test_file_uris_are_decoded_and_plain_folders_are_not(uri: str, path: str) ->
 
 
 @pytest.mark.parametrize("uri", ["file://nas/tmp", "file://tmp", "file://", "file:///a%00b"])
-def test_file_uris_of_other_hosts_or_of_no_path_are_refused(uri: str) -> None:
+def test_file_uris_of_other_hosts_or_without_a_path_are_refused(uri: str) -> None:
     with pytest.raises(ValueError, match=r"names (the host|a path)"):
         open_store(uri)

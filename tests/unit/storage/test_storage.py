@@ -23,7 +23,7 @@ from mdm.storage import (
     join,
     open_store,
 )
-from pipelines.s3_server import S3Server
+from mdm.storage.server import S3Server
 
 
 def test_objects_come_back_whole_and_in_ranges(uri: str) -> None:
@@ -44,7 +44,7 @@ def test_objects_come_back_whole_and_in_ranges(uri: str) -> None:
     assert store.listing() == {"a/two": 0}
 
 
-def test_what_is_not_there_is_named(uri: str) -> None:
+def test_a_missing_object_is_named(uri: str) -> None:
     store = open_store(uri)
     with pytest.raises(MissingObjectError, match="nothing"):
         store.get("nothing")
@@ -56,7 +56,7 @@ def test_what_is_not_there_is_named(uri: str) -> None:
         store.read_range("short", 1, 4)
 
 
-def test_of_many_conditional_writers_one_wins(uri: str) -> None:
+def test_one_of_many_conditional_writers_wins(uri: str) -> None:
     store = open_store(uri)
     for turn in range(5):
         key = f"key-{turn}"
@@ -68,12 +68,12 @@ def test_of_many_conditional_writers_one_wins(uri: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["../up", "/root", "a/../b"])
-def test_no_key_leaves_the_store(tmp_path: Path, key: str) -> None:
+def test_a_key_outside_its_store_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="below its store"):
         open_store(str(tmp_path)).put(key, b"")
 
 
-def test_what_a_killed_writer_left_is_invisible_and_swept(tmp_path: Path) -> None:
+def test_partial_objects_of_a_killed_writer_are_invisible_and_swept(tmp_path: Path) -> None:
     store = open_store(f"file://{tmp_path}")
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / ".tmp-dead").write_bytes(b"half")
@@ -89,7 +89,7 @@ def test_what_a_killed_writer_left_is_invisible_and_swept(tmp_path: Path) -> Non
 def test_a_disk_without_links_and_locks_has_conditional_writes_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """exFAT and Lustre, of which there is none here, answer so."""
+    """As exFAT and Lustre answer, which are not available here."""
 
     def refuse(number: int) -> Any:
         def call(*_: Any) -> None:
@@ -116,10 +116,10 @@ def test_a_disk_without_links_and_locks_has_conditional_writes_too(
         store.put("c", b"", if_absent=True)
 
 
-def test_writers_are_not_disturbed_by_a_sweep_nor_by_folders_that_become_empty(
+def test_neither_a_sweep_nor_vanishing_empty_folders_disturb_writers(
     tmp_path: Path,
 ) -> None:
-    """As where a second job tries to take the lease while the first one begins."""
+    """As when a second job tries to take the lease while the first one begins."""
     store, done = open_store(str(tmp_path / "store")), threading.Event()
 
     def sweep() -> None:
@@ -147,7 +147,7 @@ def test_uris_are_joined() -> None:
     assert join("s3://bucket/a/", "b") == join("s3://bucket/a", "b") == "s3://bucket/a/b"
 
 
-def test_a_server_that_is_away_is_a_clear_error_after_bounded_tries(
+def test_an_unreachable_server_is_a_clear_error_after_bounded_attempts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.socket() as probe:
@@ -181,7 +181,9 @@ def test_a_missing_bucket_and_wrong_keys_are_not_retried(
     assert time.monotonic() - began < 5
 
 
-def test_no_credentials_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_credentials_are_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -193,7 +195,7 @@ def test_no_credentials_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 @pytest.mark.chaos
-def test_a_killed_server_keeps_what_it_acknowledged(
+def test_a_killed_server_keeps_acknowledged_objects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with S3Server(tmp_path, bucket="test") as server:
@@ -230,14 +232,14 @@ def test_a_large_object_is_uploaded_in_parts_once(s3: str) -> None:
     with ThreadPoolExecutor(3) as pool:
         bodies = [bytes([65 + i]) * (PART + 1) for i in range(3)]
         won = list(pool.map(lambda d: store.put("raced", d, if_absent=True), bodies))
-    # S3 checks the condition as it commits; this server checks shortly before, so that of three
-    # racing uploads in parts more than one may win. What is that large is named by its hash.
+    # S3 checks the condition when it commits, but this server checks shortly before: more than one
+    # of three racing multipart uploads may win. Objects of that size are named by their hash.
     assert store.get("raced") in [body for body, first in zip(bodies, won, strict=True) if first]
     assert uploads(store) == []
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_an_upload_whose_answer_is_lost_is_looked_for(s3: str, gone: bool) -> None:
+def test_an_upload_whose_answer_is_lost_is_looked_up(s3: str, gone: bool) -> None:
     store = S3Store(s3, StoreOptions(part_bytes=PART, backoff=0.01))
     answers: list[int] = []
 
@@ -260,11 +262,11 @@ def test_an_upload_whose_answer_is_lost_is_looked_for(s3: str, gone: bool) -> No
             assert store.put("large", bytes(PART + 1))
     finally:
         events.unregister(event, lose_the_first)
-    assert answers == [200, 404 if gone else 200]  # this server knows what it has completed
+    assert answers == [200, 404 if gone else 200]  # this server remembers completed uploads
     assert store.listing() == ({} if gone else {"large": PART + 1})
 
 
-def test_parts_of_a_failed_upload_are_given_back_and_a_killed_writers_are_swept(
+def test_parts_of_a_failed_upload_are_removed_and_those_of_a_killed_writer_are_swept(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = S3Store(s3, StoreOptions(part_bytes=PART, attempts=2, backoff=0.01))
@@ -291,7 +293,7 @@ def test_parts_of_a_failed_upload_are_given_back_and_a_killed_writers_are_swept(
     assert uploads(store) == []
 
 
-def test_ranges_of_an_object_are_of_one_version(s3: str) -> None:
+def test_ranges_of_an_object_come_from_one_version(s3: str) -> None:
     store = open_store(s3)
     store.put("a", b"0123456789")
     assert store.read_range("a", 0, 2) == b"01"
@@ -299,7 +301,7 @@ def test_ranges_of_an_object_are_of_one_version(s3: str) -> None:
     with pytest.raises(ChangedObjectError, match=r"a was replaced while it was being read"):
         store.read_range("a", 2, 2)
     assert open_store(s3).read_range("a", 2, 2) == b"cd"
-    store.put("a", b"ABCDEFGHIJ")  # our own change is no surprise
+    store.put("a", b"ABCDEFGHIJ")  # its own change is expected
     assert store.read_range("a", 2, 2) == b"CD"
 
 
@@ -316,7 +318,7 @@ def test_an_object_is_replaced_only_if_it_is_still_the_one_that_was_read(uri: st
     assert store.read("pointer") == (b"by %d" % winner, tags[winner])
 
 
-def test_a_body_that_breaks_off_goes_on_where_it_broke(
+def test_a_broken_download_continues_where_it_broke(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = np.random.default_rng(0).bytes(20 << 20)
@@ -328,13 +330,13 @@ def test_a_body_that_breaks_off_goes_on_where_it_broke(
         relay.cut_after = 9 << 20
         assert store.get("large") == data
         assert relay.cuts == 1
-        assert relay.sent < len(data) + (5 << 20)  # 8 of the 9 MiB are not asked for again
+        assert relay.sent < len(data) + (5 << 20)  # 8 of the 9 MiB are not requested again
         relay.cut_after = 9 << 20
         assert store.read_range("large", 1000, 15 << 20) == data[1000 : 1000 + (15 << 20)]
         assert relay.cuts == 2
 
 
-def test_a_body_that_drips_ends_at_the_deadline(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_download_ends_at_the_deadline(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     S3Store(s3, StoreOptions()).put("large", bytes(40 << 20))
     with Relay(s3_port()) as relay:
         monkeypatch.setenv("AWS_ENDPOINT_URL", relay.endpoint)
@@ -346,7 +348,7 @@ def test_a_body_that_drips_ends_at_the_deadline(s3: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("checksum", ["none", "CRC32", "SHA1", "SHA256"])
-def test_uploads_are_checked_as_asked(s3: str, checksum: str) -> None:
+def test_uploads_carry_the_configured_checksum(s3: str, checksum: str) -> None:
     store = S3Store(s3, StoreOptions(checksum=checksum, part_bytes=PART))
     store.put("small", b"small")
     store.put("large", bytes(PART + 1))
@@ -365,17 +367,17 @@ def test_uploads_are_checked_as_asked(s3: str, checksum: str) -> None:
     assert (store.get("small"), len(store.get("large"))) == (b"small", PART + 1)
 
 
-def test_encryption_is_asked_for_with_every_upload(s3: str) -> None:
-    """The server here holds no keys and refuses it: what counts is what it was asked."""
+def test_every_upload_requests_encryption(s3: str) -> None:
+    """This server has no keys and refuses: the requests are what counts."""
     store = S3Store(s3, StoreOptions(sse="aws:kms", sse_key_id="key-1", attempts=1))
-    asked: list[Any] = []
+    requests: list[Any] = []
     events = store.requests.client.meta.events
-    events.register("before-send.s3", lambda request, **_: asked.append(request))
+    events.register("before-send.s3", lambda request, **_: requests.append(request))
     with pytest.raises(StoreError, match="write"):
         store.put("small", b"small")
     with pytest.raises(StoreError, match="write"):
         store.put("large", bytes(17 << 20))
-    begun = [r for r in asked if "partNumber" not in r.url and r.method in ("PUT", "POST")]
+    begun = [r for r in requests if "partNumber" not in r.url and r.method in ("PUT", "POST")]
     assert {r.method for r in begun} == {"PUT", "POST"}  # whole, and begun in parts
     for headers in (r.headers for r in begun):
         assert headers["x-amz-server-side-encryption"] == b"aws:kms"
@@ -392,7 +394,7 @@ def test_options_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     for name, value, message in [
         ("MDM_STORE_ATTEMPTS", "many", "MDM_STORE_ATTEMPTS is 'many', not a number"),
         ("MDM_STORE_SSE", "rot13", "sse is 'rot13'; choose AES256, aws:kms"),
-        ("MDM_STORE_DEADLIN", "1", "MDM_STORE_DEADLIN is no option"),
+        ("MDM_STORE_DEADLIN", "1", "MDM_STORE_DEADLIN is not an option"),
         ("MDM_STORE_SSE_KEY_ID", "k", "sse_key_id is set, but sse is 'AES256'"),
         ("MDM_STORE_PART_BYTES", "1000", "part_bytes is 1000"),
     ]:
@@ -407,13 +409,13 @@ def s3_port() -> int:
 
 
 class Relay:
-    """A TCP relay before the S3 server: cuts an answer off, slows it, or drops some requests."""
+    """A TCP relay in front of the S3 server: truncates or slows answers, or drops requests."""
 
     def __init__(self, port_behind: int) -> None:
         self.port_behind = port_behind
         self.cut_after = 0  # bytes of the next large answer
         self.pause = 0.0
-        self.refuse = b""  # requests whose first bytes hold this find the connection closed
+        self.refuse = b""  # closes the connection of requests whose first bytes contain this
         self.cuts = self.sent = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         port = self._listener.getsockname()[1]

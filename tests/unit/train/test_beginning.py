@@ -19,7 +19,9 @@ def settings(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_state_may_lie_and_travel_otherwise(path: Path, tmp_path: Path) -> None:
+def test_where_state_is_kept_and_how_it_is_transferred_may_change(
+    path: Path, tmp_path: Path
+) -> None:
     """From ZeRO-3 in one bucket to any other file of the project: said in one line."""
     state = TrainState(deepspeed=settings(ROOT / "deepspeed_configs/cpu.json"))
     config = small_config(tmp_path, deepspeed=str(path))
@@ -57,14 +59,14 @@ def test_what_a_step_computes_may_not_change(
         check_settings(back, settings(path), config, "x")
 
 
-def test_a_default_that_is_spelled_out_changes_nothing(tmp_path: Path) -> None:
+def test_spelling_out_a_default_is_no_change(tmp_path: Path) -> None:
     former = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8}}
     now = {"zero_optimization": {"zero_quantized_gradients": False, "stage": 3}}
     assert check_settings(TrainState(deepspeed=former), now, small_config(tmp_path), "x") == []
 
 
 @pytest.mark.parametrize("name", ["export", "snapshots", "samples"])
-def test_a_file_in_the_place_of_a_folder_is_refused_before_the_first_step(
+def test_a_file_where_the_run_writes_a_folder_is_refused_before_the_first_step(
     name: str, tmp_path: Path
 ) -> None:
     check_folders(tmp_path)

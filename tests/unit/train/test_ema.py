@@ -3,7 +3,7 @@ import torch
 from mdm.train.ema import EMA
 
 
-def test_warm_up_then_decay():
+def test_the_decay_warms_up():
     """The average equals the recurrence with decay min(d, (1 + n) / (10 + n))."""
     weights = [torch.zeros(3, dtype=torch.float32)]
     ema = EMA(weights, 0.5)
@@ -13,15 +13,15 @@ def test_warm_up_then_decay():
         ema.update(weights)
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * weights[0].double()
-        torch.testing.assert_close(ema.shadow[0].double(), expected)
+        torch.testing.assert_close(ema.shadows["ema"][0].double(), expected)
     assert ema.updates == 30
 
 
-def test_shadow_is_a_copy():
+def test_the_average_is_a_copy():
     weights = [torch.ones(2)]
     ema = EMA(weights, 0.9)
     weights[0].zero_()
-    assert ema.shadow[0].tolist() == [1.0, 1.0]
+    assert ema.shadows["ema"][0].tolist() == [1.0, 1.0]
 
 
 def test_a_second_average_has_its_own_decay():
@@ -31,6 +31,6 @@ def test_a_second_average_has_its_own_decay():
         weights[0] += n
         both.update(weights)
         alone.update(weights)
-    assert torch.equal(both.shadows["ema2"][0], alone.shadow[0])
-    assert not torch.equal(both.shadow[0], alone.shadow[0])
+    assert torch.equal(both.shadows["ema2"][0], alone.shadows["ema"][0])
+    assert not torch.equal(both.shadows["ema"][0], alone.shadows["ema"][0])
     assert both.nbytes == 2 * alone.nbytes == 24

@@ -10,7 +10,7 @@ from mdm.train.guard import Guard
 CONFIG = GuardConfig(window=20, skips=2, rollbacks=2)
 
 
-def taught(steps: int = 60, seed: int = 0) -> Guard:
+def trained_guard(steps: int = 60, seed: int = 0) -> Guard:
     """A guard that has seen losses that fall, with noise, and norms that jump."""
     guard, draw = Guard(CONFIG), random.Random(seed)
     for step in range(steps):
@@ -22,8 +22,8 @@ def taught(steps: int = 60, seed: int = 0) -> Guard:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_usual_losses_are_no_spikes_and_others_are(seed):
-    guard = taught(seed=seed)
+def test_only_unusual_losses_and_norms_are_spikes(seed):
+    guard = trained_guard(seed=seed)
     assert "is a spike: mean" in guard.judge("loss", "text", 30.0)
     assert "is a spike" in guard.judge("norm", "text", 50.0)
     assert guard.judge("norm", "text", 1.5) == ""
@@ -31,7 +31,7 @@ def test_usual_losses_are_no_spikes_and_others_are(seed):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_never_trusted(value):
+def test_values_that_are_not_finite_are_always_bad(value):
     assert "is not finite" in Guard(GuardConfig(sigma=0)).judge("loss", "text", value)
 
 
@@ -42,8 +42,8 @@ def test_without_sigma_there_are_no_spikes():
     assert guard.judge("loss", "text", 1e9) == ""
 
 
-def test_a_resumed_guard_decides_to_the_last_bit_alike():
-    guard = taught(37)
+def test_a_resumed_guard_decides_bit_for_bit_alike():
+    guard = trained_guard(37)
     resumed = Guard(CONFIG, json.loads(json.dumps(guard.state())))
     draw = random.Random(7)
     for step in range(37, 90):
@@ -58,7 +58,7 @@ def test_a_resumed_guard_decides_to_the_last_bit_alike():
 
 
 def test_rollback_after_too_many_skips_within_a_window():
-    guard = taught()
+    guard = trained_guard()
     saved = guard.state()
     for step in (60, 65):
         guard.skip(step, known=False)

@@ -46,11 +46,11 @@ def test_cuda_computes_in_bf16():
     assert describe("bf16", "cuda") == "bf16, which CUDA computes in"
 
 
-def test_a_run_kept_in_the_slower_precision_is_told():
+def test_a_slower_precision_is_reported():
     assert describe("fp32", "cuda") == "fp32: CUDA is faster in bf16"
 
 
-def test_a_given_precision_is_kept_and_an_unknown_one_refused():
+def test_a_given_precision_is_used_and_an_unknown_one_refused():
     assert [resolve(p) for p in ("bf16", "fp32")] == ["bf16", "fp32"]
     with pytest.raises(ValueError, match="precision is 'fp16'; choose one of auto, bf16, fp32"):
         resolve("fp16")
@@ -65,16 +65,16 @@ def test_autocast_sets_the_type_of_products(precision, dtype):
         assert (x @ x).dtype == dtype
 
 
-def test_autocast_is_spelled_in_one_place():
+def test_autocast_is_entered_in_one_place():
     places = [
         str(path.relative_to(ROOT))
-        for top in ("mdm", "pipelines", "tests")
+        for top in ("mdm", "pipelines", "examples", "tests")
         for path in (ROOT / top).rglob("*.py")
         if re.search(r"torch\.(cpu\.amp\.|amp\.)?autocast\(", path.read_text())
     ]
     assert places == ["mdm/utils/precision.py"]
 
 
-def test_a_state_from_before_precision_was_recorded_is_of_bf16():
+def test_a_state_without_a_recorded_precision_is_of_bf16():
     state = TrainState.from_json({"step": 3, "config": {"train": {"lr": 0.1}}})
     assert state.config["train"]["precision"] == "bf16"

@@ -1,0 +1,1 @@
+"""Benchmarks, one module each with a `run()`: `python -m benchmarks [names]`."""

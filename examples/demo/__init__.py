@@ -1,0 +1,1 @@
+"""`make demo`: digits, emoji and dialogues, from published data to a report with images."""

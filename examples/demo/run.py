@@ -1,0 +1,234 @@
+"""From published data to a report with images: runs every job stage of the demo once.
+
+Interrupted anywhere and run again, it continues: it skips the finished job stages and continues a
+broken one. `--review` serves the MLflow pages of what the demo tracked instead.
+"""
+
+from mdm.launch.job import job
+
+import io
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from examples.demo.stages import (
+    JobStage,
+    JobStageError,
+    Runner,
+    Service,
+    command,
+    end_leftovers,
+    run_supervised,
+)
+from mdm.config import doc, fingerprint
+from mdm.launch.processes import CPU_ENV, die_with_parent
+from mdm.presets import PRESETS
+from mdm.storage.lease import OtherJobError, hold_folder
+from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.files import DamagedFileError
+
+BUCKET = "mdm-demo"
+PYTHON = sys.executable
+SERVICES = {  # the exported variables of each
+    "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"),
+    "ray": ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"),
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of this job."""
+
+    out: str = doc("runs/demo", "folder for everything the demo writes")
+    store: str = doc("s3", "where encoded data lie: s3 (a server on this machine) or file")
+    review: bool = doc(False, "serve the MLflow pages of former runs, and do nothing else")
+    port: int = doc(5000, "port of the pages")
+    ranks: int = doc(2, "training processes")
+    tracking: bool = doc(True, "log to MLflow; false: nothing is written for it")
+    train_flags: str = doc("", "more flags for the training job, separated by spaces")
+    n: int = doc(500, "images of each kind that the evaluation draws")
+
+    def __post_init__(self) -> None:
+        if self.store not in ("s3", "file"):
+            raise ValueError(f"--store is {self.store!r}; choose s3 or file")
+
+
+def stages(flags: Flags) -> list[JobStage]:
+    """The job stages of the demo in their order."""
+    out, preset = flags.out, PRESETS["demo"]
+    data, tokenizer, autoencoder = f"{out}/data", f"{out}/tokenizer", f"{out}/autoencoder"
+    judge, run_dir, evaluation = f"{out}/classifier", f"{out}/train", f"{out}/evaluation"
+    encoded = f"s3://{BUCKET}/encoded" if flags.store == "s3" else f"{out}/encoded"
+    digits, emoji = f"imagenet={data}/digits", f"journeydb={data}/emoji"
+    first_stage = {"tokenizer": f"{tokenizer}/tokenizer.model", "autoencoder": autoencoder}
+    store = ["s3"] if flags.store == "s3" else []
+    # The store first: Ray's workers have its environment.
+    encoding_needs = store if os.environ.get("RAY_ADDRESS") else [*store, "ray"]
+    untracked = {} if flags.tracking else {"no_tracking": True}
+
+    def encode(dataset: str, name: str, split: str, target: str) -> JobStage:
+        source = {"dataset": dataset, "root": f"{data}/{name}", "split": split}
+        lengths = {"text_length": preset.model.text_length}
+        outputs = {"out": f"{encoded}/{target}", "report": f"{out}/reports/encode-{target}.json"}
+        return JobStage(
+            f"encode-{target}",
+            f"Encode {name}, {split}",
+            command("pipelines/encode.py", **source, **first_stage, **lengths, **outputs),
+            outputs=list(outputs.values()),
+            needs=encoding_needs,
+            report=Path(outputs["report"]),
+        )
+
+    write_data = command("examples/demo/data.py", out=data)
+    train_tokenizer = command(
+        "pipelines/train_tokenizer.py",
+        datasets=[digits, emoji, f"ultrachat={data}/dialogues"],
+        out=tokenizer,
+        vocab_size=preset.model.vocab_size,
+    )
+    train_autoencoder = command(
+        "pipelines/train_autoencoder.py", datasets=[digits, emoji], out=autoencoder, steps=600
+    )
+    classes = {"classes": digits, "others": emoji}
+    train_classifier = command(
+        "pipelines/train_classifier.py", **classes, autoencoder=autoencoder, out=judge
+    )
+    training = {"preset": "demo", "data.root": encoded, "run_dir": run_dir}
+    pretrain = command("pipelines/pretrain.py", **training, **first_stage, **untracked)
+    launcher = [str(Path(PYTHON).parent / "deepspeed"), "--num_accelerators", str(flags.ranks)]
+    weights = {"checkpoint": f"{run_dir}/export", "snapshots": f"{run_dir}/snapshots"}
+    real = {"data": encoded, "raw": data, "judge": judge}
+    drawn = {"n": flags.n, "out": evaluation}
+    evaluate = command(
+        "pipelines/evaluate.py", **weights, **real, **first_stage, **drawn, **untracked
+    )
+    return [
+        JobStage("data", "Write the published data sets", write_data, outputs=[data]),
+        JobStage("tokenizer", "Train the tokenizer", train_tokenizer, outputs=[tokenizer]),
+        JobStage(
+            "autoencoder",
+            "Train the autoencoder",
+            train_autoencoder,
+            outputs=[autoencoder],
+            report=Path(autoencoder, "autoencoder.json"),
+        ),
+        encode("imagenet", "digits", "train", "digits"),
+        encode("imagenet", "digits", "val", "digits-val"),
+        encode("journeydb", "emoji", "train", "emoji"),
+        encode("journeydb", "emoji", "valid", "emoji-valid"),
+        encode("ultrachat", "dialogues", "train", "dialogues"),
+        JobStage(
+            "classifier",
+            "Train the independent classifier",
+            train_classifier,
+            outputs=[judge],
+            report=Path(judge, "classifier.json"),
+        ),
+        JobStage(
+            "train",
+            "Train the model",
+            [*launcher, *pretrain[1:], *flags.train_flags.split()],
+            inputs=[fingerprint(preset)],
+            outputs=[run_dir],
+            needs=store,
+            report=Path(run_dir, "done.json"),
+        ),
+        JobStage(
+            "evaluate",
+            "Evaluate",
+            evaluate,
+            outputs=[evaluation],
+            needs=store,
+            report=Path(evaluation, "metrics.json"),
+        ),
+    ]
+
+
+def table(markers: dict[str, dict[str, Any]]) -> str:
+    """Time and memory of every job stage, as lines of text."""
+    rows = [f"{'job stage':34}{'seconds':>9}{'GiB':>7}{'samples/s':>11}"]
+    for marker in markers.values():
+        rate = marker["report"].get("samples_per_second")
+        rows.append(
+            f"{marker['title']:34}{marker['seconds']:9.1f}{marker['peak_rss_gib']:7.2f}"
+            + (f"{rate:11.0f}" if rate else "")
+        )
+    total = sum(marker["seconds"] for marker in markers.values())
+    peak = max(marker["peak_rss_gib"] for marker in markers.values())
+    return "\n".join([*rows, f"{'all':34}{total:9.1f}{peak:7.2f}"])
+
+
+def run(flags: Flags) -> int:
+    """Run what is not finished, then write the report; returns the exit code."""
+    out = Path(flags.out)
+    s3 = command("pipelines/s3_server.py", dir=(out / "s3").absolute(), bucket=BUCKET)
+    services = {
+        "s3": Service(s3, SERVICES["s3"]),
+        "ray": Service(command("pipelines/ray_server.py"), SERVICES["ray"]),
+    }
+    with hold_folder(out, "demo"):
+        if ended := end_leftovers(out / "stages"):
+            print(f"ended {ended} processes that a killed run had left behind")
+        todo = stages(flags)
+        env = {**CPU_ENV, "PYTHONPATH": os.getcwd()}
+        markers = Runner(out / "stages", env, services).run(todo)
+    # Imported here: they need torch, whose memory should not count for the job stages.
+    from examples.demo import report
+    from mdm.report.page import target_lines
+
+    content = report.write(out, [stage.name for stage in todo])
+    print(f"\n{table(markers)}\n\n{target_lines(content)}")
+    print(f"\n{out / 'report.json'}\n{out / 'report.html'}")
+    return 0
+
+
+def review(flags: Flags) -> int:
+    """Serve the MLflow pages until interrupted."""
+    database = Path("runs/mlflow.db")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{database}"
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not database.is_file():
+        fail(f"{database} does not exist: run `make demo` first")
+    print(f"http://127.0.0.1:{flags.port} (end with Ctrl-C)")
+    server = [str(Path(PYTHON).parent / "mlflow"), "server", "--backend-store-uri", uri]
+    server += ["--host", "127.0.0.1", "--port", str(flags.port), "--workers", "1"]
+    env = {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
+    try:
+        return run_supervised(server, env)
+    except KeyboardInterrupt:
+        return 0
+
+
+@job("demo", OtherJobError)
+def main() -> int:
+    """Run the demo, or the review."""
+    flags = parse_cli(Flags, description=__doc__ or "")
+    parent = psutil.Process().parent()
+    if parent is not None and parent.name() == "make":
+        die_with_parent(signal.SIGTERM)  # a killed make must not leave this running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # progress is seen at once, in a pipe too
+    began = time.monotonic()
+    try:
+        return review(flags) if flags.review else run(flags)
+    except DamagedFileError as error:  # of a file that the report needs
+        message = f"{error}; remove it and the marker of its job stage in {flags.out}/stages"
+        print(f"{message}, then run the demo again", file=sys.stderr)
+        return 1
+    except JobStageError as error:
+        print(f"{error}; run the demo again to continue from there", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        seconds = time.monotonic() - began
+        print(f"interrupted after {seconds:.0f} s; run it again to continue", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

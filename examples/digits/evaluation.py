@@ -1,0 +1,134 @@
+"""Evaluates a model of a small captioned set: caption to image, image to caption, both at once.
+
+Shapes: n images, 64 feature dimensions of an independent classifier.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdm.config import doc
+from mdm.diffusion.sampler import SOLVERS
+from mdm.evaluate import image
+from mdm.evaluate.caption import ClassNames, caption_accuracy
+from mdm.evaluate.classifier import Classifier
+from mdm.evaluate.suite import Label
+from mdm.generate import Generator
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images and captions are generated."""
+
+    guidance: float = doc(0.2, "guidance weight of images")
+    joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
+    steps: int = doc(20, "solver steps")
+    solver: str = doc("dpmpp2m", f"of images: one of {', '.join(SOLVERS)}")
+    text_solver: str = doc("ddpm", "of captions, and of images drawn with their captions")
+
+
+@dataclass(frozen=True)
+class Task:
+    """The set: held-out images as pixels, tokens and classes, and as many training images."""
+
+    names: ClassNames
+    real: Tensor  # held out, f32 [n, 3, H, W]
+    other: Tensor  # training images, f32 [n, 3, H, W]: another real sample of the same size
+    latents: Tensor  # of `real`, f32 [n, N, C]
+    labels: Tensor  # of `real`, i64 [n]
+    captions: Callable[[Sequence[int]], list[str]]  # a caption for each class
+
+
+class Ruler:
+    """Measures images against the held-out ones, all in features of one classifier."""
+
+    def __init__(self, judge: Classifier, task: Task) -> None:
+        self.judge, self.task, self.classes = judge, task, len(task.names)
+        self.seen, reference = judge.judge(task.real)
+        self.unit = float(np.sqrt(np.mean(reference**2)))
+        self.reference = reference / self.unit
+        self.wanted = torch.arange(len(task.labels)) % self.classes
+        self.prompts = task.captions(self.wanted.tolist())
+
+    def measure(self, images: Tensor) -> tuple[dict[str, Any], image.Labels]:
+        """Metrics of n images generated from `prompts`, and the classes seen in them."""
+        seen, features = self.judge.judge(images)
+        return {
+            "t2i_accuracy": image.agreement(seen, self.wanted.numpy()),
+            **self._distances(features, ""),
+            "class_shares": self.class_shares(seen),
+        }, seen
+
+    def floor(self) -> dict[str, float]:
+        """The same metrics of other real images."""
+        return {
+            "classifier_accuracy": image.agreement(self.seen, self.task.labels.numpy()),
+            **self._distances(self.judge.judge(self.task.other)[1], "_floor"),
+        }
+
+    def class_shares(self, seen: image.Labels) -> list[float]:
+        """Share of each class among `seen`, over an even share."""
+        shares = image.class_shares(seen, self.classes) * self.classes
+        return [round(float(share), 3) for share in shares]
+
+    def _distances(self, features: image.Features, suffix: str) -> dict[str, float]:
+        features = features / self.unit
+        precision, recall = image.precision_recall(self.reference, features)
+        return {
+            f"precision{suffix}": precision,
+            f"recall{suffix}": recall,
+            f"fid64{suffix}": image.frechet_distance(self.reference, features),
+        }
+
+
+def evaluate(
+    generator: Generator, ruler: Ruler, sampling: Sampling, seed: int = 0
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, list[Label]]]:
+    """Evaluate `generator` on the task of `ruler`.
+
+    As many images of each class are generated as are held out, so that every distance is between
+    equally many images.
+
+    Returns:
+        Metrics with their floors; images f32 [n, 3, H, W] by name; the labels of the images.
+    """
+    task, wanted, names = ruler.task, ruler.wanted.numpy(), ruler.task.names
+    text: dict[str, Any] = {
+        "steps": 2 * sampling.steps,
+        "seed": seed,
+        "solver": sampling.text_solver,
+    }
+    drawn, unguided = (
+        generator.text_to_image(
+            ruler.prompts, guidance=weight, steps=sampling.steps, seed=seed, solver=sampling.solver
+        )
+        for weight in (sampling.guidance, 0.0)
+    )
+    metrics, seen = ruler.measure(drawn)
+    metrics |= {f"{name}_unguided": value for name, value in ruler.measure(unguided)[0].items()}
+    captions = generator.image_to_text(task.latents, guidance=0.0, **text)
+    n, classes = len(task.labels), task.labels.tolist()
+    joint, joint_captions = generator.joint(n, guidance=sampling.joint_guidance, **text)
+    joint_seen = ruler.judge.judge(joint)[0]
+    named = np.array([names.named(caption) for caption in joint_captions])
+    metrics |= ruler.floor() | {
+        "shuffled_control": image.shuffled_control(seen, wanted, seed=seed),
+        "i2t_accuracy": caption_accuracy(names, captions, classes)[0],
+        "joint_agreement": image.agreement(named, joint_seen),
+        "joint_class_shares": ruler.class_shares(joint_seen),
+        "n": n,
+    }
+    labels = {
+        "drawn": map(Label, ruler.prompts, [""] * n, (seen == wanted).tolist()),
+        "described": [
+            Label(caption, names.names[c][0], names.named(caption) == c)
+            for caption, c in zip(captions, classes, strict=True)
+        ],
+        "joint": map(Label, joint_captions, [""] * n, (named == joint_seen).tolist()),
+    }
+    images = {"drawn": drawn, "described": task.real, "joint": joint, "real": task.real}
+    return metrics, images, {name: list(row) for name, row in labels.items()}

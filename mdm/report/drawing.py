@@ -1,0 +1,172 @@
+"""The generation job: images as files, texts as lines; also the samples of a run in training."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mdm.config import doc
+from mdm.diffusion.sampler import SOLVERS
+from mdm.first_stage.autoencoder import Autoencoder
+from mdm.first_stage.image import decode_image
+from mdm.generate import Generator
+from mdm.generate.selection import draw_map
+from mdm.report.image_grid import cut_sheet, save_sheet
+
+TASKS = ("class-to-image", "text-to-image", "image-to-text", "reply", "joint")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Flags of this job."""
+
+    checkpoint: str = doc("runs/demo/train/export", "folder of an export")
+    task: str = doc("joint", ", ".join(TASKS))
+    input: tuple[str, ...] = doc((), "class, caption, image file or dialogue; repeat for several")
+    images: tuple[str, ...] = doc((), "image file for all replies; repeat for several")
+    n: int = doc(1, "results for each input, or in all for joint")
+    guidance: float = doc(3.0, "how strongly images follow their condition; 0 for none")
+    text_guidance: float | None = doc(None, "the same of captions; for joint, default --guidance")
+    guidance_from: float = doc(-math.inf, "log-SNR below which guidance is off")
+    guidance_to: float = doc(math.inf, "log-SNR above which guidance is off")
+    steps: int = doc(30, "denoising steps")
+    text_steps: int = doc(0, "denoising steps of texts; 0 for the value of --steps")
+    text_blocks: int = doc(1, "blocks of tokens, denoised one after the other")
+    solver: str = doc("dpmpp2m", ", ".join(SOLVERS))
+    selection: float = doc(0.0, "nats below which a token has settled and is dropped; 0 for off")
+    selection_map: str = doc("", "PNG to write: the tokens that had settled at each step")
+    precision: str = doc(
+        "auto", "of matrix products: bf16, fp32, or auto, whichever is fast on this CPU"
+    )
+    seed: int = doc(0, "seed of the noise")
+    out: str = doc("runs/generated", "folder for images")
+    tokenizer: str = doc("", "SentencePiece model, if not the run's own")
+    autoencoder: str = doc("", "first-stage autoencoder, if not the run's own")
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"--task is {self.task!r}; choose one of {', '.join(TASKS)}")
+        if self.n < 1:
+            raise ValueError(f"--n is {self.n}; at least 1 result is needed")
+        if not self.input and self.task != "joint":
+            raise ValueError(f"--task {self.task} needs --input")
+        if self.images and self.task != "reply":
+            raise ValueError(f"--images belong to --task reply, not to {self.task}")
+        if self.selection_map and not self.selection:
+            raise ValueError(
+                f"--selection_map {self.selection_map} shows nothing with --selection "
+                f"{self.selection}; choose a threshold such as 0.1"
+            )
+
+
+def generate(generator: Generator, flags: Flags) -> list[str]:
+    """Generate what `flags` describe and save the images; lines with the results and files."""
+    common: dict[str, Any] = {
+        "seed": flags.seed,
+        "solver": flags.solver,
+        "interval": (flags.guidance_from, flags.guidance_to),
+        "text_blocks": flags.text_blocks,
+        "selection": flags.selection,
+    }
+    image = common | {"guidance": flags.guidance, "steps": flags.steps}
+    text_steps = flags.text_steps or flags.steps
+    text = common | {"guidance": flags.text_guidance or 0.0, "steps": text_steps}
+    inputs = [item for item in split_inputs(flags) for _ in range(flags.n)]
+    pixels = None
+    match flags.task:
+        case "joint":
+            joint = image | {"text_guidance": flags.text_guidance, "text_steps": text_steps}
+            pixels, names = generator.joint(flags.n, **joint)
+        case "class-to-image":
+            pixels = generator.class_to_image([int(item) for item in inputs], **image)
+            names = [f"class {item}" for item in inputs]
+        case "text-to-image":
+            pixels, names = generator.text_to_image(inputs, **image), inputs
+        case "image-to-text":
+            names = generator.image_to_text(encode(generator, inputs), **text)
+        case "reply":
+            images = encode(generator, flags.images) if flags.images else None
+            if images is not None:
+                images = images.expand(len(inputs), *images.shape)
+            dialogues = [[turn.strip() for turn in item.split("=>")] for item in inputs]
+            names = generator.reply(dialogues, images=images, **text)
+    if pixels is None:
+        lines = [f"{item}: {reply}" for item, reply in zip(inputs, names, strict=True)]
+    else:
+        lines = save(pixels, names, Path(flags.out))
+    if flags.selection_map:
+        assert generator.selected is not None
+        path = Path(flags.selection_map)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw_map(generator.selected, generator.grid)).save(path)
+        lines.append(str(path))
+    return lines
+
+
+def split_inputs(flags: Flags) -> list[str]:
+    """The inputs one by one: classes are separated by commas, texts by '|', files not at all."""
+    if flags.task == "image-to-text":
+        return list(flags.input)
+    separator = "," if flags.task == "class-to-image" else "|"
+    return [part.strip() for item in flags.input for part in item.split(separator)]
+
+
+def encode(generator: Generator, files: Sequence[str]) -> Tensor:
+    """First-stage latents [B, N, C] of image files.
+
+    Raises:
+        ValueError: the model was trained on text alone, or a file does not exist.
+    """
+    autoencoder = generator.autoencoder
+    if not isinstance(autoencoder, Autoencoder):
+        raise ValueError("the model was trained on text alone and takes no images")
+    images = []
+    for file in files:
+        if not Path(file).exists():
+            advice = "; repeat the flag for each file" if "," in file else ""
+            raise ValueError(f"there is no file {file}{advice}")
+        pixels = decode_image(Path(file).read_bytes(), autoencoder.image_size)
+        images.append(torch.from_numpy(pixels))
+    return autoencoder.encode(torch.stack(images))
+
+
+def save(pixels: Tensor, names: Sequence[str], folder: Path) -> list[str]:
+    """Write images [B, 3, H, W] in [0, 1] as PNGs and as one grid; lines with what each shows."""
+    grid = save_sheet(pixels, folder / "grid.png", columns=10)
+    files = [folder / f"{i:04d}.png" for i in range(len(pixels))]
+    for image, file in zip(cut_sheet(grid, folder), files, strict=True):
+        image.save(file)
+    lines = [f"{file}: {name}" for file, name in zip(files, names, strict=True)]
+    return [*lines, str(folder / "grid.png")]
+
+
+def draw_samples(folder: Path, path: Path, n: int) -> dict[str, Any]:
+    """Generate `n` images of classes and, below them, `n` with captions, from an export.
+
+    All snapshots of a run start from the same noise, so that they can be compared.
+
+    Args:
+        folder: an export with its tokenizer; it names its first stage.
+        path: the PNG to write: two rows of `n` images.
+        n: images in a row.
+
+    Returns:
+        The classes of the first row and the captions of the second.
+
+    Raises:
+        FileNotFoundError: the export is not complete.
+        ValueError: the tokenizer or the first stage is not the run's, or cannot be loaded.
+    """
+    generator = Generator.from_pretrained(folder, local_files_only=True)
+    config = generator.config
+    classes = [i % config.model.n_classes for i in range(n)]
+    sampling: dict[str, Any] = {"guidance": 3.0, "steps": 20, "seed": config.seed}
+    images = generator.class_to_image(classes, **sampling)
+    joint_images, captions = generator.joint(n, **sampling)
+    save_sheet(torch.cat([images, joint_images]), path, columns=n)
+    return {"classes": classes, "captions": captions}

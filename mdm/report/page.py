@@ -1,0 +1,174 @@
+"""What all report pages share: targets, loss charts, embedded images, the template.
+
+A page is one file: images, charts and styles are in it, and it loads nothing over the network.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+from mdm.report.charts import line_chart, row_chart
+from mdm.report.image_grid import Sheet, cut_sheet
+from mdm.utils.files import read_lines, write_bytes
+
+TERMS = {  # title and unit
+    "total": ("total", "Eq. 18"),
+    "eps_img": ("noise prediction, image", "squared error / ᾱ"),
+    "se_img": ("score entropy, image", "score entropy"),
+    "se_txt": ("score entropy, text", "score entropy"),
+    "rec_img": ("reconstruction, image", "squared error"),
+    "rec_txt": ("reconstruction, text", "nats per token"),
+    "kl": ("KL", "nats per token"),
+}
+TASKS = {"image_text": "Images with text", "text": "Text alone"}
+CONDITIONINGS = {
+    "class_to_image": ("class → image", ("eps_img",)),
+    "text_to_image": ("text → image", ("eps_img",)),
+    "image": ("unconditional image", ("eps_img",)),
+    "image_to_text": ("image → text", ("se_txt",)),
+    "answer": ("image and question → answer", ("se_txt",)),
+    "both": ("image and text together", ("eps_img", "se_txt")),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A metric of a run, the bound it should reach, and the metric to compare it with."""
+
+    metric: str
+    title: str
+    at_least: float | None = None
+    at_most: float | None = None
+    beside: str = ""  # metric of the floor, ceiling or control
+    note: str = ""  # what `beside` is
+    share: bool = True  # a share of 1, drawn in the chart
+
+    def row(self, metrics: Mapping[str, float]) -> dict[str, Any]:
+        """What the table shows; `ok` is None where there is no target."""
+        value = metrics.get(self.metric)
+        bound = self.at_most if self.at_least is None else self.at_least
+        ok = None
+        if value is not None and bound is not None:
+            ok = value <= bound if self.at_least is None else value >= bound
+        sign = "≤" if self.at_least is None else "≥"
+        return asdict(self) | {
+            "value": value,
+            "beside": metrics.get(self.beside),
+            "bound": bound,
+            "target": "" if bound is None else f"{sign} {bound:.2f}",
+            "ok": ok,
+        }
+
+
+def reached(rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Whether each metric that has a target reaches it, from the rows of the targets."""
+    return {row["metric"]: row["ok"] for row in rows if row["ok"] is not None}
+
+
+def target_chart(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """The shares among the rows of the targets, with their bounds, floors and ceilings."""
+    shares = [row for row in rows if row["share"] and row["value"] is not None]
+    references = {
+        name: {row["title"]: row[key] for row in shares if row[key] is not None}
+        for name, key in (("target", "bound"), ("compared with", "beside"))
+    }
+    values = {row["title"]: [row["value"]] for row in shares}
+    return row_chart(values, "shares and their targets", "share", references)
+
+
+def target_lines(report: Mapping[str, Any]) -> str:
+    """The outcome of every target in a `report.json`, a line each."""
+    return "\n".join(
+        f"{'reached' if ok else 'MISSED ':8}{metric} = {report[metric]:.3f}"
+        for metric, ok in report["targets"].items()
+    )
+
+
+def data_uri(image: Image.Image) -> str:
+    """A PNG of `image` as a data: address."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def tiles(
+    sheets: Mapping[str, Any], labels: Mapping[str, Any], folder: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """The tiles of every sheet in `folder` with their labels, as the macros take them."""
+    by_name = {}
+    for name, sheet in sheets.items():
+        images = cut_sheet(Sheet(**sheet), folder)
+        texts = labels.get(name) or [{}] * len(images)
+        by_name[name] = [
+            {"src": data_uri(image), "text": "", "truth": "", "right": None} | text
+            for image, text in zip(images, texts, strict=True)
+        ]
+    return by_name
+
+
+def loss_charts(metrics_file: Path) -> list[dict[str, Any]]:
+    """A chart of the loss, of each term of each task, and of the main terms by conditioning.
+
+    Args:
+        metrics_file: the run's `metrics.jsonl`. Terms with fewer than two values are left out.
+    """
+    lines = read_lines(metrics_file, {"samples_seen": float})
+    keys = {f"{task}/{term}": f"{title}: " for task, title in TASKS.items() for term in TERMS}
+    for conditioning, (title, terms) in CONDITIONINGS.items():
+        keys |= {f"{conditioning}/{term}": f"{title}: " for term in terms}
+    wanted = [("loss", "Loss, all tasks", "Eq. 18")]
+    for key, prefix in keys.items():
+        title, unit = TERMS[key.partition("/")[2]]
+        wanted.append((key, prefix + title, unit))
+    charts = []
+    for name, title, unit in wanted:
+        rows = [(line["samples_seen"], line[name]) for line in lines if name in line]
+        if len(rows) > 1:
+            x, y = zip(*rows, strict=True)
+            last = y[-max(1, len(y) // 20) :]
+            charts.append(
+                {
+                    "title": title,
+                    "svg": line_chart(x, y, title, unit),
+                    "last": sum(last) / len(last),
+                }
+            )
+    return charts
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def render(template: Path, content: Mapping[str, Any]) -> str:
+    """The page of `template`, which may extend those of this folder; texts are escaped."""
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters |= {"number": _number, "duration": _duration}
+    return env.get_template(template.name).render(**content)
+
+
+def write_report(run: Path, page: str, report: Mapping[str, Any]) -> None:
+    """Write `report.html` and `report.json` into `run`, each whole or not at all."""
+    write_bytes(run / "report.html", page.encode())
+    write_bytes(run / "report.json", (json.dumps(report, indent=2) + "\n").encode())

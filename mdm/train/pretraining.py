@@ -1,0 +1,89 @@
+"""One rank's part of a pretraining job: its data, its training or its checks, its memory errors."""
+
+from pathlib import Path
+
+import torch
+
+from mdm.checkpoint.state import RunError
+from mdm.config import Config
+from mdm.data.loader import Loader, build_loader
+from mdm.data.provenance import check_fit
+from mdm.loss import Loss
+from mdm.model.attention import AttentionBlock
+from mdm.model.decoder import Block, Trunk
+from mdm.planning.memory_advice import explain_out_of_memory
+from mdm.planning.preflight import preflight, table
+from mdm.storage import StoreError
+from mdm.train import replay_box
+from mdm.train.engine import device_of_rank
+from mdm.train.loop import train
+from mdm.train.run import Draw
+from mdm.utils.ranks import World
+
+# `train.gather` -> the modules that ZeRO-3 gathers as one.
+GATHERED = {"block": (Block, AttentionBlock), "trunk": (Trunk,)}
+
+
+class RankError(RuntimeError):
+    """A mistake that shows on this rank alone: one line."""
+
+
+def make_loader(config: Config, world: World) -> Loader:
+    """The run's loader.
+
+    Raises:
+        RunError: Data is missing or does not fit the configuration.
+    """
+    try:
+        loader = build_loader(config, world)
+        # Once per node: any of its ranks may write the exports, which hold the tokenizer.
+        if world.local_rank == 0:
+            check_fit(loader.mixture, config)
+        return loader
+    except (ValueError, StoreError) as error:
+        raise RunError(str(error)) from error
+
+
+def pretrain(
+    config: Config,
+    world: World,
+    *,
+    resume: str,
+    track: bool,
+    profiled: range,
+    draw: Draw | None,
+) -> int:
+    """Train to the last step; all ranks call, after `start_ranks`. Returns the exit code.
+
+    The arguments are those of `mdm.train.loop.train`.
+
+    Raises:
+        RunError: The same on every rank: something that the user can fix.
+        RankError: This rank ran out of GPU memory.
+    """
+    try:
+        return train(
+            config,
+            world,
+            Loss,
+            make_loader,
+            resume=resume,
+            leaf_classes=GATHERED[config.train.gather],
+            track=track,
+            profiled=profiled,
+            draw=draw,
+        )
+    except torch.OutOfMemoryError as error:
+        raise RankError(explain_out_of_memory(error, config, world)) from error
+
+
+def check_machines(config: Config, world: World) -> tuple[bool, str]:
+    """Whether all checks before a run pass, and their table; all ranks call."""
+    checks = preflight(config, world, device_of_rank())
+    return all(check.passed for check in checks), table(checks)
+
+
+def replay_skipped_step(config: Config, step: int) -> str:
+    """What a skipped step does with each of its samples alone."""
+    folder, report = replay_box.find_box(Path(config.run_dir), step)
+    return replay_box.describe(report, *replay_box.replay(folder, Loss))
