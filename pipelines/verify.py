@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 from mdm.config import doc
 from mdm.data.manifest import Manifest, ManifestError
-from mdm.preprocess.verify_report import repeat_hint, report
+from mdm.preprocess.verify import repeat_hint, report
 from mdm.storage import StoreError
 from mdm.utils.command_line import parse_cli
 

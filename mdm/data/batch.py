@@ -81,10 +81,6 @@ def sample_key(sample_id: str) -> int:
 
 def sample_keys(sample_ids: Sequence[str]) -> Tensor:
     """i64 [B]: `sample_key` of each id."""
-    hashed = bytearray().join(
-        [hashlib.blake2b(i.encode(), digest_size=8).digest() for i in sample_ids]
-    )
-    if not hashed:
-        return torch.zeros(0, dtype=torch.int64)
-    # As unsigned numbers, whose upper 63 bits are the key.
-    return torch.from_numpy((np.frombuffer(hashed, "<u8") >> 1).astype(np.int64))
+    hashes = (hashlib.blake2b(i.encode(), digest_size=8).digest() for i in sample_ids)
+    keys = (int.from_bytes(h, "little") >> 1 for h in hashes)
+    return torch.from_numpy(np.fromiter(keys, np.int64, len(sample_ids)))

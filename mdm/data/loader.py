@@ -62,7 +62,6 @@ class Loader:
         node_cache: NodeCache | None = None,
         model: ModelConfig | None = None,
     ) -> None:
-        """With `model`, batches that do not fit it raise ValueError."""
         self.mixture = mixture
         self.seed = seed
         self.world = world or World()

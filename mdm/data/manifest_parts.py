@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice, pairwise
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,11 +61,7 @@ class LazySequence(Sequence[T]):
     def item(self, index: int) -> T:
         """The item at `index`, which is within bounds."""
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
-    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return tuple(map(self.item, range(len(self))[index]))
         return self.item(range(len(self))[index])
@@ -157,11 +153,11 @@ def decode_quarantine(data: bytes) -> tuple[Quarantined, ...]:
     return tuple(Quarantined(**q) for q in json.loads(data))
 
 
+@dataclass(frozen=True)
 class StoredParts:
     """The manifest parts of one data set in its store, each verified against its name."""
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    uri: str
 
     def __call__(self, info: PartInfo) -> bytes:
         """The part's bytes; StoreError if two reads in a row do not match its sha256."""

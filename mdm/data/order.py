@@ -146,16 +146,11 @@ class Draw:
     def share(self, world: World) -> "Draw":
         """The contiguous share of one rank."""
         size = len(self.ids) // world.size
-        return self.slice(world.rank * size, (world.rank + 1) * size)
+        return self.take(slice(world.rank * size, (world.rank + 1) * size))
 
-    def slice(self, start: int, stop: int) -> "Draw":
-        """The samples from `start` to `stop`: views, not to be written."""
-        at = slice(start, stop)
-        return Draw(self.task, self.sources[at], self.rows[at], self.epochs[at], self.ids[at])
-
-    def take(self, places: NDArray[np.int64]) -> "Draw":
-        """The samples at these places."""
-        ids = [self.ids[i] for i in places.tolist()]
+    def take(self, places: slice | NDArray[np.int64]) -> "Draw":
+        """The samples at these places; those of a slice are views, not to be written."""
+        ids = self.ids[places] if isinstance(places, slice) else [self.ids[i] for i in places]
         return Draw(self.task, self.sources[places], self.rows[places], self.epochs[places], ids)
 
 
@@ -199,7 +194,7 @@ class SampleOrder:
         size = mixture.slots(task)
         # Consecutive steps of a task take its consecutive slots.
         number, place = divmod(int(shares.steps.before(inside)[turn]), self._steps(task))
-        return self._together(stage, turn, number).slice(place * size, (place + 1) * size)
+        return self._together(stage, turn, number).take(slice(place * size, (place + 1) * size))
 
     def _steps(self, task: str) -> int:
         """How many steps are drawn together: those of one window, whose parts may be remote."""

@@ -20,13 +20,13 @@ from mdm.config import doc
 from mdm.data.manifest import Manifest
 from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import Tokenizer
-from mdm.preprocess import encoding, forecast, publish, ray_executor
+from mdm.preprocess import forecast, publish, ray_executor
 from mdm.preprocess.duplicates import DuplicateIndex
 from mdm.preprocess.ray_executor import GroupEncoder, Place
 from mdm.preprocess.receipt import CardSample, Receipt, get_sealed, lowest, receipt_key, survey_key
 from mdm.preprocess.recipe import Recipe, inputs_sha256
 from mdm.preprocess.survey import Group, Survey, plan
-from mdm.sources.record import Unit
+from mdm.sources.record import RawRecord, Unit
 from mdm.storage import Store, StoreError, StoreOptions, open_store
 from mdm.storage.lease import Lease, hold
 
@@ -67,15 +67,20 @@ class Flags:
                 raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is needed")
 
 
-class TooManyBadError(ValueError):
-    """The data set is broken, or its layout is not the given one."""
+def has_images(units: Sequence[Unit]) -> bool:
+    """Whether the data set's first readable record has an image; ValueError if none is readable."""
+    for unit in units:
+        for record in sources.read(unit):
+            if isinstance(record, RawRecord):
+                return record.image is not None
+    raise ValueError("not one record of the data set can be read; is --root the right folder?")
 
 
 def make_recipe(flags: Flags, units: Sequence[Unit]) -> Recipe:
     """The recipe of these flags and inputs; ValueError names what is missing."""
     tokenizer = Tokenizer(flags.tokenizer)
     autoencoder = None
-    if encoding.has_images(units):
+    if has_images(units):
         if not flags.autoencoder:
             raise ValueError(f"{flags.dataset} has images: --autoencoder is needed")
         autoencoder = describe(flags.autoencoder)
@@ -93,9 +98,9 @@ def make_recipe(flags: Flags, units: Sequence[Unit]) -> Recipe:
 
 
 def check_bad(bad: Counter[str], total: int, share: float) -> None:
-    """TooManyBadError if the records bad for these reasons are more than `share` of `total`."""
+    """ValueError if the records bad for these reasons are more than `share` of `total`."""
     if bad.total() > share * total:
-        raise TooManyBadError(
+        raise ValueError(
             f"{bad.total()} of {total} records are bad, more than --max_bad_share {share:g} "
             "allows: " + "; ".join(sorted(bad)[:5])
         )
@@ -121,7 +126,7 @@ def run(flags: Flags, card_page: publish.CardPage) -> dict[str, Any]:
     if flags.plan:
         cores = flags.decoders or os.cpu_count() or 1
         tokenizer = Tokenizer(flags.tokenizer)
-        return forecast.predict(units, recipe, tokenizer, flags.autoencoder, cores).to_json()
+        return forecast.predict(units, recipe, tokenizer, flags.autoencoder, cores)
     tell = partial(tqdm.write, file=sys.stderr)
     store = open_store(flags.out)
     publish.finished(store, recipe, write=False)  # refuses the output of another recipe first
@@ -177,21 +182,17 @@ def _encode(
     resumed = len(done)
     todo = [g for g in groups if g.index not in done]
     before = sum(r.counts.get("records", 0) for r in done.values())
-    reasons = Counter(_kind(q.reason) for r in done.values() for q in r.quarantine)
+    reasons = Counter(publish.kind(q.reason) for r in done.values() for q in r.quarantine)
     title = f"{flags.dataset}/{flags.split}"
     with tqdm(total=total, initial=before, desc=title, unit=" records") as bar:
         for group, receipt in encoder.run(todo, total - before, bar.update):
             lease.check()
             done[group.index] = dataclasses.replace(receipt, samples=())
             samples = lowest([*samples, *receipt.samples])
-            reasons.update(_kind(q.reason) for q in receipt.quarantine)
+            reasons.update(publish.kind(q.reason) for q in receipt.quarantine)
             check_bad(reasons, total, flags.max_bad_share)
     done[0] = dataclasses.replace(done[0], samples=samples)
     return [done[g.index] for g in groups], resumed, encoder.seconds
-
-
-def _kind(reason: str) -> str:
-    return reason.split(":")[0]
 
 
 def survey_all(

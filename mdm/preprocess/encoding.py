@@ -19,16 +19,27 @@ from numpy.typing import NDArray
 
 from mdm import sources
 from mdm.data.manifest import Quarantined
-from mdm.data.schema import Samples, to_bfloat16_bits
+from mdm.data.schema import Samples, sample_schema, to_bfloat16_bits, write_shard
 from mdm.data.text import fit
 from mdm.first_stage.image import decode_image
-from mdm.first_stage.tokenizer import EOS, Tokenizer
+from mdm.first_stage.tokenizer import ASSISTANT, EOS, UNK, Tokenizer
 from mdm.preprocess.duplicates import DROPPED
 from mdm.preprocess.quality import text_problem
-from mdm.preprocess.receipt import SAMPLES, CardSample, Receipt, lowest, sample_rank, write_group
+from mdm.preprocess.receipt import (
+    SAMPLES,
+    TEXT_TOKENS,
+    UNKNOWN_TOKENS,
+    CardSample,
+    Receipt,
+    lowest,
+    put_sealed,
+    receipt_key,
+    sample_rank,
+    shard_cuts,
+)
 from mdm.preprocess.recipe import Recipe
 from mdm.preprocess.survey import Group
-from mdm.sources.record import BadRecord, RawRecord, Unit, one_record
+from mdm.sources.record import BadRecord, RawRecord, one_record
 from mdm.storage import Store
 
 if TYPE_CHECKING:  # job stages without a network start without torch
@@ -36,15 +47,6 @@ if TYPE_CHECKING:  # job stages without a network start without torch
 
 # A chunk holds at most so many samples for each image it may hold: dialogues have many turns.
 _SAMPLES_AN_IMAGE = 8
-
-
-def has_images(units: Sequence[Unit]) -> bool:
-    """Whether the data set's first readable record has an image; ValueError if none is readable."""
-    for unit in units:
-        for record in sources.read(unit):
-            if isinstance(record, RawRecord):
-                return record.image is not None
-    raise ValueError("not one record of the data set can be read; is --root the right folder?")
 
 
 @dataclass(frozen=True)
@@ -78,23 +80,6 @@ class _Gathering:
     counts: Counter[str] = field(default_factory=Counter)
     card_samples: list[CardSample] = field(default_factory=list)
 
-    def chunk(self) -> Chunk:
-        return Chunk(
-            Samples(
-                [s.id for s in self.samples],
-                [s.origin for s in self.samples],
-                np.array([s.class_id for s in self.samples], np.int32),
-                [s.tokens for s in self.samples],
-                np.array([s.prompt for s in self.samples], np.uint16),
-                None,
-            ),
-            np.stack(self.pixels) if self.pixels else None,
-            np.array([s.image for s in self.samples], np.int64),
-            tuple(self.quarantine),
-            self.counts,
-            tuple(self.card_samples),
-        )
-
 
 class _Decoder:
     """The state of one group's decoding."""
@@ -117,8 +102,22 @@ class _Decoder:
 
     def take(self) -> Chunk:
         """The chunk so far; a new one begins."""
-        chunk, self.now, self._last = self.now.chunk(), _Gathering(), None
-        return chunk
+        now, self.now, self._last = self.now, _Gathering(), None
+        return Chunk(
+            Samples(
+                [s.id for s in now.samples],
+                [s.origin for s in now.samples],
+                np.array([s.class_id for s in now.samples], np.int32),
+                [s.tokens for s in now.samples],
+                np.array([s.prompt for s in now.samples], np.uint16),
+                None,
+            ),
+            np.stack(now.pixels) if now.pixels else None,
+            np.array([s.image for s in now.samples], np.int64),
+            tuple(now.quarantine),
+            now.counts,
+            tuple(now.card_samples),
+        )
 
     def add(self, record: RawRecord) -> str | None:
         """Adds the record's samples; returns the reason if it belongs in quarantine instead."""
@@ -318,13 +317,33 @@ def _one_by_one(
 
 
 def write_chunks(store: Store, group: Group, recipe: Recipe, chunks: Sequence[Chunk]) -> Receipt:
-    """Writes the group that consists of these chunks, in order."""
-    return write_group(
-        store,
-        group,
-        recipe,
-        [c.samples for c in chunks],
-        [q for c in chunks for q in c.quarantine],
-        sum((c.counts for c in chunks), Counter[str]()),
+    """Writes the shards, then the receipt, of the group that consists of these chunks, in order.
+
+    Samples are shuffled within the group and cut into shards of about `shard_rows` rows. An object
+    that exists already has the same bytes: its name is their hash.
+    """
+    parts = [c.samples for c in chunks]
+    samples = Samples.concatenate([p for p in parts if len(p)] or [parts[0]])
+    shuffle = np.random.Generator(np.random.Philox(key=1, counter=group.index))
+    rows = shuffle.permutation(len(samples))
+    schema = sample_schema(recipe.image_grid, recipe.latent_dim)
+    shards = []
+    for start, stop in shard_cuts(len(rows), recipe):
+        data, info = write_shard(samples.take(rows[start:stop]), schema, recipe.batch_rows)
+        store.put(info.key, data, if_absent=True)
+        shards.append(info)
+    tokens = np.concatenate([*samples.tokens, np.zeros(0, np.uint16)])
+    unknown = int((tokens == UNK).sum())
+    counts = sum((c.counts for c in chunks), Counter[str]())
+    counts[TEXT_TOKENS] += int((tokens > ASSISTANT).sum()) + unknown
+    counts[UNKNOWN_TOKENS] += unknown
+    receipt = Receipt(
+        tuple(shards),
+        tuple(q for c in chunks for q in c.quarantine),
+        {k: v for k, v in sorted(counts.items()) if v},
+        {str(k): v for k, v in sorted(Counter(map(len, samples.tokens)).items())},
+        {str(k): v for k, v in sorted(Counter(samples.class_ids.tolist()).items())},
         lowest(s for c in chunks for s in c.card_samples),
     )
+    put_sealed(store, receipt_key(recipe, group.index), receipt.to_bytes())
+    return receipt

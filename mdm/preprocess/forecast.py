@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +34,12 @@ DECODED = 512  # samples of each unit
 _KEYS_A_PAGE = 1000  # of a listing
 
 
-@dataclass(frozen=True)
-class Forecast:
-    """The prediction, and what it is based on."""
-
-    units: int
-    units_sampled: int
-    records: int
-    examples: int
-    quarantined: int
-    dropped: int
-    shards: int
-    bytes: int
-    requests: int  # to the store, without retries
-    hours: float  # on `cores` as fast as this machine's
-    cores: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As the job prints it."""
-        return dataclasses.asdict(self) | {"hours": round(self.hours, 4)}
-
-
 def predict(
     units: Sequence[Unit], recipe: Recipe, tokenizer: Tokenizer, autoencoder: str, cores: int
-) -> Forecast:
+) -> dict[str, Any]:
     """Surveys, decodes and encodes a sample of the units; writes nothing.
+
+    Returns the prediction, and what it is based on.
 
     Raises:
         ValueError: the surveyed units hold no record.
@@ -99,19 +79,19 @@ def predict(
     quarantined = totals["quarantined"] * share
     seconds = survey_seconds * total / surveyed
     seconds += (decode_seconds + image_seconds * totals["images"]) * share
-    return Forecast(
-        units=len(units),
-        units_sampled=len(surveys),
-        records=total,
-        examples=sum(rows),
-        quarantined=round(quarantined),
-        dropped=max(0, round(total * (1 - yielded) - quarantined)),
-        shards=shards,
-        bytes=size,
-        requests=_requests(len(units), len(groups), shards, size),
-        hours=seconds / cores / 3600,
-        cores=cores,
-    )
+    return {
+        "units": len(units),
+        "units_sampled": len(surveys),
+        "records": total,
+        "examples": sum(rows),
+        "quarantined": round(quarantined),
+        "dropped": max(0, round(total * (1 - yielded) - quarantined)),
+        "shards": shards,
+        "bytes": size,
+        "requests": _requests(len(units), len(groups), shards, size),  # without retries
+        "hours": round(seconds / cores / 3600, 4),  # on `cores` as fast as this machine's
+        "cores": cores,
+    }
 
 
 def unit_bytes(unit: Unit) -> int:

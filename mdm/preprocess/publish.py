@@ -76,7 +76,7 @@ def finish(
             f"nothing of {recipe.dataset}/{recipe.split} is left to publish: {plain_counts}"
         )
     reasons = (q.reason for q in quarantine)
-    facts = _card(recipe, receipts, plain_counts, Counter(map(_kind, reasons)), class_names)
+    facts = _card(recipe, receipts, plain_counts, Counter(map(kind, reasons)), class_names)
     samples = lowest(s for r in receipts for s in r.samples)
     facts["samples"] = [{"id": s.id, "text": s.text} for s in samples]
     if page is not None:
@@ -102,8 +102,9 @@ def finish(
     return publish(store, manifest)
 
 
-def _kind(reason: str) -> str:
-    return reason.split(":")[0]  # what follows the colon is about one record
+def kind(reason: str) -> str:
+    """A reason without what follows its colon, which is about one record."""
+    return reason.split(":")[0]
 
 
 def _card(

@@ -8,8 +8,7 @@ import dataclasses
 import io
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mdm.data.manifest import Quarantined, canonical
-from mdm.data.schema import BatchInfo, Samples, ShardInfo, sample_schema, write_shard
-from mdm.first_stage.tokenizer import ASSISTANT, UNK
+from mdm.data.schema import BatchInfo, ShardInfo
 from mdm.preprocess.recipe import Recipe
-from mdm.preprocess.survey import Group
 from mdm.storage import MissingObjectError, Store
 
 log = logging.getLogger("mdm")
@@ -125,52 +122,8 @@ def survey_key(recipe: Recipe, index: int) -> str:
     return f"{recipe.work}/survey/{index:06d}.npz"
 
 
-def write_group(
-    store: Store,
-    group: Group,
-    recipe: Recipe,
-    parts: Sequence[Samples],
-    quarantine: Sequence[Quarantined],
-    counts: Counter[str],
-    card_samples: Iterable[CardSample],
-) -> Receipt:
-    """Writes the group's shards, then its receipt.
-
-    Samples are shuffled within the group and cut into shards of about `shard_rows` rows. An object
-    that exists already has the same bytes: its name is their hash.
-    """
-    samples = Samples.concatenate([p for p in parts if len(p)] or [parts[0]])
-    shuffle = np.random.Generator(np.random.Philox(key=1, counter=group.index))
-    rows = shuffle.permutation(len(samples))
-    schema = sample_schema(recipe.image_grid, recipe.latent_dim)
-    shards = []
-    for start, stop in shard_cuts(len(rows), recipe):
-        data, info = write_shard(samples.take(rows[start:stop]), schema, recipe.batch_rows)
-        store.put(info.key, data, if_absent=True)
-        shards.append(info)
-    tokens = np.concatenate([*samples.tokens, np.zeros(0, np.uint16)])
-    unknown = int((tokens == UNK).sum())
-    counts = counts + Counter(
-        {TEXT_TOKENS: int((tokens > ASSISTANT).sum()) + unknown, UNKNOWN_TOKENS: unknown}
-    )
-    receipt = Receipt(
-        tuple(shards),
-        tuple(quarantine),
-        {k: v for k, v in sorted(counts.items()) if v},
-        _histogram(map(len, samples.tokens)),
-        _histogram(samples.class_ids.tolist()),
-        lowest(card_samples),
-    )
-    put_sealed(store, receipt_key(recipe, group.index), receipt.to_bytes())
-    return receipt
-
-
 def shard_cuts(rows: int, recipe: Recipe) -> list[tuple[int, int]]:
     """First row and end of each shard of a group: about `shard_rows`, whole record batches."""
     parts = max(1, round(rows / recipe.shard_rows))
     size = max(recipe.batch_rows, -(-rows // parts // recipe.batch_rows) * recipe.batch_rows)
     return [(start, min(rows, start + size)) for start in range(0, rows, size)]
-
-
-def _histogram(values: Iterable[int]) -> dict[str, int]:
-    return {str(k): v for k, v in sorted(Counter(values).items())}

@@ -1,18 +1,22 @@
 """Re-reading an encoded data set: every byte, every count, every row."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from mdm.data.manifest import CARD, Manifest
+from mdm.data.manifest import CARD, MANIFEST, MANIFEST_SHA256, Manifest, ManifestError
 from mdm.data.manifest_parts import PartList
 from mdm.data.schema import RecordBatch, ShardInfo, checksum, from_bfloat16_bits
 from mdm.first_stage.tokenizer import EOS
 from mdm.preprocess.publish import unnamed
-from mdm.storage import Store, StoreError
+from mdm.storage import Store, StoreError, open_store
+from mdm.storage.lease import hold
+
+NOTES = 10  # foreign objects that are named
 
 
 @dataclass(frozen=True)
@@ -118,14 +122,52 @@ def _unnamed(store: Store, manifest: Manifest) -> tuple[list[str], list[str]]:
         return [], []
 
 
-def discard(manifest: Manifest, damaged: Sequence[Verdict]) -> list[str]:
-    """Deletes damaged objects and leftovers, and returns their keys.
+def repeat_hint(uri: str) -> str:
+    """What a message adds where no data set lies at `uri`."""
+    return " (give several data sets by repeating --data)" if "," in uri else ""
 
-    Encoding again then writes back what is lost.
+
+def report(uri: str, discard_damaged: bool, show: Callable[[str], None]) -> int:
+    """Check one data set and return the number of problems.
+
+    Args:
+        uri: Folder or s3:// prefix of the data set.
+        discard_damaged: Whether to delete what is damaged or belongs to no data set, and a
+            manifest that cannot be read. Encoding again then writes back what is lost.
+        show: Takes the lines for the user.
     """
-    store = manifest.store()
-    sizes = store.listing()
-    keys = [v.key for v in damaged if v.key in sizes] + _unnamed(store, manifest)[0]
-    for key in keys:
-        store.delete(key)
-    return keys
+    try:
+        manifest = Manifest.load(uri)
+    except ManifestError as error:
+        show(f"  BAD {error}{repeat_hint(uri)}")
+        if discard_damaged:  # the receipts give the same manifest again
+            with hold(open_store(uri), "verify.py --discard", advice="discard later"):
+                for key in (MANIFEST, MANIFEST_SHA256):
+                    open_store(uri).delete(key)
+        return 1
+    show(
+        f"{uri}: {manifest.dataset}/{manifest.split}, {manifest.rows} examples, "
+        f"{len(manifest.quarantine)} in quarantine, manifest {manifest.sha256[:16]}"
+    )
+    problems = 0
+    damaged = []
+    total = len(manifest.shards) + len(manifest.parts()) + 2
+    for verdict in tqdm(verify(manifest), "verify", total, unit=" objects", leave=False):
+        problems += len(verdict.problems)
+        damaged += [verdict] if verdict.problems else []
+        size = f"{verdict.rows:>9} rows {verdict.bytes / 2**20:>9.2f} MiB"
+        show(f"  {'BAD' if verdict.problems else 'ok ':<3} {size}  {verdict.key}")
+        for line in (*verdict.problems, *verdict.notes[:NOTES]):
+            show(f"      {line}")
+        if len(verdict.notes) > NOTES:
+            show(f"      {len(verdict.notes) - NOTES} more such objects")
+    if discard_damaged:
+        store = manifest.store()
+        with hold(store, "verify.py --discard", advice="discard later"):
+            present = store.listing()
+            keys = [v.key for v in damaged if v.key in present] + _unnamed(store, manifest)[0]
+            for key in keys:
+                store.delete(key)
+            for key in keys:
+                show(f"  deleted {key}")
+    return problems

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from mdm.data.manifest import MANIFEST
-from mdm.preprocess.encode import TooManyBadError, check_bad
+from mdm.preprocess.encode import check_bad
 from mdm.storage import open_store
 from mdm.storage.lease import LEASE
 from mdm.storage.server import S3Server
@@ -112,7 +112,7 @@ def test_if_two_jobs_share_an_output_the_second_exits_and_names_the_first(
 
 def test_too_many_bad_records_stop_the_job() -> None:
     check_bad(Counter(damaged=5), 10, 0.5)
-    with pytest.raises(TooManyBadError, match=r"6 of 10 records are bad.*0\.5.*damaged; gone"):
+    with pytest.raises(ValueError, match=r"6 of 10 records are bad.*0\.5.*damaged; gone"):
         check_bad(Counter(damaged=5, gone=1), 10, 0.5)
 
 

@@ -274,7 +274,7 @@ def test_verify_names_the_damaged_shard(tmp_path: Path, tokenizer_path: Path) ->
 
 def test_a_set_without_a_readable_record_is_refused() -> None:
     with pytest.raises(ValueError, match="not one record"):
-        encoding.has_images([])
+        encode_job.has_images([])
 
 
 def test_settings_are_checked(tokenizer_path: Path) -> None:
@@ -478,13 +478,13 @@ def test_a_forecast_is_close_to_what_is_written(
         units, recipe, tokenizer, str(write_autoencoder(tmp_path / "ae")), 2
     )
     manifest = encode(root, recipe, tokenizer, autoencoder, str(tmp_path / "out"))
-    assert predicted.units_sampled < predicted.units == len(units)
+    assert predicted["units_sampled"] < predicted["units"] == len(units)
     # Stated tolerance: a tenth of the bytes and rows, a fifth of the shards (here of five).
-    assert predicted.bytes == pytest.approx(sum(s.bytes for s in manifest.shards), rel=0.1)
-    assert predicted.examples == pytest.approx(manifest.rows, rel=0.1)
-    assert predicted.shards == pytest.approx(len(manifest.shards), rel=0.2)
-    assert predicted.requests > predicted.shards
-    assert predicted.hours > 0
+    assert predicted["bytes"] == pytest.approx(sum(s.bytes for s in manifest.shards), rel=0.1)
+    assert predicted["examples"] == pytest.approx(manifest.rows, rel=0.1)
+    assert predicted["shards"] == pytest.approx(len(manifest.shards), rel=0.2)
+    assert predicted["requests"] > predicted["shards"]
+    assert predicted["hours"] > 0
 
 
 @pytest.mark.parametrize(("strange", "warned"), [(1, False), (3, True)])
