@@ -43,7 +43,7 @@ class Plan:
     @property
     def is_ready(self) -> bool:
         """Whether all its data has arrived."""
-        return all(pending.run.done() for pending in self.pending.values())
+        return all(pending.done() for pending in self.pending.values())
 
 
 class _Columns(NamedTuple):

@@ -75,10 +75,6 @@ class RowLayout:
 
         self.part = lru_cache(maxsize=64)(layout)
 
-    def part_of(self, row: int) -> int:
-        """The part that holds a row."""
-        return int(np.searchsorted(self.part_start, row, side="right")) - 1
-
     def batch(self, part: int, index: int) -> Rows:
         """Row numbers of a full or merged batch of a part."""
         rows: Rows = self.part_start[part] + self.part(part).batch(index)

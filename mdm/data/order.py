@@ -116,7 +116,8 @@ class SourceOrder:
     def turn_of(self, row: int, epoch: int) -> int:
         """The number of the source's sample that is this row in this epoch."""
         passed = self._epoch(epoch)
-        pool, turn = divmod(int(passed.turn_of[self.layout.part_of(row)]), POOL_PARTS)
+        part = int(np.searchsorted(self.layout.part_start, row, side="right")) - 1
+        pool, turn = divmod(int(passed.turn_of[part]), POOL_PARTS)
         window = self._pool(epoch, pool).window_of(turn, row)
         place = int(np.flatnonzero(self._window_rows(epoch, pool, window) == row)[0])
         position = window * self.window * self.layout.size + place

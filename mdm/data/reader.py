@@ -1,10 +1,10 @@
 """Record batches of encoded data sets: read by byte range, verified, held in memory."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import groupby
 
 import numpy as np
@@ -174,31 +174,12 @@ def _raised(batch: RecordBatch | StoreError) -> RecordBatch:
     return batch
 
 
-class _Inline:
-    """A future that its first waiter reads: for a local file a thread costs more than the read."""
-
-    def __init__(self, reader: SourceReader, shard: int, run: list[int]) -> None:
-        self._read = (reader, shard, run)
-
-    @cached_property
-    def _batches(self) -> list[RecordBatch | StoreError]:
-        reader, shard, run = self._read
-        return reader.read_each(shard, run)
-
-    def result(self) -> list[RecordBatch | StoreError]:
-        """The record batches."""
-        return self._batches
-
-    def done(self) -> bool:
-        """Whether they can be had without waiting for another thread."""
-        return True
-
-
 @dataclass(frozen=True)
 class Pending:
-    """A record batch that is being read."""
+    """A record batch that is being read, one of a run of them."""
 
-    run: Future[list[RecordBatch | StoreError]] | _Inline
+    run: Callable[[], list[RecordBatch | StoreError]]  # waits for the whole run
+    done: Callable[[], bool]  # whether it can be had without waiting for another thread
     place: int  # in the run
     nbytes: int
 
@@ -232,14 +213,16 @@ class RecordBatchCache:
             reader, first = self.readers[source], place << _BITS
             batches = reader.shard(shard).batches
             for run in reader.runs(shard, [k - first for k in keys]):
-                read: Future[list[RecordBatch | StoreError]] | _Inline
-                if reader.is_local:
-                    read = _Inline(reader, shard, run)
+                read: Callable[[], list[RecordBatch | StoreError]]
+                done: Callable[[], bool]
+                if reader.is_local:  # the first waiter reads: a thread costs more than the read
+                    read, done = cache(partial(reader.read_each, shard, run)), lambda: True
                 else:
-                    read = self._pool.submit(reader.read_each, shard, run)
+                    future = self._pool.submit(reader.read_each, shard, run)
+                    read, done = future.result, future.done
                 for at, number in enumerate(run):
                     self._drop(first + number)
-                    self._held[first + number] = Pending(read, at, batches[number].length)
+                    self._held[first + number] = Pending(read, done, at, batches[number].length)
                     self._bytes += batches[number].length
         requested = {}
         for key in wanted:
@@ -259,7 +242,7 @@ class RecordBatchCache:
         After an error, the next request reads it again.
         """
         try:
-            return _raised(pending.run.result()[pending.place])
+            return _raised(pending.run()[pending.place])
         except BaseException:
             for key in [k for k, held in self._held.items() if held.run is pending.run]:
                 self._drop(key)

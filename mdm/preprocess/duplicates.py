@@ -34,7 +34,7 @@ _CONTENTS = np.dtype([("high", "u8"), ("low", "u8"), ("at", "u8")])
 _NEAR = np.dtype([("high", "u8"), ("number", "u8")])
 
 
-class DuplicateIndex:
+class DuplicateIndex(ExitStack):
     """Collects surveys in files in `folder`, then says what to leave out.
 
     On disk: 64 bytes a record; for near duplicates 136 more, and 16 a key (4 keys for an image, up
@@ -42,24 +42,18 @@ class DuplicateIndex:
     """
 
     def __init__(self, folder: Path, *, images: bool, buckets: int = BUCKETS) -> None:
+        super().__init__()
         self._images = images
         self._folder = folder
         self._buckets = buckets
-        self._stack = ExitStack()
         self._files: dict[tuple[str, int], IO[bytes]] = {}
         self._signatures = self._open("signatures")
         self._places = self._open("places")
         self._records = 0
         self._failed: dict[int, dict[int, str]] = {}
 
-    def __enter__(self) -> "DuplicateIndex":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
     def _open(self, name: str) -> IO[bytes]:
-        return self._stack.enter_context((self._folder / name).open("w+b"))
+        return self.enter_context((self._folder / name).open("w+b"))
 
     def add(self, unit: int, survey: Survey) -> None:
         """Adds the survey of the unit with this index."""

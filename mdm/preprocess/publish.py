@@ -56,7 +56,7 @@ def finish(
     recipe: Recipe,
     receipts: Sequence[Receipt],
     class_names: Sequence[str],
-    page: CardPage | None = None,
+    page: CardPage,
 ) -> Manifest:
     """Writes the card, then commits the manifest. Equal receipts give equal bytes.
 
@@ -79,8 +79,7 @@ def finish(
     facts = _card(recipe, receipts, plain_counts, Counter(map(kind, reasons)), class_names)
     samples = lowest(s for r in receipts for s in r.samples)
     facts["samples"] = [{"id": s.id, "text": s.text} for s in samples]
-    if page is not None:
-        store.put(PAGE, page(facts, samples).encode())
+    store.put(PAGE, page(facts, samples).encode())
     card = canonical(facts)
     store.put(CARD, card)
     manifest = Manifest(

@@ -42,24 +42,20 @@ class CardSample:
     @staticmethod
     def of(sample_id: str, text: str, pixels: NDArray[np.uint8] | None) -> "CardSample":
         """The card's version of a sample; `pixels` are [3, H, W]."""
-        return CardSample(sample_rank(sample_id), sample_id, text, _image(pixels))
+        file = io.BytesIO()
+        if pixels is not None:
+            image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+            if max(image.size) <= _SMALL:
+                image.save(file, "PNG", optimize=True)
+            else:
+                image.save(file, "JPEG", quality=85)
+        encoded = base64.b64encode(file.getvalue()).decode()
+        return CardSample(sample_rank(sample_id), sample_id, text, encoded)
 
 
 def sample_rank(sample_id: str) -> int:
     """A pseudo-random but fixed number: the card shows samples of the lowest rank."""
     return xxhash.xxh3_64_intdigest(sample_id.encode("utf-8", "backslashreplace")) >> 11
-
-
-def _image(pixels: NDArray[np.uint8] | None) -> str:
-    if pixels is None:
-        return ""
-    file = io.BytesIO()
-    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    if max(image.size) <= _SMALL:
-        image.save(file, "PNG", optimize=True)
-    else:
-        image.save(file, "JPEG", quality=85)
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def lowest(samples: Iterable[CardSample]) -> tuple[CardSample, ...]:

@@ -14,7 +14,7 @@ from mdm.checkpoint.checkpoints import Checkpoints, Keep
 from mdm.data.cache import NodeCache
 from mdm.data.manifest import Manifest
 from mdm.preprocess.publish import clean
-from mdm.preprocess.verify import discard, verify
+from mdm.preprocess.verify import report, verify
 from mdm.storage import LocalStore, StoreError, join, open_store
 from tests.data_sets import encoded
 
@@ -53,7 +53,9 @@ def test_folder_markers_and_other_peoples_objects_do_not_disturb_a_data_set(uri:
     store = open_store(uri)
     store.put("shards/left.arrow", b"over")
     assert list(verify(manifest))[-1].problems == ("shards/left.arrow belongs to no data set",)
-    assert discard(manifest, []) == ["shards/left.arrow"]
+    lines: list[str] = []
+    assert report(uri, True, lines.append) == 1
+    assert [line for line in lines if "deleted" in line] == ["  deleted shards/left.arrow"]
     store.put("parts/left.json", b"over")
     clean(store, manifest)
     assert set(others) <= set(store.listing())
