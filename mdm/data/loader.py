@@ -73,12 +73,10 @@ class Loader:
         self._collator = Collator(mixture, self._cache, self._lengths, self.world, model)
         self._prefetch = prefetch
         self._producer: _Producer | None = None
-        self._began = time.perf_counter()
         self.step = 0  # the next one
         self.order_digest = ""  # of all global sample ids consumed
         self.blocklist: frozenset[str] = frozenset()  # ids of samples that are not used any more
         self.wait_seconds = 0.0  # total time that the caller waited for batches
-        self.first_batch_seconds: float | None = None  # since construction or a restored state
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -94,10 +92,7 @@ class Loader:
         draw, batch = prepared
         self.order_digest = extend_digest(self.order_digest, draw.ids)
         self.step += 1
-        now = time.perf_counter()
-        self.wait_seconds += now - began
-        if self.first_batch_seconds is None:
-            self.first_batch_seconds = now - self._began
+        self.wait_seconds += time.perf_counter() - began
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,7 +107,6 @@ class Loader:
         self.step = int(state["step"])
         self.order_digest = str(state["order_digest"])
         self.blocklist = frozenset(state.get("quarantined", ()))
-        self._began, self.first_batch_seconds = time.perf_counter(), None
 
     def block(self, ids: Iterable[str]) -> None:
         """Replaces these samples by others from the next batch on; every rank must call it."""

@@ -245,7 +245,6 @@ def test_threads_end_with_the_loader(local: Mixture) -> None:
         next(loader)
         assert any(t.name == "mdm-prefetch" for t in threading.enumerate())
     assert not any(t.name == "mdm-prefetch" for t in threading.enumerate())
-    assert loader.first_batch_seconds is not None
     assert 0 < loader.wait_seconds < 5
 
 
