@@ -12,10 +12,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 log = logging.getLogger("mdm")
 
@@ -143,20 +143,15 @@ def read_lines(
             damage.append((number, problem))
     if tail:
         damage.append((len(lines) + 1, "zero bytes" if b"\0" in tail else "cut short"))
-    warn_of_lines(path, damage)
+    if damage:
+        number, problem = damage[0]
+        count = f"{len(damage)} damaged line" + ("s" if len(damage) > 1 else "")
+        warn_once(f"{path}: {count} skipped; line {number}: {problem}")
     if repair and (damage or not data):
         # If the file cannot be written, the next reader warns again.
         with contextlib.suppress(OSError):
             write_lines(path, records)
     return records
-
-
-def warn_of_lines(path: Path, damage: Sequence[tuple[int, str]], unit: str = "line") -> None:
-    """Warn how many lines were skipped, and what was wrong with the first."""
-    if damage:
-        where, problem = damage[0]
-        lines = f"{len(damage)} damaged line" + ("s" if len(damage) > 1 else "")
-        warn_once(f"{path}: {lines} skipped; {unit} {where}: {problem}")
 
 
 def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
@@ -212,24 +207,13 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     set_folder_aside(path)
     data = json.dumps(record).encode() + b"\n"
     with path.open("a+b", buffering=0) as file:
-        end = end_of_lines(file)
-        if end < file.seek(0, os.SEEK_END):
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            end = path.read_bytes().rfind(b"\n") + 1
             file.truncate(end)
         if file.write(data) != len(data):
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def end_of_lines(file: IO[bytes]) -> int:
-    """The offset behind the last newline of a file; 0 if it has none."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - 4096)
-        newline = os.pread(file.fileno(), end - start, start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
 
 
 def set_folder_aside(path: Path) -> None:

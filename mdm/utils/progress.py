@@ -58,7 +58,7 @@ class Progress:
                 files.warn_once(f"{path} is damaged: {wrong}; its other entries are used")
             else:
                 progress.key, progress.status = note["key"], note["status"]
-                progress.former = [pair for pair in note["former"] if _is_pair(pair)]
+                progress.former = [pair for pair in note["former"] if _is_list_of(pair, str, str)]
             progress.metrics = _position(note.get("metrics"))
             progress.events = _position(note.get("events"))
         return progress
@@ -70,11 +70,9 @@ class Progress:
 
 def unsent_bytes(folder: Path, progress: Progress) -> int:
     """Bytes of whole lines of metrics and events that stand after the positions in `progress`."""
-    lines = (
-        *unsent_lines(folder / METRICS, progress.metrics, {}),
-        *unsent_lines(folder / EVENTS, progress.events, {}),
-    )
-    return sum(position.length for _, position in lines)
+    metrics = unsent_lines(folder / METRICS, progress.metrics, {})
+    events = unsent_lines(folder / EVENTS, progress.events, {})
+    return sum(position.length for _, position in (*metrics, *events))
 
 
 def unsent_lines(
@@ -150,15 +148,12 @@ def _waiting_entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def _end_of(path: Path) -> Position:
-    positions = [position for _, position in unsent_lines(path, START, {})]
-    return positions[-1] if positions else START
+    return [START, *(position for _, position in unsent_lines(path, START, {}))][-1]
 
 
 def _position(value: Any) -> Position:
-    if isinstance(value, list) and [type(v) for v in value] == [int, int, int] and value[1] > 0:
-        return Position(*value)
-    return START
+    return Position(*value) if _is_list_of(value, int, int, int) and value[1] > 0 else START
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and [type(v) for v in value] == [str, str]
+def _is_list_of(value: Any, *types: type) -> bool:
+    return isinstance(value, list) and [type(v) for v in value] == [*types]
