@@ -56,9 +56,10 @@ def prepare(
 
     def check() -> Prepared:
         check_folders(Path(config.run_dir))
-        settings = deepspeed_settings(config, world)
+        values = load_deepspeed_config(config, world.size)
+        settings = {key: value for key, value in values.items() if key in ALLOWED}
         loader = make_loader(config, world)
-        lines: list[str] = []
+        lines = []
         if record:
             lines = check_settings(record.state, settings, config, path)
             untouched = loader.state_dict()
@@ -114,12 +115,6 @@ def check_same(values: dict[str, Any]) -> None:
                     f"{key} is {row.get(key)!r} for rank {rank} on {host} and "
                     f"{first.get(key)!r} for rank 0 on {main}; give all nodes the same files"
                 )
-
-
-def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
-    """The content of the run's DeepSpeed JSON; RunError if it is missing or not allowed."""
-    values = load_deepspeed_config(config, world.size)
-    return {key: value for key, value in values.items() if key in ALLOWED}
 
 
 def check_settings(state: TrainState, now: dict[str, Any], config: Config, path: str) -> list[str]:

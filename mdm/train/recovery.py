@@ -98,12 +98,10 @@ def roll_back(run: Run) -> None:
     run.loader.load_state_dict(record.manifest["loader"])
     run.loader.block(blocklist)
     saved = record.state.on_ranks(run.world.size)
-    config, deepspeed = run.state.config, run.state.deepspeed
-    tracking_id = run.tracker.identity or run.state.tracking_id
     guard.roll_back(saved.guard, decided, saved.step)
+    saved.config, saved.deepspeed = run.state.config, run.state.deepspeed
+    saved.tracking_id = run.tracker.identity or run.state.tracking_id
     run.state = saved
-    run.state.config, run.state.deepspeed = config, deepspeed
-    run.state.tracking_id = tracking_id
     run.clock = Clock(saved.seconds, run.heartbeat.enter)
     run.window = Window(run.world, saved.window)
     run.reporter.rewind(saved)

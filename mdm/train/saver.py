@@ -26,7 +26,6 @@ from mdm.utils.ranks import World, from_main, gather_to_all
 # Uploads have time limits of their own; this one is for ranks that are gone.
 VOTE_TIMEOUT = timedelta(hours=1)
 
-
 T = TypeVar("T")
 
 
@@ -47,11 +46,8 @@ def find(
 ) -> tuple[list[Record], list[tuple[str, str]]]:
     """Valid checkpoints, newest first, and names of skipped ones with the reason.
 
-    All ranks must call, and only in the job that holds the lease of the checkpoints. With `resume`
-    none there are none.
-
-    Raises:
-        RunError: the store cannot be read, or holds another format.
+    With `resume` none there are none. All ranks must call, and only in the job that holds the lease
+    of the checkpoints. Raises RunError if the store cannot be read or holds another format.
     """
 
     def read() -> tuple[list[Record], list[tuple[str, str]]]:
@@ -183,7 +179,8 @@ class Saver:
             damage, failure = self._read(record)
             votes = gather_to_all((damage, failure), self._group)
             if failures := [vote for _, vote in votes if vote]:
-                raise RunError(f"cannot load {self._path(record.name)}: {failures[0]}")
+                path = f"{self.checkpoints.store.uri}/{record.name}"
+                raise RunError(f"cannot load {path}: {failures[0]}")
             if damages := [vote for vote, _ in votes if vote]:
                 skipped.append((record.name, damages[0]))
                 if self.world.is_main:
@@ -230,6 +227,3 @@ class Saver:
             "to save from"
         )
         return lines
-
-    def _path(self, name: str) -> str:
-        return f"{self.checkpoints.store.uri}/{name}"

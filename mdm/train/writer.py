@@ -24,14 +24,14 @@ RUN_LEASE = "lease.json"  # in the run's folder and beside its checkpoints
 class OtherRunError(RunError):
     """Another job writes to the run; retried if it belongs to the same supervised job."""
 
-    def __init__(self, message: str, code: int = MISTAKE) -> None:
+    def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
 
-    @classmethod
-    def of(cls, error: OtherJobError) -> "OtherRunError":
-        """The error with the exit code that fits it."""
-        return cls(str(error), GAVE_UP if error.same_job else MISTAKE)
+
+def _refusal(error: OtherJobError) -> tuple[str, int]:
+    """The arguments of the `OtherRunError` that fits."""
+    return str(error), GAVE_UP if error.same_job else MISTAKE
 
 
 class Writer:
@@ -51,7 +51,7 @@ class Writer:
             for lease in self._leases:
                 lease.confirm()
         except OtherJobError as error:
-            raise OtherRunError.of(error) from None
+            raise OtherRunError(*_refusal(error)) from None
 
     def has_folder(self) -> bool:
         """Whether the run's folder still belongs to this job."""
@@ -68,9 +68,9 @@ class Writer:
                 for lease in self._leases:
                     lease.check()
             except OtherJobError as error:
-                refusal = OtherRunError.of(error)
-        if arguments := from_main(refusal and (str(refusal), refusal.code)):
-            raise OtherRunError(*arguments)
+                refusal = _refusal(error)
+        if refusal := from_main(refusal):
+            raise OtherRunError(*refusal)
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def only_writer(config: Config, world: World) -> Iterator[Writer]:
             try:
                 _take(config, leases, exit_stack)
             except OtherJobError as error:
-                refusal = (str(error), OtherRunError.of(error).code)
+                refusal = _refusal(error)
             except (StoreError, OSError, ValueError) as error:  # ValueError: an unknown scheme
                 advice = "--run_dir and --train.checkpoints must be places that can be written"
                 refusal = (f"{error}; {advice}", MISTAKE)

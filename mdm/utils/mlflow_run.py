@@ -105,7 +105,7 @@ class MlflowRun:
         self.run_id, self.is_new, self._last_steps = str(created.info.run_id), True, {}
 
     def send(self, write: Callable[..., None], *content: Any, failures: int) -> None:
-        """Write an entry by one of the methods `log_*` and `end*`, after `failures` failed attempts.
+        """Write an entry by a method `log_*` or `end*`, after `failures` failed attempts.
 
         Raises:
             RunChanged: the run was the cause of the failures, and has been restored or replaced.

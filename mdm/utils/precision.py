@@ -6,7 +6,7 @@ than fp32 with AVX2 alone, twice as slow with AVX-512.
 """
 
 import time
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -18,7 +18,7 @@ _SIDE = 384  # of the timed matrices: a product takes milliseconds, and exceeds 
 _TRIES = 7
 
 
-@lru_cache(maxsize=4)
+@cache
 def is_bf16_fast(device_type: str = "cpu") -> bool:
     """Whether a device of this type computes in bf16 rather than emulating it.
 

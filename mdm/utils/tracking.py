@@ -1,18 +1,16 @@
 """Delivers a run's `metrics.jsonl` and `events.jsonl` to MLflow.
 
-A run writes both files whether or not there is an MLflow server, and never waits for one. A
-background thread sends to MLflow the lines after the positions in `tracking.json`, and retries for
-as long as the job runs. The next attempt sends the rest, and so does the command of a finished run
-if it is started again.
+A run never waits for an MLflow server. A background thread sends the lines after the positions in
+`tracking.json`, and retries for as long as the job runs. The next attempt sends the rest, and so
+does the command of a finished run if it is started again.
 
 A line of metrics is recorded at its `samples_seen`. Steps that MLflow already has are skipped, so a
-file that was rewritten is read again from its first line and nothing is sent twice. An event's
-`artifacts` are a mapping from the artifact's name to a file (a path below the run's folder) or to a
-JSON object.
+file that was rewritten is read again from its first line. An event's `artifacts` map an artifact's
+name to a file (a path below the run's folder) or to a JSON object.
 
 `tracking.json` also has the id of the MLflow run, and a key that is written before the run is
-created: the run is found again if a kill or a full disk keeps its id from being written. A deleted
-run is restored or replaced. Without mlflow one warning says that tracking is off.
+created, by which it is found again if its id was not written. Without mlflow one warning says that
+tracking is off.
 """
 
 import logging
@@ -41,7 +39,6 @@ from mdm.utils.progress import (
 
 log = logging.getLogger("mdm")
 
-_DEFAULT_STORE = "runs/mlflow.db"
 _PARAM_LENGTH = 6000  # MLflow's limit
 _METRICS_A_CALL = 1000  # MLflow's limit
 _POLL_SECONDS = 1.0
@@ -65,8 +62,8 @@ class MlflowTracker:
 
     Args:
         folder: holds `metrics.jsonl`, `events.jsonl` and `tracking.json`.
-        experiment: name of the experiment.
-        name: name of the run.
+        experiment: its name, restored if it was deleted.
+        name: name of a new run.
         params: the resolved configuration, flat. A run keeps the first values that it gets.
         uri: the store; by default MLFLOW_TRACKING_URI, or the SQLite store under `runs/`.
         identity: `identity` of the tracker of a former attempt, if `tracking.json` is lost.
@@ -86,8 +83,8 @@ class MlflowTracker:
         parent: str = "",
         config: str = "",
     ) -> None:
-        self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-        self._uri = self._uri or f"sqlite:///{Path(_DEFAULT_STORE).absolute()}"
+        default = f"sqlite:///{Path('runs/mlflow.db').absolute()}"
+        self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default
         self._folder = folder
         self._params = {k: _encodable(v)[:_PARAM_LENGTH] for k, v in params.items()}
         self._progress = Progress.read(folder)
@@ -130,8 +127,7 @@ class MlflowTracker:
     def finish(self, status: str = "FINISHED", timeout: float = 30.0, unsent: str = _LATER) -> None:
         """Close the run with FINISHED, FAILED or KILLED once everything is sent.
 
-        Waits at most `timeout` seconds; then a warning says how much is left, and that it is
-        `unsent`.
+        After `timeout` seconds a warning says how much is left, and that it is `unsent`.
         """
         self._status = status
         self._ending.set()
@@ -280,13 +276,8 @@ def log_result(
 ) -> None:
     """Record the result of a short job as one MLflow run; waits at most 30 seconds for the store.
 
-    Args:
-        experiment: name of the experiment.
-        name: name of the run.
-        parent: id of the run above this one, or empty.
-        params: what the job was called with.
-        metrics: values, each with its step (samples seen).
-        artifacts: files, folders or JSON objects by artifact name.
+    The arguments are those of `MlflowTracker`; each of `metrics` are values with their step
+    (samples seen), and `artifacts` are files, folders or JSON objects by artifact name.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for values, step in metrics:
@@ -298,9 +289,7 @@ def log_result(
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000)
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)
 
 
 def _encodable(value: Any) -> str:
