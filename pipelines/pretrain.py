@@ -25,6 +25,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mdm.config import Config, config_of, doc
 from mdm.launch.rank import run_rank
 from mdm.loss import Loss
@@ -33,7 +35,7 @@ from mdm.presets import PRESETS
 from mdm.train import replay_box
 from mdm.train.engine import device_of_rank, start_ranks
 from mdm.train.pretraining import pretrain
-from mdm.train.profiling import parse_steps, record_memory
+from mdm.train.profiling import parse_steps
 from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import check_fields, one_of
 from mdm.utils.ranks import World
@@ -76,8 +78,8 @@ def run(world: World) -> int:
         if world.is_main:
             print(table(checks))
         return 0 if all(check.passed for check in checks) else 1
-    if flags.memory_history:
-        record_memory()
+    if flags.memory_history and torch.cuda.is_available():  # not run: no GPU was available
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
     draw = None
     if config.train.images:
         from mdm.report.drawing import draw_samples  # takes seconds

@@ -48,10 +48,8 @@ def prepare(
 ) -> Prepared:
     """Open the data and check that the run can start, or continue from `record` at `path`.
 
-    All ranks must call, before anything is built or written.
-
-    Raises:
-        RunError: on every rank, if data, tokenizer, autoencoder or settings do not fit on any.
+    All ranks must call, before anything is built or written. Raises RunError on every rank if data,
+    tokenizer, autoencoder or settings do not fit on any.
     """
 
     def check() -> Prepared:
@@ -87,9 +85,8 @@ def check_folders(run_dir: Path) -> None:
 def on_every_rank(task: Callable[[], T], world: World) -> T:
     """The result of `task` on this rank, once it has succeeded on all; all ranks must call.
 
-    Raises:
-        RunError: on every rank, if `task` fails on any; the message names the rank unless all
-            ranks have the same message.
+    Raises RunError on every rank if `task` fails on any, which the message names unless all failed
+    alike.
     """
     failure = ""
     try:

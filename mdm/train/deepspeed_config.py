@@ -1,7 +1,6 @@
 """The DeepSpeed configuration of a run: the JSON of `--train.deepspeed` plus what `Config` owns.
 
-The JSON sets ZeRO and offload; `Config` sets batch, clipping, learning rate and precision. A key
-that belongs to `Config` is refused in the JSON, so that each setting has one owner.
+The JSON sets ZeRO and offload. A key that `Config` owns is refused in it.
 """
 
 import json
@@ -33,9 +32,8 @@ OWNED_BY_CONFIG = {
 def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the JSON of `train.deepspeed` plus what `config` owns.
 
-    Raises:
-        RunError: the file is missing or malformed, has an unknown key or one that `config` owns,
-            or a ZeRO stage other than 2 or 3; or the ranks cannot share the batch evenly.
+    Raises RunError if the file is missing or not allowed, or the ranks cannot share the batch
+    evenly.
     """
     path = Path(config.train.deepspeed)
     try:

@@ -277,11 +277,8 @@ def _is_alive(process: psutil.Process) -> bool:
 
 def _supervisor() -> psutil.Process | None:
     """The process that restarts this one, if there is one: its id is in MDM_SUPERVISOR."""
-    pid = os.environ.get(SUPERVISOR)
-    if not pid:
-        return None
     try:
-        return psutil.Process(int(pid))
+        return psutil.Process(int(pid)) if (pid := os.environ.get(SUPERVISOR)) else None
     except psutil.NoSuchProcess:
         report_end(ORPHANED, "its supervisor is gone")
         os._exit(ORPHANED)

@@ -97,11 +97,8 @@ def done_before(
 ) -> bool:
     """Whether the run ended with `newest`, its last checkpoint; all ranks must call.
 
-    If so, what it leaves behind is completed: a missing export is made from the checkpoint, and
-    MLflow receives what waits for it.
-
-    Raises:
-        RunError: the export cannot be written.
+    If so, a missing export is made from the checkpoint, and MLflow receives what waits for it.
+    Raises RunError if the export cannot be written.
     """
     is_finished, failure = on_main(lambda: _complete_export(config, checkpoints, newest), world)
     if failure:

@@ -69,10 +69,8 @@ def _describe(step: int, reason: str, shares: list[tuple[dict[str, float], Any, 
 def roll_back(run: Run) -> None:
     """Return to a checkpoint from before the trouble, and add its samples to the blocklist.
 
-    All ranks must call.
-
-    Raises:
-        Diverged: earlier rollbacks have not helped, or there is no checkpoint to return to.
+    All ranks must call. Raises Diverged if earlier rollbacks have not helped, or there is no
+    checkpoint to return to.
     """
     guard, decided = run.guard, run.state.step
     skipped = list(guard.history.recent)

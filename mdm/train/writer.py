@@ -7,6 +7,7 @@ it is stopped, or cut off from the store, it commits nothing more and ends.
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from mdm.checkpoint.checkpoints import uri_of
@@ -34,11 +35,11 @@ def _refusal(error: OtherJobError) -> tuple[str, int]:
     return str(error), GAVE_UP if error.same_job else MISTAKE
 
 
+@dataclass
 class Writer:
-    """This job's right to write to a run; ranks other than 0 always have it."""
+    """This job's right to write to a run; ranks other than 0 have no leases and always have it."""
 
-    def __init__(self, leases: list[Lease]) -> None:
-        self._leases = leases
+    _leases: list[Lease]
 
     @property
     def lost(self) -> bool:
@@ -63,12 +64,11 @@ class Writer:
     def agree(self) -> None:
         """OtherRunError on all ranks if another job has taken over; all must call."""
         refusal = None
-        if not self.has_folder():
-            try:
-                for lease in self._leases:
-                    lease.check()
-            except OtherJobError as error:
-                refusal = _refusal(error)
+        try:
+            for lease in () if self.has_folder() else self._leases:
+                lease.check()
+        except OtherJobError as error:
+            refusal = _refusal(error)
         if refusal := from_main(refusal):
             raise OtherRunError(*refusal)
 
@@ -77,9 +77,7 @@ class Writer:
 def only_writer(config: Config, world: World) -> Iterator[Writer]:
     """Hold the right to write to the run of `config` during a block; all ranks must call.
 
-    Raises:
-        OtherRunError: another job has it, or the place of checkpoints or the run's folder cannot
-            be written to.
+    Raises OtherRunError if another job has it, or one of its places cannot be written to.
     """
     with ExitStack() as exit_stack:
         leases: list[Lease] = []

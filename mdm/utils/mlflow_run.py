@@ -1,8 +1,7 @@
 """One run in an MLflow store: found, restored or created, and written to.
 
 This is the only module that imports mlflow. Nothing here waits or retries; `mdm.utils.tracking`
-does. Errors are MLflow's own, except for an entry that the store will never accept: that entry
-alone is dropped, with a warning.
+does. An entry that the store will never accept is dropped, with a warning.
 """
 
 import errno
@@ -48,18 +47,10 @@ class RunChanged(Exception):
 
 
 class MlflowRun:
-    """The MLflow run of a job, found by its id if one is known, else by its key.
+    """The MLflow run of a job, found by `run_id` if that is known, else by `key`, else created.
 
-    All that is written goes through `send`.
-
-    Args:
-        uri: the store.
-        experiment: name of the experiment; restored if it was deleted.
-        name: name of the run if it has to be created.
-        run_id: the run to continue if the store has it, or empty.
-        parent: the id of the parent run, or empty.
-        key: identifies the run; it must be on disk before `connect` creates the run.
-        warn: logs a line.
+    All that is written goes through `send`. `uri`, `experiment`, `name` and `parent` are those of
+    `MlflowTracker`. The key must be on disk before `connect` creates the run. `warn` logs a line.
     """
 
     def __init__(
@@ -203,7 +194,11 @@ class MlflowRun:
             return False
         if run.info.lifecycle_stage != "active":
             try:
-                self._restore(run)
+                self._restore_experiment(self._client.get_experiment(run.info.experiment_id))
+                # Restoring an experiment restores its runs too.
+                if self._client.get_run(run_id).info.lifecycle_stage != "active":
+                    self._client.restore_run(run_id)
+                self._warn(f"run {run_id} was deleted: it is restored")
             except Exception as error:
                 if _code(error) not in _FORBIDDEN:
                     raise
@@ -214,14 +209,6 @@ class MlflowRun:
         self.run_id = run_id
         self._last_steps = {m.key: m.step for m in run.data._metric_objs}
         return True
-
-    def _restore(self, run: Any) -> None:
-        run_id = run.info.run_id
-        self._restore_experiment(self._client.get_experiment(run.info.experiment_id))
-        # Restoring an experiment restores its runs too.
-        if self._client.get_run(run_id).info.lifecycle_stage != "active":
-            self._client.restore_run(run_id)
-        self._warn(f"run {run_id} was deleted: it is restored")
 
     def end(self, status: str) -> None:
         """Close the run with FINISHED, FAILED or KILLED."""

@@ -49,8 +49,7 @@ def is_bf16_fast(device_type: str = "cpu") -> bool:
 def resolve(precision: str, device_type: str = "cpu") -> str:
     """`bf16` or `fp32`: `precision` itself, or for `auto` the faster one on this type of device.
 
-    Raises:
-        ValueError: `precision` is none of PRECISIONS.
+    Raises ValueError for another precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
