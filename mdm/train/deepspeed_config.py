@@ -49,13 +49,14 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         raise RunError(
             f"data.global_batch {config.data.global_batch} is not a multiple of {world_size} ranks"
         )
+    device = deepspeed.accelerator.get_accelerator().device_name()  # cpu or cuda
     return values | {
         "train_batch_size": config.data.global_batch,
         "train_micro_batch_size_per_gpu": config.data.global_batch // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.grad_clip,
         "torch_autocast": {
-            "enabled": precision.resolve(config.train.precision, device_type()) == precision.BF16,
+            "enabled": precision.resolve(config.train.precision, device) == precision.BF16,
             "dtype": "bfloat16",
         },
         "zero_allow_untested_optimizer": True,
@@ -92,8 +93,3 @@ def _check(values: dict[str, Any], path: Path) -> None:
 def zero_settings(values: dict[str, Any]) -> Any:
     """The `zero_optimization` of a DeepSpeed configuration, with DeepSpeed's defaults."""
     return DeepSpeedZeroConfig(**values["zero_optimization"])
-
-
-def device_type() -> str:
-    """The type of device that ranks train on: cpu or cuda."""
-    return str(deepspeed.accelerator.get_accelerator().device_name())

@@ -109,9 +109,8 @@ def read_ends(folder: Path) -> list[Ended]:
 class Heartbeat:
     """Writes a rank's heartbeats, and watches for stop requests and hangs in a thread.
 
-    A step that takes longer than `hang_seconds` and ten mean steps counts as a hang. A hang ends
-    the process with HUNG, after writing the stacks of its threads and the last collectives to
-    `run_dir/hangs`.
+    A step that takes longer than `hang_seconds` and ten mean steps is a hang. It ends the process
+    with HUNG, after the stacks of its threads and the last collectives went to `run_dir/hangs`.
     """
 
     def __init__(self, run_dir: Path, rank: int, size: int, hang_seconds: float) -> None:
@@ -121,7 +120,12 @@ class Heartbeat:
         self._interrupted = 0.0  # when the first Ctrl-C arrived
         self._step, self._steps_taken, self._step_began, self._mean = 0, 0, 0.0, 0.0
         self._beat = Beat(0, time.monotonic(), PATIENCE, "start")
-        self._shared = self._share()
+        self._shared: mmap.mmap | None = None
+        if folder := watch_folder():
+            path = folder / f"rank-{rank:05d}"
+            path.write_bytes(bytes(_BEAT.size))
+            with path.open("r+b") as file:
+                self._shared = mmap.mmap(file.fileno(), _BEAT.size)
         self._closed = threading.Event()
         self._former = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -130,15 +134,6 @@ class Heartbeat:
         self._write()
         self._thread = threading.Thread(target=self._watch, name="mdm-watch", daemon=True)
         self._thread.start()
-
-    def _share(self) -> mmap.mmap | None:
-        folder = watch_folder()
-        if folder is None:
-            return None
-        path = folder / f"rank-{self.rank:05d}"
-        path.write_bytes(bytes(_BEAT.size))
-        with path.open("r+b") as file:
-            return mmap.mmap(file.fileno(), _BEAT.size)
 
     def begin_step(self, step: int) -> None:
         """Record that step `step` begins."""

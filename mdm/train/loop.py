@@ -279,9 +279,8 @@ def report_saves(run: Run) -> None:
     if run.world.is_main and step > run.linked_step:
         run.linked_step = step
         link = {"uri": run.saver.checkpoints.store.uri, "step": step}
-        artifacts = {f"checkpoints/step-{step:08d}.json": link}
-        figures = run.saver.figures
-        run.reporter.note("saved", run.state, saved_step=step, **figures, artifacts=artifacts)
+        facts = {**run.saver.figures, "artifacts": {f"checkpoints/step-{step:08d}.json": link}}
+        run.reporter.note("saved", run.state, saved_step=step, **facts)
 
 
 def _first_line(error: Exception) -> str:

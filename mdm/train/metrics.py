@@ -126,21 +126,17 @@ class Window:
         total = sum(values["total"] for values in sums_of.values())
         means = {"loss": total / self._size / sum(self._steps.values())}
         for task, values in sums_of.items():
-            means |= {
-                f"{task}/{name}": values[name] / self._size / values["steps"]
-                for name in _TERMS
-                if values[name] != 0.0
-            }
+            for name in _TERMS:
+                if values[name] != 0.0:
+                    means[f"{task}/{name}"] = values[name] / self._size / values["steps"]
         for conditioning in CONDITIONINGS:
             samples, *sums = (
                 sum(values[f"{conditioning}/{name}"] for values in sums_of.values())
                 for name in CONDITIONED_TERMS
             )
-            means |= {
-                f"{conditioning}/{name}": value / samples
-                for name, value in zip(CONDITIONED_TERMS[1:], sums, strict=True)
-                if value != 0.0
-            }
+            for name, value in zip(CONDITIONED_TERMS[1:], sums, strict=True):
+                if value != 0.0:
+                    means[f"{conditioning}/{name}"] = value / samples
         self._sums, self._steps = {}, defaultdict(int)
         return means
 

@@ -24,11 +24,7 @@ class RankError(RuntimeError):
 
 
 def make_loader(config: Config, world: World) -> Loader:
-    """The run's loader.
-
-    Raises:
-        RunError: Data is missing or does not fit the configuration.
-    """
+    """The run's loader; RunError if data is missing or does not fit the configuration."""
     try:
         loader = build_loader(config, world)
         # Once per node: any of its ranks may write the exports, which hold the tokenizer.
@@ -44,11 +40,8 @@ def pretrain(
 ) -> int:
     """Train to the last step; all ranks call, after `start_ranks`. Returns the exit code.
 
-    The arguments are those of `mdm.train.loop.train`.
-
-    Raises:
-        RunError: The same on every rank: something that the user can fix.
-        RankError: This rank ran out of GPU memory.
+    The arguments are those of `mdm.train.loop.train`. Raises RunError, the same on every rank, for
+    what the user can fix, and RankError if this rank ran out of GPU memory.
     """
     try:
         return train(

@@ -69,17 +69,13 @@ class Saver:
         self.checkpoints, self.world = checkpoints, world
         self._engine, self._ema, self._keep = engine, ema, keep
         self._snapshot = Snapshot(self._live(), engine.shards.pieces())
+        self.nbytes = self._snapshot.nbytes  # host memory
         self._shapes, self._tied = engine.shards.shapes(), engine.shards.tied()
         self._group = torch.distributed.new_group(backend="gloo", timeout=VOTE_TIMEOUT)
         self._thread: Thread | None = None
         self._messages: list[str] = []
         self.figures: dict[str, float] = {}  # seconds of the last save and restore
         self.saved_step = -1  # of the newest checkpoint known to be committed
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory of this rank's snapshot."""
-        return self._snapshot.nbytes
 
     def _live(self) -> dict[str, list[torch.Tensor]]:
         return self._engine.shards.live() | self._ema.shadows
@@ -169,10 +165,8 @@ class Saver:
         """Load the first of `candidates` whose bytes are those that were committed.
 
         Each rank reads and checks what it needs; together that is everything. Returns what was
-        loaded, and the damaged checkpoints before it with the reason; they are set aside.
-
-        Raises:
-            RunError: the store cannot be read, or holds another model.
+        loaded, and the damaged checkpoints before it with the reason; they are set aside. Raises
+        RunError if the store cannot be read or holds another model.
         """
         began, skipped = time.perf_counter(), []
         for record in candidates:

@@ -82,14 +82,14 @@ class Ranks:
         # Linux counts ru_maxrss in KiB.
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         rows = exchange([busy + now, now, rss, held], self._device)
-        spent = [row[0] for row in rows]
+        spent, waits, peaks, held_by_gpu = zip(*rows, strict=True)
         mean = sum(spent) / len(spent)
         metrics = {
             "ranks/skew": max(spent) / mean - 1.0 if mean else 0.0,
             "ranks/slowest": float(spent.index(max(spent))),
-            "ranks/longest_data_wait": max(row[1] for row in rows),
-            "ranks/peak_rss_gib": max(row[2] for row in rows),
+            "ranks/longest_data_wait": max(waits),
+            "ranks/peak_rss_gib": max(peaks),
         }
         if cuda:
-            metrics["ranks/peak_gpu_gib"] = max(row[3] for row in rows)
+            metrics["ranks/peak_gpu_gib"] = max(held_by_gpu)
         return metrics

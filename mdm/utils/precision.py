@@ -60,9 +60,8 @@ def resolve(precision: str, device_type: str = "cpu") -> str:
 
 def describe(precision: str, device_type: str = "cpu") -> str:
     """A line for logs: a resolved precision, and how fast this device computes in it."""
-    kind = device_type if device_type == "cpu" else device_type.upper()
-    if device_type == "cpu":
-        kind = f"this CPU ({torch.backends.cpu.get_cpu_capability()})"
+    cpu = f"this CPU ({torch.backends.cpu.get_cpu_capability()})"
+    kind = cpu if device_type == "cpu" else device_type.upper()
     fast = is_bf16_fast(device_type)
     if precision == BF16:
         return f"bf16, which {kind} " + ("computes in" if fast else "only emulates: slow here")
