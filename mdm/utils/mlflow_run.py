@@ -65,6 +65,8 @@ class MlflowRun:
         warn: Callable[[str], None],
     ) -> None:
         self._uri, self._experiment, self._name = uri, experiment, name
+        file = uri.removeprefix("sqlite:///")
+        self._folder = Path(file).parent if file != uri else None  # of a SQLite store
         self._known_id, self._parent, self._key, self._warn = run_id, parent, key, warn
         self.run_id = ""
         self.is_new = False  # whether `connect` had to create the run
@@ -78,16 +80,12 @@ class MlflowRun:
         if self._client is None:
             import mlflow
 
-            if self._uri.startswith("sqlite:///"):
-                Path(self._uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            if self._folder:
+                self._folder.mkdir(parents=True, exist_ok=True)
             self._client = mlflow.MlflowClient(tracking_uri=self._uri)
         if self._known_id and self._resume(self._known_id):
             return
-        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
-        tags = {_KEY: self._key}
-        if self._parent:
-            tags[MLFLOW_PARENT_RUN_ID] = self._parent
+        tags = {_KEY: self._key} | ({"mlflow.parentRunId": self._parent} if self._parent else {})
         experiment = self._experiment_id()
         run_id = self._find(self._key, experiment)
         if run_id and self._resume(run_id):
@@ -167,10 +165,7 @@ class MlflowRun:
         if experiment is not None:
             self._restore_experiment(experiment)
             return str(experiment.experiment_id)
-        location = None
-        if self._uri.startswith("sqlite:///"):
-            folder = Path(self._uri.removeprefix("sqlite:///")).parent
-            location = (folder / "mlflow-artifacts").as_uri()
+        location = (self._folder / "mlflow-artifacts").as_uri() if self._folder else None
         return str(self._client.create_experiment(name, artifact_location=location))
 
     def _restore_experiment(self, experiment: Any) -> None:
