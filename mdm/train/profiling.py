@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from mdm.utils.ranks import World
 
@@ -42,10 +42,7 @@ class Profile:
     def step(self, number: int) -> Iterator[None]:
         """A context around step `number`."""
         if number in self.steps and self._running is None:
-            kinds = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                kinds.append(ProfilerActivity.CUDA)
-            self._running = profile(activities=kinds, profile_memory=True, record_shapes=True)
+            self._running = profile(profile_memory=True, record_shapes=True)
             self._first = number
             self._running.__enter__()
         try:
