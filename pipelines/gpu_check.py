@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from mdm.planning import gpu_check as check
+from mdm.planning.gpu_check import Flags
 from mdm.utils.command_line import parse_cli
 from mdm.utils.files import write_json
 from mdm.utils.gpu import peak_flops
@@ -25,7 +26,7 @@ from mdm.utils.gpu import peak_flops
 @job("gpu_check")
 def main() -> int:
     """Check, measure, report; 1 if a kernel differs."""
-    flags = parse_cli(check.Flags, description=__doc__ or "")
+    flags = parse_cli(Flags, description=__doc__ or "")
     if not torch.cuda.is_available():
         print("not run: no CUDA device")
         return 0
