@@ -74,26 +74,21 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "model.")
-        for low, high in (("dt_min", "dt_max"), ("a_min", "a_max")):
-            first, last = getattr(self, low), getattr(self, high)
-            check(
-                0 < first <= last,
-                f"model.{low} {first} and model.{high} {last} must be positive and in this order",
-            )
+        for name in ("dt", "a"):
+            low, high = getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+            pair = f"model.{name}_min {low} and model.{name}_max {high}"
+            check(0 < low <= high, f"{pair} must be positive and in this order")
         inner = self.expand * self.d_model
         check(
             inner % self.headdim == 0,
             f"model.headdim {self.headdim} does not divide expand x d_model = {inner}",
         )
-        is_mamba = self.decoder == "mamba"
-        check(
-            is_mamba or self.d_model % self.n_heads == 0,
-            f"model.n_heads {self.n_heads} does not divide model.d_model {self.d_model}",
-        )
-        check(
-            is_mamba or self.n_heads % self.n_kv_heads == 0,
-            f"model.n_kv_heads {self.n_kv_heads} does not divide model.n_heads {self.n_heads}",
-        )
+        for part, whole in (("n_heads", "d_model"), ("n_kv_heads", "n_heads")):
+            low, high = getattr(self, part), getattr(self, whole)
+            check(
+                self.decoder == "mamba" or high % low == 0,
+                f"model.{part} {low} does not divide model.{whole} {high}",
+            )
 
 
 @dataclass(frozen=True)
@@ -315,8 +310,7 @@ def rename_keys(values: dict[str, Any], section: str = "") -> dict[str, Any]:
 def from_dict(cls: type[T], values: dict[str, Any], section: str = "") -> T:
     """The config that `to_dict` wrote, in this version or a former one.
 
-    Raises:
-        ValueError: A key is unknown, which the message names, or a value is wrong.
+    Raises ValueError for an unknown key, which the message names, or a wrong value.
     """
     hints = typing.get_type_hints(cls)
     fields: dict[str, Any] = {}

@@ -60,23 +60,14 @@ DEMO = Config(
 
 # 8 x 8 digits with captions, as pixel patches: what `make learn` trains on two CPU cores.
 LEARN = Config(
-    model=ModelConfig(
+    model=dataclasses.replace(
+        DEMO.model,
         d_model=128,
-        n_layer=8,
-        d_state=32,
         headdim=32,
-        expand=1,
-        chunk_size=64,
-        dt_min=0.03,
-        dt_max=0.5,
-        a_min=0.05,
-        a_max=1.0,
         vocab_size=96,
-        n_classes=10,
         image_height=2,
         image_width=2,
         text_length=10,
-        kernel="compiled",
     ),
     objective=ObjectiveConfig(
         p_text_to_image=0.3,
@@ -94,16 +85,14 @@ LEARN = Config(
         caption_length=10,
         dialogue_length=10,
     ),
-    train=TrainConfig(
+    train=dataclasses.replace(
+        DEMO.train,
         steps=9000,
-        lr=2e-3,
         warmup=200,
-        decay="cosine",
         ema=0.999,
         checkpoint_every=2000,
+        snapshots=0,
         log_every=20,
-        gather="trunk",
-        deepspeed="deepspeed_configs/cpu.json",
     ),
     run_dir="runs/learn/train",
     tokenizer="runs/learn/data/tokenizer.model",

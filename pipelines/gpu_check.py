@@ -10,20 +10,14 @@ exits with 0.
 
 from mdm.launch.job import job
 
+import itertools
 import sys
 from pathlib import Path
 
 import torch
 
-from mdm.planning.gpu_check import (
-    MEASURED,
-    TOLERANCE,
-    Flags,
-    check_preset,
-    install,
-    parity,
-    table,
-)
+from mdm.planning import gpu_check as check
+from mdm.planning.gpu_check import Flags
 from mdm.utils.command_line import parse_cli
 from mdm.utils.files import write_json
 from mdm.utils.gpu import peak_flops
@@ -36,17 +30,16 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("not run: no CUDA device")
         return 0
-    install()
+    check.install()
     device = torch.cuda.get_device_name()
-    compared = [
-        line for dtype in TOLERANCE for packed in (False, True) for line in parity(dtype, packed)
-    ]
-    print(f"{device}\n\n{table(compared)}\n")
+    kinds = itertools.product(check.TOLERANCE, (False, True))
+    compared = [line for dtype, packed in kinds for line in check.parity(dtype, packed)]
+    print(f"{device}\n\n{check.table(compared)}\n")
     peak = peak_flops(device, flags.peak_tflops)
     if peak is None:
         print(f"no bf16 peak known for {device}: give --peak_tflops for the MFU")
-    measured = [line for name in MEASURED for line in check_preset(name, flags, peak)]
-    print(table(measured))
+    measured = [line for name in check.MEASURED for line in check.check_preset(name, flags, peak)]
+    print(check.table(measured))
     report = {"device": device, "torch": torch.__version__, "parity": compared, "speed": measured}
     write_json(Path(flags.out), report)
     return 0 if all(line["passed"] for line in compared) else 1

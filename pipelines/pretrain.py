@@ -23,14 +23,19 @@ import functools
 import io
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from mdm.config import Config, config_of, doc
 from mdm.launch.rank import run_rank
+from mdm.loss import Loss
+from mdm.planning.preflight import preflight, table
 from mdm.presets import PRESETS
-from mdm.train.engine import start_ranks
-from mdm.train.pretraining import check_machines, pretrain, replay_skipped_step
-from mdm.train.profiling import parse_steps, record_memory
-from mdm.train.run import Draw
+from mdm.train import replay_box
+from mdm.train.engine import device_of_rank, start_ranks
+from mdm.train.pretraining import pretrain
+from mdm.train.profiling import parse_steps
 from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import check_fields, one_of
 from mdm.utils.ranks import World
@@ -58,39 +63,35 @@ class Flags(Config):
         parse_steps(self.profile)
 
 
-def drawing(images: int) -> Draw | None:
-    """What draws so many images of each kind with a snapshot; None for none."""
-    if not images:
-        return None
-    # Imported here: what generates takes seconds to import.
-    from mdm.report.drawing import draw_samples
-
-    return functools.partial(draw_samples, n=images)
-
-
 def run(world: World) -> int:
     """One rank's part of the job; returns its exit code."""
     with contextlib.nullcontext() if world.is_main else contextlib.redirect_stderr(io.StringIO()):
         flags = parse_cli(Flags, description=__doc__ or "", presets=PRESETS)
     config = config_of(flags)
     if flags.replay_step >= 0:
-        print(replay_skipped_step(config, flags.replay_step))
+        folder, report = replay_box.find_box(Path(config.run_dir), flags.replay_step)
+        print(replay_box.describe(report, *replay_box.replay(folder, Loss)))
         return 0
     world = start_ranks(config.train.threads)
     if flags.preflight:
-        passed, table = check_machines(config, world)
+        checks = preflight(config, world, device_of_rank())
         if world.is_main:
-            print(table)
-        return 0 if passed else 1
-    if flags.memory_history:
-        record_memory()
+            print(table(checks))
+        return 0 if all(check.passed for check in checks) else 1
+    if flags.memory_history and torch.cuda.is_available():  # not run: no GPU was available
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+    draw = None
+    if config.train.images:
+        from mdm.report.drawing import draw_samples  # takes seconds
+
+        draw = functools.partial(draw_samples, n=config.train.images)
     return pretrain(
         config,
         world,
         resume=flags.resume,
         track=flags.tracking,
         profiled=parse_steps(flags.profile),
-        draw=drawing(config.train.images),
+        draw=draw,
     )
 
 

@@ -18,17 +18,9 @@ from mdm.checkpoint.state import RunError
 from mdm.config import Config, config_of, doc
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
+from mdm.planning import rehearsal
 from mdm.planning.cost import Cluster
 from mdm.planning.memory_plan import GIB, plan
-from mdm.planning.rehearsal import (
-    built_text,
-    costs,
-    costs_text,
-    judge,
-    plan_text,
-    rehearse,
-    report,
-)
 from mdm.presets import PRESETS
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.fields import NOT_NEGATIVE, POSITIVE, SHARE, check_fields
@@ -82,17 +74,17 @@ def main() -> int:
     if peak is None:
         fail(f"rehearse: --gpu {flags.gpu} is not known")
     memory_plan = plan(config, flags.world_size)
-    verdict = judge(memory_plan, memory)
-    print(plan_text(memory_plan, verdict), flush=True)
+    verdict = rehearsal.judge(memory_plan, memory)
+    print(rehearsal.plan_text(memory_plan, verdict), flush=True)
     cluster = Cluster(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Cluster)})
-    runs = costs(config, cluster, peak)
-    print(f"\n{costs_text(runs, cluster)}", flush=True)
+    runs = rehearsal.costs(config, cluster, peak)
+    print(f"\n{rehearsal.costs_text(runs, cluster)}", flush=True)
     built = None
     if flags.step_tokens:
         classes = (Block, AttentionBlock)
-        built = rehearse(config, flags.world_size, flags.step_tokens, classes)
-        print(f"\n{built_text(built)}")
-    write_json(Path(flags.out), report(memory_plan, verdict, runs, built))
+        built = rehearsal.rehearse(config, flags.world_size, flags.step_tokens, classes)
+        print(f"\n{rehearsal.built_text(built)}")
+    write_json(Path(flags.out), rehearsal.report(memory_plan, verdict, runs, built))
     print(f"\n{flags.out}")
     return 0
 

@@ -48,17 +48,16 @@ def prepare(
 ) -> Prepared:
     """Open the data and check that the run can start, or continue from `record` at `path`.
 
-    All ranks must call, before anything is built or written.
-
-    Raises:
-        RunError: on every rank, if data, tokenizer, autoencoder or settings do not fit on any.
+    All ranks must call, before anything is built or written. Raises RunError on every rank if data,
+    tokenizer, autoencoder or settings do not fit on any.
     """
 
     def check() -> Prepared:
         check_folders(Path(config.run_dir))
-        settings = deepspeed_settings(config, world)
+        values = load_deepspeed_config(config, world.size)
+        settings = {key: value for key, value in values.items() if key in ALLOWED}
         loader = make_loader(config, world)
-        lines: list[str] = []
+        lines = []
         if record:
             lines = check_settings(record.state, settings, config, path)
             untouched = loader.state_dict()
@@ -86,9 +85,8 @@ def check_folders(run_dir: Path) -> None:
 def on_every_rank(task: Callable[[], T], world: World) -> T:
     """The result of `task` on this rank, once it has succeeded on all; all ranks must call.
 
-    Raises:
-        RunError: on every rank, if `task` fails on any; the message names the rank unless all
-            ranks have the same message.
+    Raises RunError on every rank if `task` fails on any, which the message names unless all failed
+    alike.
     """
     failure = ""
     try:
@@ -114,12 +112,6 @@ def check_same(values: dict[str, Any]) -> None:
                     f"{key} is {row.get(key)!r} for rank {rank} on {host} and "
                     f"{first.get(key)!r} for rank 0 on {main}; give all nodes the same files"
                 )
-
-
-def deepspeed_settings(config: Config, world: World) -> dict[str, Any]:
-    """The content of the run's DeepSpeed JSON; RunError if it is missing or not allowed."""
-    values = load_deepspeed_config(config, world.size)
-    return {key: value for key, value in values.items() if key in ALLOWED}
 
 
 def check_settings(state: TrainState, now: dict[str, Any], config: Config, path: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The DeepSpeed configuration of a run: the JSON of `--train.deepspeed` plus what `Config` owns.
 
-The JSON sets ZeRO and offload; `Config` sets batch, clipping, learning rate and precision. A key
-that belongs to `Config` is refused in the JSON, so that each setting has one owner.
+The JSON sets ZeRO and offload. A key that `Config` owns is refused in it.
 """
 
 import json
@@ -33,9 +32,8 @@ OWNED_BY_CONFIG = {
 def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the JSON of `train.deepspeed` plus what `config` owns.
 
-    Raises:
-        RunError: the file is missing or malformed, has an unknown key or one that `config` owns,
-            or a ZeRO stage other than 2 or 3; or the ranks cannot share the batch evenly.
+    Raises RunError if the file is missing or not allowed, or the ranks cannot share the batch
+    evenly.
     """
     path = Path(config.train.deepspeed)
     try:
@@ -51,13 +49,14 @@ def load_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         raise RunError(
             f"data.global_batch {config.data.global_batch} is not a multiple of {world_size} ranks"
         )
+    device = deepspeed.accelerator.get_accelerator().device_name()  # cpu or cuda
     return values | {
         "train_batch_size": config.data.global_batch,
         "train_micro_batch_size_per_gpu": config.data.global_batch // world_size,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.grad_clip,
         "torch_autocast": {
-            "enabled": precision.resolve(config.train.precision, device_type()) == precision.BF16,
+            "enabled": precision.resolve(config.train.precision, device) == precision.BF16,
             "dtype": "bfloat16",
         },
         "zero_allow_untested_optimizer": True,
@@ -94,8 +93,3 @@ def _check(values: dict[str, Any], path: Path) -> None:
 def zero_settings(values: dict[str, Any]) -> Any:
     """The `zero_optimization` of a DeepSpeed configuration, with DeepSpeed's defaults."""
     return DeepSpeedZeroConfig(**values["zero_optimization"])
-
-
-def device_type() -> str:
-    """The type of device that ranks train on: cpu or cuda."""
-    return str(deepspeed.accelerator.get_accelerator().device_name())

@@ -137,28 +137,19 @@ class Engine:
         else:
             optimizer = torch.optim.AdamW(groups, fused=True, **settings)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=values)
+        self.module: nn.Module = self._engine.module  # partitioned under ZeRO-3
         self.world, self.stage = world, int(zero["stage"])
-        self._norm = NormWatch(self._engine.optimizer, self.stage)
+        self.zero = self._engine.optimizer  # DeepSpeed's ZeRO optimizer
+        self._norm = NormWatch(self.zero, self.stage)
         self.device: torch.device = torch.device(self._engine.device)
-        self.shards = Shards(self._engine.module, self._engine.optimizer, self.stage, world)
+        self.shards = Shards(self.module, self.zero, self.stage, world)
         if self.stage == 3:
-            make_persistent_visible(self._engine.optimizer)
+            make_persistent_visible(self.zero)
 
     @property
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient, before clipping."""
         return self._norm.norm
-
-    @property
-    def zero(self) -> Any:
-        """DeepSpeed's ZeRO optimizer, for memory measurements."""
-        return self._engine.optimizer
-
-    @property
-    def module(self) -> nn.Module:
-        """The module itself; under ZeRO-3 its parameters may be partitioned."""
-        module: nn.Module = self._engine.module
-        return module
 
     def forward(self, *inputs: Any) -> Any:
         """The module's output, in the run's precision."""
@@ -167,7 +158,7 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of `loss`, averaged over the ranks and partitioned."""
         if self.stage == 3:
-            forget_gradients(self._engine.optimizer)
+            forget_gradients(self.zero)
         self._engine.backward(loss)
 
     def step(self, rate: float, norm_limit: float = math.inf) -> None:
@@ -175,7 +166,7 @@ class Engine:
 
         Nothing is updated if the gradient norm is not finite or above `norm_limit`.
         """
-        for group in self._engine.optimizer.param_groups:
+        for group in self.zero.param_groups:
             group["lr"] = rate
         self._norm.begin(norm_limit)
         self._engine.step()
@@ -206,4 +197,4 @@ class Engine:
         """Continue from the state that was written into `shards.live()`; all ranks must call."""
         self.shards.adopt(optimizer_steps)
         if self.stage == 3:
-            make_persistent_visible(self._engine.optimizer)
+            make_persistent_visible(self.zero)

@@ -63,8 +63,8 @@ class Guard:
         self.config = config
         self.history = History()
         if saved:
-            running = {k: Running(**v) for k, v in saved["running"].items()}
-            self.history = History(**({**saved} | {"running": running}))
+            self.history = History(**saved)
+            self.history.running = {k: Running(**v) for k, v in saved["running"].items()}
 
     def state(self) -> dict[str, Any]:
         """The history as plain JSON values; floats survive JSON bit for bit."""
@@ -117,17 +117,15 @@ class Guard:
         first = self.history.recent[0]
         if self.history.rollbacks:
             decided, restored = self.history.rollbacks[-1]
-            if (
-                first <= decided + self.config.window
-            ):  # the same trouble: that rollback did not help
+            if first <= decided + self.config.window:  # that rollback did not help
                 return min(first, restored - 1)
         return first
 
     def gives_up(self, step: int) -> bool:
         """Whether one more rollback, decided at `step`, would be one too many."""
         since = step - 2 * self.config.window
-        lately = [1 for decided, _ in self.history.rollbacks if decided > since]
-        return len(lately) >= self.config.rollbacks
+        lately = sum(decided > since for decided, _ in self.history.rollbacks)
+        return lately >= self.config.rollbacks
 
     def roll_back(self, saved: Mapping[str, Any], decided: int, restored: int) -> None:
         """Restore the statistics of a checkpoint, but keep the counts of skips and rollbacks."""

@@ -70,13 +70,13 @@ class Ended:
 def watch_folder() -> Path | None:
     """The folder shared with a supervisor, if there is one."""
     folder = os.environ.get(FOLDER)
-    return Path(folder) if folder else None
+    return Path(folder) if folder and os.path.isdir(folder) else None
 
 
 def report_end(code: int, reason: str = "", blamed: Sequence[int] = ()) -> None:
     """Report to the supervisor how this rank ended; only the first report counts."""
     folder = watch_folder()
-    if folder is None or not folder.is_dir():
+    if folder is None:
         return
     rank = int(os.environ.get("RANK", "0"))
     path = folder / f"rank-{rank:05d}.json"
@@ -99,30 +99,33 @@ def read_beats(folder: Path) -> dict[int, Beat]:
 
 def read_ends(folder: Path) -> list[Ended]:
     """How ranks ended, of those that have reported."""
-    values = [files.read_json(p, _ENDED) for p in sorted(folder.glob("rank-*.json"))]
     return [
         Ended(v["rank"], v["code"], v["reason"], tuple(b for b in v["blamed"] if type(b) is int))
-        for v in values
-        if v
+        for path in sorted(folder.glob("rank-*.json"))
+        if (v := files.read_json(path, _ENDED))
     ]
 
 
 class Heartbeat:
     """Writes a rank's heartbeats, and watches for stop requests and hangs in a thread.
 
-    A step that takes longer than `hang_seconds` and ten mean steps counts as a hang. A hang ends
-    the process with HUNG, after writing the stacks of its threads and the last collectives to
-    `run_dir/hangs`.
+    A step that takes longer than `hang_seconds` and ten mean steps is a hang. It ends the process
+    with HUNG, after the stacks of its threads and the last collectives went to `run_dir/hangs`.
     """
 
     def __init__(self, run_dir: Path, rank: int, size: int, hang_seconds: float) -> None:
         self.run_dir, self.rank, self.size, self.hang_seconds = run_dir, rank, size, hang_seconds
         self.log: Path | None = None  # its modification time tells when the run was last alive
-        self._requested = 0
+        self.requested = 0  # REQUEUE or HALTED once a stop is requested
         self._interrupted = 0.0  # when the first Ctrl-C arrived
         self._step, self._steps_taken, self._step_began, self._mean = 0, 0, 0.0, 0.0
         self._beat = Beat(0, time.monotonic(), PATIENCE, "start")
-        self._shared = self._share()
+        self._shared: mmap.mmap | None = None
+        if folder := watch_folder():
+            path = folder / f"rank-{rank:05d}"
+            path.write_bytes(bytes(_BEAT.size))
+            with path.open("r+b") as file:
+                self._shared = mmap.mmap(file.fileno(), _BEAT.size)
         self._closed = threading.Event()
         self._former = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -131,20 +134,6 @@ class Heartbeat:
         self._write()
         self._thread = threading.Thread(target=self._watch, name="mdm-watch", daemon=True)
         self._thread.start()
-
-    def _share(self) -> mmap.mmap | None:
-        folder = watch_folder()
-        if folder is None or not folder.is_dir():
-            return None
-        path = folder / f"rank-{self.rank:05d}"
-        path.write_bytes(bytes(_BEAT.size))
-        with path.open("r+b") as file:
-            return mmap.mmap(file.fileno(), _BEAT.size)
-
-    @property
-    def requested(self) -> int:
-        """0, or REQUEUE or HALTED once a stop is requested."""
-        return self._requested
 
     def begin_step(self, step: int) -> None:
         """Record that step `step` begins."""
@@ -177,7 +166,7 @@ class Heartbeat:
             signal.signal(number, former)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._requested = self._requested or REQUEUE
+        self.requested = self.requested or REQUEUE
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         """Request a stop at the first Ctrl-C; end at once at a second, or before the first step."""
@@ -185,7 +174,7 @@ class Heartbeat:
             raise KeyboardInterrupt
         now, first = time.monotonic(), self._interrupted
         self._interrupted = first or now
-        self._requested = self._requested or REQUEUE
+        self.requested = self.requested or REQUEUE
         if not first and self.rank == 0:
             os.write(2, b"\nCtrl-C: saving, then ending; press again to end at once\n")
         elif first and now - first > ONE_PRESS:
@@ -199,9 +188,9 @@ class Heartbeat:
             if self._supervisor is not None and not _is_alive(self._supervisor):
                 self._end(ORPHANED, "its supervisor is gone")
             if folder is not None and (folder / "stop").exists():
-                self._requested = self._requested or REQUEUE
+                self.requested = self.requested or REQUEUE
             if (self.run_dir / STOP_FILE).exists():
-                self._requested = HALTED
+                self.requested = HALTED
             if self.log is not None:
                 with contextlib.suppress(OSError):
                     os.utime(self.log)
@@ -276,19 +265,15 @@ def _last_collectives() -> bytes:
 
 
 def _is_alive(process: psutil.Process) -> bool:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    return False
 
 
 def _supervisor() -> psutil.Process | None:
     """The process that restarts this one, if there is one: its id is in MDM_SUPERVISOR."""
-    pid = os.environ.get(SUPERVISOR)
-    if not pid:
-        return None
     try:
-        return psutil.Process(int(pid))
+        return psutil.Process(int(pid)) if (pid := os.environ.get(SUPERVISOR)) else None
     except psutil.NoSuchProcess:
         report_end(ORPHANED, "its supervisor is gone")
         os._exit(ORPHANED)

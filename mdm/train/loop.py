@@ -1,9 +1,8 @@
 """The training loop.
 
 `train` sets up and restores a run; each step then is forward, check, backward, optimizer, EMA, log,
-checkpoint. It ends with DONE when all steps are done, with REQUEUE when a signal or the supervisor
-requested a stop, and with HALTED when the stop file of `run_dir` did. In the last two cases it has
-saved, and the same command continues the run.
+checkpoint. It ends with DONE after the last step; after saving, with REQUEUE if a signal or the
+supervisor requested a stop, and with HALTED if the stop file of `run_dir` did.
 """
 
 import math
@@ -20,31 +19,19 @@ from mdm.checkpoint.state import RunError, TrainState, check_resumable, resolve_
 from mdm.config import Config, to_dict
 from mdm.data.loader import Loader
 from mdm.storage import open_store
-from mdm.train import recovery
+from mdm.train import outcome, recovery
 from mdm.train.beginning import on_every_rank, prepare
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, device_of_rank
 from mdm.train.guard import Guard
 from mdm.train.heartbeat import STOP_FILE, Heartbeat, report_end
 from mdm.train.metrics import Clock, Reporter, Window
-from mdm.train.outcome import (
-    DONE,
-    EXPORT,
-    SNAPSHOTS,
-    done_before,
-    export,
-    forget_former,
-    mark_done,
-    show,
-    start_tracking,
-)
 from mdm.train.profiling import Profile
 from mdm.train.run import Draw, Run
 from mdm.train.saver import Saver, find
 from mdm.train.throughput import Ranks, Throughput
 from mdm.train.writer import only_writer
-from mdm.utils.exit_codes import DONE as EXIT_DONE
-from mdm.utils.exit_codes import GAVE_UP, HALTED
+from mdm.utils.exit_codes import DONE, GAVE_UP, HALTED
 from mdm.utils.precision import describe
 from mdm.utils.ranks import World, exchange
 from mdm.utils.tracking import NullTracker
@@ -82,19 +69,11 @@ def train(
 ) -> int:
     """Train `config` to its last step; all ranks must call, after `start_ranks`.
 
-    Args:
-        config: the run.
-        world: this rank.
-        make_loss: builds the module that is trained; it maps (batch, step) to `LossTerms`.
-        make_loader: opens this rank's data.
-        resume: `auto` continues the newest valid checkpoint of the run, `none` starts over.
-        leaf_classes: modules that ZeRO-3 gathers as a whole; see `Engine`.
-        track: whether metrics and artifacts are sent to MLflow.
-        profiled: steps that leave a trace in `run_dir/profile`.
-        draw: draws images with each snapshot.
-
-    Returns:
-        The exit code.
+    `make_loss` builds the module that is trained, which maps (batch, step) to `LossTerms`;
+    `make_loader` opens this rank's data. `resume` `auto` continues the newest valid checkpoint,
+    `none` starts over. ZeRO-3 gathers modules of `leaf_classes` as a whole. With `track`, metrics
+    and artifacts are sent to MLflow. Steps `profiled` leave a trace in `run_dir/profile`. `draw`
+    draws images with each snapshot. Returns the exit code.
 
     Raises:
         RunError: the user can fix the problem; the message says how.
@@ -107,13 +86,12 @@ def train(
         newest = candidates[0] if candidates else None
         config = resolve_precision(config, newest.state if newest else None, device_of_rank().type)
         lines: list[str] = []
-        path = ""
+        path = f"{checkpoints.store.uri}/{newest.name}" if newest else ""
         if newest:
-            path = f"{checkpoints.store.uri}/{newest.name}"
             lines = check_resumable(newest.state, config, path)
             finished = newest.step >= config.train.steps
-            if finished and done_before(config, checkpoints, newest, world, track):
-                return EXIT_DONE
+            if finished and outcome.done_before(config, checkpoints, newest, world, track):
+                return DONE
         prepared = prepare(config, world, make_loader, newest, path)
         if resume == "none":
             on_every_rank(lambda: _start_over(run_dir, checkpoints, world, track), world)
@@ -132,7 +110,7 @@ def train(
         writer.agree()  # loading may have taken long
         reporter = Reporter(run_dir, config.train.steps, world, writer.has_folder)
         reporter.start(state, fresh=record is None)
-        tracker = start_tracking(config, state, track and world.is_main)
+        tracker = outcome.start_tracking(config, state, track and world.is_main)
         if world.is_main:
             heartbeat.log = reporter.events
         for line in [*lines, *prepared.lines, *saver.beginning(record, skipped + damaged)]:
@@ -167,7 +145,7 @@ def train(
 def _start_over(run_dir: Path, checkpoints: Checkpoints, world: World, track: bool) -> None:
     if world.is_main:
         checkpoints.set_all_aside("started over with --resume none")
-        forget_former(run_dir, track)
+        outcome.forget_former(run_dir, track)
 
 
 def _run(run: Run) -> int:
@@ -176,14 +154,14 @@ def _run(run: Run) -> int:
     try:
         code = take_steps(run)
         run.heartbeat.enter("end")
-        if code == EXIT_DONE:
+        if code == DONE:
             run.writer.agree()
-            export(run.dir / EXPORT, run)
+            outcome.export(run.dir / outcome.EXPORT, run)
         run.saver.wait()
-        if code == EXIT_DONE:
+        if code == DONE:
             run.writer.agree()
-            mark_done(run)
-        status = "FINISHED" if code == EXIT_DONE else "KILLED"
+            outcome.mark_done(run)
+        status = "FINISHED" if code == DONE else "KILLED"
         return code
     except Exception as error:  # reported at once: what follows may take a while
         if run.writer.lost:  # the MLflow run is the other job's now
@@ -194,7 +172,7 @@ def _run(run: Run) -> int:
         run.heartbeat.enter("end")
         run.saver.wait()
         report_saves(run)
-        artifacts = {DONE: DONE} if status == "FINISHED" else {}
+        artifacts = {outcome.DONE: outcome.DONE} if status == "FINISHED" else {}
         run.reporter.note("ended", run.state, status=status, artifacts=artifacts)
         run.reporter.close()
         run.tracker.finish(status)
@@ -205,14 +183,10 @@ def take_steps(run: Run) -> int:
     """Step until the last step, or until a stop of any rank is requested; returns the exit code."""
     train = run.config.train
     snapshots = snapshot_steps(train.steps, train.snapshots)
-    is_first = True
     while run.state.step < train.steps:
         with run.profile.step(run.state.step):
             stop, rate = take_step(run)
         state = run.state
-        if is_first:
-            is_first = False
-            run.reporter.first_step()
         if run.guard.must_roll_back:
             recovery.roll_back(run)
             continue
@@ -231,16 +205,16 @@ def take_steps(run: Run) -> int:
         if state.step in snapshots:
             run.writer.agree()
             run.heartbeat.enter("export")
-            folder = run.dir / SNAPSHOTS / f"step-{state.step:08d}"
-            export(folder, run, needed=False)
-            show(folder, run)
+            folder = run.dir / outcome.SNAPSHOTS / f"step-{state.step:08d}"
+            outcome.export(folder, run, needed=False)
+            outcome.show(folder, run)
         if stop and not is_last:
             run.saver.wait()
             how = f"remove {STOP_FILE} and run again" if stop == HALTED else "run again"
             saved = run.saver.saved_step
             run.reporter.say(f"stopped after step {state.step}, saved at step {saved}; {how}")
             return stop
-    return EXIT_DONE
+    return DONE
 
 
 def take_step(run: Run) -> tuple[int, float]:
@@ -305,9 +279,8 @@ def report_saves(run: Run) -> None:
     if run.world.is_main and step > run.linked_step:
         run.linked_step = step
         link = {"uri": run.saver.checkpoints.store.uri, "step": step}
-        artifacts = {f"checkpoints/step-{step:08d}.json": link}
-        figures = run.saver.figures
-        run.reporter.note("saved", run.state, saved_step=step, **figures, artifacts=artifacts)
+        facts = {**run.saver.figures, "artifacts": {f"checkpoints/step-{step:08d}.json": link}}
+        run.reporter.note("saved", run.state, saved_step=step, **facts)
 
 
 def _first_line(error: Exception) -> str:

@@ -36,12 +36,12 @@ MODEL_PARTS = ("forward", "backward")
 PARTS = ("data", "forward", "exchange", "backward", "optimizer", "ema", "save", "other")
 CONDITIONED_TERMS = ("samples", "eps_img", "se_img", "se_txt")
 _TERMS = tuple(name for name in LossTerms._fields if name not in ("conditioning", "per_sample"))
+_NAMES = (*_TERMS, *(f"{c}/{name}" for c in CONDITIONINGS for name in CONDITIONED_TERMS))
 _OLD_ATTEMPTS = "attempts.jsonl"  # of runs that were begun before `events.jsonl` had them
 # The fields that a line must have.
 _METRICS: files.Shape = {"step": float}
 _ATTEMPT: files.Shape = {"started": float, "step": int}
 _EVENT: files.Shape = {"event": str, "step": int, "time": float}
-_NAMES = (*_TERMS, *(f"{c}/{name}" for c in CONDITIONINGS for name in CONDITIONED_TERMS))
 
 
 class Clock:
@@ -126,21 +126,17 @@ class Window:
         total = sum(values["total"] for values in sums_of.values())
         means = {"loss": total / self._size / sum(self._steps.values())}
         for task, values in sums_of.items():
-            means |= {
-                f"{task}/{name}": values[name] / self._size / values["steps"]
-                for name in _TERMS
-                if values[name] != 0.0
-            }
+            for name in _TERMS:
+                if values[name] != 0.0:
+                    means[f"{task}/{name}"] = values[name] / self._size / values["steps"]
         for conditioning in CONDITIONINGS:
             samples, *sums = (
                 sum(values[f"{conditioning}/{name}"] for values in sums_of.values())
                 for name in CONDITIONED_TERMS
             )
-            means |= {
-                f"{conditioning}/{name}": value / samples
-                for name, value in zip(CONDITIONED_TERMS[1:], sums, strict=True)
-                if value != 0.0
-            }
+            for name, value in zip(CONDITIONED_TERMS[1:], sums, strict=True):
+                if value != 0.0:
+                    means[f"{conditioning}/{name}"] = value / samples
         self._sums, self._steps = {}, defaultdict(int)
         return means
 
@@ -167,7 +163,7 @@ class Reporter:
         self._before: dict[str, float] | None = None
         self._samples_before = 0
         self._started = psutil.Process().create_time()
-        self._restart_seconds: dict[str, float] = {}  # until the first line of metrics
+        self._restart_seconds: dict[str, float] | None = None  # for the first line of metrics
         self._attempts: list[dict[str, Any]] = [{"started": time.time(), "step": 0}]
 
     def start(self, state: TrainState, fresh: bool) -> None:
@@ -183,15 +179,9 @@ class Reporter:
         # A running attempt updates the modification time: see `Heartbeat.log`.
         ends = [p.stat().st_mtime for p in (self.events, old_attempts) if p.is_file()]
         self._drop_lines(state.step)
-        rows = [
-            *files.read_lines(old_attempts, _ATTEMPT),
-            *(
-                row
-                for row in files.read_lines(self.events, _EVENT, repair=True)
-                if row["event"] == "started"
-            ),
-        ]
-        former = [row for row in rows if not files.mismatch(row, _ATTEMPT)]
+        events = files.read_lines(self.events, _EVENT, repair=True)
+        started = [e for e in events if e["event"] == "started" and not files.mismatch(e, _ATTEMPT)]
+        former = files.read_lines(old_attempts, _ATTEMPT) + started
         for row in former:
             if files.mismatch(row, {"former_ended": float}):
                 row.pop("former_ended", None)
@@ -214,7 +204,7 @@ class Reporter:
                 raise StoreError(f"cannot write {self._metrics}: {error.strerror}") from error
 
     def rewind(self, state: TrainState) -> None:
-        """The run returns to `state`: drop the metrics of steps that will be repeated."""
+        """Return to `state`: drop the metrics of steps that will be repeated."""
         if not self.world.is_main or not self._has_folder():
             return
         self._drop_lines(state.step)
@@ -222,12 +212,10 @@ class Reporter:
         self._bar.n = state.step
         self._bar.refresh()
 
-    def first_step(self) -> None:
-        """The first step of this attempt is done: measure how long that took."""
-        self._restart_seconds = {"restart_seconds": time.time() - self._started}
-
     def step(self) -> None:
-        """Advance the bar."""
+        """Advance the bar; at the first step, measure how long that took."""
+        if self._restart_seconds is None:
+            self._restart_seconds = {"restart_seconds": time.time() - self._started}
         if self._bar is not None:
             self._bar.update()
 
@@ -247,13 +235,13 @@ class Reporter:
             "share_outside_model": 1 - sum(spent[p] for p in MODEL_PARTS) / total,
             **{f"share/{p}": spent[p] / total for p in PARTS},
             "goodput": self._goodput(clock.seconds)[0],
-            **self._restart_seconds,
+            **(self._restart_seconds or {}),
         }
         self._before, self._samples_before = dict(clock.seconds), state.samples_seen
         self._restart_seconds = {}
-        place = {"step": state.step, "samples_seen": state.samples_seen}
+        row = {"step": state.step, "samples_seen": state.samples_seen, **values, **speeds}
+        row |= {**_system(), "time": time.time()}
         try:
-            row = {**place, **values, **speeds, **_system(), "time": time.time()}
             files.append_line(self._metrics, row)
         except OSError as error:
             self.say(f"warning: {self._metrics.name} lacks step {state.step}: {error}")

@@ -97,11 +97,8 @@ def done_before(
 ) -> bool:
     """Whether the run ended with `newest`, its last checkpoint; all ranks must call.
 
-    If so, what it leaves behind is completed: a missing export is made from the checkpoint, and
-    MLflow receives what waits for it.
-
-    Raises:
-        RunError: the export cannot be written.
+    If so, a missing export is made from the checkpoint, and MLflow receives what waits for it.
+    Raises RunError if the export cannot be written.
     """
     is_finished, failure = on_main(lambda: _complete_export(config, checkpoints, newest), world)
     if failure:
@@ -123,9 +120,7 @@ def _complete_export(config: Config, checkpoints: Checkpoints, newest: Record) -
         try:
             uri = join(checkpoints.store.uri, newest.name)
             export_checkpoint(uri, folder, newest.averages, config=config)
-        except (
-            RunError
-        ) as error:  # the checkpoint is damaged: the run continues from an earlier one
+        except RunError as error:  # it is damaged: the run continues from an earlier one
             files.warn_once(f"{folder} lacks {', '.join(missing)}, and {error}")
             return False
         files.warn_once(f"{folder} lacked {', '.join(missing)}: made again from {newest.name}")
@@ -137,16 +132,11 @@ def forget_former(run_dir: Path, track: bool) -> None:
 
     With `track`, the new run's tracker closes the former MLflow run.
     """
-    files.set_folder_aside(run_dir / DONE)
-    (run_dir / DONE).unlink(missing_ok=True)
-    _forget_tracking(run_dir, track)
-
-
-def _forget_tracking(run_dir: Path, track: bool) -> None:
     adopt_old_journal(run_dir)
     former = Progress.read(run_dir)
-    files.set_folder_aside(run_dir / TRACKING)
-    (run_dir / TRACKING).unlink(missing_ok=True)
+    for name in (DONE, TRACKING):
+        files.set_folder_aside(run_dir / name)
+        (run_dir / name).unlink(missing_ok=True)
     if track and (former.run_id or former.key):
         with contextlib.suppress(OSError):
             Progress(former=[*former.former, [former.run_id, former.key]]).write(run_dir)
@@ -163,7 +153,7 @@ def start_tracking(config: Config, state: TrainState, wanted: bool) -> MlflowTra
     adopt_old_journal(run_dir)
     former = Progress.read(run_dir)
     if not state.step and former.config not in ("", fingerprint(config)):  # it never saved
-        _forget_tracking(run_dir, track=True)
+        forget_former(run_dir, track=True)
     return _tracker(config, state)
 
 

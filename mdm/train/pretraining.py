@@ -1,6 +1,4 @@
-"""One rank's part of a pretraining job: its data, its training or its checks, its memory errors."""
-
-from pathlib import Path
+"""One rank's part of a pretraining job: its data, its training, its memory errors."""
 
 import torch
 
@@ -12,10 +10,7 @@ from mdm.loss import Loss
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block, Trunk
 from mdm.planning.memory_advice import explain_out_of_memory
-from mdm.planning.preflight import preflight, table
 from mdm.storage import StoreError
-from mdm.train import replay_box
-from mdm.train.engine import device_of_rank
 from mdm.train.loop import train
 from mdm.train.run import Draw
 from mdm.utils.ranks import World
@@ -29,11 +24,7 @@ class RankError(RuntimeError):
 
 
 def make_loader(config: Config, world: World) -> Loader:
-    """The run's loader.
-
-    Raises:
-        RunError: Data is missing or does not fit the configuration.
-    """
+    """The run's loader; RunError if data is missing or does not fit the configuration."""
     try:
         loader = build_loader(config, world)
         # Once per node: any of its ranks may write the exports, which hold the tokenizer.
@@ -45,21 +36,12 @@ def make_loader(config: Config, world: World) -> Loader:
 
 
 def pretrain(
-    config: Config,
-    world: World,
-    *,
-    resume: str,
-    track: bool,
-    profiled: range,
-    draw: Draw | None,
+    config: Config, world: World, *, resume: str, track: bool, profiled: range, draw: Draw | None
 ) -> int:
     """Train to the last step; all ranks call, after `start_ranks`. Returns the exit code.
 
-    The arguments are those of `mdm.train.loop.train`.
-
-    Raises:
-        RunError: The same on every rank: something that the user can fix.
-        RankError: This rank ran out of GPU memory.
+    The arguments are those of `mdm.train.loop.train`. Raises RunError, the same on every rank, for
+    what the user can fix, and RankError if this rank ran out of GPU memory.
     """
     try:
         return train(
@@ -75,15 +57,3 @@ def pretrain(
         )
     except torch.OutOfMemoryError as error:
         raise RankError(explain_out_of_memory(error, config, world)) from error
-
-
-def check_machines(config: Config, world: World) -> tuple[bool, str]:
-    """Whether all checks before a run pass, and their table; all ranks call."""
-    checks = preflight(config, world, device_of_rank())
-    return all(check.passed for check in checks), table(checks)
-
-
-def replay_skipped_step(config: Config, step: int) -> str:
-    """What a skipped step does with each of its samples alone."""
-    folder, report = replay_box.find_box(Path(config.run_dir), step)
-    return replay_box.describe(report, *replay_box.replay(folder, Loss))

@@ -1,11 +1,11 @@
-"""Looking closer at a run: a trace of chosen steps, and a record of CUDA's allocations."""
+"""A trace of chosen steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from mdm.utils.ranks import World
 
@@ -13,8 +13,7 @@ from mdm.utils.ranks import World
 def parse_steps(text: str) -> range:
     """`10:13` as the steps 10, 11 and 12, `10` as that step alone, and nothing as none.
 
-    Raises:
-        ValueError: what is neither, or holds no step.
+    Raises ValueError for what is neither, or holds no step.
     """
     if not text:
         return range(0)
@@ -43,10 +42,7 @@ class Profile:
     def step(self, number: int) -> Iterator[None]:
         """A context around step `number`."""
         if number in self.steps and self._running is None:
-            kinds = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                kinds.append(ProfilerActivity.CUDA)
-            self._running = profile(activities=kinds, profile_memory=True, record_shapes=True)
+            self._running = profile(profile_memory=True, record_shapes=True)
             self._first = number
             self._running.__enter__()
         try:
@@ -64,9 +60,3 @@ class Profile:
         by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = running.key_averages().table(sort_by=by, row_limit=30)
         (self.folder / f"{name}.txt").write_text(table + "\n", encoding="utf-8")
-
-
-def record_memory() -> None:
-    """Record CUDA's allocations for a later snapshot. **Not run**: no GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.memory._record_memory_history(max_entries=100_000)

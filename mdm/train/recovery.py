@@ -69,10 +69,8 @@ def _describe(step: int, reason: str, shares: list[tuple[dict[str, float], Any, 
 def roll_back(run: Run) -> None:
     """Return to a checkpoint from before the trouble, and add its samples to the blocklist.
 
-    All ranks must call.
-
-    Raises:
-        Diverged: earlier rollbacks have not helped, or there is no checkpoint to return to.
+    All ranks must call. Raises Diverged if earlier rollbacks have not helped, or there is no
+    checkpoint to return to.
     """
     guard, decided = run.guard, run.state.step
     skipped = list(guard.history.recent)
@@ -98,12 +96,10 @@ def roll_back(run: Run) -> None:
     run.loader.load_state_dict(record.manifest["loader"])
     run.loader.block(blocklist)
     saved = record.state.on_ranks(run.world.size)
-    config, deepspeed = run.state.config, run.state.deepspeed
-    tracking_id = run.tracker.identity or run.state.tracking_id
     guard.roll_back(saved.guard, decided, saved.step)
+    saved.config, saved.deepspeed = run.state.config, run.state.deepspeed
+    saved.tracking_id = run.tracker.identity or run.state.tracking_id
     run.state = saved
-    run.state.config, run.state.deepspeed = config, deepspeed
-    run.state.tracking_id = tracking_id
     run.clock = Clock(saved.seconds, run.heartbeat.enter)
     run.window = Window(run.world, saved.window)
     run.reporter.rewind(saved)

@@ -11,7 +11,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,34 +27,21 @@ from mdm.storage.tensor_file import save_tensors
 from mdm.utils import files
 from mdm.utils.precision import autocast, resolve
 
+SHOWN = 5  # samples
 WEIGHTS = "model.safetensors"
-_TENSORS = (
-    "keys",
-    "epochs",
-    "class_ids",
-    "tokens",
-    "prompt",
-    "latents",
-    "image_at",
-    "text_of",
-)
+_TENSORS = tuple(f.name for f in fields(Batch) if f.name not in ("ids", "average_over"))
 _OLD_FOLDER, _OLD_NAMES = "blackbox", {"picture_at": "image_at"}  # of former versions
-
-
-def boxes_of(run_dir: Path) -> Path:
-    """The folder of a run's replay boxes."""
-    return run_dir / "replay_boxes"
 
 
 def box_of(run_dir: Path, step: int) -> Path:
     """The replay box of step `step`."""
-    return boxes_of(run_dir) / f"step-{step:08d}"
+    return run_dir / "replay_boxes" / f"step-{step:08d}"
 
 
 def join(batches: list[Batch]) -> Batch:
     """The global batch of all ranks' shares, on the host."""
     parts = [batch.to("cpu") for batch in batches]
-    fields: dict[str, Any] = {
+    joined: dict[str, Any] = {
         "ids": tuple(i for part in parts for i in part.ids),
         "average_over": sum(part.average_over for part in parts),
     }
@@ -63,8 +50,8 @@ def join(batches: list[Batch]) -> Batch:
         if name == "text_of" and values[0] is not None:  # indices of samples, over all ranks
             before = itertools.accumulate((len(part) for part in parts), initial=0)
             values = [torch.where(v < 0, v, v + n) for v, n in zip(values, before, strict=False)]
-        fields[name] = None if values[0] is None else torch.cat(values)
-    return Batch(**fields)
+        joined[name] = None if values[0] is None else torch.cat(values)
+    return Batch(**joined)
 
 
 def write(
@@ -81,22 +68,16 @@ def write(
     if weights is not None:
         files.write_json(folder / "config.json", to_dict(config))
         save_tensors(folder / WEIGHTS, weights)
-        boxes = sorted(boxes_of(run_dir).glob(f"step-*/{WEIGHTS}"))
+        boxes = sorted(folder.parent.glob(f"step-*/{WEIGHTS}"))
         for old in boxes[: max(len(boxes) - config.guard.replay_boxes, 0)]:
             old.unlink()
-    facts = report | {
+    samples = zip(batch.ids, batch.keys.tolist(), batch.epochs.tolist(), strict=True)
+    facts = {
         "step": step,
-        "samples": [
-            {"id": name, "noise_key": key, "epoch": epoch}
-            for name, key, epoch in zip(
-                batch.ids, batch.keys.tolist(), batch.epochs.tolist(), strict=True
-            )
-        ],
+        "samples": [{"id": i, "noise_key": key, "epoch": epoch} for i, key, epoch in samples],
     }
-    tensors = {name: getattr(batch, name) for name in _TENSORS}
-    plain = {"ids": list(batch.ids), "average_over": batch.average_over}
-    torch.save(tensors | plain, folder / "batch.pt")
-    files.write_json(folder / "report.json", facts)
+    torch.save(vars(batch) | {"ids": list(batch.ids)}, folder / "batch.pt")
+    files.write_json(folder / "report.json", report | facts)
     return folder
 
 
@@ -116,13 +97,14 @@ class Played:
 
 def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
     """The box of a step and its report; RunError names the steps that can be replayed."""
-    places = (boxes_of(run_dir), run_dir / _OLD_FOLDER)
+    box = box_of(run_dir, step)
+    places = (box.parent, run_dir / _OLD_FOLDER)
     paths = {p.parent.name: p.parent for place in places for p in place.glob(f"step-*/{WEIGHTS}")}
-    folder = paths.get(box_of(run_dir, step).name)
+    folder = paths.get(box.name)
     if folder is None:
         known = ", ".join(str(int(name.removeprefix("step-"))) for name in sorted(paths))
         raise RunError(
-            f"step {step} has no replay box with weights in {boxes_of(run_dir)}; there are: "
+            f"step {step} has no replay box with weights in {box.parent}; there are: "
             f"{known or 'none'}"
         )
     try:
@@ -134,11 +116,8 @@ def find_box(run_dir: Path, step: int) -> tuple[Path, dict[str, Any]]:
 def replay(folder: Path, make_loss: Callable[[Config], nn.Module]) -> tuple[float, list[Played]]:
     """The loss of a step with its initial weights, then loss and gradient of each sample alone.
 
-    Runs in one process, for any number of ranks of the run, and in the run's precision.
-
-    Args:
-        folder: a replay box with weights.
-        make_loss: builds the module that was trained.
+    Runs in one process, for any number of ranks of the run, and in the run's precision. `folder` is
+    a replay box with weights; `make_loss` builds the module that was trained.
     """
     config = from_dict(Config, files.load_json(folder / "config.json"))
     saved = torch.load(folder / "batch.pt", weights_only=True)
@@ -171,7 +150,8 @@ def replay(folder: Path, make_loss: Callable[[Config], nn.Module]) -> tuple[floa
 
 def _one(batch: Batch, i: int) -> Batch:
     """Sample i alone; a text from a packed row gets its own row."""
-    fields: dict[str, Any] = {name: getattr(batch, name) for name in _TENSORS}
+    alone: dict[str, Any] = {"ids": (batch.ids[i],), "average_over": 0}
+    of_sample = _TENSORS
     if batch.text_of is not None:
         is_part = batch.text_of == i
         row = is_part.any(1)
@@ -179,13 +159,12 @@ def _one(batch: Batch, i: int) -> Batch:
         tokens = torch.full_like(batch.tokens[row], PAD)
         prompt = torch.zeros_like(batch.prompt[row])
         tokens[0, :length], prompt[0, :length] = batch.tokens[is_part], batch.prompt[is_part]
-        fields |= {"tokens": tokens, "prompt": prompt, "text_of": None}
-        of_sample: tuple[str, ...] = ("keys", "epochs", "class_ids")
-    else:
-        of_sample = _TENSORS
+        alone |= {"tokens": tokens, "prompt": prompt, "text_of": None}
+        of_sample = ("keys", "epochs", "class_ids")
     for name in of_sample:
-        fields[name] = None if fields[name] is None else fields[name][i : i + 1]
-    return Batch(ids=(batch.ids[i],), **fields)
+        tensor = getattr(batch, name)
+        alone[name] = None if tensor is None else tensor[i : i + 1]
+    return replace(batch, **alone)
 
 
 def blame(played: list[Played]) -> list[tuple[Played, float]]:
@@ -199,7 +178,7 @@ def blame(played: list[Played]) -> list[tuple[Played, float]]:
     return sorted(ranked, key=lambda row: (row[0].finite, -row[1]))
 
 
-def describe(report: dict[str, Any], whole: float, played: list[Played], shown: int = 5) -> str:
+def describe(report: dict[str, Any], whole: float, played: list[Played]) -> str:
     """The result of a replay, as text."""
     ranked = blame(played)
     lines = [
@@ -207,8 +186,7 @@ def describe(report: dict[str, Any], whole: float, played: list[Played], shown: 
         f"loss of the global batch: {report['loss']:.6g} then, {whole:.6g} now",
         f"{'sample, alone':40}{'loss':>12}{'gradient norm':>15}{'of the median':>15}",
     ]
-    for p, share in ranked[:shown]:
-        lines.append(f"{p.id:40}{p.loss:12.5g}{p.norm:15.5g}{share:14.1f}x")
+    lines += [f"{p.id:40}{p.loss:12.5g}{p.norm:15.5g}{share:14.1f}x" for p, share in ranked[:SHOWN]]
     first, share = ranked[0]
     if not first.finite:
         names = ", ".join(p.id for p, _ in ranked if not p.finite)

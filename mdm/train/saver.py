@@ -26,7 +26,6 @@ from mdm.utils.ranks import World, from_main, gather_to_all
 # Uploads have time limits of their own; this one is for ranks that are gone.
 VOTE_TIMEOUT = timedelta(hours=1)
 
-
 T = TypeVar("T")
 
 
@@ -47,11 +46,8 @@ def find(
 ) -> tuple[list[Record], list[tuple[str, str]]]:
     """Valid checkpoints, newest first, and names of skipped ones with the reason.
 
-    All ranks must call, and only in the job that holds the lease of the checkpoints. With `resume`
-    none there are none.
-
-    Raises:
-        RunError: the store cannot be read, or holds another format.
+    With `resume` none there are none. All ranks must call, and only in the job that holds the lease
+    of the checkpoints. Raises RunError if the store cannot be read or holds another format.
     """
 
     def read() -> tuple[list[Record], list[tuple[str, str]]]:
@@ -73,17 +69,13 @@ class Saver:
         self.checkpoints, self.world = checkpoints, world
         self._engine, self._ema, self._keep = engine, ema, keep
         self._snapshot = Snapshot(self._live(), engine.shards.pieces())
+        self.nbytes = self._snapshot.nbytes  # host memory
         self._shapes, self._tied = engine.shards.shapes(), engine.shards.tied()
         self._group = torch.distributed.new_group(backend="gloo", timeout=VOTE_TIMEOUT)
         self._thread: Thread | None = None
         self._messages: list[str] = []
         self.figures: dict[str, float] = {}  # seconds of the last save and restore
         self.saved_step = -1  # of the newest checkpoint known to be committed
-
-    @property
-    def nbytes(self) -> int:
-        """Host memory of this rank's snapshot."""
-        return self._snapshot.nbytes
 
     def _live(self) -> dict[str, list[torch.Tensor]]:
         return self._engine.shards.live() | self._ema.shadows
@@ -173,17 +165,16 @@ class Saver:
         """Load the first of `candidates` whose bytes are those that were committed.
 
         Each rank reads and checks what it needs; together that is everything. Returns what was
-        loaded, and the damaged checkpoints before it with the reason; they are set aside.
-
-        Raises:
-            RunError: the store cannot be read, or holds another model.
+        loaded, and the damaged checkpoints before it with the reason; they are set aside. Raises
+        RunError if the store cannot be read or holds another model.
         """
         began, skipped = time.perf_counter(), []
         for record in candidates:
             damage, failure = self._read(record)
             votes = gather_to_all((damage, failure), self._group)
             if failures := [vote for _, vote in votes if vote]:
-                raise RunError(f"cannot load {self._path(record.name)}: {failures[0]}")
+                path = f"{self.checkpoints.store.uri}/{record.name}"
+                raise RunError(f"cannot load {path}: {failures[0]}")
             if damages := [vote for vote, _ in votes if vote]:
                 skipped.append((record.name, damages[0]))
                 if self.world.is_main:
@@ -230,6 +221,3 @@ class Saver:
             "to save from"
         )
         return lines
-
-    def _path(self, name: str) -> str:
-        return f"{self.checkpoints.store.uri}/{name}"

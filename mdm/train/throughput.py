@@ -33,9 +33,6 @@ class Throughput:
         self._model, self._size = config.model, world.size
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
         self._peak = peak_flops(name, config.train.peak_tflops)  # of one rank
-        self._clear()
-
-    def _clear(self) -> None:
         self._tokens = self._images = self._flops = 0
 
     def add(self, batch: Batch) -> None:
@@ -58,12 +55,12 @@ class Throughput:
         }
         if self._peak:
             rates["mfu"] = flops / self._peak
-        self._clear()
+        self._tokens = self._images = self._flops = 0
         return rates
 
 
 class Ranks:
-    """How evenly the ranks work: busy seconds of each rank's host, waits for data, and memory.
+    """How evenly the ranks work.
 
     Ranks wait for each other in every step, so wall time does not reveal a slow one. The processor
     time of its main thread does, and the time that it waits for data.
@@ -76,8 +73,7 @@ class Ranks:
     def measure(self, waited: float) -> dict[str, float]:
         """Skew and memory since the last call, over all ranks; all must call.
 
-        Args:
-            waited: seconds in total that this rank has waited for data.
+        `waited` are the seconds in total that this rank has waited for data.
         """
         busy, now = time.thread_time() - self._busy, waited - self._waited
         self._busy, self._waited = time.thread_time(), waited
@@ -86,14 +82,14 @@ class Ranks:
         # Linux counts ru_maxrss in KiB.
         rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         rows = exchange([busy + now, now, rss, held], self._device)
-        spent = [row[0] for row in rows]
+        spent, waits, peaks, held_by_gpu = zip(*rows, strict=True)
         mean = sum(spent) / len(spent)
         metrics = {
             "ranks/skew": max(spent) / mean - 1.0 if mean else 0.0,
             "ranks/slowest": float(spent.index(max(spent))),
-            "ranks/longest_data_wait": max(row[1] for row in rows),
-            "ranks/peak_rss_gib": max(row[2] for row in rows),
+            "ranks/longest_data_wait": max(waits),
+            "ranks/peak_rss_gib": max(peaks),
         }
         if cuda:
-            metrics["ranks/peak_gpu_gib"] = max(row[3] for row in rows)
+            metrics["ranks/peak_gpu_gib"] = max(held_by_gpu)
         return metrics

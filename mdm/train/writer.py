@@ -7,6 +7,7 @@ it is stopped, or cut off from the store, it commits nothing more and ends.
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from mdm.checkpoint.checkpoints import uri_of
@@ -24,21 +25,21 @@ RUN_LEASE = "lease.json"  # in the run's folder and beside its checkpoints
 class OtherRunError(RunError):
     """Another job writes to the run; retried if it belongs to the same supervised job."""
 
-    def __init__(self, message: str, code: int = MISTAKE) -> None:
+    def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
 
-    @classmethod
-    def of(cls, error: OtherJobError) -> "OtherRunError":
-        """The error with the exit code that fits it."""
-        return cls(str(error), GAVE_UP if error.same_job else MISTAKE)
+
+def _refusal(error: OtherJobError) -> tuple[str, int]:
+    """The arguments of the `OtherRunError` that fits."""
+    return str(error), GAVE_UP if error.same_job else MISTAKE
 
 
+@dataclass
 class Writer:
-    """This job's right to write to a run; ranks other than 0 always have it."""
+    """This job's right to write to a run; ranks other than 0 have no leases and always have it."""
 
-    def __init__(self, leases: list[Lease]) -> None:
-        self._leases = leases
+    _leases: list[Lease]
 
     @property
     def lost(self) -> bool:
@@ -51,7 +52,7 @@ class Writer:
             for lease in self._leases:
                 lease.confirm()
         except OtherJobError as error:
-            raise OtherRunError.of(error) from None
+            raise OtherRunError(*_refusal(error)) from None
 
     def has_folder(self) -> bool:
         """Whether the run's folder still belongs to this job."""
@@ -63,23 +64,20 @@ class Writer:
     def agree(self) -> None:
         """OtherRunError on all ranks if another job has taken over; all must call."""
         refusal = None
-        if not self.has_folder():
-            try:
-                for lease in self._leases:
-                    lease.check()
-            except OtherJobError as error:
-                refusal = OtherRunError.of(error)
-        if arguments := from_main(refusal and (str(refusal), refusal.code)):
-            raise OtherRunError(*arguments)
+        try:
+            for lease in () if self.has_folder() else self._leases:
+                lease.check()
+        except OtherJobError as error:
+            refusal = _refusal(error)
+        if refusal := from_main(refusal):
+            raise OtherRunError(*refusal)
 
 
 @contextmanager
 def only_writer(config: Config, world: World) -> Iterator[Writer]:
     """Hold the right to write to the run of `config` during a block; all ranks must call.
 
-    Raises:
-        OtherRunError: another job has it, or the place of checkpoints or the run's folder cannot
-            be written to.
+    Raises OtherRunError if another job has it, or one of its places cannot be written to.
     """
     with ExitStack() as exit_stack:
         leases: list[Lease] = []
@@ -88,7 +86,7 @@ def only_writer(config: Config, world: World) -> Iterator[Writer]:
             try:
                 _take(config, leases, exit_stack)
             except OtherJobError as error:
-                refusal = (str(error), OtherRunError.of(error).code)
+                refusal = _refusal(error)
             except (StoreError, OSError, ValueError) as error:  # ValueError: an unknown scheme
                 advice = "--run_dir and --train.checkpoints must be places that can be written"
                 refusal = (f"{error}; {advice}", MISTAKE)

@@ -63,17 +63,13 @@ def parse_cli(
     description: str = "",
     presets: Mapping[str, Any] | None = None,
 ) -> T:
-    """A `cls` from the command line.
+    """A `cls`, a dataclass, from `argv` or this process's command line.
 
-    Args:
-        cls: A dataclass. A field without a default is a flag that must be given.
-        argv: The words of the command line; by default those of this process.
-        description: What `--help` says about the job.
-        presets: If given, `cls` is a subclass of their class with a field `preset`: the flag
-            `--preset NAME` must be given and picks the values that the other flags change.
+    A field without a default is a flag that must be given. With `presets`, `cls` is a subclass of
+    their class with a field `preset`: the flag `--preset NAME` must be given and picks the values
+    that the other flags change. `--help` begins with `description`.
 
-    Raises:
-        SystemExit: After `--help`; with code 2, after one line about a mistake.
+    Raises SystemExit after `--help` and, with code 2, after one line about a mistake.
     """
     prog, types = Path(sys.argv[0]).name, flag_types(cls)
     words = sys.argv[1:] if argv is None else argv

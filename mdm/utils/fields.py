@@ -41,11 +41,9 @@ def check(ok: bool, message: str) -> None:
 
 
 def check_fields(config: Any, prefix: str = "--") -> None:
-    """Raise ValueError unless every field of `config` keeps its rule.
+    """ValueError unless every field of a dataclass, made by `doc`, keeps its rule.
 
-    Args:
-        config: A dataclass with fields made by `doc`.
-        prefix: What stands before the name of a field in the message.
+    The message names the field with `prefix` before it.
     """
     for spec in dataclasses.fields(config):
         value, rule = getattr(config, spec.name), spec.metadata.get("rule")

@@ -12,10 +12,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 log = logging.getLogger("mdm")
 
@@ -114,12 +114,8 @@ def read_lines(
 ) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file; one warning says how many damaged lines it skipped.
 
-    A last line without its newline was cut short while it was written, and counts as damaged.
-
-    Args:
-        path: the file; without it there are no objects.
-        shape: what each object must hold.
-        repair: rewrite the file without its damaged lines, if it can be written.
+    A last line without its newline was cut short while it was written, and counts as damaged. With
+    `repair` the file is rewritten without its damaged lines, if it can be written.
     """
     try:
         data = path.read_bytes()
@@ -143,7 +139,7 @@ def read_lines(
             damage.append((number, problem))
     if tail:
         damage.append((len(lines) + 1, "zero bytes" if b"\0" in tail else "cut short"))
-    warn_of_lines(path, damage)
+    _warn_of_lines(path, damage)
     if repair and (damage or not data):
         # If the file cannot be written, the next reader warns again.
         with contextlib.suppress(OSError):
@@ -151,23 +147,16 @@ def read_lines(
     return records
 
 
-def warn_of_lines(path: Path, damage: Sequence[tuple[int, str]], unit: str = "line") -> None:
-    """Warn how many lines were skipped, and what was wrong with the first."""
+def _warn_of_lines(path: Path, damage: list[tuple[int, str]]) -> None:
     if damage:
-        where, problem = damage[0]
         lines = f"{len(damage)} damaged line" + ("s" if len(damage) > 1 else "")
-        warn_once(f"{path}: {lines} skipped; {unit} {where}: {problem}")
+        warn_once(f"{path}: {lines} skipped; line {damage[0][0]}: {damage[0][1]}")
 
 
 def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
-    """Write `path` whole or not at all.
+    """Write `path` whole or not at all; with `sync`, so that it survives a power cut.
 
     Missing parent folders are made; a folder at `path` is set aside. Raises OSError.
-
-    Args:
-        path: the file.
-        data: its content.
-        sync: have it on the disk on return, so that it survives a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Of several hosts that share the folder, each has a temporary file of its own.
@@ -206,30 +195,18 @@ def write_lines(path: Path, values: Iterable[Any]) -> None:
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
     """Append a JSON object as one line, in one write; a torn last line is cut off first.
 
-    A folder at `path` is set aside. If the write fails, nothing of the record stays and OSError is
-    raised.
+    A folder at `path` is set aside. Raises OSError if the write fails; nothing of it stays.
     """
     set_folder_aside(path)
     data = json.dumps(record).encode() + b"\n"
     with path.open("a+b", buffering=0) as file:
-        end = end_of_lines(file)
-        if end < file.seek(0, os.SEEK_END):
+        end = file.seek(0, os.SEEK_END)
+        if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            end = path.read_bytes().rfind(b"\n") + 1
             file.truncate(end)
         if file.write(data) != len(data):
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-def end_of_lines(file: IO[bytes]) -> int:
-    """The offset behind the last newline of a file; 0 if it has none."""
-    end = file.seek(0, os.SEEK_END)
-    while end:
-        start = max(0, end - 4096)
-        newline = os.pread(file.fileno(), end - start, start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end = start
-    return 0
 
 
 def set_folder_aside(path: Path) -> None:

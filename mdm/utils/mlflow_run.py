@@ -1,14 +1,15 @@
 """One run in an MLflow store: found, restored or created, and written to.
 
 This is the only module that imports mlflow. Nothing here waits or retries; `mdm.utils.tracking`
-does. Errors are MLflow's own, except for an entry that the store will never accept: that entry
-alone is dropped, with a warning.
+does. An entry that the store will never accept is dropped, with a warning.
 """
 
 import errno
+import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,24 +43,14 @@ def import_mlflow() -> None:
 
 
 class RunChanged(Exception):
-    """The run was restored or, if `is_new`, replaced: send the entries again."""
-
-    def __init__(self, is_new: bool) -> None:
-        super().__init__()
-        self.is_new = is_new
+    """The run was restored or replaced: send the entries again."""
 
 
 class MlflowRun:
-    """The MLflow run of a job, found by its id if one is known, else by its key.
+    """The MLflow run of a job, found by `run_id` if that is known, else by `key`, else created.
 
-    Args:
-        uri: the store.
-        experiment: name of the experiment; restored if it was deleted.
-        name: name of the run if it has to be created.
-        run_id: the run to continue if the store has it, or empty.
-        parent: the id of the parent run, or empty.
-        key: identifies the run; it must be on disk before `connect` creates the run.
-        warn: logs a line.
+    All that is written goes through `send`. `uri`, `experiment`, `name` and `parent` are those of
+    `MlflowTracker`. The key must be on disk before `connect` creates the run. `warn` logs a line.
     """
 
     def __init__(
@@ -74,9 +65,12 @@ class MlflowRun:
         warn: Callable[[str], None],
     ) -> None:
         self._uri, self._experiment, self._name = uri, experiment, name
+        file = uri.removeprefix("sqlite:///")
+        self._folder = Path(file).parent if file != uri else None  # of a SQLite store
         self._known_id, self._parent, self._key, self._warn = run_id, parent, key, warn
         self.run_id = ""
         self.is_new = False  # whether `connect` had to create the run
+        self._failures = 0  # of the present entry
         self._last_steps: dict[str, int] = {}  # the last step of each metric in the store
         self._refused: set[str] = set()  # names that the store does not accept
         self._client: Any = None
@@ -86,16 +80,12 @@ class MlflowRun:
         if self._client is None:
             import mlflow
 
-            if self._uri.startswith("sqlite:///"):
-                Path(self._uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            if self._folder:
+                self._folder.mkdir(parents=True, exist_ok=True)
             self._client = mlflow.MlflowClient(tracking_uri=self._uri)
         if self._known_id and self._resume(self._known_id):
             return
-        from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
-        tags = {_KEY: self._key}
-        if self._parent:
-            tags[MLFLOW_PARENT_RUN_ID] = self._parent
+        tags = {_KEY: self._key} | ({"mlflow.parentRunId": self._parent} if self._parent else {})
         experiment = self._experiment_id()
         run_id = self._find(self._key, experiment)
         if run_id and self._resume(run_id):
@@ -103,13 +93,8 @@ class MlflowRun:
         created = self._client.create_run(experiment, tags=tags, run_name=self._name)
         self.run_id, self.is_new, self._last_steps = str(created.info.run_id), True, {}
 
-    def send(self, entries: Sequence[dict[str, Any]], failures: int) -> None:
-        """Write one entry, or several of metrics, after `failures` failed attempts.
-
-        An entry is {"kind": "params", "params"}, {"kind": "metrics", "metrics", "step", "time"} (in
-        milliseconds), {"kind": "artifact", "name", "file"}, {"kind": "text", "name", "text"},
-        {"kind": "status", "status"} or {"kind": "former", "run_id", "key"}: another run, to be
-        closed as KILLED if it is RUNNING.
+    def send(self, write: Callable[..., None], *content: Any, failures: int) -> None:
+        """Write an entry by a method `log_*` or `end*`, after `failures` failed attempts.
 
         Raises:
             RunChanged: the run was the cause of the failures, and has been restored or replaced.
@@ -117,20 +102,20 @@ class MlflowRun:
         if not self.run_id:
             self.connect()
             self._warn(f"run {self.run_id} replaces {self._known_id}, which is gone")
-            raise RunChanged(is_new=True)
-        kind, first = entries[0]["kind"], entries[0]
-        if kind == "metrics":
-            self._write_metrics(entries, failures)
-        elif kind == "params":
-            self._write_params(first["params"], failures)
-        else:
-            try:
-                self._write(first)
-            except Exception as error:  # noqa: BLE001 - `_check_blame` re-raises the store's errors
-                self._check_blame(error, failures)
-                self._drop(f"{kind} {first.get('name', '')}".strip(), error)
+            self.is_new = True  # even if it was found by its key: it may lack entries
+            raise RunChanged
+        self._failures = failures
+        write(*content)
 
-    def _check_blame(self, error: Exception, failures: int) -> None:
+    @contextmanager
+    def _dropped_if_refused(self, entry: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - `_check_blame` re-raises the store's errors
+            self._check_blame(error)
+            self._warn(f"{entry} is refused and dropped: {first_line(error)}")
+
+    def _check_blame(self, error: Exception) -> None:
         """Return if the entry caused `error`; otherwise raise, so that it is sent again."""
         if isinstance(error, OSError):
             if not isinstance(error, _NO_PATH) and error.errno not in _NO_NAME:
@@ -139,7 +124,7 @@ class MlflowRun:
         if isinstance(error, _UNSOUND):
             return
         refused = _code(error) in _REFUSALS
-        if not refused and (_code(error) != "INTERNAL_ERROR" or failures < _PATIENCE):
+        if not refused and (_code(error) != "INTERNAL_ERROR" or self._failures < _PATIENCE):
             raise error
         self._check_run()
         if not refused:  # if the store accepts something else, the entry is to blame
@@ -152,7 +137,7 @@ class MlflowRun:
             return
         if run is None or not self._resume(self.run_id):
             self._known_id, self.run_id = self.run_id, ""  # the next entry opens another
-        raise RunChanged(is_new=False)
+        raise RunChanged
 
     def _find(self, key: str, experiment: str) -> str:
         """The id of the run with this key, deleted or not; empty if there is none."""
@@ -180,10 +165,7 @@ class MlflowRun:
         if experiment is not None:
             self._restore_experiment(experiment)
             return str(experiment.experiment_id)
-        location = None
-        if self._uri.startswith("sqlite:///"):
-            folder = Path(self._uri.removeprefix("sqlite:///")).parent
-            location = (folder / "mlflow-artifacts").as_uri()
+        location = (self._folder / "mlflow-artifacts").as_uri() if self._folder else None
         return str(self._client.create_experiment(name, artifact_location=location))
 
     def _restore_experiment(self, experiment: Any) -> None:
@@ -207,7 +189,11 @@ class MlflowRun:
             return False
         if run.info.lifecycle_stage != "active":
             try:
-                self._restore(run)
+                self._restore_experiment(self._client.get_experiment(run.info.experiment_id))
+                # Restoring an experiment restores its runs too.
+                if self._client.get_run(run_id).info.lifecycle_stage != "active":
+                    self._client.restore_run(run_id)
+                self._warn(f"run {run_id} was deleted: it is restored")
             except Exception as error:
                 if _code(error) not in _FORBIDDEN:
                     raise
@@ -219,82 +205,73 @@ class MlflowRun:
         self._last_steps = {m.key: m.step for m in run.data._metric_objs}
         return True
 
-    def _restore(self, run: Any) -> None:
-        run_id = run.info.run_id
-        self._restore_experiment(self._client.get_experiment(run.info.experiment_id))
-        # Restoring an experiment restores its runs too.
-        if self._client.get_run(run_id).info.lifecycle_stage != "active":
-            self._client.restore_run(run_id)
-        self._warn(f"run {run_id} was deleted: it is restored")
+    def end(self, status: str) -> None:
+        """Close the run with FINISHED, FAILED or KILLED."""
+        with self._dropped_if_refused("status"):
+            self._client.set_terminated(self.run_id, status=status)
 
-    def _drop(self, what: str, error: Exception) -> None:
-        self._warn(f"{what} is refused and dropped: {type(error).__name__}: {first_line(error)}")
+    def end_former(self, run_id: str, key: str) -> None:
+        """Close another run, known by its id or by its key, as KILLED if it is RUNNING."""
+        with self._dropped_if_refused("former run"):
+            run_id = run_id or self._find(key, self._experiment_id())
+            run = self._get_run(run_id) if run_id and run_id != self.run_id else None
+            if run and run.info.status == "RUNNING" and run.info.lifecycle_stage == "active":
+                self._client.set_terminated(run_id, status="KILLED")
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        kind = entry["kind"]
-        if kind == "artifact":
-            self._write_artifact(entry["name"], Path(entry["file"]))
-        elif kind == "text":
-            self._client.log_text(self.run_id, entry["text"], entry["name"])
-        elif kind == "former":
-            self._end_former(entry["run_id"], entry["key"])
-        else:
-            self._client.set_terminated(self.run_id, status=entry["status"])
-
-    def _end_former(self, run_id: str, key: str) -> None:
-        run_id = run_id or self._find(key, self._experiment_id())
-        run = self._get_run(run_id) if run_id and run_id != self.run_id else None
-        if run and run.info.status == "RUNNING" and run.info.lifecycle_stage == "active":
-            self._client.set_terminated(run_id, status="KILLED")
-
-    def _write_params(self, params: dict[str, Any], failures: int) -> None:
+    def log_params(self, params: Mapping[str, str]) -> None:
+        """Write the parameters that the run does not have; its first values stay."""
         from mlflow.entities import Param
 
         run = self._get_run(self.run_id)
         known = run.data.params if run is not None else {}
-        # MLflow's parameters cannot change: a resumed run keeps its first values.
         rows = [Param(key, value) for key, value in params.items() if key not in known]
         for start in range(0, len(rows), _PARAMS_A_CALL):
-            self._write_rows("params", rows[start : start + _PARAMS_A_CALL], failures)
+            self._write_rows("params", rows[start : start + _PARAMS_A_CALL])
 
-    def _write_metrics(self, entries: Sequence[dict[str, Any]], failures: int) -> None:
+    def log_metrics(self, entries: Sequence[tuple[Mapping[str, float], int, int]]) -> None:
+        """Write metrics by name, each with a step and a time in milliseconds."""
         from mlflow.entities import Metric
 
         # Steps that the run already has are skipped: a resumed run repeats those since its
         # checkpoint bit for bit, and a file may be read again from its first line.
         rows, last_steps = [], dict(self._last_steps)
-        for entry in entries:
-            for key, value in entry["metrics"].items():
-                if entry["step"] > last_steps.get(key, -1) and key not in self._refused:
-                    rows.append(Metric(key, value, entry["time"], entry["step"]))
-                    last_steps[key] = entry["step"]
+        for metrics, step, milliseconds in entries:
+            for key, value in metrics.items():
+                if step > last_steps.get(key, -1) and key not in self._refused:
+                    rows.append(Metric(key, value, milliseconds, step))
+                    last_steps[key] = step
         if rows:
-            self._write_rows("metrics", rows, failures)
+            self._write_rows("metrics", rows)
             self._last_steps = last_steps
 
-    def _write_rows(self, kind: str, rows: list[Any], failures: int) -> None:
+    def _write_rows(self, kind: str, rows: list[Any]) -> None:
         """Write metrics or params; refused ones are found by halving and dropped alone."""
         try:
             self._client.log_batch(self.run_id, **{kind: rows})
         except Exception as error:  # noqa: BLE001 - `_check_blame` re-raises the store's errors
-            self._check_blame(error, failures)
+            self._check_blame(error)
             if len(rows) > 1:
                 half = len(rows) // 2
-                self._write_rows(kind, rows[:half], failures)
-                self._write_rows(kind, rows[half:], failures)
+                self._write_rows(kind, rows[:half])
+                self._write_rows(kind, rows[half:])
             elif rows[0].key not in self._refused:
                 self._refused.add(rows[0].key)
-                self._drop(f"{kind[:-1]} {rows[0].key!r}", error)
+                entry = f"{kind[:-1]} {rows[0].key!r}"
+                self._warn(f"{entry} is refused and dropped: {first_line(error)}")
 
-    def _write_artifact(self, name: str, path: Path) -> None:
-        """Upload a folder's files below `name`, or a file as `name`."""
-        if not path.exists():
-            self._warn(f"{path} is gone and was not recorded")
-        elif path.is_dir():
-            self._client.log_artifacts(self.run_id, str(path), name)
-        else:
-            folder = str(PurePosixPath(name).parent)
-            self._client.log_artifact(self.run_id, str(path), None if folder == "." else folder)
+    def log_artifact(self, name: str, content: Any) -> None:
+        """Upload a folder's files below `name`, or as `name` a file or else a JSON value."""
+        with self._dropped_if_refused(f"artifact {name}"):
+            if not isinstance(content, Path):
+                self._client.log_text(self.run_id, json.dumps(content, indent=1), name)
+            elif not content.exists():
+                self._warn(f"{content} is gone and was not recorded")
+            elif content.is_dir():
+                self._client.log_artifacts(self.run_id, str(content), name)
+            else:
+                folder = str(PurePosixPath(name).parent)
+                path = None if folder == "." else folder
+                self._client.log_artifact(self.run_id, str(content), path)
 
 
 def _code(error: Exception) -> str:
@@ -302,6 +279,6 @@ def _code(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first 200 characters of an error; for SQLAlchemy's, the database's own message."""
+    """An error's type and first 200 characters; for SQLAlchemy's, the database's own message."""
     lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result")]
-    return (lines or [""])[0][:200]
+    return f"{type(error).__name__}: {(lines or [''])[0][:200]}"

@@ -6,7 +6,7 @@ than fp32 with AVX2 alone, twice as slow with AVX-512.
 """
 
 import time
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -18,7 +18,7 @@ _SIDE = 384  # of the timed matrices: a product takes milliseconds, and exceeds 
 _TRIES = 7
 
 
-@lru_cache(maxsize=4)
+@cache
 def is_bf16_fast(device_type: str = "cpu") -> bool:
     """Whether a device of this type computes in bf16 rather than emulating it.
 
@@ -49,8 +49,7 @@ def is_bf16_fast(device_type: str = "cpu") -> bool:
 def resolve(precision: str, device_type: str = "cpu") -> str:
     """`bf16` or `fp32`: `precision` itself, or for `auto` the faster one on this type of device.
 
-    Raises:
-        ValueError: `precision` is none of PRECISIONS.
+    Raises ValueError for another precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; choose one of {', '.join(PRECISIONS)}")
@@ -61,9 +60,8 @@ def resolve(precision: str, device_type: str = "cpu") -> str:
 
 def describe(precision: str, device_type: str = "cpu") -> str:
     """A line for logs: a resolved precision, and how fast this device computes in it."""
-    kind = device_type if device_type == "cpu" else device_type.upper()
-    if device_type == "cpu":
-        kind = f"this CPU ({torch.backends.cpu.get_cpu_capability()})"
+    cpu = f"this CPU ({torch.backends.cpu.get_cpu_capability()})"
+    kind = cpu if device_type == "cpu" else device_type.upper()
     fast = is_bf16_fast(device_type)
     if precision == BF16:
         return f"bf16, which {kind} " + ("computes in" if fast else "only emulates: slow here")

@@ -15,11 +15,6 @@ from mdm.utils import files
 
 METRICS, EVENTS, TRACKING = "metrics.jsonl", "events.jsonl", "tracking.json"
 _OLD_JOURNAL = "tracking"  # a folder in runs that an earlier version began
-_OLD_ENTRIES: dict[str, files.Shape] = {
-    "artifact": {"path": str, "folder": str},
-    "text": {"path": str, "text": str},
-    "former": {"run_id": str, "key": str},
-}
 _PROGRESS: files.Shape = {"run_id": str, "config": str}
 _POSITIONS: files.Shape = {"key": str, "status": str, "former": list}
 
@@ -58,7 +53,7 @@ class Progress:
                 files.warn_once(f"{path} is damaged: {wrong}; its other entries are used")
             else:
                 progress.key, progress.status = note["key"], note["status"]
-                progress.former = [pair for pair in note["former"] if _is_pair(pair)]
+                progress.former = [pair for pair in note["former"] if _is_list_of(pair, str, str)]
             progress.metrics = _position(note.get("metrics"))
             progress.events = _position(note.get("events"))
         return progress
@@ -70,11 +65,9 @@ class Progress:
 
 def unsent_bytes(folder: Path, progress: Progress) -> int:
     """Bytes of whole lines of metrics and events that stand after the positions in `progress`."""
-    lines = (
-        *unsent_lines(folder / METRICS, progress.metrics, {}),
-        *unsent_lines(folder / EVENTS, progress.events, {}),
-    )
-    return sum(position.length for _, position in lines)
+    metrics = unsent_lines(folder / METRICS, progress.metrics, {})
+    events = unsent_lines(folder / EVENTS, progress.events, {})
+    return sum(position.length for _, position in (*metrics, *events))
 
 
 def unsent_lines(
@@ -100,8 +93,7 @@ def unsent_lines(
 def adopt_old_journal(run_dir: Path) -> None:
     """Take over what waits for MLflow in a run that an earlier version began.
 
-    Artifacts in the journal become an event. Its metrics are those of `metrics.jsonl`, which is
-    sent from its first line; if nothing waits, nothing is sent again.
+    Artifacts in the journal become an event. Its metrics are those of `metrics.jsonl`.
     """
     folder = run_dir / _OLD_JOURNAL
     if not folder.is_dir():
@@ -109,20 +101,18 @@ def adopt_old_journal(run_dir: Path) -> None:
     progress, artifacts = Progress.read(run_dir), {}
     entries = _waiting_entries(folder)
     for entry in entries:
-        kind = entry["kind"]
-        if kind not in _OLD_ENTRIES or files.mismatch(entry, _OLD_ENTRIES[kind]):
-            continue
-        if kind == "artifact":
-            artifacts[f"{entry['folder']}/{Path(entry['path']).name}".lstrip("/")] = entry["path"]
-        elif kind == "text":
-            with suppress(ValueError):
-                artifacts[entry["path"]] = json.loads(entry["text"])
-        else:
-            progress.former.append([entry["run_id"], entry["key"]])
+        match entry:
+            case {"kind": "artifact", "path": str(path), "folder": str(parent)}:
+                artifacts[f"{parent}/{Path(path).name}".lstrip("/")] = path
+            case {"kind": "text", "path": str(path), "text": str(text)}:
+                with suppress(ValueError):
+                    artifacts[path] = json.loads(text)
+            case {"kind": "former", "run_id": str(run_id), "key": str(key)}:
+                progress.former.append([run_id, key])
     try:
         with suppress(FileNotFoundError):
-            key = (folder / "key").read_bytes()
-            progress.key = key.decode() if re.fullmatch(rb"[0-9a-f]{32}", key) else ""
+            saved = (folder / "key").read_bytes()
+            progress.key = saved.decode() if re.fullmatch(rb"[0-9a-f]{32}", saved) else ""
         if artifacts:
             row = {"event": "adopted", "step": 0, "time": time.time(), "artifacts": artifacts}
             files.append_line(run_dir / EVENTS, row)
@@ -137,28 +127,22 @@ def adopt_old_journal(run_dir: Path) -> None:
 
 
 def _waiting_entries(folder: Path) -> list[dict[str, Any]]:
-    try:
+    data, sent = b"", 0  # all entries are sent again if `taken` is damaged
+    with suppress(OSError):
         data = (folder / "journal.jsonl").read_bytes()
-    except OSError:
-        return []
-    try:
+    with suppress(OSError, ValueError):
         sent = max(int((folder / "taken").read_bytes()), 0)
-    except (OSError, ValueError):  # all entries are sent again
-        sent = 0
     entries = [files.parse_line(line, {"kind": str})[0] for line in data[sent:].split(b"\n")]
     return [entry for entry in entries if entry is not None]
 
 
 def _end_of(path: Path) -> Position:
-    positions = [position for _, position in unsent_lines(path, START, {})]
-    return positions[-1] if positions else START
+    return [START, *(position for _, position in unsent_lines(path, START, {}))][-1]
 
 
 def _position(value: Any) -> Position:
-    if isinstance(value, list) and [type(v) for v in value] == [int, int, int] and value[1] > 0:
-        return Position(*value)
-    return START
+    return Position(*value) if _is_list_of(value, int, int, int) and value[1] > 0 else START
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and [type(v) for v in value] == [str, str]
+def _is_list_of(value: Any, *types: type) -> bool:
+    return isinstance(value, list) and [type(v) for v in value] == [*types]

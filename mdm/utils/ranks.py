@@ -11,11 +11,10 @@ import torch.distributed
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process: `rank` of `size` processes, `local_rank` on `node`."""
+    """The place of this process: `rank` of `size` processes, `local_rank` on its node."""
 
     rank: int = 0
     size: int = 1
-    node: int = 0
     local_rank: int = 0
 
     def __post_init__(self) -> None:
@@ -27,9 +26,7 @@ class World:
         """The world that the launcher (deepspeed, torchrun) describes, or a single rank."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         rank = int(os.environ.get("RANK", "0"))
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-        return cls(rank=rank, size=size, node=rank // max(per_node, 1), local_rank=local)
+        return cls(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
 
     @property
     def is_main(self) -> bool:

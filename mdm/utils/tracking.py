@@ -1,21 +1,18 @@
 """Delivers a run's `metrics.jsonl` and `events.jsonl` to MLflow.
 
-A run writes both files whether or not there is an MLflow server, and never waits for one. A
-background thread sends to MLflow the lines after the positions in `tracking.json`, and retries for
-as long as the job runs. The next attempt sends the rest, and so does the command of a finished run
-if it is started again.
+A run never waits for an MLflow server. A background thread sends the lines after the positions in
+`tracking.json`, and retries for as long as the job runs. The next attempt sends the rest, and so
+does the command of a finished run if it is started again.
 
 A line of metrics is recorded at its `samples_seen`. Steps that MLflow already has are skipped, so a
-file that was rewritten is read again from its first line and nothing is sent twice. An event's
-`artifacts` are a mapping from the artifact's name to a file (a path below the run's folder) or to a
-JSON object.
+file that was rewritten is read again from its first line. An event's `artifacts` map an artifact's
+name to a file (a path below the run's folder) or to a JSON object.
 
 `tracking.json` also has the id of the MLflow run, and a key that is written before the run is
-created: the run is found again if a kill or a full disk keeps its id from being written. A deleted
-run is restored or replaced. Without mlflow one warning says that tracking is off.
+created, by which it is found again if its id was not written. Without mlflow one warning says that
+tracking is off.
 """
 
-import json
 import logging
 import os
 import re
@@ -42,7 +39,6 @@ from mdm.utils.progress import (
 
 log = logging.getLogger("mdm")
 
-_DEFAULT_STORE = "runs/mlflow.db"
 _PARAM_LENGTH = 6000  # MLflow's limit
 _METRICS_A_CALL = 1000  # MLflow's limit
 _POLL_SECONDS = 1.0
@@ -53,7 +49,7 @@ _EVENT_LINE: files.Shape = {"event": str}
 
 
 class NullTracker:
-    """Tracks nothing: on ranks other than 0, and in jobs that are not tracked."""
+    """Stands for a tracker on ranks other than 0, and in jobs that are not tracked."""
 
     run_id = identity = ""
 
@@ -66,8 +62,8 @@ class MlflowTracker:
 
     Args:
         folder: holds `metrics.jsonl`, `events.jsonl` and `tracking.json`.
-        experiment: name of the experiment.
-        name: name of the run.
+        experiment: its name, restored if it was deleted.
+        name: name of a new run.
         params: the resolved configuration, flat. A run keeps the first values that it gets.
         uri: the store; by default MLFLOW_TRACKING_URI, or the SQLite store under `runs/`.
         identity: `identity` of the tracker of a former attempt, if `tracking.json` is lost.
@@ -87,8 +83,8 @@ class MlflowTracker:
         parent: str = "",
         config: str = "",
     ) -> None:
-        self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
-        self._uri = self._uri or f"sqlite:///{Path(_DEFAULT_STORE).absolute()}"
+        default = f"sqlite:///{Path('runs/mlflow.db').absolute()}"
+        self._uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or default
         self._folder = folder
         self._params = {k: _encodable(v)[:_PARAM_LENGTH] for k, v in params.items()}
         self._progress = Progress.read(folder)
@@ -107,7 +103,7 @@ class MlflowTracker:
         self._written: dict[str, Any] = {}  # what `tracking.json` holds
         self._written_at = 0.0
         self._status = "FINISHED"
-        self._news, self._ending, self._closing = (threading.Event() for _ in range(3))
+        self._ending, self._closing = threading.Event(), threading.Event()
         self._warned = False
         self._failures = 0  # in a row, of the entries that are being sent
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -131,15 +127,12 @@ class MlflowTracker:
     def finish(self, status: str = "FINISHED", timeout: float = 30.0, unsent: str = _LATER) -> None:
         """Close the run with FINISHED, FAILED or KILLED once everything is sent.
 
-        Waits at most `timeout` seconds; then a warning says how much is left, and that it is
-        `unsent`.
+        After `timeout` seconds a warning says how much is left, and that it is `unsent`.
         """
         self._status = status
         self._ending.set()
-        self._news.set()
         self._thread.join(timeout)
         self._closing.set()
-        self._news.set()
         if self._thread.is_alive():
             self._warn(f"{self.waiting} bytes of metrics and events {unsent}", repeat=True)
 
@@ -152,15 +145,20 @@ class MlflowTracker:
 
     def _work(self) -> None:
         try:
-            if _can_import_mlflow():
-                self._deliver()
+            import_mlflow()
+        except Exception as error:  # noqa: BLE001 - a broken installation may raise anything
+            advice = "install it, or give --no_tracking"
+            problem = f"mlflow cannot be imported ({first_line(error)})"
+            log.warning("tracking is off: %s; %s", problem, advice)
+            return
+        try:
+            self._deliver()
         except Exception as error:  # noqa: BLE001 - no error may end the job
-            self._warn(f"tracking ends: {type(error).__name__}: {first_line(error)}", repeat=True)
+            self._warn(f"tracking ends: {first_line(error)}", repeat=True)
 
     def _deliver(self) -> None:
         self._retry(self._connect)
         while not self._closing.is_set():
-            self._news.clear()
             is_ending = self._ending.is_set()  # before the files are read: no line comes after
             has_sent = self._send_first() or self._send_metrics() or self._send_event()
             if not has_sent or time.monotonic() > self._written_at + _POLL_SECONDS:
@@ -168,8 +166,8 @@ class MlflowTracker:
             if has_sent:
                 continue
             if not is_ending:
-                self._news.wait(_POLL_SECONDS)
-            elif self._send({"kind": "status", "status": self._status}):
+                self._ending.wait(_POLL_SECONDS)
+            elif self._send(self._run.end, self._status):
                 self._progress.status = self._status
                 break
         self._write_progress()
@@ -178,25 +176,25 @@ class MlflowTracker:
         self._progress.status = ""
         self._progress.write(self._folder)  # a run is created only once its key is on disk
         self._run.connect()
+        self._begin_run()
+
+    def _begin_run(self) -> None:
+        """Send everything there is if the run was created."""
         if self._run.is_new:
-            self._send_all_again()
-        self._progress.run_id = self._run.run_id
+            self._run.is_new = False
+            self._first_entries = self._entries_outside_files()
+            self._progress.metrics = self._progress.events = START
+        self._progress.run_id = self._run.run_id or self._progress.run_id
 
-    def _send_all_again(self) -> None:
-        """Send everything there is to a run that has nothing."""
-        self._first_entries = self._entries_outside_files()
-        self._progress.metrics = self._progress.events = START
-
-    def _entries_outside_files(self) -> list[dict[str, Any]]:
-        params = {"kind": "params", "params": self._params}
-        former = [{"kind": "former", "run_id": r, "key": key} for r, key in self._progress.former]
-        return [params, *former]
+    def _entries_outside_files(self) -> list[tuple[Any, ...]]:
+        former = [(self._run.end_former, *run) for run in self._progress.former]
+        return [(self._run.log_params, self._params), *former]
 
     def _send_first(self) -> bool:
         """Send what does not stand in the files; whether there was anything."""
         if not self._first_entries:
             return False
-        if self._send(self._first_entries[0]):
+        if self._send(*self._first_entries[0]):
             del self._first_entries[0]
             if not self._first_entries:
                 self._progress.former = []
@@ -204,7 +202,7 @@ class MlflowTracker:
 
     def _send_metrics(self) -> bool:
         """Send the next lines of metrics, as many as fit into a call; whether there was any."""
-        entries: list[dict[str, Any]] = []
+        entries: list[tuple[dict[str, float], int, int]] = []
         values, position = 0, None
         for row, end in unsent_lines(self._folder / METRICS, self._progress.metrics, _METRICS_LINE):
             if row is not None:
@@ -212,10 +210,9 @@ class MlflowTracker:
                 values += len(metrics)
                 if entries and values > _METRICS_A_CALL:
                     break
-                when = {"step": row["samples_seen"], "time": int(1000 * row["time"])}
-                entries.append({"kind": "metrics", "metrics": metrics, **when})
+                entries.append((metrics, row["samples_seen"], int(1000 * row["time"])))
             position = end
-        if position is not None and (not entries or self._send(*entries)):
+        if position is not None and (not entries or self._send(self._run.log_metrics, entries)):
             self._progress.metrics = position
         return position is not None
 
@@ -224,18 +221,16 @@ class MlflowTracker:
         for event, end in unsent_lines(self._folder / EVENTS, self._progress.events, _EVENT_LINE):
             artifacts = (event or {}).get("artifacts")
             entries = [
-                {"kind": "artifact", "name": name, "file": str(self._folder / content)}
-                if isinstance(content, str)
-                else {"kind": "text", "name": name, "text": json.dumps(content, indent=1)}
+                (name, self._folder / content if isinstance(content, str) else content)
                 for name, content in (artifacts if isinstance(artifacts, dict) else {}).items()
             ]
-            if all(self._send(entry) for entry in entries):
+            if all(self._send(self._run.log_artifact, *entry) for entry in entries):
                 self._progress.events = end
             return True
         return False
 
-    def _send(self, *entries: dict[str, Any]) -> bool:
-        return self._retry(lambda: self._run.send(entries, self._failures))
+    def _send(self, write: Callable[..., None], *content: Any) -> bool:
+        return self._retry(lambda: self._run.send(write, *content, failures=self._failures))
 
     def _retry(self, task: Callable[[], None]) -> bool:
         """Run `task` until it succeeds or the job ends.
@@ -248,14 +243,12 @@ class MlflowTracker:
                 task()
                 self._warned = False
                 return True
-            except RunChanged as change:
-                if change.is_new:
-                    self._progress.run_id = self._run.run_id
-                    self._send_all_again()
+            except RunChanged:
+                self._begin_run()
                 return False
             except Exception as error:  # noqa: BLE001 - no error may end the job
                 self._failures += 1
-                self._warn(f"{type(error).__name__}: {first_line(error)}")
+                self._warn(first_line(error))
                 # A job that is ending retries every second: its server may be back in time.
                 self._closing.wait(1.0 if self._ending.is_set() else pause)
                 pause = min(2 * pause, 30.0)
@@ -283,13 +276,8 @@ def log_result(
 ) -> None:
     """Record the result of a short job as one MLflow run; waits at most 30 seconds for the store.
 
-    Args:
-        experiment: name of the experiment.
-        name: name of the run.
-        parent: id of the run above this one, or empty.
-        params: what the job was called with.
-        metrics: values, each with its step (samples seen).
-        artifacts: files, folders or JSON objects by artifact name.
+    The arguments are those of `MlflowTracker`; each of `metrics` are values with their step
+    (samples seen), and `artifacts` are files, folders or JSON objects by artifact name.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for values, step in metrics:
@@ -301,26 +289,9 @@ def log_result(
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000)
+    return type(value) is float or (type(value) is int and abs(value) < 2**1000)
 
 
 def _encodable(value: Any) -> str:
     """`value` as text that any store can encode."""
     return str(value).encode("utf-8", "backslashreplace").decode()
-
-
-def _can_import_mlflow() -> bool:
-    """Import mlflow; a warning says that tracking is off if that fails."""
-    try:
-        import_mlflow()
-    except Exception as error:  # noqa: BLE001 - a broken installation may raise anything
-        log.warning(
-            "tracking is off: mlflow cannot be imported (%s: %s); install it, or give "
-            "--no_tracking",
-            type(error).__name__,
-            first_line(error),
-        )
-        return False
-    return True

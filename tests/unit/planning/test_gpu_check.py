@@ -75,7 +75,7 @@ def test_the_whole_check_runs_with_replacements_for_cuda(monkeypatch, tmp_path, 
     }
     monkeypatch.setattr(gpu_check, "PRESETS", presets)
     monkeypatch.setattr(gpu_check, "DEVICE", "cpu")
-    monkeypatch.setattr(job, "install", lambda: None)
+    monkeypatch.setattr(gpu_check, "install", lambda: None)
     monkeypatch.setattr(gpu_check.fused, "ssd", ssd.ssd)
     monkeypatch.setattr(gpu_check.fused, "causal_conv", conv.causal_conv)
     monkeypatch.setattr(gpu_check.fused, "stock_mixer", Stock)

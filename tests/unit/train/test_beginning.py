@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 
 from mdm.checkpoint.state import RunError, TrainState
-from mdm.train.beginning import check_folders, check_settings, deepspeed_settings
-from mdm.utils.ranks import World
+from mdm.train.beginning import check_folders, check_settings
 from tests.helpers import ROOT, small_config
 
 FILES = sorted((ROOT / "deepspeed_configs").glob("*.json"))
 
 
 def settings(path: Path) -> dict[str, Any]:
-    return deepspeed_settings(small_config(path.parent, deepspeed=str(path)), World())
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
