@@ -1,5 +1,7 @@
 """Supervises attempts at a job on this node: starts ranks, checks heartbeats, ends, restarts."""
 
+from mdm.launch.job import one_line
+
 import contextlib
 import os
 import secrets
@@ -17,7 +19,6 @@ from pathlib import Path
 import psutil
 
 from mdm.config import doc
-from mdm.launch.job import one_line
 from mdm.launch.processes import adopt_orphans, end_descendants
 from mdm.launch.rendezvous import Attempt, Rendezvous, read_hostfile
 from mdm.train import heartbeat

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from mdm.storage import s3_uploads
@@ -61,11 +62,7 @@ class S3Store(Store):
 
     def _put_whole(self, key: str, data: bytes, condition: dict[str, str]) -> dict[str, Any]:
         more = condition | s3_uploads.upload_options(self.options)
-        return self.requests.call(
-            "write",
-            key,
-            lambda _: self.requests.client.put_object(**self.requests.at(key), Body=data, **more),
-        )
+        return self.requests.ask("write", key, "put_object", Body=data, **more)
 
     def sweep(self, *prefixes: str) -> None:  # noqa: D102
         for prefix in prefixes:
@@ -120,11 +117,8 @@ class S3Store(Store):
                 parts.clear()
                 raise
             except RefusedError as error:
-                if (
-                    done
-                    and not pinned
-                    and error.response["ResponseMetadata"].get("HTTPStatusCode") in (404, 412)
-                ):
+                status = error.response["ResponseMetadata"].get("HTTPStatusCode")
+                if done and not pinned and status in (404, 412):
                     # Replaced between two attempts: read the new version from its beginning.
                     parts.clear()
                     etag = ""
@@ -158,20 +152,15 @@ class S3Store(Store):
 
     def delete(self, key: str) -> None:  # noqa: D102
         self._pins.pop(key, None)
-        try:
-            self.requests.call(
-                "delete", key, lambda _: self.requests.client.delete_object(**self.requests.at(key))
-            )
-        except MissingObjectError:
-            return
+        with suppress(MissingObjectError):
+            self.requests.ask("delete", key, "delete_object")
 
     def create_bucket(self) -> None:
         """Creates the bucket unless it exists: for servers of your own."""
+        bucket = self.requests.bucket
         try:
             self.requests.call(
-                "make",
-                "",
-                lambda _: self.requests.client.create_bucket(Bucket=self.requests.bucket),
+                "make", "", lambda _: self.requests.client.create_bucket(Bucket=bucket)
             )
         except StoreError as error:
             if "BucketAlready" not in str(error):

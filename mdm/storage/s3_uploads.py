@@ -1,6 +1,7 @@
 """Uploads to S3: the options of each, and large objects in parts."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from mdm.storage.base import MissingObjectError, StoreError, StoreOptions
@@ -30,25 +31,14 @@ def put_in_parts(
         StoreError: a part failed for good.
     """
     options = requests.options
-    begun = requests.call(
-        "write",
-        key,
-        lambda _: requests.client.create_multipart_upload(
-            **requests.at(key), **upload_options(options)
-        ),
-    )
-    upload = requests.at(key) | {"UploadId": begun["UploadId"]}
+    begun = requests.ask("write", key, "create_multipart_upload", **upload_options(options))
+    upload = {"UploadId": begun["UploadId"]}
     size = max(options.part_bytes, -(-len(data) // 10_000))
 
     def send(number: int) -> dict[str, Any]:
-        body = bytes(data[(number - 1) * size : number * size])
-        answer = requests.call(
-            "write",
-            f"{key} part {number}",
-            lambda _: requests.client.upload_part(
-                **upload, PartNumber=number, Body=body, **_checksum(options)
-            ),
-        )
+        part = {"PartNumber": number, "Body": bytes(data[(number - 1) * size : number * size])}
+        more = upload | part | _checksum(options)
+        answer = requests.ask(f"write part {number} of", key, "upload_part", **more)
         sums = {k: v for k, v in answer.items() if k.startswith("Checksum") and k[-4:] != "Type"}
         return {"PartNumber": number, "ETag": answer["ETag"], **sums}
 
@@ -60,41 +50,25 @@ def put_in_parts(
             except StoreError:
                 pool.shutdown(cancel_futures=True)
                 raise
+        more = upload | condition
         try:
-            requests.call(
-                "write",
-                key,
-                lambda _: requests.client.complete_multipart_upload(
-                    **upload, MultipartUpload=parts, **condition
-                ),
-            )
+            requests.ask("write", key, "complete_multipart_upload", MultipartUpload=parts, **more)
         except MissingObjectError:
             # If only the answer to an earlier attempt was lost, the object is complete.
-            if _size(requests, key) != len(data):
-                where = f"s3://{requests.bucket}/{requests.prefix}{key}"
-                raise StoreError(f"write {where}: the server lost the upload") from None
+            with suppress(MissingObjectError):
+                if requests.ask("check", key, "head_object")["ContentLength"] == len(data):
+                    return
+            where = f"s3://{requests.bucket}/{requests.prefix}{key}"
+            raise StoreError(f"write {where}: the server lost the upload") from None
     except BaseException:
-        _abort(requests, upload)
+        _abort(requests, requests.at(key) | upload)
         raise
 
 
-def _size(requests: S3Requests, key: str) -> int | None:
-    """Bytes of an object; None if it does not exist."""
-    try:
-        answer = requests.call(
-            "check", key, lambda _: requests.client.head_object(**requests.at(key))
-        )
-    except MissingObjectError:
-        return None
-    return int(answer["ContentLength"])
-
-
 def _abort(requests: S3Requests, upload: dict[str, str]) -> None:
-    """Removes the parts of an upload if the server can be reached."""
-    try:
+    """Removes the parts of an upload if the server can be reached; if not, `sweep` will."""
+    with suppress(StoreError, OtherVersionError):
         requests.call("abort", "", lambda _: requests.client.abort_multipart_upload(**upload))
-    except (StoreError, OtherVersionError):
-        return  # `sweep` finds it later
 
 
 def sweep(requests: S3Requests, prefix: str) -> None:
@@ -103,14 +77,11 @@ def sweep(requests: S3Requests, prefix: str) -> None:
     marker: dict[str, str] = {}
     while True:
         try:
+            wanted = {"Bucket": requests.bucket, "Prefix": begin} | marker
             page = requests.call(
                 "list uploads below",
                 "",
-                lambda _: requests.client.list_multipart_uploads(
-                    Bucket=requests.bucket,
-                    Prefix=begin,
-                    **marker,  # noqa: B023
-                ),
+                lambda _: requests.client.list_multipart_uploads(**wanted),  # noqa: B023
             )
         except StoreError as error:
             if "NotImplemented" in str(error):
