@@ -11,8 +11,11 @@ from mdm.config import Config
 from mdm.planning.memory_plan import plan
 from mdm.utils.ranks import World
 
-OFFLOAD = "deepspeed_configs/zero3_offload.json"
-_SETTINGS = {"activation_checkpointing": True, "gather": "block", "deepspeed": OFFLOAD}
+_SETTINGS: dict[str, Any] = {
+    "activation_checkpointing": True,
+    "gather": "block",
+    "deepspeed": "deepspeed_configs/zero3_offload.json",
+}
 
 
 class Change(NamedTuple):
@@ -29,7 +32,8 @@ def memory_changes(config: Config, world_size: int) -> Iterator[Change]:
     for name, value in _SETTINGS.items():
         if getattr(config.train, name) != value:
             flag = f"--train.{name}" if value is True else f"--train.{name} {value}"
-            yield Change(name, flag, _with_train(config, **{name: value}), world_size)
+            train = dataclasses.replace(config.train, **{name: value})
+            yield Change(name, flag, dataclasses.replace(config, train=train), world_size)
     batch = config.data.global_batch
     for ranks in (world_size * 2**k for k in range(1, 8)):
         if batch % ranks == 0:
@@ -61,8 +65,7 @@ def changes_that_fit(config: Config, world_size: int, memory: int) -> list[str]:
 
     Each is tried alone, or with activation checkpointing where that is off.
     """
-    advice: dict[str, str] = {}
-    prefix = ""
+    advice, prefix = dict[str, str](), ""
     if not config.train.activation_checkpointing:
         checkpointing = next(memory_changes(config, world_size))
         config, prefix = checkpointing.config, f"{checkpointing.advice} "
@@ -72,7 +75,3 @@ def changes_that_fit(config: Config, world_size: int, memory: int) -> list[str]:
         if change.kind not in advice and plan(change.config, change.world_size).total <= memory:
             advice[change.kind] = prefix + change.advice
     return list(advice.values())
-
-
-def _with_train(config: Config, **changes: Any) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))

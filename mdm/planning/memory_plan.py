@@ -112,40 +112,36 @@ def _states(config: Config, world: int, zero: Any, precision: str) -> Iterator[R
     yield _row("optimizer", 3 * part, states_on_host, "master copy and AdamW's two moments")
     averages = 2 if config.train.ema2 else 1
     yield _row("ema", averages * part, states_on_host, "fp32, this rank's")
-    yield from (_moving3 if partitioned else _moving2)(config, zero, precision, shapes)
+    if partitioned:
+        yield from _moving(config, zero, precision, shapes)
+    else:
+        copies = 2 if zero.overlap_comm else 1
+        bucket = FP32 * copies * zero.reduce_bucket_size
+        yield Row("buckets", bucket, note="gradients on their way")
+        yield Row("staging", FP32 * zero.allgather_bucket_size, note="an all-gather under way")
     step = 0 if partitioned and states_on_host else part
     yield Row("step", step, note="gradients made contiguous for the optimizer")
 
 
-def _moving3(config: Config, zero: Any, precision: str, shapes: Shapes) -> Iterator[Row]:
+def _moving(config: Config, zero: Any, precision: str, shapes: Shapes) -> Iterator[Row]:
     """Whole parameters and communication buffers under ZeRO-3."""
     # Gradients of linear layers are reduced in the precision of their products, others in fp32.
     kinds = FP32 + (2 if precision == BF16 else 0)
     buckets = kinds * zero.reduce_bucket_size if zero.contiguous_gradients else 0
     yield Row("buckets", buckets, note="gradients on their way")
     threshold = zero.param_persistence_threshold
-    yield Row(
-        "persistent",
-        FP32 * sum(n for n in shapes.tensors if n <= threshold),
-        note=f"tensors of up to {threshold:,} numbers, whole on every rank",
-    )
+    small = sum(n for n in shapes.tensors if n <= threshold)
+    note = f"tensors of up to {threshold:,} numbers, whole on every rank"
+    yield Row("persistent", FP32 * small, note=note)
     leaf = sum(shapes.blocks) if config.train.gather == "trunk" else max(shapes.blocks)
     # Every small module before the blocks prefetches some of them, up to the first limit. Where the
     # backward pass begins, parameters stay that it uses within the second limit. Parameters of the
     # current block are fetched beyond either.
-    large = sum(n for n in shapes.tensors if n > threshold)
     ahead, again = int(zero.max_live_parameters), int(zero.max_reuse_distance) // 2 + leaf
-    gathered = min(large, max(ahead, again) + leaf)
+    gathered = min(shapes.total - small, max(ahead, again) + leaf)
     yield Row("gathered", FP32 * gathered, note="whole parameters, in use and fetched ahead")
     staging = max(leaf, zero.reduce_bucket_size, max(shapes.tensors))
     yield Row("staging", FP32 * staging, note="an all-gather or reduce-scatter under way")
-
-
-def _moving2(config: Config, zero: Any, precision: str, shapes: Shapes) -> Iterator[Row]:
-    """Communication buffers under ZeRO-2."""
-    copies = 2 if zero.overlap_comm else 1
-    yield Row("buckets", FP32 * copies * zero.reduce_bucket_size, note="gradients on their way")
-    yield Row("staging", FP32 * zero.allgather_bucket_size, note="an all-gather under way")
 
 
 def _is_on_host(offload: Any) -> bool:

@@ -46,11 +46,8 @@ class Rehearsal:
 def runnable_here(config: Config) -> Config:
     """`config` as a CPU can run it, with the same shapes, states and engine."""
     model = dataclasses.replace(config.model, kernel="torch")
-    train = dataclasses.replace(
-        config.train,
-        activation_checkpointing=True,
-        precision=precision.resolve(config.train.precision),
-    )
+    here = precision.resolve(config.train.precision)
+    train = dataclasses.replace(config.train, activation_checkpointing=True, precision=here)
     return dataclasses.replace(config, model=model, train=train)
 
 
@@ -194,8 +191,7 @@ def report(
         "runs": {name: dataclasses.asdict(run) for name, run in runs.items()},
     }
     if built is not None:
-        fields = {f.name: getattr(built, f.name) for f in dataclasses.fields(built)}
-        del fields["memory_plan"]
-        fields["planned"] = {name: planned(built.memory_plan, name) for name in STATES}
-        values["built"] = fields
+        states = {name: planned(built.memory_plan, name) for name in STATES}
+        values["built"] = vars(built) | {"planned": states}
+        del values["built"]["memory_plan"]
     return values
