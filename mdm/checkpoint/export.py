@@ -8,7 +8,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mdm.checkpoint.checkpoints import Checkpoints, Record
-from mdm.checkpoint.exported import Training, write_export
+from mdm.checkpoint.exported import write_export
 from mdm.checkpoint.snapshot import DamagedError, buffers_key, fetch, read_whole
 from mdm.checkpoint.state import RunError
 from mdm.config import Config, from_dict
@@ -53,9 +53,7 @@ def export_checkpoint(
         weights = {kind: _weights(checkpoints, record, kind) for kind in kinds}
     except DamagedError as error:
         raise RunError(f"{checkpoint} is not a valid checkpoint: {error}") from None
-    state = record.state
-    training = Training(state.step, state.samples_seen, state.loss)
-    write_export(folder, config, training, weights, model, provenance)
+    write_export(folder, config, record.state, weights, model, provenance)
 
 
 def _tokenizer(path: str, provenance: Provenance, checkpoint: str) -> bytes:

@@ -9,13 +9,14 @@ README.md                  the model card
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from json import dumps, loads
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mdm.checkpoint.state import TrainState
 from mdm.config import Config, to_dict
 from mdm.data.provenance import Provenance
 from mdm.storage import LocalStore
@@ -31,19 +32,10 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Training:
-    """What a model card says about the training."""
-
-    step: int = 0
-    samples_seen: int = 0
-    loss: float | None = None
-
-
 def write_export(
     folder: Path,
     config: Config,
-    training: Training,
+    state: TrainState,
     weights: Mapping[str, Mapping[str, Tensor]],
     tokenizer: bytes,
     provenance: Provenance,
@@ -55,7 +47,7 @@ def write_export(
     Args:
         folder: where to.
         config: the run's configuration.
-        training: for the model card.
+        state: the run's progress, for the model card.
         weights: by kind, then by `state_dict` name; the first kind is `model.safetensors`.
         tokenizer: the `.model` file's bytes; empty for none.
         provenance: what the training data was encoded with.
@@ -74,7 +66,7 @@ def write_export(
     store.put("config.json", dumps(to_dict(config), indent=1).encode())
     if tokenizer:
         store.put(TOKENIZER, tokenizer)
-    store.put("README.md", _model_card(config, training, weights, provenance).encode())
+    store.put("README.md", _model_card(config, state, weights, provenance).encode())
     if replace:
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
@@ -119,7 +111,7 @@ def read_provenance(folder: Path) -> Provenance:
 
 def _model_card(
     config: Config,
-    training: Training,
+    state: TrainState,
     weights: Mapping[str, Mapping[str, Tensor]],
     provenance: Provenance,
 ) -> str:
@@ -128,7 +120,7 @@ def _model_card(
     named = zip(_weight_files(kinds), kinds, strict=True)
     files = [f"- `{name}`: {KINDS[kind]}, fp32" for name, kind in named]
     parameters = sum(t.numel() for t in weights[kinds[0]].values())
-    loss = "" if training.loss is None else f", last training loss {training.loss:.4f}"
+    loss = "" if state.loss is None else f", last training loss {state.loss:.4f}"
     sources = ", ".join(f"{s.name} ({s.weight:g})" for s in config.data.sources) or "not recorded"
     decays = " and ".join(f"{decay:g}" for decay in (config.train.ema, config.train.ema2) if decay)
     first_stage = f"`{config.autoencoder or 'none'}`"
@@ -156,7 +148,7 @@ The first-stage autoencoder is not part of it: {first_stage}.
 
 ## Training
 
-{training.step:,} steps, {training.samples_seen:,} samples{loss}; global batch
+{state.step:,} steps, {state.samples_seen:,} samples{loss}; global batch
 {config.data.global_batch}, seed {config.seed}, decay of the averages {decays}.
 Data sets and their shares: {sources}.
 
