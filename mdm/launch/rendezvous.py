@@ -125,8 +125,7 @@ class Rendezvous:
         """The files of the living nodes, in the hostfile's order."""
         now, notes = time.monotonic(), {}
         for name in self.hosts:
-            note = files.read_json(self._path(name), _NODE)
-            if not note:
+            if not (note := files.read_json(self._path(name), _NODE)):
                 continue
             count, since = self._seen.get(name, (None, now - LOST))
             if note["count"] != count:

@@ -52,10 +52,7 @@ def runnable_here(config: Config) -> Config:
 
 
 def rehearse(
-    config: Config,
-    world_size: int,
-    tokens: int,
-    leaf_classes: Sequence[type[nn.Module]] = (),
+    config: Config, world_size: int, tokens: int, leaf_classes: Sequence[type[nn.Module]]
 ) -> Rehearsal:
     """Build `config` as one of `world_size` ranks and take a step on one text of `tokens` tokens.
 
@@ -124,9 +121,8 @@ def plan_text(memory_plan: MemoryPlan, verdict: Mapping[str, Any]) -> str:
     elif verdict["remedies"]:
         lines.append(f"It does not fit. It would with: {'; or '.join(verdict['remedies'])}.")
     else:
-        lines.append(
-            "It does not fit, nor with checkpointing, offload, more ranks or a smaller batch."
-        )
+        changes = "checkpointing, offload, more ranks or a smaller batch"
+        lines.append(f"It does not fit, nor with {changes}.")
     return "\n".join(lines)
 
 
@@ -156,21 +152,16 @@ def costs_text(runs: Mapping[str, Estimate], cluster: Cluster) -> str:
 def built_text(built: Rehearsal) -> str:
     """What the rank held, beside what the memory plan says."""
     limit = built.memory_plan.device("gathered") + built.memory_plan.device("persistent")
+    applied = "applied" if built.applied else "NOT applied"
     lines = [
         f"Built as one rank in {built.build_seconds:.0f} s, one step in "
-        f"{built.step_seconds:.0f} s, loss {built.loss:.3f}, "
-        f"{'applied' if built.applied else 'NOT applied'}; "
-        f"{built.peak_rss / GIB:.2f} GiB of this machine. Held and planned, in GiB:",
-        "",
+        f"{built.step_seconds:.0f} s, loss {built.loss:.3f}, {applied}; "
+        f"{built.peak_rss / GIB:.2f} GiB of this machine. Held and planned, in GiB:\n"
     ]
-    for name in STATES:
-        amount = planned(built.memory_plan, name) / GIB
-        lines.append(f"  {name:<12}{built.held[name] / GIB:8.2f}{amount:8.2f}")
-    lines.append(
-        f"  {'gathered':<12}{built.gathered / GIB:8.2f}{limit / GIB:8.2f}"
-        "  at most; a first step fetches nothing ahead"
-    )
-    return "\n".join(lines)
+    rows = [(name, built.held[name], planned(built.memory_plan, name)) for name in STATES]
+    for name, held, amount in (*rows, ("gathered", built.gathered, limit)):
+        lines.append(f"  {name:<12}{held / GIB:8.2f}{amount / GIB:8.2f}")
+    return "\n".join(lines) + "  at most; a first step fetches nothing ahead"
 
 
 def planned(memory_plan: MemoryPlan, name: str) -> int:
