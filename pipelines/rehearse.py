@@ -16,8 +16,6 @@ import torch
 
 from mdm.checkpoint.state import RunError
 from mdm.config import Config, config_of, doc
-from mdm.model.attention import AttentionBlock
-from mdm.model.decoder import Block
 from mdm.planning.cost import Cluster
 from mdm.planning.memory_plan import GIB, plan
 from mdm.planning.rehearsal import (
@@ -89,8 +87,7 @@ def main() -> int:
     print(f"\n{costs_text(runs, cluster)}", flush=True)
     built = None
     if flags.step_tokens:
-        classes = (Block, AttentionBlock)
-        built = rehearse(config, flags.world_size, flags.step_tokens, classes)
+        built = rehearse(config, flags.world_size, flags.step_tokens)
         print(f"\n{built_text(built)}")
     write_json(Path(flags.out), report(memory_plan, verdict, runs, built))
     print(f"\n{flags.out}")

@@ -10,7 +10,7 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 from tqdm import tqdm
 
-from mdm.checkpoint.exported import TOKENIZER, read_provenance, write_export
+from mdm.checkpoint.export import TOKENIZER, read_provenance, write_export
 from mdm.checkpoint.state import TrainState
 from mdm.config import Config, from_dict
 from mdm.data.provenance import Provenance, check_tokenizer

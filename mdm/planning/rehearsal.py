@@ -8,14 +8,14 @@ the memory plan says what the preset needs on a GPU.
 import dataclasses
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from mdm.config import Config
 from mdm.loss import Loss
+from mdm.model.attention import AttentionBlock
+from mdm.model.decoder import Block
 from mdm.planning.activations import largest_batch
 from mdm.planning.cost import Cluster, Estimate, estimate
 from mdm.planning.footprint import STATES, count_gathered, held_bytes
@@ -51,15 +51,13 @@ def runnable_here(config: Config) -> Config:
     return dataclasses.replace(config, model=model, train=train)
 
 
-def rehearse(
-    config: Config, world_size: int, tokens: int, leaf_classes: Sequence[type[nn.Module]]
-) -> Rehearsal:
+def rehearse(config: Config, world_size: int, tokens: int) -> Rehearsal:
     """Build `config` as one of `world_size` ranks and take a step on one text of `tokens` tokens.
 
     The process must not have joined a process group; it leaves the one that this makes. Raises
     RunError for settings that the engine refuses.
     """
-    config = runnable_here(config)
+    config, leaf_classes = runnable_here(config), (Block, AttentionBlock)
     start = time.perf_counter()
     engine = Engine(lambda: Loss(config), config, pretend_ranks(world_size), leaf_classes)
     ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)

@@ -65,12 +65,6 @@ class S3Server:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
-    @property
-    def pid(self) -> int:
-        """Process id of the running server."""
-        assert self._process is not None
-        return self._process.pid
-
     def _keys(self) -> tuple[str, str]:
         """Its credentials; new ones are written if there are none, or the file is damaged."""
         path = self.folder / "s3.json"
@@ -146,13 +140,10 @@ class S3Server:
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
-        self._signal(signal.SIGKILL)
+        self.stop(signal.SIGKILL)
 
-    def stop(self) -> None:
+    def stop(self, number: int = signal.SIGTERM) -> None:
         """Stops it. It gets little time: what it has acknowledged is in its files."""
-        self._signal(signal.SIGTERM)
-
-    def _signal(self, number: int) -> None:
         if self._process is None:
             return
         if self._process.poll() is None:

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from mdm.checkpoint.checkpoints import Checkpoints, Record
-from mdm.checkpoint.export import export_checkpoint
-from mdm.checkpoint.exported import missing_files, write_export
+from mdm.checkpoint.export import export_checkpoint, missing_files, write_export
 from mdm.checkpoint.state import RunError, TrainState, flatten
 from mdm.config import Config, fingerprint, to_dict
 from mdm.data.provenance import Provenance

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdm.checkpoint.exported import write_export
+from mdm.checkpoint.export import write_export
 from mdm.checkpoint.state import TrainState
 from mdm.data.provenance import Provenance
 from mdm.evaluate import classifier

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from examples.digits import data as learn_data
-from mdm.checkpoint.exported import read_provenance, write_export
+from mdm.checkpoint.export import read_provenance, write_export
 from mdm.checkpoint.state import TrainState
 from mdm.config import Config, DataConfig, ModelConfig
 from mdm.data.provenance import Provenance
