@@ -67,11 +67,7 @@ def fetch(store: Store, key: str, entry: Mapping[str, Any]) -> bytes:
 def in_threads(call: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """The results of `call` for all items, a few at a time; raises the first error."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="mdm-checkpoint") as pool:
-        running = [pool.submit(call, item) for item in items]
-        try:
-            return [future.result() for future in running]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        return list(pool.map(call, items))
 
 
 def buffers_key(folder: str, rank: int) -> str:

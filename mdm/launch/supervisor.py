@@ -136,11 +136,11 @@ class Supervisor:
     best: int = -1  # the furthest step that any attempt began
     failures: int = 0  # in a row, without a step forward
     shared: set[Path] = field(default_factory=shared_memory)
-    job: str = field(default_factory=lambda: secrets.token_hex(8))  # the same for all attempts
 
     def __post_init__(self) -> None:
-        if self.flags.rendezvous:  # the same on all nodes
-            self.job = str(Path(self.flags.rendezvous).resolve())
+        folder = self.flags.rendezvous
+        # The same for all attempts and on all nodes.
+        self.job = str(Path(folder).resolve()) if folder else secrets.token_hex(8)
 
     def run(self) -> int:
         """The job's exit code."""

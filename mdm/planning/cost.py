@@ -54,14 +54,7 @@ def mean_sample(config: Config, text_share: float) -> tuple[float, float]:
 
 
 def estimate(config: Config, cluster: Cluster, samples: int, peak_flops: float) -> Estimate:
-    """Time and price of a run.
-
-    Args:
-        config: sizes and global batch.
-        cluster: the machines.
-        samples: of the whole run.
-        peak_flops: of one GPU, in FLOP/s.
-    """
+    """Time and price of a run of `samples`; `peak_flops` are one GPU's, in FLOP/s."""
     ranks = cluster.world_size
     tokens, flops = mean_sample(config, cluster.text_share)
     batch = config.data.global_batch

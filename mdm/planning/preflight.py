@@ -22,8 +22,7 @@ import torch.distributed
 
 from mdm.checkpoint.checkpoints import uri_of
 from mdm.config import Config, fingerprint
-from mdm.planning.memory_advice import changes_that_fit
-from mdm.planning.memory_plan import GIB, MemoryPlan, plan, shapes_of
+from mdm.planning.memory_plan import GIB, MemoryPlan, changes_that_fit, plan, shapes_of
 from mdm.storage import StoreError, open_store
 from mdm.utils.ranks import World, gather_to_all
 

@@ -19,8 +19,7 @@ from mdm.model.decoder import Block
 from mdm.planning.activations import largest_batch
 from mdm.planning.cost import Cluster, Estimate, estimate
 from mdm.planning.footprint import STATES, count_gathered, held_bytes
-from mdm.planning.memory_advice import changes_that_fit
-from mdm.planning.memory_plan import GIB, MemoryPlan, plan
+from mdm.planning.memory_plan import GIB, MemoryPlan, changes_that_fit, plan
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, pretend_ranks, stop_ranks
 from mdm.utils import precision

@@ -215,12 +215,8 @@ def _put_in_parts(
 
     try:
         with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
-            sent = [pool.submit(send, number) for number in range(1, -(-len(data) // size) + 1)]
-            try:
-                parts = {"Parts": [part.result() for part in sent]}
-            except StoreError:
-                pool.shutdown(cancel_futures=True)
-                raise
+            # After an error, `map` cancels the parts that wait.
+            parts = {"Parts": list(pool.map(send, range(1, -(-len(data) // size) + 1)))}
         more = upload | condition
         try:
             requests.ask("write", key, "complete_multipart_upload", MultipartUpload=parts, **more)
