@@ -216,11 +216,12 @@ def explain_out_of_memory(error: BaseException, config: Config, world: World) ->
     return message
 
 
-def changes_that_fit(config: Config, world_size: int, memory: int) -> list[str]:
+def changes_that_fit(needed: MemoryPlan, memory: int) -> list[str]:
     """The changes that bring the memory plan under `memory` bytes, best first.
 
     Each is tried alone, or with activation checkpointing where that is off.
     """
+    config, world_size = needed.config, needed.world_size
     advice, prefix = dict[str, str](), ""
     if not config.train.activation_checkpointing:
         checkpointing = next(memory_changes(config, world_size))

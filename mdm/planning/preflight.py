@@ -108,8 +108,7 @@ def judge_memory(memory_plan: MemoryPlan, memory: int, host: str, on_gpu: bool) 
     detail = f"a rank needs {memory_plan.total / GIB:,.1f} GiB, {memory / GIB:,.1f} are on {host}"
     if memory_plan.total <= memory:
         return Check("memory", True, detail)
-    config, ranks = memory_plan.config, memory_plan.world_size
-    changes = changes_that_fit(config, ranks, memory) or ["more memory: no single change suffices"]
+    changes = changes_that_fit(memory_plan, memory) or ["more memory: no single change suffices"]
     detail += f"; it would fit with {', or '.join(changes)}"
     if not on_gpu:
         detail += " (planned for a GPU: on this CPU it may be less)"

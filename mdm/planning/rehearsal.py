@@ -91,8 +91,7 @@ def rehearse(config: Config, world_size: int, tokens: int) -> Rehearsal:
 def judge(memory_plan: MemoryPlan, memory: int) -> dict[str, Any]:
     """Whether the plan fits into `memory` bytes, and what to change if it does not."""
     fits = memory_plan.total <= memory
-    config, ranks = memory_plan.config, memory_plan.world_size
-    remedies = [] if fits else changes_that_fit(config, ranks, memory)
+    remedies = [] if fits else changes_that_fit(memory_plan, memory)
     return {"fits": fits, "total": memory_plan.total, "memory": memory, "remedies": remedies}
 
 

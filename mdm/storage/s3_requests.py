@@ -130,7 +130,6 @@ class S3Requests:
             except (
                 botocore.exceptions.ConnectionError,
                 botocore.exceptions.HTTPClientError,
-                botocore.exceptions.ResponseStreamingError,
                 botocore.exceptions.IncompleteReadError,
                 botocore.exceptions.FlexibleChecksumError,
                 botocore.parsers.ResponseParserError,
