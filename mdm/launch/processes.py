@@ -54,8 +54,9 @@ def end_descendants() -> None:
     _end(here.children(recursive=True), signal.SIGTERM, grace=5.0)
     # Children of the processes killed here are adopted only now.
     for _ in range(20):
-        if left := here.children(recursive=True):
-            _end(left, signal.SIGKILL, 1.0)
+        if not (left := here.children(recursive=True)):
+            return
+        _end(left, signal.SIGKILL, 1.0)
 
 
 def _ignore_signals() -> None:
