@@ -15,12 +15,14 @@ saving.
 from mdm.launch.job import job
 
 import contextlib
+import math
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from mdm.checkpoint.checkpoints import Checkpoints, Keep
-from mdm.checkpoint.commands import describe_all, find_damage, roll_back
+from mdm.checkpoint.checkpoints import ASIDE, MARKER, Checkpoints, Keep
+from mdm.checkpoint.snapshot import DamagedError
+from mdm.checkpoint.state import RunError
 from mdm.config import doc
 from mdm.storage import StoreError
 from mdm.storage.lease import hold
@@ -59,29 +61,43 @@ def alone(checkpoints: Checkpoints, command: str) -> AbstractContextManager[obje
     return hold(checkpoints.store, about, key=RUN_LEASE, advice=advice, brief=True)
 
 
+def describe(checkpoints: Checkpoints, name: str, aside: bool) -> str:
+    """One line on a checkpoint, with the reason if it is invalid or set `aside`."""
+    try:
+        record = checkpoints.read(name)
+    except (DamagedError, RunError) as error:
+        return f"{name}  {error}"
+    size = sum(entry["bytes"] for entry in record.files.values()) / 2**20
+    line = f"{name}  {record.state.samples_seen} samples  {record.manifest['world_size']} ranks  "
+    line += f"{size:.1f} MiB" + ("" if math.isinf(record.loss) else f"  loss {record.loss:.4f}")
+    if aside:
+        reason = checkpoints.store.get(f"{name}/{ASIDE}").decode(errors="replace")
+        line += f"  set aside: {reason}"
+    return line
+
+
 def run(command: str, flags: Flags) -> int:
     """Print what the command says; returns the exit code."""
-    checkpoints = Checkpoints.at(flags.at)
+    checkpoints, code = Checkpoints.at(flags.at), 0
     if command == "list":
-        for line in describe_all(checkpoints):
-            print(line)
-        return 0
-    if command == "verify":
-        damaged = False
-        for name, reason in find_damage(checkpoints):
-            damaged |= bool(reason)
-            print(f"{name}  {reason or 'valid'}")
-        return int(damaged)
-    if command == "prune":
+        for name, keys in checkpoints.contents().items():
+            print(describe(checkpoints, name, ASIDE in keys))
+    elif command == "verify":
+        for name, keys in checkpoints.contents().items():
+            if ASIDE not in keys and MARKER in keys:
+                reason = checkpoints.why_invalid(name)
+                print(f"{name}  {reason or 'valid'}")
+                code |= bool(reason)
+    elif command == "prune":
         keep = Keep(flags.keep, flags.keep_every, flags.keep_best)
         with contextlib.nullcontext() if flags.live else alone(checkpoints, command):
             for name in checkpoints.prune(keep, asides=flags.asides):
                 print(f"removed {name}")
-        return 0
-    with alone(checkpoints, command):
-        for name in roll_back(checkpoints, flags.to):
-            print(f"set aside {name}")
-    return 0
+    else:
+        with alone(checkpoints, command):
+            for name in checkpoints.roll_back(flags.to):
+                print(f"set aside {name}")
+    return code
 
 
 @job("checkpoints", StoreError, ValueError)

@@ -12,8 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mdm.checkpoint.export import export_checkpoint
-from mdm.checkpoint.exported import KINDS
+from mdm.checkpoint.export import KINDS, export_checkpoint
 from mdm.config import doc
 from mdm.storage import StoreError
 from mdm.utils.command_line import parse_cli

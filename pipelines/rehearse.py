@@ -16,8 +16,6 @@ import torch
 
 from mdm.checkpoint.state import RunError
 from mdm.config import Config, config_of, doc
-from mdm.model.attention import AttentionBlock
-from mdm.model.decoder import Block
 from mdm.planning import rehearsal
 from mdm.planning.cost import Cluster
 from mdm.planning.memory_plan import GIB, plan
@@ -81,8 +79,7 @@ def main() -> int:
     print(f"\n{rehearsal.costs_text(runs, cluster)}", flush=True)
     built = None
     if flags.step_tokens:
-        classes = (Block, AttentionBlock)
-        built = rehearsal.rehearse(config, flags.world_size, flags.step_tokens, classes)
+        built = rehearsal.rehearse(config, flags.world_size, flags.step_tokens)
         print(f"\n{rehearsal.built_text(built)}")
     write_json(Path(flags.out), rehearsal.report(memory_plan, verdict, runs, built))
     print(f"\n{flags.out}")

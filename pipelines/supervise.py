@@ -22,24 +22,18 @@ explains; 3 stopped by the file STOP: do not requeue; 75 stopped by a signal aft
 from mdm.launch.job import job
 
 import sys
-from collections.abc import Iterable, Sequence
 
 from mdm.launch.supervisor import Flags, Supervisor
 from mdm.utils.command_line import fail, parse_cli
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The supervisor's flags, and the command after `--`."""
-    words = list(argv)
-    end = words.index("--") if "--" in words else len(words)
-    return words[:end], words[end + 1 :]
-
-
 @job("supervise")
-def main(argv: Iterable[str] | None = None) -> int:
+def main() -> int:
     """Run the job; returns its exit code."""
-    words, command = split(list(sys.argv[1:] if argv is None else argv))
-    flags = parse_cli(Flags, words, description=__doc__ or "")
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    command = words[end + 1 :]
+    flags = parse_cli(Flags, words[:end], description=__doc__ or "")
     if not command:
         fail("supervise.py: no command: give it after `--` (--help shows examples)")
     return Supervisor(flags, command).run()

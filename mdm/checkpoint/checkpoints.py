@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from mdm.storage import MissingObjectError, Store, join, open_store
 
 FORMAT = 2  # 1 was DeepSpeed's own layout
 MARKER, MANIFEST, CLAIM, ASIDE = "COMMITTED", "manifest.json", "CLAIM", "ASIDE"
-_NAME = re.compile(r"step-(\d{8})(?:\.(\d+))?")
+_NAME = re.compile(r"step-\d{8}(\.\d+)?")
 _KEY = re.compile(rf"{CLAIM}|{MANIFEST}|{MARKER}|{ASIDE}|rank-\d{{5}}(\.json|/[a-z0-9_]+(\.\d+)?)")
 
 
@@ -80,11 +80,6 @@ class Record:
         """Size and hash by key."""
         files: dict[str, dict[str, Any]] = self.manifest["files"]
         return files
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the store."""
-        return sum(entry["bytes"] for entry in self.files.values())
 
 
 def uri_of(config: Config) -> str:
@@ -200,6 +195,20 @@ class Checkpoints:
             if ASIDE not in keys:
                 self.set_aside(name, reason)
 
+    def roll_back(self, step: int) -> Iterator[str]:
+        """Set aside the checkpoints after `step`, and yield their names.
+
+        Raises:
+            ValueError: there is no valid checkpoint of `step`, from which the run would resume.
+        """
+        records, _ = self.newest_first()
+        if step not in (steps := [record.step for record in records]):
+            raise ValueError(f"--to is {step}; there are checkpoints of steps {steps}")
+        for record in records:
+            if record.step > step:
+                self.set_aside(record.name, f"rolled back to step {step}")
+                yield record.name
+
     def remove(self, name: str) -> None:
         """Delete a checkpoint, its marker first: half-removed, it must not look valid."""
         self.confirm()
@@ -233,18 +242,16 @@ class Checkpoints:
         return names
 
 
-def kept_of(newest_first: Iterable[Record], keep: Keep) -> list[str]:
+def kept_of(newest_first: Sequence[Record], keep: Keep) -> set[str]:
     """The names that `keep` keeps, always including the newest."""
-    records = list(newest_first)
-    kept = {record.name for record in records[: max(keep.newest, 1)]}
+    kept = {record.name for record in newest_first[: max(keep.newest, 1)]}
     if keep.every:
-        kept |= {record.name for record in records if record.step % keep.every == 0}
-    if keep.best and records:
-        kept.add(min(records, key=lambda record: record.loss).name)
-    return [record.name for record in records if record.name in kept]
+        kept |= {record.name for record in newest_first if record.step % keep.every == 0}
+    if keep.best and newest_first:
+        kept.add(min(newest_first, key=lambda record: record.loss).name)
+    return kept
 
 
 def _order(name: str) -> tuple[int, int]:
-    match = _NAME.fullmatch(name)
-    assert match is not None
-    return int(match[1]), int(match[2] or 0)
+    step, _, n = name.removeprefix("step-").partition(".")
+    return int(step), int(n or 0)

@@ -32,12 +32,8 @@ class Shards:
         self._stage, self._world = stage, world
 
     def _flats(self) -> list[Tensor]:
-        flats: list[Tensor] = (
-            self._optimizer.fp32_partitioned_groups_flat
-            if self._stage == 3
-            else self._optimizer.single_partition_of_fp32_groups
-        )
-        return flats
+        of_stage = {2: "single_partition_of_fp32_groups", 3: "fp32_partitioned_groups_flat"}
+        return list(getattr(self._optimizer, of_stage[self._stage]))
 
     def partitions(self) -> list[Tensor]:
         """The live master weights, one tensor for each optimizer sub-group."""
@@ -113,11 +109,9 @@ class Shards:
             for i in range(len(optimizer.fp16_groups)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(i)
             return
-        for parts, flat in zip(
-            optimizer.parallel_partitioned_bit16_groups, self.partitions(), strict=True
-        ):
-            own = flat.to(parts[0])
-            torch.distributed.all_gather(list(parts), own)
+        groups = optimizer.parallel_partitioned_bit16_groups
+        for parts, flat in zip(groups, self.partitions(), strict=True):
+            torch.distributed.all_gather(list(parts), flat.to(parts[0]))
 
     def _adam(self, flat: Tensor) -> dict[str, Any]:
         """Adam's state of one flat partition; if missing, made as Adam's first step would."""
@@ -132,8 +126,7 @@ class Shards:
 
     def buffers(self) -> dict[str, Tensor]:
         """This rank's persistent buffers by name, copied to host memory."""
-        parameters = dict(self._module.named_parameters(remove_duplicate=False))
-        persistent = set(self._module.state_dict()) - set(parameters)
+        persistent = self._module.state_dict().keys()
         return {
             name: buffer.detach().cpu().clone()
             for name, buffer in self._module.named_buffers()
@@ -157,7 +150,9 @@ class Shards:
         shares = [torch.empty(length) for _ in tables] if self._world.is_main else []
         at = 0
         for chunk in (chunk for flat in partitions for chunk in flat.split(CHUNK)):
-            for share, part in zip(shares, self._to_main(chunk), strict=True):
+            parts = [torch.empty_like(chunk) for _ in shares]
+            torch.distributed.gather(chunk.contiguous(), parts or None, dst=0)
+            for share, part in zip(shares, parts, strict=True):
                 share[at : at + len(part)] = part
             at += len(chunk)
         if not self._world.is_main:
@@ -168,9 +163,3 @@ class Shards:
                 full[name].view(-1)[start : start + n] = share[offset : offset + n]
         full |= {name: full[other].clone() for name, other in self.tied().items()}
         return full | dict(sorted(self.buffers().items()))
-
-    def _to_main(self, part: Tensor) -> list[Tensor]:
-        main = self._world.is_main
-        parts = [torch.empty_like(part) for _ in range(self._world.size if main else 0)]
-        torch.distributed.gather(part.contiguous(), parts if main else None, dst=0)
-        return parts

@@ -67,21 +67,7 @@ def fetch(store: Store, key: str, entry: Mapping[str, Any]) -> bytes:
 def in_threads(call: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """The results of `call` for all items, a few at a time; raises the first error."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="mdm-checkpoint") as pool:
-        running = [pool.submit(call, item) for item in items]
-        try:
-            return [future.result() for future in running]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def table_key(folder: str, rank: int) -> str:
-    """The key of the table that says what a rank's share consists of."""
-    return f"{folder}/rank-{rank:05d}.json"
-
-
-def part_key(folder: str, rank: int, kind: str, number: int) -> str:
-    """The key of the `number`-th part of a share."""
-    return f"{folder}/rank-{rank:05d}/{kind}.{number:04d}"
+        return list(pool.map(call, items))
 
 
 def buffers_key(folder: str, rank: int) -> str:
@@ -162,13 +148,12 @@ class Snapshot:
     def write(self, store: Store, folder: str, rank: int) -> dict[str, dict[str, Any]]:
         """Write the share and its table below `folder`; returns size and hash by key."""
         table = {"length": self.length, "kinds": list(self.host), "pieces": self.pieces}
-        objects: dict[str, bytes | memoryview] = {
-            table_key(folder, rank): json.dumps(table).encode()
-        }
+        share = f"{folder}/rank-{rank:05d}"
+        objects: dict[str, bytes | memoryview] = {f"{share}.json": json.dumps(table).encode()}
         for kind, host in self.host.items():
             view = host.numpy().view(np.uint8).data
             for number, at in enumerate(range(0, len(view), 4 * PART)):
-                objects[part_key(folder, rank, kind, number)] = view[at : at + 4 * PART]
+                objects[f"{share}/{kind}.{number:04d}"] = view[at : at + 4 * PART]
         return write_objects(store, objects)
 
     def read(self, store: Store, folder: str, world_size: int, files: Files) -> None:
@@ -181,14 +166,14 @@ class Snapshot:
         count = 0
         reads: list[tuple[str, str, list[Copy]]] = []
         for rank in range(world_size):
-            key = table_key(folder, rank)
+            share = f"{folder}/rank-{rank:05d}"
+            key = f"{share}.json"
             table = json.loads(fetch(store, key, files[key]))
             copies = overlaps([Piece(*p) for p in table["pieces"]], self.pieces)
             count += sum(copy.length for copy in copies)
             for number, at in enumerate(range(0, table["length"], PART)):
                 if inside := within(copies, at, at + PART):
-                    for kind in self.host:
-                        reads.append((kind, part_key(folder, rank, kind, number), inside))
+                    reads += [(kind, f"{share}/{kind}.{number:04d}", inside) for kind in self.host]
         if count != (needed := sum(piece.length for piece in self.pieces)):
             raise KeyError(f"it holds {count} of the {needed} numbers of this rank's parameters")
 

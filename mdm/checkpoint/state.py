@@ -17,9 +17,7 @@ MAY_CHANGE = (
     "train.log_every",
     "train.checkpoint_every",
     "train.checkpoints",
-    "train.keep",
-    "train.keep_every",
-    "train.keep_best",
+    "train.keep",  # and all that begin with it
     "train.snapshots",
     "train.images",
     "data.mixture_stages",  # future ones; the loader refuses changes to those already consumed

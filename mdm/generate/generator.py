@@ -10,7 +10,8 @@ from huggingface_hub import ModelHubMixin, snapshot_download
 from torch import Tensor
 from tqdm import tqdm
 
-from mdm.checkpoint.exported import TOKENIZER, Training, read_provenance, write_export
+from mdm.checkpoint.export import TOKENIZER, read_provenance, write_export
+from mdm.checkpoint.state import TrainState
 from mdm.config import Config, from_dict
 from mdm.data.provenance import Provenance, check_tokenizer
 from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer
@@ -138,7 +139,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         write_export(
             save_directory,
             self.config,
-            Training(),
+            TrainState(),
             {"ema": weights},
             self.tokenizer.model(),
             self.provenance,

@@ -7,18 +7,19 @@ a killed parent reaches them. This process adopts them (as Linux's child subreap
 all: after the command has ended, on SIGTERM or SIGINT, and when its parent dies in whatever way.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import psutil
 
 # For jobs on CPUs; the Makefile says why threads spin that long.
 CPU_ENV = {"DS_ACCELERATOR": "cpu", "GOMP_SPINCOUNT": "5000"}
-GRACE_SECONDS = 5.0
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
@@ -42,21 +43,18 @@ def _prctl(option: int, value: int) -> None:
 
 def _end(processes: list[psutil.Process], signum: int, grace: float) -> None:
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.send_signal(signum)
-        except psutil.NoSuchProcess:
-            continue
     psutil.wait_procs(processes, timeout=grace)
 
 
-def end_descendants(grace: float = GRACE_SECONDS) -> None:
-    """Send SIGTERM to all descendants, and SIGKILL to those still there after `grace` seconds."""
+def end_descendants() -> None:
+    """Send SIGTERM to all descendants, and SIGKILL to those still there after a few seconds."""
     here = psutil.Process()
-    _end(here.children(recursive=True), signal.SIGTERM, grace)
+    _end(here.children(recursive=True), signal.SIGTERM, grace=5.0)
     # Children of the processes killed here are adopted only now.
     for _ in range(20):
-        left = here.children(recursive=True)
-        if not left:
+        if not (left := here.children(recursive=True)):
             return
         _end(left, signal.SIGKILL, 1.0)
 
@@ -99,24 +97,14 @@ def keep(parent: int, command: list[str]) -> int:
 
 
 def supervised(
-    command: Sequence[str],
-    *,
-    env: Mapping[str, str] | None = None,
-    stdout: int | None = None,
-    stderr: int | None = None,
+    command: Sequence[str], *, env: Mapping[str, str], **streams: Any
 ) -> "subprocess.Popen[str]":
     """Start `command` under a process that ends all of the command's processes on SIGTERM.
 
     `env` adds to this process's environment. The calling thread must outlive the command.
     """
-    return subprocess.Popen(
-        [sys.executable, __file__, str(os.getpid()), *command],
-        env={**os.environ, **(env or {})},
-        stdout=stdout,
-        stderr=stderr,
-        text=True,
-        encoding="utf-8",
-    )
+    keeper = [sys.executable, __file__, str(os.getpid()), *command]
+    return subprocess.Popen(keeper, env=os.environ | env, text=True, encoding="utf-8", **streams)
 
 
 if __name__ == "__main__":

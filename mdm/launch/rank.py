@@ -17,13 +17,7 @@ from mdm.utils.ranks import World
 
 
 def run_rank(name: str, world: World, run: Callable[[], int]) -> int:
-    """The exit code of `run`, which is reported to the supervisor with the reason.
-
-    Args:
-        name: The job; begins the line on stderr.
-        world: This rank's place, as the launcher describes it.
-        run: One rank's part of the job; returns its exit code.
-    """
+    """The exit code of `run`, one rank's part of the job `name`; reported with the reason."""
     try:
         code = run()
         report_end(code)

@@ -55,31 +55,26 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return hosts
 
 
+def free_port() -> int:
+    """A port that is free at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
 class Rendezvous:
-    """One node's part in the rendezvous; a thread keeps its counter growing.
+    """One node's part in the rendezvous; a thread keeps its counter growing."""
 
-    Args:
-        folder: shared by all nodes.
-        hosts: slots by node, in the hostfile's order.
-        node: this one's name.
-        least: nodes that an attempt needs.
-        patience: seconds to wait for more nodes than that.
-        strikes: failures that began on a node before it is left out.
-        port: finds a free port of this node.
-    """
+    folder: Path = Path()  # shared by all nodes
+    # Slots by node, in the hostfile's order; empty for a single node, which needs no folder.
+    hosts: dict[str, int] = field(default_factory=dict)
+    node: str = ""  # this one's name
+    least: int = 1  # nodes that an attempt needs
+    patience: float = 0.0  # seconds to wait for more nodes than that
+    strikes: int = 0  # failures that began on a node before it is left out
 
-    def __init__(
-        self,
-        folder: Path,
-        hosts: dict[str, int],
-        node: str,
-        least: int,
-        patience: float,
-        strikes: int,
-        port: Callable[[], int],
-    ) -> None:
-        self.folder, self.hosts, self.node = folder, hosts, node
-        self.least, self.patience, self.strikes, self._port = least, patience, strikes, port
+    def __post_init__(self) -> None:
         self._done = 0  # the last attempt that this node took part in
         self._state = "waiting"
         self._seen: dict[str, tuple[int, float]] = {}  # by node: its counter, since when
@@ -88,17 +83,12 @@ class Rendezvous:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    @classmethod
-    def alone(cls, port: Callable[[], int]) -> "Rendezvous":
-        """A rendezvous of one node, which needs no folder."""
-        return cls(Path(), {}, "", 1, 0.0, 0, port)
-
     def __enter__(self) -> "Rendezvous":
         if self.hosts:
             # This supervisor does not join an attempt that was called before it started.
             self._done = self._called().get("number", 0)
             self._write()
-            self._thread = threading.Thread(target=self._beat, name="mdm-rendezvous", daemon=True)
+            self._thread = threading.Thread(target=self._beat, daemon=True)
             self._thread.start()
         return self
 
@@ -135,8 +125,7 @@ class Rendezvous:
         """The files of the living nodes, in the hostfile's order."""
         now, notes = time.monotonic(), {}
         for name in self.hosts:
-            note = files.read_json(self._path(name), _NODE)
-            if not note:
+            if not (note := files.read_json(self._path(name), _NODE)):
                 continue
             count, since = self._seen.get(name, (None, now - LOST))
             if note["count"] != count:
@@ -151,7 +140,7 @@ class Rendezvous:
         """Wait for the next attempt that includes this node; None once `stop` returns True."""
         if not self.hosts:
             self._done += 1
-            return Attempt(self._done, (socket.gethostname(),), "127.0.0.1", self._port())
+            return Attempt(self._done, (socket.gethostname(),), "127.0.0.1", free_port())
         self._state = "waiting"
         self._write()
         began = time.monotonic()
@@ -184,7 +173,7 @@ class Rendezvous:
         if len(nodes) < max(expected, self.least):
             return
         number = max([called.get("number", 0), *(note["done"] for note in alive.values())]) + 1
-        values = (number, nodes, alive[nodes[0]]["address"], self._port())
+        values = (number, nodes, alive[nodes[0]]["address"], free_port())
         attempt = dict(zip(_ATTEMPT, values, strict=True))
         files.write_json(self.folder / "attempt.json", attempt, sync=False)
 

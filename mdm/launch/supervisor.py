@@ -1,5 +1,7 @@
 """Supervises attempts at a job on this node: starts ranks, checks heartbeats, ends, restarts."""
 
+from mdm.launch.job import one_line
+
 import contextlib
 import os
 import secrets
@@ -26,7 +28,6 @@ from mdm.utils.command_line import fail
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SETTLE = 5.0  # seconds that ranks have to report their end after its first sign
 SILENCE = 10.0  # a hanging rank has so many seconds, and a fifth of its limit, to report it itself
-SHARED = Path("/dev/shm")
 HEARTBEATS = "mdm-heartbeats-"  # how the names of heartbeat folders begin
 
 
@@ -68,14 +69,6 @@ class Outcome:
 def say(text: str) -> None:
     """Print a line of the supervisor itself."""
     sys.stderr.write(f"supervise: {text}\n")
-    sys.stderr.flush()
-
-
-def free_port() -> int:
-    """A port that is free at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def command_of(command: Sequence[str], attempt: Attempt, folder: Path) -> list[str]:
@@ -105,27 +98,24 @@ def shared_memory() -> set[Path]:
     """The files of this user's training processes in /dev/shm."""
     paths = set()
     for pattern in ("deepspeed_*", "nccl-*", "torch_*", "__KMP*"):
-        for path in SHARED.glob(pattern):
+        for path in Path("/dev/shm").glob(pattern):
             with contextlib.suppress(OSError):
                 if path.stat().st_uid == os.getuid():
                     paths.add(path)
     return paths
 
 
-def clear_shared_memory(before: set[Path]) -> list[Path]:
-    """Remove files newer than `before` that no process has mapped or open; returns them."""
+def clear_shared_memory(before: set[Path]) -> None:
+    """Remove files newer than `before` that no process has mapped or open, and name them."""
     new = shared_memory() - before
-    if not new:
-        return []
     used: set[str] = set()
-    for process in psutil.process_iter():
+    for process in psutil.process_iter() if new else ():
         with contextlib.suppress(psutil.Error, OSError):
             used |= {m.path for m in process.memory_maps()}
             used |= {f.path for f in process.open_files()}
-    unused = [path for path in sorted(new) if str(path) not in used]
-    for path in unused:
+    for path in sorted(new - {Path(name) for name in used}):
         path.unlink(missing_ok=True)
-    return unused
+        say(f"removed {path}")
 
 
 def clear_heartbeat_folders() -> None:
@@ -146,11 +136,11 @@ class Supervisor:
     best: int = -1  # the furthest step that any attempt began
     failures: int = 0  # in a row, without a step forward
     shared: set[Path] = field(default_factory=shared_memory)
-    job: str = field(default_factory=lambda: secrets.token_hex(8))  # the same for all attempts
 
     def __post_init__(self) -> None:
-        if self.flags.rendezvous:  # the same on all nodes
-            self.job = str(Path(self.flags.rendezvous).resolve())
+        folder = self.flags.rendezvous
+        # The same for all attempts and on all nodes.
+        self.job = str(Path(folder).resolve()) if folder else secrets.token_hex(8)
 
     def run(self) -> int:
         """The job's exit code."""
@@ -173,19 +163,16 @@ class Supervisor:
 
     def _rendezvous(self) -> Rendezvous:
         if not self.flags.hostfile:
-            return Rendezvous.alone(free_port)
-        try:
-            hosts = read_hostfile(Path(self.flags.hostfile))
-        except OSError as error:
-            fail(f"supervise: --hostfile {self.flags.hostfile}: {error.strerror}")
-        except ValueError as error:
-            fail(f"supervise: {error}")
+            return Rendezvous()
         flags, node = self.flags, self.flags.node or socket.gethostname()
+        try:
+            hosts = read_hostfile(Path(flags.hostfile))
+        except (OSError, ValueError) as error:
+            fail(f"supervise: --hostfile: {one_line(error)}")
         if node not in hosts:
             fail(f"supervise: this node is {node}, the hostfile has {', '.join(hosts)}; see --node")
-        least = flags.min_nodes or len(hosts)
-        folder = Path(flags.rendezvous)
-        return Rendezvous(folder, hosts, node, least, flags.join, flags.strikes, free_port)
+        folder, least = Path(flags.rendezvous), flags.min_nodes or len(hosts)
+        return Rendezvous(folder, hosts, node, least, flags.join, flags.strikes)
 
     def _judge(self, outcome: Outcome) -> int | None:
         """The job's exit code, or None for another attempt."""
@@ -197,18 +184,14 @@ class Supervisor:
             return codes.REQUEUE
         if outcome.step > self.best:
             self.best, self.failures = outcome.step, 0
-        self.failures += (
-            outcome.code != codes.REQUEUE
-        )  # REQUEUE: a rank was asked to stop, and saved
+        if outcome.code != codes.REQUEUE:  # REQUEUE: a rank was asked to stop, and saved
+            self.failures += 1
         if self.failures > self.flags.restarts:
             say(f"{outcome.reason}; {self.failures} failures in a row without a step forward")
             return codes.GAVE_UP
-        pause = 0.0
-        if self.failures:
-            pause = min(self.flags.backoff * 2 ** (self.failures - 1), self.flags.longest_backoff)
-        say(
-            f"{outcome.reason}; restart in {pause:.0f} s ({self.failures} of {self.flags.restarts})"
-        )
+        flags, n = self.flags, self.failures
+        pause = min(flags.backoff * 2 ** (n - 1), flags.longest_backoff) if n else 0.0
+        say(f"{outcome.reason}; restart in {pause:.0f} s ({n} of {flags.restarts})")
         end = time.monotonic() + pause
         while time.monotonic() < end and not self.stop_signal:
             time.sleep(0.1)
@@ -241,8 +224,7 @@ class Supervisor:
             with contextlib.suppress(ChildProcessError):  # no adopted process is left to reap
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
-            for path in clear_shared_memory(self.shared):
-                say(f"removed {path}")
+            clear_shared_memory(self.shared)
             return outcome
 
     def _watch(
@@ -253,30 +235,27 @@ class Supervisor:
         rendezvous: Rendezvous,
     ) -> Outcome:
         """Wait until the attempt has ended, in whatever way."""
-        stopping: float | None = None  # since when the ranks are asked to stop
-        ending: float | None = None  # since the first sign of an end
+        stopping = ending = float("inf")  # when the ranks were asked to stop; first sign of an end
         while True:
             now = time.monotonic()
             beats, ends = heartbeat.read_beats(folder), heartbeat.read_ends(folder)
-            if self.stop_signal and stopping is None:
+            if self.stop_signal and stopping > now:
                 stopping = now
                 (folder / "stop").touch()
             exited = launcher.poll() is not None
-            hung = [] if ends else [rank for rank, beat in beats.items() if _is_silent(beat, now)]
+            silent = [r for r, b in beats.items() if b.overdue(now) > SILENCE + 0.2 * b.limit]
+            hung = [] if ends else silent
             lost = rendezvous.broken(attempt)
             finished = bool(beats) and len(ends) == len(beats)
             failed = any(e.code not in (codes.DONE, codes.REQUEUE, codes.HALTED) for e in ends)
-            if ending is None and (exited or failed or hung or finished or lost):
-                ending = now
-            late = stopping is not None and now - stopping > self.flags.grace
-            ended = ending is not None and (now - ending > SETTLE or (exited and finished))
-            if exited and not beats:
-                ended = True  # training never began
-            if ended or late:
+            if exited or failed or hung or finished or lost:
+                ending = min(ending, now)
+            step = max((beat.step for beat in beats.values()), default=-1)
+            if now - stopping > self.flags.grace:
                 reason = f"the ranks did not save in {self.flags.grace:.0f} s"
-                step = max((beat.step for beat in beats.values()), default=-1)
-                if late:
-                    return Outcome(codes.GAVE_UP, lost or reason, step)
+                return Outcome(codes.GAVE_UP, lost or reason, step)
+            # Without a heartbeat, training never began.
+            if now - ending > SETTLE or (exited and (finished or not beats)):
                 outcome = self._conclude(beats, ends, hung, launcher.poll(), step)
                 if lost and outcome.code == codes.GAVE_UP:
                     return Outcome(codes.GAVE_UP, lost, step)
@@ -298,10 +277,7 @@ class Supervisor:
         reported = {e.code for e in ends}
         for code, reason in (
             (codes.MISTAKE, "a mistake that the user has to fix"),
-            (
-                codes.HALTED,
-                f"ended by the file {heartbeat.STOP_FILE}: not done, not to be requeued",
-            ),
+            (codes.HALTED, "ended by the file STOP: not done, not to be requeued"),
             (codes.REQUEUE, "asked to stop, and saved"),
         ):
             if code in reported:
@@ -317,7 +293,3 @@ class Supervisor:
             reasons = [f"{self.command[0]} ended with {launcher_code} before training began"]
         began_here = bool(killed) or not beats or any(set(e.blamed) & set(beats) for e in ends)
         return Outcome(codes.GAVE_UP, "; ".join(reasons) or "it failed", step, began_here)
-
-
-def _is_silent(beat: heartbeat.Beat, now: float) -> bool:
-    return beat.overdue(now) > SILENCE + 0.2 * beat.limit

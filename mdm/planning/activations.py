@@ -6,9 +6,7 @@ tensors, except for their matrix products, which would take a CPU minutes. Both 
 two samples: memory grows linearly with the samples.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -101,7 +99,12 @@ def _trunk(
         with autocast(precision), saved_activations(trunk) as saved:
             return trunk(x, layout), saved.bytes
 
-    with FakeTensorMode(allow_non_fake_inputs=True), _shapes_of_fused_kernels():
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        # The CUDA kernels cannot run here; their sources say what they keep.
+        mock.patch.object(fused, "ssd", _scan),
+        mock.patch.object(fused, "causal_conv", _conv),
+    ):
         whole = Trunk(model)
         kept = run(whole)[1]
         whole.checkpointing = True
@@ -203,8 +206,7 @@ class _ConvShapes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, weight, bias = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
 
 
 def _scan(x: Tensor, *inputs: Tensor, chunk_size: int, seq_idx: None = None) -> Tensor:
@@ -215,10 +217,3 @@ def _scan(x: Tensor, *inputs: Tensor, chunk_size: int, seq_idx: None = None) -> 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: None = None) -> Tensor:
     y: Tensor = _ConvShapes.apply(x.contiguous(), weight, bias)  # type: ignore[no-untyped-call]
     return y
-
-
-@contextlib.contextmanager
-def _shapes_of_fused_kernels() -> Iterator[None]:
-    """Replace the CUDA kernels, which cannot run here; their sources say what they keep."""
-    with mock.patch.object(fused, "ssd", _scan), mock.patch.object(fused, "causal_conv", _conv):
-        yield

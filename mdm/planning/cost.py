@@ -38,33 +38,16 @@ class Estimate:
     communication_seconds: float  # a step's weights and gradients over the network, if alone
 
 
-def mean_sample(config: Config, text_share: float) -> tuple[float, float]:
-    """Sequence tokens, and FLOPs of a training step, of the mean sample, at full length.
-
-    `text_share` of the samples are text alone.
-    """
+def estimate(config: Config, cluster: Cluster, samples: int, peak_flops: float) -> Estimate:
+    """Time and price of a run of `samples`; `peak_flops` are one GPU's, in FLOP/s."""
+    ranks, batch = cluster.world_size, config.data.global_batch
     # A forward pass and twice as much backward; a share of the steps makes an estimate first.
     passes = 3 + config.objective.p_self_condition
-    tokens = flops = 0.0
-    for with_image, share in ((True, 1 - text_share), (False, text_share)):
+    tokens = flops = 0.0  # of the mean sample, at full length
+    for with_image, share in ((True, 1 - cluster.text_share), (False, cluster.text_share)):
         length = longest(config, with_image).length
         tokens += share * length
         flops += share * 2 * passes * sum(trunk_macs(config.model, length))
-    return tokens, flops
-
-
-def estimate(config: Config, cluster: Cluster, samples: int, peak_flops: float) -> Estimate:
-    """Time and price of a run.
-
-    Args:
-        config: sizes and global batch.
-        cluster: the machines.
-        samples: of the whole run.
-        peak_flops: of one GPU, in FLOP/s.
-    """
-    ranks = cluster.world_size
-    tokens, flops = mean_sample(config, cluster.text_share)
-    batch = config.data.global_batch
     steps = -(-samples // batch)
     seconds = batch * flops / (ranks * peak_flops * cluster.mfu)
     hours = ranks * steps * seconds / 3600

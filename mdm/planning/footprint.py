@@ -4,7 +4,7 @@ Tensors that share memory are counted once, under the first name.
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,51 +26,29 @@ def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
     gradients that wait to be reduced, `whole` the parameters that are whole at this moment. Call it
     between a backward pass and its step, but not in the first step, which makes Adam's moments.
     """
-    zero, module = engine.zero, engine.module
-    partitioned = engine.stage == 3
-    tensors: dict[str, list[Tensor]] = {
-        "parameters": _partitions(module) if partitioned else [],
-        "optimizer": [*engine.fp32_partitions(), *_moments(zero)],
+    zero, parameters = engine.zero, list[Any](engine.module.parameters())
+    tensors: dict[str, list[Any]] = {  # and values that are not tensors
+        "parameters": [],
+        "optimizer": [*engine.fp32_partitions(), *tree_leaves(list(zero.optimizer.state.values()))],
         "ema": tree_leaves(vars(ema)),
-        "gradients": [],
+        # Stage 2 keeps lists of this rank's averaged gradients, stage 3 views of one flat tensor.
+        "gradients": tree_leaves(dict(zero.averaged_gradients)),
         "buckets": [],
-        "whole": [p.data for p in module.parameters()],
+        "whole": parameters,
     }
-    # Stage 2 keeps lists of this rank's averaged gradients, stage 3 views of one flat tensor.
-    tensors["gradients"] += tree_leaves(dict(zero.averaged_gradients))
-    if partitioned:
-        tensors["gradients"] += [zero.grad_partitions_flat_buffer, *_gradients(zero)]
-        tensors["buckets"] = [b.buffer for b in zero.ipg_buckets.values() if b.buffer is not None]
-    seen: set[int] = set()
-    return {
-        name: _unique_bytes((t for t in group if isinstance(t, Tensor)), seen)
-        for name, group in tensors.items()
-    }
-
-
-def _unique_bytes(tensors: Iterable[Any], seen: set[int]) -> int:
-    """Bytes of the tensors' memory at addresses that are not in `seen`; they are added to it."""
-    total = 0
-    for t in tensors:
-        storage = _storage(t)
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            total += storage.nbytes()
-    return total
-
-
-def _partitions(module: nn.Module) -> list[Tensor]:
-    both = ((p.ds_tensor, p.ds_secondary_tensor) for p in module.parameters())  # type: ignore[attr-defined]
-    return [t.data for pair in both for t in pair if t is not None]
-
-
-def _moments(zero: Any) -> list[Tensor]:
-    states = zero.optimizer.state.values()
-    return [t for state in states for t in state.values() if isinstance(t, Tensor)]
-
-
-def _gradients(zero: Any) -> list[Tensor]:
-    return [p.grad for p in zero.fp32_partitioned_groups_flat if p.grad is not None]
+    if engine.stage == 3:
+        shares = (t for p in parameters for t in (p.ds_tensor, p.ds_secondary_tensor))
+        tensors["parameters"] = list(shares)
+        tensors["gradients"].append(zero.grad_partitions_flat_buffer)
+        tensors["gradients"] += [p.grad for p in zero.fp32_partitioned_groups_flat]
+        tensors["buckets"] = [bucket.buffer for bucket in zero.ipg_buckets.values()]
+    held, seen = dict.fromkeys(tensors, 0), set[int]()
+    for name, group in tensors.items():
+        for t in group:
+            if isinstance(t, Tensor) and (storage := t.untyped_storage())._cdata not in seen:
+                seen.add(storage._cdata)
+                held[name] += storage.nbytes()
+    return held
 
 
 class ByteCount:
@@ -104,7 +82,8 @@ def saved_activations(module: nn.Module) -> Iterator[ByteCount]:
 
     def pack(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        own = {s._cdata for s in map(_storage, (*module.parameters(), *module.buffers()))}
+        tensors = (*module.parameters(), *module.buffers())
+        own = {tensor.untyped_storage()._cdata for tensor in tensors}
         if storage._cdata not in own | seen:
             seen.add(storage._cdata)
             kept.append(storage)  # so that no other memory takes its address
@@ -113,10 +92,6 @@ def saved_activations(module: nn.Module) -> Iterator[ByteCount]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         yield saved
-
-
-def _storage(t: Tensor) -> torch.UntypedStorage:
-    return t.untyped_storage()
 
 
 class Live(TorchDispatchMode):
@@ -147,4 +122,4 @@ class Live(TorchDispatchMode):
 
     @staticmethod
     def _storages(values: Any) -> list[torch.UntypedStorage]:
-        return [_storage(t) for t in tree_leaves(values) if isinstance(t, Tensor)]
+        return [t.untyped_storage() for t in tree_leaves(values) if isinstance(t, Tensor)]

@@ -29,7 +29,6 @@ DEVICE = "cuda"
 MEASURED = ("mdm_1b", "mdm_7b")
 # Largest error as a share of the largest value. Triton multiplies fp32 in TF32, of 10 bits.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2}
-COLUMNS = ("what", "layers", "ms", "tokens/s", "MFU", "GiB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +51,15 @@ def row(
     what: str, layers: int, seconds: float, tokens: int, flops: int, peak: float | None, memory: int
 ) -> dict[str, Any]:
     """One line of the table: a step on `tokens` whose forward pass takes `flops`."""
-    mfu = None if peak is None else 3 * flops / seconds / peak  # backward costs two forwards
-    values = (what, layers, 1e3 * seconds, tokens / seconds, mfu, memory / 2**30)
-    return dict(zip(COLUMNS, values, strict=True))
+    return {
+        "what": what,
+        "layers": layers,
+        "ms": 1e3 * seconds,
+        "tokens/s": tokens / seconds,
+        # A backward pass costs two forward passes.
+        "MFU": None if peak is None else 3 * flops / seconds / peak,
+        "GiB": memory / 2**30,
+    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -66,13 +71,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         return f"{value:,.3f}" if isinstance(value, float) else str(value)
 
     cells = [list(rows[0]), *([show(v) for v in r.values()] for r in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in cells
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+        for name, *others in cells
     )
 
 
@@ -136,20 +138,13 @@ def parity(dtype: torch.dtype, packed: bool) -> list[dict[str, Any]]:
     dt, A, D = torch.rand(b, length, h), -torch.rand(h) - 0.1, torch.randn(h)
     dt_bias, initial = torch.randn(h), torch.randn(b, h, p, n)
 
-    def scan(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*t: Tensor) -> Any:
-            names = ("D", "z", "dt_bias", "initial_states")
-            options = dict(zip(names, t[5:], strict=True))
-            return kernel(
-                *t[:5],
-                **options,
-                chunk_size=128,
-                dt_softplus=True,
-                seq_idx=seq_idx,
-                return_final_states=True,
-            )
+    names = ("D", "z", "dt_bias", "initial_states")
+    options = {"chunk_size": 128, "dt_softplus": True, "return_final_states": True}
 
-        return run
+    def scan(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *t: kernel(
+            *t[:5], **dict(zip(names, t[5:], strict=True)), **options, seq_idx=seq_idx
+        )
 
     scan_inputs = (x, dt, A, B, C, D, z, dt_bias, initial)
     scans = [outputs_and_gradients(scan(k), scan_inputs) for k in (fused.ssd, torch_ssd.ssd)]

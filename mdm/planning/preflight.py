@@ -10,7 +10,6 @@ import shutil
 import socket
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,8 +22,7 @@ import torch.distributed
 
 from mdm.checkpoint.checkpoints import uri_of
 from mdm.config import Config, fingerprint
-from mdm.planning.memory_advice import changes_that_fit
-from mdm.planning.memory_plan import GIB, MemoryPlan, plan, shapes_of
+from mdm.planning.memory_plan import GIB, MemoryPlan, changes_that_fit, plan, shapes_of
 from mdm.storage import StoreError, open_store
 from mdm.utils.ranks import World, gather_to_all
 
@@ -59,7 +57,8 @@ def preflight(config: Config, world: World, device: torch.device) -> list[Check]
     checks = [_versions(), _configuration(config), _memory(config, world, device), _disk(config)]
     for uri in dict.fromkeys((config.data.root, uri_of(config))):
         checks.append(_storage(uri, world))
-    return [*checks, _all_reduce(world, device), _speed(device)]
+    checks.append(_all_reduce(world, device))
+    return [*checks, judge_rates(gather_to_all((matmul_rate(device), socket.gethostname())))]
 
 
 def table(checks: Sequence[Check]) -> str:
@@ -71,7 +70,7 @@ def table(checks: Sequence[Check]) -> str:
 def _same(name: str, value: Any, show: Callable[[Any], str] = str) -> Check:
     """Passes if all ranks have the same value; else it names the ranks in the minority."""
     values = gather_to_all(value)
-    usual, _ = Counter(values).most_common(1)[0]
+    usual = statistics.mode(values)
     others = [f"rank {rank} has {show(v)}" for rank, v in enumerate(values) if v != usual]
     detail = show(usual) + ("" if not others else f", but {'; '.join(others)}")
     return Check(name, not others, detail)
@@ -109,8 +108,7 @@ def judge_memory(memory_plan: MemoryPlan, memory: int, host: str, on_gpu: bool) 
     detail = f"a rank needs {memory_plan.total / GIB:,.1f} GiB, {memory / GIB:,.1f} are on {host}"
     if memory_plan.total <= memory:
         return Check("memory", True, detail)
-    config, ranks = memory_plan.config, memory_plan.world_size
-    changes = changes_that_fit(config, ranks, memory) or ["more memory: no single change suffices"]
+    changes = changes_that_fit(memory_plan, memory) or ["more memory: no single change suffices"]
     detail += f"; it would fit with {', or '.join(changes)}"
     if not on_gpu:
         detail += " (planned for a GPU: on this CPU it may be less)"
@@ -154,20 +152,10 @@ def _all_reduce(world: World, device: torch.device) -> Check:
     start = time.perf_counter()
     torch.distributed.all_reduce(numbers)
     right = bool((numbers == world.size * (world.size + 1) / 2).all())
-    seconds = time.perf_counter() - start
-    slowest = max(gather_to_all(seconds))
-    agreed = all(gather_to_all(right))
-    size = numbers.numel() * numbers.element_size() / 1e6
-    return Check(
-        "all-reduce",
-        agreed,
-        f"{size:.0f} MB over {world.size} ranks in {1000 * slowest:.1f} ms"
-        + ("" if agreed else ", with a WRONG sum"),
-    )
-
-
-def _speed(device: torch.device) -> Check:
-    return judge_rates(gather_to_all((matmul_rate(device), socket.gethostname())))
+    results = gather_to_all((right, time.perf_counter() - start))
+    agreed, slowest = all(right for right, _ in results), max(seconds for _, seconds in results)
+    detail = f"{numbers.nbytes / 1e6:.0f} MB over {world.size} ranks in {1000 * slowest:.1f} ms"
+    return Check("all-reduce", agreed, detail + ("" if agreed else ", with a WRONG sum"))
 
 
 def judge_rates(rates: Sequence[tuple[float, str]]) -> Check:
@@ -182,8 +170,8 @@ def judge_rates(rates: Sequence[tuple[float, str]]) -> Check:
     return Check("slow nodes", not slow, detail)
 
 
-def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
-    """FLOP/s of bf16 matrix products (fp32 on a CPU), measured for about `seconds`."""
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of bf16 matrix products (fp32 on a CPU), measured for about a second."""
     on_cpu = device.type == "cpu"
     n = 512 if on_cpu else 8192
     a = torch.randn(n, n, device=device, dtype=torch.float32 if on_cpu else torch.bfloat16)
@@ -194,7 +182,7 @@ def matmul_rate(device: torch.device, seconds: float = 1.0) -> float:
     for _ in range(3):
         multiply()
     start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    while (taken := time.perf_counter() - start) < 1:
         multiply()
         count += 1
-    return 2 * n**3 * count / (time.perf_counter() - start)
+    return 2 * n**3 * count / taken

@@ -8,19 +8,18 @@ the memory plan says what the preset needs on a GPU.
 import dataclasses
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from mdm.config import Config
 from mdm.loss import Loss
+from mdm.model.attention import AttentionBlock
+from mdm.model.decoder import Block
 from mdm.planning.activations import largest_batch
 from mdm.planning.cost import Cluster, Estimate, estimate
 from mdm.planning.footprint import STATES, count_gathered, held_bytes
-from mdm.planning.memory_advice import changes_that_fit
-from mdm.planning.memory_plan import GIB, MemoryPlan, plan
+from mdm.planning.memory_plan import GIB, MemoryPlan, changes_that_fit, plan
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, pretend_ranks, stop_ranks
 from mdm.utils import precision
@@ -46,26 +45,18 @@ class Rehearsal:
 def runnable_here(config: Config) -> Config:
     """`config` as a CPU can run it, with the same shapes, states and engine."""
     model = dataclasses.replace(config.model, kernel="torch")
-    train = dataclasses.replace(
-        config.train,
-        activation_checkpointing=True,
-        precision=precision.resolve(config.train.precision),
-    )
+    here = precision.resolve(config.train.precision)
+    train = dataclasses.replace(config.train, activation_checkpointing=True, precision=here)
     return dataclasses.replace(config, model=model, train=train)
 
 
-def rehearse(
-    config: Config,
-    world_size: int,
-    tokens: int,
-    leaf_classes: Sequence[type[nn.Module]] = (),
-) -> Rehearsal:
+def rehearse(config: Config, world_size: int, tokens: int) -> Rehearsal:
     """Build `config` as one of `world_size` ranks and take a step on one text of `tokens` tokens.
 
     The process must not have joined a process group; it leaves the one that this makes. Raises
     RunError for settings that the engine refuses.
     """
-    config = runnable_here(config)
+    config, leaf_classes = runnable_here(config), (Block, AttentionBlock)
     start = time.perf_counter()
     engine = Engine(lambda: Loss(config), config, pretend_ranks(world_size), leaf_classes)
     ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
@@ -100,8 +91,7 @@ def rehearse(
 def judge(memory_plan: MemoryPlan, memory: int) -> dict[str, Any]:
     """Whether the plan fits into `memory` bytes, and what to change if it does not."""
     fits = memory_plan.total <= memory
-    config, ranks = memory_plan.config, memory_plan.world_size
-    remedies = [] if fits else changes_that_fit(config, ranks, memory)
+    remedies = [] if fits else changes_that_fit(memory_plan, memory)
     return {"fits": fits, "total": memory_plan.total, "memory": memory, "remedies": remedies}
 
 
@@ -127,9 +117,8 @@ def plan_text(memory_plan: MemoryPlan, verdict: Mapping[str, Any]) -> str:
     elif verdict["remedies"]:
         lines.append(f"It does not fit. It would with: {'; or '.join(verdict['remedies'])}.")
     else:
-        lines.append(
-            "It does not fit, nor with checkpointing, offload, more ranks or a smaller batch."
-        )
+        changes = "checkpointing, offload, more ranks or a smaller batch"
+        lines.append(f"It does not fit, nor with {changes}.")
     return "\n".join(lines)
 
 
@@ -159,21 +148,16 @@ def costs_text(runs: Mapping[str, Estimate], cluster: Cluster) -> str:
 def built_text(built: Rehearsal) -> str:
     """What the rank held, beside what the memory plan says."""
     limit = built.memory_plan.device("gathered") + built.memory_plan.device("persistent")
+    applied = "applied" if built.applied else "NOT applied"
     lines = [
         f"Built as one rank in {built.build_seconds:.0f} s, one step in "
-        f"{built.step_seconds:.0f} s, loss {built.loss:.3f}, "
-        f"{'applied' if built.applied else 'NOT applied'}; "
-        f"{built.peak_rss / GIB:.2f} GiB of this machine. Held and planned, in GiB:",
-        "",
+        f"{built.step_seconds:.0f} s, loss {built.loss:.3f}, {applied}; "
+        f"{built.peak_rss / GIB:.2f} GiB of this machine. Held and planned, in GiB:\n"
     ]
-    for name in STATES:
-        amount = planned(built.memory_plan, name) / GIB
-        lines.append(f"  {name:<12}{built.held[name] / GIB:8.2f}{amount:8.2f}")
-    lines.append(
-        f"  {'gathered':<12}{built.gathered / GIB:8.2f}{limit / GIB:8.2f}"
-        "  at most; a first step fetches nothing ahead"
-    )
-    return "\n".join(lines)
+    rows = [(name, built.held[name], planned(built.memory_plan, name)) for name in STATES]
+    for name, held, amount in (*rows, ("gathered", built.gathered, limit)):
+        lines.append(f"  {name:<12}{held / GIB:8.2f}{amount / GIB:8.2f}")
+    return "\n".join(lines) + "  at most; a first step fetches nothing ahead"
 
 
 def planned(memory_plan: MemoryPlan, name: str) -> int:
@@ -194,8 +178,7 @@ def report(
         "runs": {name: dataclasses.asdict(run) for name, run in runs.items()},
     }
     if built is not None:
-        fields = {f.name: getattr(built, f.name) for f in dataclasses.fields(built)}
-        del fields["memory_plan"]
-        fields["planned"] = {name: planned(built.memory_plan, name) for name in STATES}
-        values["built"] = fields
+        states = {name: planned(built.memory_plan, name) for name in STATES}
+        values["built"] = vars(built) | {"planned": states}
+        del values["built"]["memory_plan"]
     return values

@@ -6,10 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from mdm.utils.fields import POSITIVE, Rule, check_fields, doc, one_of
+
 ENVIRONMENT = "MDM_STORE_"  # MDM_STORE_DEADLINE=120, MDM_STORE_SSE=aws:kms, ...
-# S3 refuses smaller parts, and more than ten thousand of them.
-MIN_PART_BYTES = 5 << 20
-CHECKSUMS = ("", "none", "CRC32", "SHA1", "SHA256", "CRC32C", "CRC64NVME")
+_PART = Rule(lambda size: size >= 5 << 20, "S3 takes 5 MiB (5242880) or more")
+_SSE = Rule(lambda kind: kind in ("", "AES256", "aws:kms"), "choose AES256, aws:kms or nothing")
+_CHECKSUM = one_of("", "none", "CRC32", "SHA1", "SHA256", "CRC32C", "CRC64NVME")
 
 
 class StoreError(RuntimeError):
@@ -31,33 +33,23 @@ class StoreOptions:
     Each can be set in the environment, as `MDM_STORE_` and its name in capitals.
     """
 
-    attempts: int = 6
+    attempts: int = doc(6, "of a request", POSITIVE)
     backoff: float = 0.2  # the n-th pause is drawn from [0, min(backoff_cap, backoff * 2**n))
     backoff_cap: float = 5.0
-    deadline: float = 60.0  # of one request (one part of a large upload) with all its attempts
-    connect_timeout: float = 3.0
-    read_timeout: float = 20.0  # without a byte
-    part_bytes: int = 16 << 20  # larger objects are uploaded in parts of this size
-    sse: str = ""  # encryption at rest: AES256, aws:kms; "": the bucket's default
+    deadline: float = doc(60.0, "of a request, or a part, with all its attempts", POSITIVE)
+    connect_timeout: float = doc(3.0, "until a server answers", POSITIVE)
+    read_timeout: float = doc(20.0, "without a byte", POSITIVE)
+    part_bytes: int = doc(16 << 20, "larger objects are uploaded in parts of this size", _PART)
+    sse: str = doc("", "encryption at rest; empty for the bucket's default", _SSE)
     sse_key_id: str = ""  # the key of aws:kms; "": the account's own
-    # Checksum of uploads: an algorithm, "none" for servers that support none of them, or "":
+    # An algorithm, "none" for servers that support none of them, or "":
     # AWS_REQUEST_CHECKSUM_CALCULATION decides (CRC32 if it is not set).
-    checksum: str = ""
+    checksum: str = doc("", "checksum of uploads", _CHECKSUM)
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ValueError(f"attempts is {self.attempts}; at least 1 is needed")
-        for name in ("deadline", "connect_timeout", "read_timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        if self.part_bytes < MIN_PART_BYTES:
-            raise ValueError(f"part_bytes is {self.part_bytes}; S3 takes {MIN_PART_BYTES} or more")
-        if self.sse not in ("", "AES256", "aws:kms"):
-            raise ValueError(f"sse is {self.sse!r}; choose AES256, aws:kms or nothing")
+        check_fields(self, prefix="")
         if self.sse_key_id and self.sse != "aws:kms":
             raise ValueError(f"sse_key_id is set, but sse is {self.sse!r}, not aws:kms")
-        if self.checksum not in CHECKSUMS:
-            raise ValueError(f"checksum is {self.checksum!r}; choose {', '.join(CHECKSUMS[1:])}")
 
     @classmethod
     def from_environment(cls) -> "StoreOptions":

@@ -25,7 +25,9 @@ class Buffers:
         """u8 [nbytes] with arbitrary content; arrays, memoryviews and tensors over it keep it."""
         if nbytes < _SMALLEST:
             return np.empty(nbytes, np.uint8)
-        size = _rounded(nbytes)
+        # Rounded up to an eighth of a power of two: record batches differ a little in size.
+        step = 1 << nbytes.bit_length() - 4
+        size = -(-nbytes // step) * step
         # Without a lock: appending to and popping from a bounded deque are atomic, and memory may
         # come back in the middle of any statement, even of one that holds the lock.
         if (free := self._free.get(size)) is None:
@@ -38,12 +40,6 @@ class Buffers:
         lent = np.frombuffer(memory, np.uint8, nbytes)
         weakref.finalize(lent, free.append, memory).atexit = False
         return lent
-
-
-def _rounded(nbytes: int) -> int:
-    """Rounded up to an eighth of a power of two: record batches differ a little in size."""
-    step = 1 << max(0, nbytes.bit_length() - 4)
-    return -(-nbytes // step) * step
 
 
 BUFFERS = Buffers()  # of this process

@@ -14,11 +14,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mdm.storage import LocalStore, MissingObjectError, Store, StoreError
+from mdm.utils.files import parse
 
 log = logging.getLogger("mdm")
 
@@ -27,7 +28,6 @@ RENEW_SECONDS = 5.0
 WATCH_SECONDS = 20.0
 PATIENCE_SECONDS = 300.0  # for an earlier attempt of the same job, or a brief command, to end
 MISSES = 50  # attempts at a lease that can be neither created nor read
-_EXITING = 0x4  # PF_EXITING of a process's flags
 
 
 class OtherJobError(ValueError):
@@ -142,10 +142,9 @@ class Lease:
         if self._thread is not None:
             self._thread.join()
         try:
-            self.confirm()
-            self._store.delete(self._key)
-        except OtherJobError:
-            return
+            with suppress(OtherJobError):
+                self.confirm()
+                self._store.delete(self._key)
         except (StoreError, OSError) as error:
             # The next job will see that this process is dead.
             log.warning("the lease stays behind: %s", error)
@@ -236,10 +235,9 @@ def place_of(store: Store) -> str:
 
 def _parsed(data: bytes) -> dict[str, Any]:
     try:
-        plain = json.loads(data)
-    except (ValueError, RecursionError):
+        return parse(data, {})
+    except ValueError:
         return {}
-    return plain if isinstance(plain, dict) else {}
 
 
 def _named(owner: dict[str, Any]) -> str:
@@ -283,14 +281,13 @@ def _is_running(pid: Any, ticks: Any) -> bool | None:
         return None
     try:
         fields = _stat(pid)
-        dead = fields[0] in "ZX" or int(fields[6]) & _EXITING
+        dead = fields[0] in "ZX" or int(fields[6]) & 0x4  # PF_EXITING
         return not dead and int(fields[19]) == ticks
     except (OSError, IndexError, ValueError):
         # Gone, or hidden because it is another user's.
         try:
-            os.kill(pid, 0)
+            with suppress(PermissionError):
+                os.kill(pid, 0)
         except (ProcessLookupError, OverflowError):  # OverflowError: no kernel has such ids
             return False
-        except PermissionError:
-            pass
         return None

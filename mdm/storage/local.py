@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 
 import xxhash
@@ -72,14 +73,11 @@ class LocalStore(Store):
                 aside.unlink(missing_ok=True)
 
     def replace(self, key: str, data: bytes, etag: str) -> str | None:  # noqa: D102
-        with _locked((self.root / checked(key)).parent):
-            try:
-                if self.read(key)[1] != etag:
-                    return None
-            except MissingObjectError:
-                return None
-            self.put(key, data)
-            return _etag(data)
+        with suppress(MissingObjectError), _locked((self.root / checked(key)).parent):
+            if self.read(key)[1] == etag:
+                self.put(key, data)
+                return _etag(data)
+        return None
 
     def read(self, key: str) -> tuple[bytes, str]:  # noqa: D102
         path = self.root / checked(key)
@@ -127,13 +125,9 @@ class LocalStore(Store):
         path = self.root / checked(key)
         path.unlink(missing_ok=True)
         # S3 has no folders: remove those that are empty now.
-        for parent in path.parents:
-            if parent == self.root or not parent.is_dir():
-                break
-            try:
+        with suppress(OSError):  # of the first that is not
+            for parent in takewhile(lambda parent: parent != self.root, path.parents):
                 parent.rmdir()
-            except OSError:
-                break  # not empty
 
     def sweep(self, *prefixes: str) -> None:  # noqa: D102
         for parent, folders, names in os.walk(self.root):

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
-from mdm.storage import s3_uploads
 from mdm.storage.base import (
     ChangedObjectError,
     MissingObjectError,
@@ -22,6 +23,7 @@ from mdm.storage.s3_requests import (
 )
 
 _READ_BYTES = 4 << 20  # of a body read at a time: a broken download continues after the last read
+_PARTS_AT_ONCE = 4
 _PINS = 1 << 16  # objects whose version is remembered
 
 
@@ -44,7 +46,7 @@ class S3Store(Store):
             if len(view) > self.options.part_bytes:
                 if if_absent and self.exists(key):
                     return False  # the server would say so only after the last part
-                s3_uploads.put_in_parts(self.requests, key, view, condition)
+                _put_in_parts(self.requests, key, view, condition)
             else:
                 self._put_whole(key, bytes(view), condition)  # botocore takes no views
         except OtherVersionError:
@@ -60,16 +62,12 @@ class S3Store(Store):
         return str(answer["ETag"])
 
     def _put_whole(self, key: str, data: bytes, condition: dict[str, str]) -> dict[str, Any]:
-        more = condition | s3_uploads.upload_options(self.options)
-        return self.requests.call(
-            "write",
-            key,
-            lambda _: self.requests.client.put_object(**self.requests.at(key), Body=data, **more),
-        )
+        more = condition | _upload_options(self.options)
+        return self.requests.ask("write", key, "put_object", Body=data, **more)
 
     def sweep(self, *prefixes: str) -> None:  # noqa: D102
         for prefix in prefixes:
-            s3_uploads.sweep(self.requests, prefix)
+            _sweep(self.requests, prefix)
 
     def read(self, key: str) -> tuple[bytes, str]:  # noqa: D102
         return self._download(key, None, "")
@@ -120,11 +118,8 @@ class S3Store(Store):
                 parts.clear()
                 raise
             except RefusedError as error:
-                if (
-                    done
-                    and not pinned
-                    and error.response["ResponseMetadata"].get("HTTPStatusCode") in (404, 412)
-                ):
+                status = error.response["ResponseMetadata"].get("HTTPStatusCode")
+                if done and not pinned and status in (404, 412):
                     # Replaced between two attempts: read the new version from its beginning.
                     parts.clear()
                     etag = ""
@@ -158,20 +153,15 @@ class S3Store(Store):
 
     def delete(self, key: str) -> None:  # noqa: D102
         self._pins.pop(key, None)
-        try:
-            self.requests.call(
-                "delete", key, lambda _: self.requests.client.delete_object(**self.requests.at(key))
-            )
-        except MissingObjectError:
-            return
+        with suppress(MissingObjectError):
+            self.requests.ask("delete", key, "delete_object")
 
     def create_bucket(self) -> None:
         """Creates the bucket unless it exists: for servers of your own."""
+        bucket = self.requests.bucket
         try:
             self.requests.call(
-                "make",
-                "",
-                lambda _: self.requests.client.create_bucket(Bucket=self.requests.bucket),
+                "make", "", lambda _: self.requests.client.create_bucket(Bucket=bucket)
             )
         except StoreError as error:
             if "BucketAlready" not in str(error):
@@ -189,3 +179,88 @@ def _body(answer: dict[str, Any], end: float) -> Iterator[bytes]:
             raise BrokenBodyError("the deadline passed while the body was still coming")
     if left:
         raise BrokenBodyError("the body ended before its announced length")
+
+
+def _upload_options(options: StoreOptions) -> dict[str, str]:
+    """The encryption and checksum that every upload requests."""
+    encryption = {"ServerSideEncryption": options.sse, "SSEKMSKeyId": options.sse_key_id}
+    return {k: v for k, v in encryption.items() if v} | _checksum(options)
+
+
+def _checksum(options: StoreOptions) -> dict[str, str]:
+    named = options.checksum not in ("", "none")
+    return {"ChecksumAlgorithm": options.checksum} if named else {}
+
+
+def _put_in_parts(
+    requests: S3Requests, key: str, data: memoryview, condition: dict[str, str]
+) -> None:
+    """Writes an object in parts, each with its own attempts. If one fails, all are removed.
+
+    Raises:
+        OtherVersionError: `condition` does not hold.
+        StoreError: a part failed for good.
+    """
+    options = requests.options
+    begun = requests.ask("write", key, "create_multipart_upload", **_upload_options(options))
+    upload = {"UploadId": begun["UploadId"]}
+    size = max(options.part_bytes, -(-len(data) // 10_000))
+
+    def send(number: int) -> dict[str, Any]:
+        part = {"PartNumber": number, "Body": bytes(data[(number - 1) * size : number * size])}
+        more = upload | part | _checksum(options)
+        answer = requests.ask(f"write part {number} of", key, "upload_part", **more)
+        sums = {k: v for k, v in answer.items() if k.startswith("Checksum") and k[-4:] != "Type"}
+        return {"PartNumber": number, "ETag": answer["ETag"], **sums}
+
+    try:
+        with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
+            # After an error, `map` cancels the parts that wait.
+            parts = {"Parts": list(pool.map(send, range(1, -(-len(data) // size) + 1)))}
+        more = upload | condition
+        try:
+            requests.ask("write", key, "complete_multipart_upload", MultipartUpload=parts, **more)
+        except MissingObjectError:
+            # If only the answer to an earlier attempt was lost, the object is complete.
+            with suppress(MissingObjectError):
+                if requests.ask("check", key, "head_object")["ContentLength"] == len(data):
+                    return
+            where = f"s3://{requests.bucket}/{requests.prefix}{key}"
+            raise StoreError(f"write {where}: the server lost the upload") from None
+    except BaseException:
+        _abort(requests, requests.at(key) | upload)
+        raise
+
+
+def _abort(requests: S3Requests, upload: dict[str, str]) -> None:
+    """Removes the parts of an upload if the server can be reached; if not, `sweep` will."""
+    with suppress(StoreError, OtherVersionError):
+        requests.call("abort", "", lambda _: requests.client.abort_multipart_upload(**upload))
+
+
+def _sweep(requests: S3Requests, prefix: str) -> None:
+    """Removes the parts of all uploads in progress of keys that begin with `prefix`."""
+    begin = requests.prefix + prefix
+    marker: dict[str, str] = {}
+    while True:
+        try:
+            wanted = {"Bucket": requests.bucket, "Prefix": begin} | marker
+            page = requests.call(
+                "list uploads below",
+                "",
+                lambda _: requests.client.list_multipart_uploads(**wanted),  # noqa: B023
+            )
+        except StoreError as error:
+            if "NotImplemented" in str(error):
+                return  # a server without multipart uploads
+            raise
+        for upload in page.get("Uploads", ()):
+            at = {"Bucket": requests.bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+            if upload["Key"].startswith(begin):  # in case a server does not filter
+                _abort(requests, at)
+        if not page.get("IsTruncated"):
+            return
+        marker = {
+            "KeyMarker": page.get("NextKeyMarker", at["Key"]),
+            "UploadIdMarker": page.get("NextUploadIdMarker", at["UploadId"]),
+        }

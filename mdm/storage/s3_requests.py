@@ -98,6 +98,11 @@ class S3Requests:
         """How a request names an object; ValueError if its key would lie outside the prefix."""
         return {"Bucket": self.bucket, "Key": self.prefix + checked(key)}
 
+    def ask(self, operation: str, key: str, method: str, **arguments: Any) -> dict[str, Any]:
+        """The answer of the client's `method` about the object at `key`; errors as in `call`."""
+        about = self.at(key) | arguments
+        return self.call(operation, key, lambda _: getattr(self.client, method)(**about))
+
     def call(self, operation: str, key: str, request: Callable[[float], T]) -> T:
         """The result of `request(end)`, retried after transient errors with full-jitter pauses.
 
@@ -125,7 +130,6 @@ class S3Requests:
             except (
                 botocore.exceptions.ConnectionError,
                 botocore.exceptions.HTTPClientError,
-                botocore.exceptions.ResponseStreamingError,
                 botocore.exceptions.IncompleteReadError,
                 botocore.exceptions.FlexibleChecksumError,
                 botocore.parsers.ResponseParserError,

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 from mdm.storage import S3Store, StoreError, StoreOptions
 from mdm.utils.files import read_json
@@ -34,15 +34,6 @@ _OPTIONS = [
     "-s3.port.iceberg=0",
     "-s3.port.lance=0",
 ]
-
-
-def _keys_in(plain: dict[str, Any]) -> tuple[str, str] | None:
-    """The access key and secret in the server's configuration; None if it holds none."""
-    try:
-        keys = plain["identities"][0]["credentials"][0]
-        return str(keys["accessKey"]), str(keys["secretKey"])
-    except (LookupError, TypeError):
-        return None
 
 
 class S3Server:
@@ -74,27 +65,20 @@ class S3Server:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
-    @property
-    def pid(self) -> int:
-        """Process id of the running server."""
-        assert self._process is not None
-        return self._process.pid
-
     def _keys(self) -> tuple[str, str]:
         """Its credentials; new ones are written if there are none, or the file is damaged."""
         path = self.folder / "s3.json"
-        keys = _keys_in(read_json(path, {"identities": list}))
-        if keys is None:
-            keys = (secrets.token_hex(10), secrets.token_hex(20))
-            identity = {
-                "name": "owner",
-                "credentials": [{"accessKey": keys[0], "secretKey": keys[1]}],
-                "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-            }
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            path.write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
-        return keys
+        try:
+            keys = read_json(path, {"identities": list})["identities"][0]["credentials"][0]
+            return str(keys["accessKey"]), str(keys["secretKey"])
+        except (LookupError, TypeError):
+            keys = {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_hex(20)}
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        identity = {"name": "owner", "credentials": [keys], "actions": actions}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_text(json.dumps({"identities": [identity]}), encoding="utf-8")
+        return keys["accessKey"], keys["secretKey"]
 
     def start(self) -> "S3Server":
         """Starts it and waits until it answers; StoreError with the end of its log otherwise."""
@@ -141,33 +125,25 @@ class S3Server:
         raise StoreError(f"the S3 server did not start (see {log}): {' | '.join(tail)}")
 
     def _make_bucket(self, deadline: float) -> None:
-        environment = dict(os.environ)
-        os.environ.update(self.env)
         try:
-            store = S3Store(f"s3://{self.bucket}", StoreOptions(attempts=30, backoff_cap=0.2))
-            store.create_bucket()
-            # The first write waits for a volume: the server is ready once it has one.
-            store.put(".ready", b"ready")
-            while store.get(".ready") != b"ready" and time.monotonic() < deadline:
-                time.sleep(0.05)
-            store.delete(".ready")
+            with mock.patch.dict(os.environ, self.env):
+                store = S3Store(f"s3://{self.bucket}", StoreOptions(attempts=30, backoff_cap=0.2))
+                store.create_bucket()
+                # The first write waits for a volume: the server is ready once it has one.
+                store.put(".ready", b"ready")
+                while store.get(".ready") != b"ready" and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                store.delete(".ready")
         except StoreError:
             self.stop()
             raise
-        finally:
-            for name in self.env:
-                os.environ.pop(name)
-            os.environ.update(environment)
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
-        self._signal(signal.SIGKILL)
+        self.stop(signal.SIGKILL)
 
-    def stop(self) -> None:
+    def stop(self, number: int = signal.SIGTERM) -> None:
         """Stops it. It gets little time: what it has acknowledged is in its files."""
-        self._signal(signal.SIGTERM)
-
-    def _signal(self, number: int) -> None:
         if self._process is None:
             return
         if self._process.poll() is None:

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from mdm.checkpoint.checkpoints import Checkpoints, Record
-from mdm.checkpoint.export import export_checkpoint
-from mdm.checkpoint.exported import Training, missing_files, write_export
+from mdm.checkpoint.export import export_checkpoint, missing_files, write_export
 from mdm.checkpoint.state import RunError, TrainState, flatten
 from mdm.config import Config, fingerprint, to_dict
 from mdm.data.provenance import Provenance
@@ -45,11 +44,9 @@ def export(folder: Path, run: Run, needed: bool = True) -> None:
     """
     weights = {kind: run.engine.gather(shadow) for kind, shadow in run.ema.shadows.items()}
     if run.world.is_main:
-        state = run.state
-        training = Training(state.step, state.samples_seen, state.loss)
         try:
             provenance = Provenance.of(run.loader.state_dict())
-            write_export(folder, run.config, training, weights, run.tokenizer, provenance)
+            write_export(folder, run.config, run.state, weights, run.tokenizer, provenance)
         except (OSError, StoreError) as error:
             if needed:
                 raise

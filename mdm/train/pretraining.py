@@ -9,7 +9,7 @@ from mdm.data.provenance import check_fit
 from mdm.loss import Loss
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block, Trunk
-from mdm.planning.memory_advice import explain_out_of_memory
+from mdm.planning.memory_plan import explain_out_of_memory
 from mdm.storage import StoreError
 from mdm.train.loop import train
 from mdm.train.run import Draw

@@ -16,8 +16,7 @@ import pytest
 
 from examples.digits import data as learn_data
 from mdm.checkpoint.checkpoints import ASIDE, MARKER
-from mdm.checkpoint.export import export_checkpoint
-from mdm.checkpoint.exported import read_provenance
+from mdm.checkpoint.export import export_checkpoint, read_provenance
 from mdm.checkpoint.state import RunError
 from mdm.data.manifest import MANIFEST, MANIFEST_SHA256
 from mdm.first_stage.tokenizer import train_model

@@ -148,7 +148,7 @@ def test_a_run_continues_when_its_checkpoint_store_goes_down(undisturbed, tmp_pa
     with S3Server(tmp_path / "s3", bucket="test") as server:
         for name, value in server.env.items():
             monkeypatch.setenv(name, value)
-        pid = server.pid
+        pid = server._process.pid
         code, output = run_training(
             run_dir, train={"checkpoints": uri}, kill={"8": pid}, signal_ranks=[0]
         )

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdm.checkpoint.exported import Training, write_export
+from mdm.checkpoint.export import write_export
+from mdm.checkpoint.state import TrainState
 from mdm.data.provenance import Provenance
 from mdm.evaluate import classifier
 from mdm.first_stage.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ def test_every_file_and_folder_has_the_permissions_of_the_umask(umask: int, tmp_
     config = small_config(out)
     write_tokenizer(out / "tokenizer.model")
     weights = {"ema": {"a": torch.zeros(3)}, "raw": {"a": torch.ones(3)}}
-    write_export(out / "export", config, Training(), weights, b"", Provenance())
+    write_export(out / "export", config, TrainState(), weights, b"", Provenance())
     write_autoencoder(out / "autoencoder")
     judge = classifier.Classifier(2, width=8)
     judge(torch.zeros(1, 3, 32, 32))

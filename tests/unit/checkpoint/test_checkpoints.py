@@ -66,8 +66,8 @@ def test_prune_keeps_the_newest_every_nth_and_the_best(checkpoints):
         commit(checkpoints, step, loss)
     checkpoints.claim(45)
     records, _ = checkpoints.newest_first()
-    assert [r[5:] for r in kept_of(records, Keep(1, every=15))] == ["00000040", "00000030"]
-    assert [r[5:] for r in kept_of(records, Keep(0, best=True))] == ["00000040", "00000020"]
+    assert kept_of(records, Keep(1, every=15)) == {"step-00000040", "step-00000030"}
+    assert kept_of(records, Keep(0, best=True)) == {"step-00000040", "step-00000020"}
     removed = checkpoints.prune(Keep(1, every=20, best=True))
     assert sorted(removed) == [f"step-000000{n}" for n in (10, 25, 30)]
     # An uncommitted checkpoint newer than all committed ones may still be being written.

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from examples.digits import data as learn_data
-from mdm.checkpoint.exported import Training, read_provenance, write_export
+from mdm.checkpoint.export import read_provenance, write_export
+from mdm.checkpoint.state import TrainState
 from mdm.config import Config, DataConfig, ModelConfig
 from mdm.data.provenance import Provenance
 from mdm.evaluate.heldout import load_encoded
@@ -55,7 +56,7 @@ class Run:
         model = (tokenizer or self.tokenizer).read_bytes()
         weights = {"ema": self.weights}
         folder = self.folder / name
-        write_export(folder, self.config, Training(), weights, model, provenance)
+        write_export(folder, self.config, TrainState(), weights, model, provenance)
         return folder
 
 

@@ -15,10 +15,11 @@ HOSTS = {"a": 2, "b": 2, "c": 2}
 def quick(monkeypatch):
     monkeypatch.setattr(rendezvous, "BEAT", 0.05)
     monkeypatch.setattr(rendezvous, "LOST", 3.0)
+    monkeypatch.setattr(rendezvous, "free_port", lambda: 4242)
 
 
 def node(folder, name, least=2, patience=2.0, strikes=2) -> Rendezvous:
-    return Rendezvous(folder, HOSTS, name, least, patience, strikes, lambda: 4242)
+    return Rendezvous(folder, HOSTS, name, least, patience, strikes)
 
 
 def next_attempts(nodes: list[Rendezvous], seconds: float = 60.0) -> list:
@@ -109,7 +110,7 @@ def test_an_invalid_hostfile_is_refused(tmp_path, text, message):
 def test_damaged_files_are_ignored(tmp_path, data):
     for name in ("attempt.json", "strikes.json", "node-a.json", "node-b.json"):
         (tmp_path / name).write_bytes(data)
-    with Rendezvous(tmp_path, {"a": 1, "b": 1}, "a", 1, 0.0, 3, lambda: 29500) as alone:
+    with Rendezvous(tmp_path, {"a": 1, "b": 1}, "a", 1, 0.0, 3) as alone:
         attempt = alone.next_attempt(lambda: False)
         assert attempt is not None
         assert attempt.nodes == ("a",)

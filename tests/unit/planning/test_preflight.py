@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from mdm.config import Config, DataConfig, ModelConfig
-from mdm.planning.memory_advice import explain_out_of_memory
-from mdm.planning.memory_plan import GIB, MemoryPlan, plan
+from mdm.planning.memory_plan import GIB, MemoryPlan, explain_out_of_memory, plan
 from mdm.planning.preflight import Check, judge_memory, judge_rates, table
 from mdm.utils.ranks import World
 

@@ -274,7 +274,7 @@ def test_parts_of_a_failed_upload_are_removed_and_those_of_a_killed_writer_are_s
     with Relay(s3_port()) as relay:
         relay.refuse = b"partNumber=2"
         monkeypatch.setenv("AWS_ENDPOINT_URL", relay.endpoint)
-        with pytest.raises(StoreError, match=r"write .*large part 2.* failed after 2 attempts"):
+        with pytest.raises(StoreError, match=r"write part 2 of .*large .*failed after 2 attempts"):
             store.put("large", b"x" * (2 * PART + 1))
     monkeypatch.setenv("AWS_ENDPOINT_URL", direct)
     assert uploads(store) == []
