@@ -68,13 +68,9 @@ def _stage(marker: Mapping[str, Any]) -> dict[str, Any]:
     command = marker["command"]
     jobs = ("pipelines/", "examples/")
     script = next((i for i, word in enumerate(command) if word.startswith(jobs)), 0)
-    return {
-        "title": marker["title"],
-        "seconds": marker["seconds"],
-        "peak_rss_gib": marker["peak_rss_gib"],
-        "attempts": marker["attempts"],
+    names = ("title", "seconds", "peak_rss_gib", "attempts", "report")
+    return {name: marker[name] for name in names} | {
         "samples_per_second": marker["report"].get("samples_per_second"),
-        "report": marker["report"],
         "command": " ".join(command[script:]),
     }
 
@@ -82,8 +78,7 @@ def _stage(marker: Mapping[str, Any]) -> dict[str, Any]:
 def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
     """Everything that the report shows, from the files of `run` and the job stages in `order`.
 
-    Raises:
-        FileNotFoundError: a file is missing; the message names it.
+    Raises FileNotFoundError, which names the missing file.
     """
     folder = run / "evaluation"
     evaluation = _read(folder / "evaluation.json")

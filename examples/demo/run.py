@@ -26,11 +26,12 @@ from examples.demo.stages import (
     end_leftovers,
     run_supervised,
 )
-from mdm.config import doc, fingerprint
+from mdm.config import fingerprint
 from mdm.launch.processes import CPU_ENV, die_with_parent
 from mdm.presets import PRESETS
 from mdm.storage.lease import OtherJobError, hold_folder
 from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.fields import check_fields, doc, one_of
 from mdm.utils.files import DamagedFileError
 
 BUCKET = "mdm-demo"
@@ -46,7 +47,7 @@ class Flags:
     """Flags of this job."""
 
     out: str = doc("runs/demo", "folder for everything the demo writes")
-    store: str = doc("s3", "where encoded data lie: s3 (a server on this machine) or file")
+    store: str = doc("s3", "where encoded data lie; s3 is served here", one_of("s3", "file"))
     review: bool = doc(False, "serve the MLflow pages of former runs, and do nothing else")
     port: int = doc(5000, "port of the pages")
     ranks: int = doc(2, "training processes")
@@ -55,8 +56,7 @@ class Flags:
     n: int = doc(500, "images of each kind that the evaluation draws")
 
     def __post_init__(self) -> None:
-        if self.store not in ("s3", "file"):
-            raise ValueError(f"--store is {self.store!r}; choose s3 or file")
+        check_fields(self)
 
 
 def stages(flags: Flags) -> list[JobStage]:

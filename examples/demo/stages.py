@@ -69,11 +69,7 @@ class Service:
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, env: Mapping[str, str]) -> None:
-        """Start it with `env` added to its environment, unless it is up.
-
-        Raises:
-            JobStageError: it did not start.
-        """
+        """Start it, unless it is up, with `env` added; JobStageError if that fails."""
         if self._process is not None:
             return
         self._process = supervised(self._command, env=env, stdout=subprocess.PIPE)
@@ -220,8 +216,7 @@ class Runner:
     def run(self, stages: Sequence[JobStage]) -> dict[str, dict[str, Any]]:
         """Run what is not finished; returns the content of all markers by job stage.
 
-        Raises:
-            JobStageError: a job stage failed; those before it stay finished.
+        Raises JobStageError if a job stage failed; those before it stay finished.
         """
         fingerprint, markers = "", {}
         try:

@@ -115,10 +115,10 @@ def precision_recall(real: Features, generated: Features, *, k: int = 3) -> tupl
     return _covered(generated, real, k), _covered(real, generated, k)
 
 
-def nearest_distances(points: Features, train: Features, *, block: int = 256) -> Features:
-    """Distance `[n]` of each of `points [n, d]` to its nearest row of `train [m, d]`."""
-    rows = [_distances(points[i : i + block], train).min(1) for i in range(0, len(points), block)]
-    return np.concatenate(rows)
+def _nearest_distance(points: Features, train: Features) -> float:
+    # The median over `points`, which are compared in blocks: all distances would fill the memory.
+    blocks = [_distances(points[i : i + 256], train).min(1) for i in range(0, len(points), 256)]
+    return float(np.median(np.concatenate(blocks)))
 
 
 def nn_distance_ratio(generated: Features, heldout: Features, train: Features) -> float:
@@ -128,7 +128,7 @@ def nn_distance_ratio(generated: Features, heldout: Features, train: Features) -
     must be decoded by the autoencoder, or its blur distorts the ratio. Raises ValueError if half of
     the held-out images are training images.
     """
-    base = float(np.median(nearest_distances(heldout, train)))
+    base = _nearest_distance(heldout, train)
     if base == 0.0:
         raise ValueError("half of the held-out images are training images: not held out")
-    return float(np.median(nearest_distances(generated, train))) / base
+    return _nearest_distance(generated, train) / base

@@ -125,10 +125,9 @@ class Tokenizer:
         and other spaces plain ones. A model without layout pieces turns all white space into one
         space.
         """
-        ids: list[int] = []
         if not self._layout:
-            ids = self._model.encode(text)
-            return ids
+            return list(self._model.encode(text))
+        ids: list[int] = []
         # Words and layout alternate.
         text = _SPACE.sub(" ", _LINE_END.sub("\n", text))
         for number, part in enumerate(_IS_LAYOUT.split(text)):

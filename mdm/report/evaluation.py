@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mdm.config import Config, doc, from_dict
+from mdm.config import Config, from_dict
 from mdm.evaluate import classifier
 from mdm.evaluate.caption import ClassNames
 from mdm.evaluate.heldout import counts, load_encoded, load_images, load_prompts
@@ -22,6 +22,7 @@ from mdm.report import poster
 from mdm.report.image_grid import save_sheet, save_sheets
 from mdm.storage import join
 from mdm.utils import tracking
+from mdm.utils.fields import doc, one_of
 from mdm.utils.files import load_json, read_json, write_json
 
 SETS = ("digits", "digits-val", "emoji", "emoji-valid")
@@ -32,7 +33,7 @@ class Flags(Settings):
     """Flags of this job."""
 
     checkpoint: str = doc("runs/demo/train/export", "folder of exported weights")
-    suite: str = doc("demo", "demo")
+    suite: str = doc("demo", "what is evaluated", one_of("demo"))
     data: str = doc("s3://mdm-demo/encoded", "folder or s3:// prefix of the encoded sets")
     raw: str = doc("runs/demo/data", "folder of the published sets: real images and prompts")
     judge: str = doc("runs/demo/classifier", "folder of the independent classifier")
@@ -44,11 +45,7 @@ class Flags(Settings):
     prompts: int = doc(8, "dialogues to answer")
 
     def __post_init__(self) -> None:
-        if self.suite != "demo":
-            raise ValueError(f"unknown suite {self.suite!r}; choose demo")
-        for name in ("n", "steps", "text_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be positive")
+        super().__post_init__()
         if not (Path(self.checkpoint) / "model.safetensors").is_file():
             raise ValueError(f"--checkpoint {self.checkpoint} holds no model.safetensors")
 
@@ -62,16 +59,12 @@ def load_data(flags: Flags, autoencoder: Autoencoder) -> tuple[DemoData, dict[st
         counted[name] = counts(manifest)
         if manifest.class_names:
             names = ClassNames.parse(manifest.class_names)
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return torch.cat([autoencoder.decode(part) for part in torch.split(latents, 250)])
-
     data = DemoData(
         names=names,
         train=sets["digits"],
         heldout=sets["digits-val"],
         real=load_images("imagenet", raw / "digits", "val", autoencoder.image_size),
-        decode=decode,
+        decode=autoencoder.decode,
         others_train=sets["emoji"],
         others_heldout=sets["emoji-valid"],
         prompts=load_prompts(raw / "dialogues", "test", flags.prompts),
@@ -102,16 +95,14 @@ def run(flags: Flags) -> dict[str, Any]:
         )
 
     autoencoder, model = Autoencoder.load(flags.autoencoder), load(export)
-    judge, _ = classifier.load(Path(flags.judge))
+    judge = classifier.load(Path(flags.judge))
     data, counted = load_data(flags, autoencoder)
     loaded = time.perf_counter()
     settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})
     result = run_demo(model, judge, data, settings)
     sheets = save_sheets(result.images, out, columns=10)
-    n_classes, others, snapshots = len(data.names), data.others_train, []
-    assert others is not None
-    spread = torch.linspace(0, len(others) - 1, n_classes).long().tolist()
-    texts = [others.texts[i] for i in spread]
+    n_classes, texts, snapshots = len(data.names), data.others_train.texts, []
+    texts = tuple(texts[i] for i in torch.linspace(0, len(texts) - 1, n_classes).long().tolist())
     files = Path(flags.snapshots).glob("step-*/model.safetensors") if flags.snapshots else ()
     for folder in tqdm(sorted(f.parent for f in files), desc="over training", unit="snapshot"):
         images, accuracy = snapshot(load(folder), judge, n_classes, texts, settings)
@@ -132,7 +123,7 @@ def run(flags: Flags) -> dict[str, Any]:
         "counts": counted,
     }
     write_json(out / "evaluation.json", evaluation)
-    poster.draw(sheets, result.labels, out, out / "readme.png")
+    poster.draw(sheets, result.labels, out).save(out / "readme.png", optimize=True)
     write_json(out / "metrics.json", report)
     if flags.tracking:
         log(flags, report, snapshots)

@@ -20,26 +20,23 @@ SECTIONS = (  # title, sheet and rows
 
 
 def draw(
-    sheets: Mapping[str, Sheet], labels: Mapping[str, Sequence[Label]], folder: Path, path: Path
-) -> None:
-    """Write the poster of those `sheets` in `folder` that it has a section for to `path`."""
+    sheets: Mapping[str, Sheet], labels: Mapping[str, Sequence[Label]], folder: Path
+) -> Image.Image:
+    """The poster of the `sheets` in `folder` that have a section."""
     captions = {name: [label.text for label in row] for name, row in labels.items()}
-    captions = {name: row for name, row in captions.items() if any(row)}
-    sections = [section for section in SECTIONS if section[1] in sheets]
-    height = sum(
-        TITLE + rows * (TILE + GAP + CAPTION * (name in captions)) for _, name, rows in sections
-    )
+    heights = {name: TILE + GAP + CAPTION * any(row) for name, row in captions.items()}
+    height = sum(TITLE + rows * heights[name] for _, name, rows in SECTIONS)
     canvas = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, height + GAP), "white")
     pen, y = ImageDraw.Draw(canvas), 0
     small, large = ImageFont.load_default(10), ImageFont.load_default(14)
-    for title, name, rows in sections:
+    for title, name, rows in SECTIONS:
         pen.text((GAP, y + 6), title, fill=INK, font=large)
-        row_height = TILE + GAP + CAPTION * (name in captions)
+        row_height = heights[name]
         for i, tile in enumerate(cut_sheet(sheets[name], folder)[: rows * COLUMNS]):
             left, top = GAP + i % COLUMNS * (TILE + GAP), y + TITLE + i // COLUMNS * row_height
             canvas.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top))
-            if i < len(captions.get(name, [])):
+            if i < len(captions[name]) and row_height > TILE + GAP:
                 lines = textwrap.wrap(captions[name][i], 14)[:2] or ["(no text)"]
                 pen.text((left, top + TILE + 2), "\n".join(lines), fill=GREY, font=small)
         y += TITLE + rows * row_height
-    canvas.save(path, optimize=True)
+    return canvas

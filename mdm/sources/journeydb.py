@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mdm.sources.fields import text_field
+from mdm.sources.fields import object_field, text_field
 from mdm.sources.packed import list_files, read_files
 from mdm.sources.record import (
     UNIT_BYTES,
@@ -93,13 +93,12 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
                 yield unit.bad_record(record_id, place + name, problem)
                 continue
             done.add(name)
-            reported = name in texts_by_file and texts_by_file[name] is None
-            text = texts_by_file.pop(name, None)
-            if reported:
+            text = texts_by_file.pop(name, "")
+            if text is None:
                 continue
             if member.data is None:
                 yield unit.bad_record(record_id, place + name, member.problem)
-            elif text is None:
+            elif not text:
                 yield unit.bad_record(record_id, place + name, "image without annotation")
             else:
                 origin = place + member.name if packed else member.name
@@ -216,8 +215,7 @@ def _parse(line: bytes, single: bool) -> tuple[str, str, dict[str, Any]]:
 def _text(annotation: dict[str, Any]) -> str:
     """The caption if there is one, otherwise the prompt that generated the image."""
     task = annotation.get("Task2")
-    if task is not None and not isinstance(task, dict):
-        raise ValueError("field Task2 is not an object")
-    if task and task.get("Caption") is not None:
-        return text_field(task["Caption"], "Task2.Caption")
+    caption = None if task is None else object_field(task, "Task2").get("Caption")
+    if caption is not None:
+        return text_field(caption, "Task2.Caption")
     return text_field(annotation.get("prompt"), "prompt")

@@ -12,17 +12,18 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from mdm.sources.record import attempt, fingerprint
 from mdm.sources.streams import (
     Member,
+    Unpacked,
     check_member,
     describe,
     headers,
     is_inside,
-    open_gzip,
     open_tar,
 )
 from mdm.sources.textfile import check_utf8, is_clutter
@@ -68,7 +69,7 @@ def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
                     raise OSError(problem)
                 file = stack.enter_context(packed.open(info))
             else:
-                packed_tar = open_tar(stack.enter_context(open_gzip(path)), streaming=False)
+                packed_tar = open_tar(stack.enter_context(Unpacked(path)), streaming=False)
                 file = _tar_member(stack.enter_context(packed_tar), member)
             head = file.peek(4)
         except (*ZIP_ERRORS, tarfile.TarError, KeyError) as error:
@@ -154,8 +155,6 @@ class Images(ExitStack):
         self._root = root
         self._zips: list[tuple[str, zipfile.ZipFile]] = []
         self._damage = ""
-        self._last_names: tuple[str, ...] = ()
-        self._last = Member("", None)
         for archive in archives:
             if archive.endswith(".zip") and (root / archive).is_file():
                 try:
@@ -164,16 +163,9 @@ class Images(ExitStack):
                 except ZIP_ERRORS as error:
                     self._damage += f"; archive {archive} is unreadable: {describe(error)}"
 
+    @lru_cache(maxsize=1)  # noqa: B019 - the records of one image are read together
     def read(self, names: tuple[str, ...]) -> Member:
-        """The first of `names` that exists, or a member with "" as its name and the problem.
-
-        The last image is cached, because the records of one image are read together.
-        """
-        if names != self._last_names:
-            self._last_names, self._last = names, self._find(names)
-        return self._last
-
-    def _find(self, names: tuple[str, ...]) -> Member:
+        """The first of `names` that exists, or a member with "" as its name and the problem."""
         for name in names:
             if "\0" in name:
                 return Member("", None, f"image path holds a zero byte: {name[:80]!r}")

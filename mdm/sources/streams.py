@@ -119,8 +119,11 @@ def describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-class _Unpacked(gzip.GzipFile):
-    """A gzip stream that returns all bytes unpacked before an error, and then raises it."""
+class Unpacked(gzip.GzipFile):
+    """A gzip file that returns all bytes unpacked before an error, and then raises it.
+
+    Read it in chunks: it may unpack to any size.
+    """
 
     def read(self, size: int | None = -1) -> bytes:
         """As in gzip."""
@@ -147,19 +150,9 @@ def expect_utf8(source: str, path: Path) -> Iterator[None]:
         pass
 
 
-@contextmanager
-def open_gzip(path: Path) -> Iterator[IO[bytes]]:
-    """The unpacked stream of a gzip file. Read it in chunks: it may be of any size."""
-    with path.open("rb") as packed, _Unpacked(fileobj=packed, mode="rb") as file:
-        yield cast(IO[bytes], file)
-
-
-@contextmanager
-def open_tar(file: IO[bytes] | Slice, *, streaming: bool) -> Iterator[tarfile.TarFile]:
+def open_tar(file: Any, *, streaming: bool) -> tarfile.TarFile:
     """A tar with strict headers. Iterate over its members with `headers`."""
-    mode = "r|" if streaming else "r:"
-    with tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictHeader) as tar:  # type: ignore[call-overload]
-        yield tar
+    return tarfile.open(fileobj=file, mode="r|" if streaming else "r:", tarinfo=_StrictHeader)
 
 
 def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -203,7 +196,7 @@ def is_inside(name: str) -> bool:
     return not (name.startswith("/") or ".." in name.split("/") or "\0" in name)
 
 
-def tar_members(file: IO[bytes] | Slice, *, streaming: bool) -> Iterator[Member]:
+def tar_members(file: Any, *, streaming: bool) -> Iterator[Member]:
     """Every regular file of a tar, in order, without folders.
 
     A member that cannot be used is yielded with its problem. Raises one of ARCHIVE_ERRORS if the
@@ -248,7 +241,7 @@ def tgz_members(path: Path) -> Iterator[Member]:
 
     Raises one of ARCHIVE_ERRORS, as `tar_members`.
     """
-    with open_gzip(path) as file:
+    with Unpacked(path) as file:
         yield from tar_members(file, streaming=True)
         while file.read(1 << 20):  # padding; the last read verifies the checksum
             pass
@@ -259,7 +252,7 @@ def tgz_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
     Raises one of ARCHIVE_ERRORS, also for UTF-16.
     """
-    with open_gzip(path) as file, open_tar(file, streaming=True) as tar:
+    with Unpacked(path) as file, open_tar(file, streaming=True) as tar:
         for info in headers(tar):
             name = info.name.removeprefix("./")
             if not info.isfile() or not name.endswith(".jsonl") or is_clutter(name):

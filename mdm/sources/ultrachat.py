@@ -123,10 +123,7 @@ def _lines(unit: Unit) -> Iterator[tuple[int, Any]]:
 
 
 def _turns(entry: dict[str, Any]) -> Turns:
-    data = entry.get("data")
-    if data is not None and not isinstance(data, list):
-        raise ValueError("field data is not a list of turns")
-    turns = list_field(data, "data")
+    turns = list_field(entry.get("data"), "data")
     return answered_turns([(f"data[{i}]", turn) for i, turn in enumerate(turns)], len(turns))
 
 
