@@ -176,8 +176,3 @@ class Tokenizer:
             else:
                 parts.append(self._model.decode(list(run)))
         return "".join(parts)
-
-    def piece(self, token: int) -> str:
-        """The piece with this id, as in the vocabulary."""
-        text: str = self._model.id_to_piece(int(token))
-        return text

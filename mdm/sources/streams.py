@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mdm.sources.record import one_record
-from mdm.sources.textfile import NotUtf8Error, check_utf8, is_clutter, lines_with_offsets
+from mdm.sources.textfile import NotUtf8Error, check_utf8, is_blank, is_clutter, lines_with_offsets
 
 # A larger image is refused, so that one bad file cannot exhaust the memory. This is the size of an
 # uncompressed image of 64 Mi pixels, the most that are decoded, in four channels of 16 bits.
@@ -248,7 +248,7 @@ def tgz_members(path: Path) -> Iterator[Member]:
 
 
 def tgz_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of every .jsonl file in a gzipped tar.
+    """(line number from 1, line) of every .jsonl file in a gzipped tar, without blank lines.
 
     Raises one of ARCHIVE_ERRORS, also for UTF-16.
     """
@@ -260,6 +260,7 @@ def tgz_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             content = cast(io.BufferedReader, tar.extractfile(info))
             check_utf8(content.peek(4))
             for number, (_, line) in enumerate(lines_with_offsets(content), start=1):
-                yield number, line
+                if not is_blank(line):
+                    yield number, line
             if content.tell() < info.size:
                 raise tarfile.ReadError(f"unexpected end of data in {name}")
