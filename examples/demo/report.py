@@ -75,10 +75,11 @@ def _stage(marker: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
-    """Everything that the report shows, from the files of `run` and the job stages in `order`.
+def write(run: Path, order: Sequence[str]) -> dict[str, Any]:
+    """Write `report.json` and `report.html` into `run`, from its files and job stages in `order`.
 
-    Raises FileNotFoundError, which names the missing file.
+    Returns the content of `report.json`: metrics and totals, then targets and job stages. Raises
+    FileNotFoundError, which names the missing file.
     """
     folder = run / "evaluation"
     evaluation = _read(folder / "evaluation.json")
@@ -88,7 +89,7 @@ def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
         reconstructions = data_uri(image.convert("RGB"))
     metrics = evaluation["metrics"]
     targets = [target.row(metrics) for target in TARGETS]
-    return {
+    content = {
         "metrics": metrics,
         "targets": targets,
         "target_chart": target_chart(targets),
@@ -114,20 +115,8 @@ def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
         "sources": _read(run / "data" / "SOURCES.json")["sets"],
         "config": _read(run / "train" / "export" / "config.json"),
     }
-
-
-def write(run: Path, order: Sequence[str]) -> dict[str, Any]:
-    """Write `report.json` and `report.html` into `run`.
-
-    Returns the content of `report.json`: metrics and totals, then targets and job stages.
-    """
-    content = collect(run, order)
     totals = ("wall_seconds", "peak_rss_gib", "samples_per_second", "samples_seen")
-    report = {
-        **content["metrics"],
-        **{name: content[name] for name in totals},
-        "targets": reached(content["targets"]),
-        "stages": content["stages"],
-    }
+    report = {**metrics, **{name: content[name] for name in totals}}
+    report |= {"targets": reached(targets), "stages": stages}
     write_report(run, render(Path(__file__).with_name("report.html.j2"), content), report)
     return report

@@ -141,4 +141,4 @@ def test_page_shows_counts_sources_and_escapes_what_a_model_wrote(page: str) -> 
 
 def test_a_missing_job_stage_is_named(run: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"decode\.json is missing"):
-        report.collect(run, ("decode",))
+        report.write(run, ("decode",))
