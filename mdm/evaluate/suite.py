@@ -277,11 +277,7 @@ class _Suite:
 
 
 def snapshot(
-    generator: Generator,
-    classifier: Classifier,
-    n_classes: int,
-    texts: Sequence[str],
-    settings: Settings,
+    generator: Generator, classifier: Classifier, texts: Sequence[str], settings: Settings
 ) -> tuple[Tensor, float]:
     """Two rows of every class and one row of `texts`, drawn from fixed noise.
 
@@ -289,6 +285,7 @@ def snapshot(
     the images of classes, a rough one.
     """
     options = {"guidance": settings.guidance} | settings.options(settings.steps)
+    n_classes = classifier.n_classes
     targets = torch.arange(10 * max(1, 50 // n_classes)) % n_classes
     pixels = generator.class_to_image(targets.tolist(), **options)
     accuracy = image.agreement(classifier.judge(pixels)[0], targets.numpy())

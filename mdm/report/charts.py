@@ -161,18 +161,15 @@ def row_chart(
 
     `references` are {reference, such as "target": {row: value}}, at most three, drawn as marks.
     """
-    places = {name: place for place, name in enumerate(rows)}
     with _figure(4.8, 0.8 + 0.2 * len(rows)) as (figure, axes):
-        y = [places[name] for name, values in rows.items() for _ in values]
-        dots = [value for values in rows.values() for value in values]
-        axes.scatter(dots, y, s=20, color=ACCENT, alpha=0.7, linewidths=0, zorder=3, label="value")
-        means = {places[name]: np.mean(row) for name, row in rows.items() if len(row) > 1}
+        names = [name for name, values in rows.items() for _ in values]
+        x = [value for values in rows.values() for value in values]
+        axes.scatter(x, names, s=20, color=ACCENT, alpha=0.7, linewidths=0, zorder=3, label="value")
+        means = {name: np.mean(row) for name, row in rows.items() if len(row) > 1}
         axes.scatter(list(means.values()), list(means), s=70, marker="|", color=ACCENT)
         for mark, (name, by_row) in zip(MARKS, references.items(), strict=False):
-            y = [places[row] for row in by_row]
-            colour = BAD if mark == "|" else SOFT
-            axes.scatter(list(by_row.values()), y, s=36, marker=mark, color=colour, label=name)
-        axes.set_yticks(list(places.values()), labels=list(rows))
+            x, colour = list(by_row.values()), BAD if mark == "|" else SOFT
+            axes.scatter(x, list(by_row), s=36, marker=mark, color=colour, label=name)
         axes.invert_yaxis()
         axes.set(xlabel=x_label)
         axes.grid()

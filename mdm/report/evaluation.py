@@ -116,7 +116,7 @@ def run(flags: Flags) -> dict[str, Any]:
     texts = tuple(texts[i] for i in torch.linspace(0, len(texts) - 1, n_classes).long().tolist())
     files = Path(flags.snapshots).glob("step-*/model.safetensors") if flags.snapshots else ()
     for folder in tqdm(sorted(f.parent for f in files), desc="over training", unit="snapshot"):
-        images, accuracy = snapshot(load(folder), judge, n_classes, texts, settings)
+        images, accuracy = snapshot(load(folder), judge, texts, settings)
         sheet = vars(save_sheet(images, out / f"{folder.name}.png", columns=n_classes))
         seen = samples_seen(folder)
         snapshots.append({"samples_seen": seen, "accuracy": accuracy, "sheet": sheet})

@@ -22,6 +22,7 @@ from mdm.sources.record import (
     check_split,
     make_units,
     one_record,
+    runs,
 )
 from mdm.sources.streams import (
     ARCHIVE_ERRORS,
@@ -75,25 +76,20 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
         if unit.kind != "files":
             origin = "::".join(filter(None, (unit.files[0], _class_tar(unit), name)))
         printable = record_id.encode("utf-8", "backslashreplace").decode()
-        problem = ""
-        if printable != record_id:
-            problem = "file name is not valid UTF-8"
-        elif member.data is None:
-            problem = member.problem
-        elif wnid not in labels:
-            problem = f"{wnid!r} is not among the classes"
-        elif record_id in seen:
-            problem = "duplicate id"
-        else:
+        try:
+            if printable != record_id:
+                raise ValueError("file name is not valid UTF-8")
+            if member.data is None:
+                raise ValueError(member.problem)
+            if (label := labels.get(wnid)) is None:
+                raise ValueError(f"{wnid!r} is not among the classes")
+            if record_id in seen:
+                raise ValueError("duplicate id")
             seen.add(record_id)
-            label = labels[wnid]
-            try:
-                with one_record(origin):
-                    text = caption(names[label], record_id)
-            except ValueError as error:
-                problem = str(error)
-        if problem:
-            yield unit.bad_record(printable, origin, problem)
+            with one_record(origin):
+                text = caption(names[label], record_id)
+        except ValueError as error:
+            yield unit.bad_record(printable, origin, str(error))
         else:
             yield RawRecord(record_id, SOURCE, unit.split, origin, member.data, text, label=label)
 
@@ -145,26 +141,19 @@ def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
     if split == "val" and any(name.count("/") == 1 for name, _ in listing):
         ground_truth(root)
     listing.sort(key=lambda file: (_hash(file[0]), file[0]))
-    slices: list[list[tuple[str, int]]] = [[]]
-    filled = 0
-    for name, size in listing:
-        if slices[-1] and filled + size > unit_bytes:
-            slices.append([])
-            filled = 0
-        slices[-1].append((name, size))
-        filled += size
     names_file = class_file(root)
-    parts = [("files", [name for name, _ in files], [*files, names_file], 0, 0) for files in slices]
+    parts = []
+    for start, stop in runs([size for _, size in listing], unit_bytes):
+        files = listing[start:stop]
+        parts.append(("files", [name for name, _ in files], [*files, names_file], 0, 0))
     return make_units(SOURCE, split, root, parts)
 
 
 def _read_folder(unit: Unit) -> Iterator[tuple[str, Member]]:
     """(wnid, image) of each file; the folder gives the wnid, or the devkit for a flat `val/`."""
     for member in read_files(Path(unit.root), unit.files):
-        if member.name.count("/") == 1:
-            yield _outer_image(unit, member)
-        else:
-            yield member.name.split("/")[1], member
+        _, *folders, _ = member.name.split("/")
+        yield (folders[0], member) if folders else _outer_image(unit, member)
 
 
 # ---- tars

@@ -65,8 +65,7 @@ def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
             elif archive.endswith(".zip"):
                 packed = stack.enter_context(zipfile.ZipFile(path))
                 info = packed.getinfo(member)
-                if problem := _packing_problem(info):
-                    raise OSError(problem)
+                _check_packing(info)
                 file = stack.enter_context(packed.open(info))
             else:
                 packed_tar = open_tar(stack.enter_context(Unpacked(path)), streaming=False)
@@ -208,8 +207,7 @@ def without_extension(name: str) -> str:
 def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
     """A member's bytes, with verified checksum; ValueError says what is wrong with it."""
     info = packed.NameToInfo[member]
-    if problem := _packing_problem(info):
-        raise ValueError(problem)
+    _check_packing(info)
     check_member(info.file_size, info.compress_size, "archive member")
     try:
         with packed.open(info) as file:
@@ -219,13 +217,12 @@ def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
         raise ValueError(f"damaged archive member: {describe(error)}") from None
 
 
-def _packing_problem(info: zipfile.ZipInfo) -> str:
-    """Why a member cannot be unpacked; "" if it can."""
+def _check_packing(info: zipfile.ZipInfo) -> None:
+    """Raise ValueError if a member cannot be unpacked."""
     if info.flag_bits & 1:
-        return "archive member is encrypted"
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return f"archive member is packed by method {info.compress_type}, not by deflate"
-    return ""
+        raise ValueError("archive member is encrypted")
+    if (method := info.compress_type) not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"archive member is packed by method {method}, not by deflate")
 
 
 def _has_member(path: Path, member: str) -> bool:

@@ -22,6 +22,7 @@ from mdm.sources.record import (
     check_split,
     make_units,
     one_record,
+    runs,
 )
 from mdm.sources.streams import describe, expect_utf8
 from mdm.sources.textfile import (
@@ -139,13 +140,7 @@ def _group_ranges(path: Path, unit_bytes: int) -> list[tuple[int, int]]:
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     except (OSError, ValueError):
         return [(0, 0)]
-    starts, filled = [0], 0
-    for i, size in enumerate(sizes):
-        if filled and filled + size > unit_bytes:
-            starts.append(i)
-            filled = 0
-        filled += size
-    return list(zip(starts, [*starts[1:], len(sizes)], strict=True))
+    return runs(sizes, unit_bytes)
 
 
 def _rows(unit: Unit) -> Iterator[tuple[str, Any]]:

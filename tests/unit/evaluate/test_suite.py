@@ -84,7 +84,7 @@ def test_two_runs_give_the_same_numbers(
 def test_a_snapshot_has_two_rows_of_every_class_and_one_of_texts(
     digits: Digits, judge: Classifier
 ) -> None:
-    images, rough = snapshot(Oracle(digits), judge, 10, ["digit one"] * 3, SETTINGS)
+    images, rough = snapshot(Oracle(digits), judge, ["digit one"] * 3, SETTINGS)
     assert images.shape == (23, 3, 32, 32)
     assert rough > 0.8
 
