@@ -89,8 +89,7 @@ def write(run: Path, order: Sequence[str]) -> dict[str, Any]:
         reconstructions = data_uri(image.convert("RGB"))
     metrics = evaluation["metrics"]
     targets = [target.row(metrics) for target in TARGETS]
-    content = {
-        "metrics": metrics,
+    content = evaluation | {
         "targets": targets,
         "target_chart": target_chart(targets),
         "tiles": tiles(evaluation["sheets"], evaluation["labels"], folder),
@@ -98,9 +97,6 @@ def write(run: Path, order: Sequence[str]) -> dict[str, Any]:
             shot | {"tiles": [data_uri(p) for p in cut_sheet(Sheet(**shot["sheet"]), folder)]}
             for shot in evaluation["snapshots"]
         ],
-        "replies": evaluation["replies"],
-        "settings": evaluation["settings"],
-        "samples_seen": evaluation["samples_seen"],
         "losses": loss_charts(run / "train" / "metrics.jsonl"),
         "stages": stages,
         "stage_chart": bar_chart(seconds, "time of each job stage", "seconds"),
@@ -111,7 +107,6 @@ def write(run: Path, order: Sequence[str]) -> dict[str, Any]:
         "reconstructions": reconstructions,
         "autoencoder": _rows(_read(run / "autoencoder" / "autoencoder.json")),
         "tokenizer": _rows(_read(run / "tokenizer" / "tokenizer.json")),
-        "counts": evaluation["counts"],
         "sources": _read(run / "data" / "SOURCES.json")["sets"],
         "config": _read(run / "train" / "export" / "config.json"),
     }

@@ -114,10 +114,10 @@ def _measure_tree() -> tuple[int, list[dict[str, Any]]]:
 
 
 @contextlib.contextmanager
-def metered(usage: dict[str, Any], path: Path, every: float = 3.0) -> Iterator[None]:
+def metered(usage: dict[str, Any], path: Path) -> Iterator[None]:
     """Add the time and memory of the body to `usage`, whose shape is `_USAGE`.
 
-    It is written to `path` every few seconds, so that an attempt that is killed still counts.
+    It is written to `path` every three seconds, so that an attempt that is killed still counts.
     """
     before, begun, stop = usage["seconds"], time.monotonic(), threading.Event()
 
@@ -128,7 +128,7 @@ def metered(usage: dict[str, Any], path: Path, every: float = 3.0) -> Iterator[N
         write_json(path, usage)
 
     def measure_until_stopped() -> None:
-        while not stop.wait(every):
+        while not stop.wait(3.0):
             measure()
 
     measure()

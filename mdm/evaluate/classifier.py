@@ -56,12 +56,10 @@ class Classifier(nn.Module):
         return out
 
     @torch.inference_mode()
-    def judge(
-        self, pixels: Tensor, *, batch: int = 500
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def judge(self, pixels: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Predicted classes i64 [B] and features f64 [B, 64]; class `n_classes` means none."""
         self.eval()
-        features = torch.cat([self.features(p) for p in torch.split(pixels, batch)])
+        features = torch.cat([self.features(p) for p in torch.split(pixels, 500)])
         return self.head(features).argmax(1).numpy(), features.double().numpy()
 
 

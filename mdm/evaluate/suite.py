@@ -128,11 +128,10 @@ class _Suite:
         # classifier, so that distances under two classifiers can be compared.
         sample = self.train_pixels[balanced(data.train.class_ids, 1000)]
         self.unit = float(np.sqrt(np.mean(classifier.judge(sample)[1] ** 2)))
-        self.reference = self._balanced_features(reference)
-        self.floor = self._balanced_features(floor)
-
-    def _balanced_features(self, images: Images) -> image.Features:
-        return self._judge(images.pixels[balanced(images.labels, self.n_compared)])[1]
+        self.reference, self.floor = (
+            self._judge(half.pixels[balanced(half.labels, self.n_compared)])[1]
+            for half in (reference, floor)
+        )
 
     def _judge(self, pixels: Tensor) -> tuple[image.Labels, image.Features]:
         predicted, features = self.classifier.judge(pixels)
@@ -166,13 +165,11 @@ class _Suite:
     def real_images(self) -> None:
         """Floors and ceilings: the scores of real images, as published and reconstructed."""
         real, held = self.data.real, self.data.heldout
-        reconstructed, features = self._judge(self.heldout_pixels)
-        seen = self._judge(real.pixels)[0]
+        again, features = self._judge(self.heldout_pixels)
+        seen, _ = self._judge(real.pixels)
         self.metrics |= {
             "classifier_accuracy": image.agreement(seen, real.labels.numpy()),
-            "classifier_accuracy_reconstructed": image.agreement(
-                reconstructed, held.class_ids.numpy()
-            ),
+            "classifier_accuracy_reconstructed": image.agreement(again, held.class_ids.numpy()),
         }
         rows = balanced(held.class_ids, self.n_compared).numpy()
         self._add_distances("{}_floor", self.floor)
@@ -254,10 +251,8 @@ class _Suite:
 
     def other_images(self) -> None:
         """Images of other things, drawn from names and captioned: trained on, and held out."""
-        for name, rows in (
-            ("others_train", self.data.others_train),
-            ("others_heldout", self.data.others_heldout),
-        ):
+        for name in ("others_train", "others_heldout"):
+            rows: Encoded = getattr(self.data, name)
             picked = rows.take(torch.linspace(0, len(rows) - 1, min(20, len(rows))).long())
             self._show(name, self._draw(picked.texts), [Label(text) for text in picked.texts])
             captions = self._caption(picked.latents)

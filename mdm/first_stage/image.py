@@ -44,10 +44,8 @@ def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:
     """RGB pixels uint8 [3, size, size]: short side resized to `size`, middle cropped.
 
     The EXIF orientation is applied if it can be read, and transparent pixels are laid over white.
-    What the pixels do not need may be damaged.
-
-    Raises:
-        ValueError: the file is empty, not an image, truncated or damaged, or has too many pixels.
+    What the pixels do not need may be damaged. Raises ValueError if the file is empty, not an
+    image, truncated or damaged, or has too many pixels.
     """
     # JPEG can be unpacked at a fraction of its size; twice the target keeps all detail.
     rgb = _crop_ends(_decode(data, 2 * size))

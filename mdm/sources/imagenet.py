@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from mdm.sources import streams
 from mdm.sources.imagenet_classes import TRUTH, class_file, classes, ground_truth, split_names
 from mdm.sources.packed import read_files
 from mdm.sources.record import (
@@ -24,16 +25,7 @@ from mdm.sources.record import (
     one_record,
     runs,
 )
-from mdm.sources.streams import (
-    ARCHIVE_ERRORS,
-    DamagedHeaderError,
-    Member,
-    Slice,
-    describe,
-    open_tar,
-    surviving_headers,
-    tar_members,
-)
+from mdm.sources.streams import Member, describe
 from mdm.sources.textfile import is_clutter
 
 SOURCE = "imagenet"
@@ -164,9 +156,9 @@ def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]
     ranges: list[tuple[str, int, int]] = []  # kind, first byte, end
     end, truncated, gap = 0, False, False
     try:
-        with tar.open("rb") as file, open_tar(file, streaming=False) as outer:
-            for info in surviving_headers(outer):
-                if isinstance(info, DamagedHeaderError):
+        with tar.open("rb") as file, streams.open_tar(file) as outer:
+            for info in streams.surviving_headers(outer):
+                if isinstance(info, streams.DamagedHeaderError):
                     gap = True
                     continue
                 if gap and split == "train" and not info.name.endswith(".tar"):
@@ -181,7 +173,7 @@ def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]
                 else:
                     ranges.append(("members", info.offset, padded))
                 end, gap = padded, False
-    except ARCHIVE_ERRORS:
+    except streams.ARCHIVE_ERRORS:
         truncated = True  # the rest becomes a unit below, whose reader reports the error
     with tar.open("rb") as rest:
         rest.seek(end)
@@ -212,10 +204,10 @@ def _read_tar(unit: Unit) -> Iterator[tuple[str, Member]]:
     class_tar, count = _class_tar(unit), 0
     try:
         with (Path(unit.root) / unit.files[0]).open("rb") as file:
-            for member in tar_members(Slice(file, unit.start, unit.stop), streaming=False):
+            for member in streams.tar_members(streams.Slice(file, unit.start, unit.stop)):
                 count += 1
                 yield (Path(class_tar).stem, member) if class_tar else _outer_image(unit, member)
-    except ARCHIVE_ERRORS as error:
+    except streams.ARCHIVE_ERRORS as error:
         where = class_tar or f"bytes {unit.start}-{unit.stop}"
         reason = f"unreadable tar {where} after {count} images: {describe(error)}"
         yield Path(class_tar).stem, Member(f"{where}:{count}", None, reason)

@@ -16,27 +16,12 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
+from mdm.sources import streams
 from mdm.sources.record import attempt, fingerprint
-from mdm.sources.streams import (
-    Member,
-    Unpacked,
-    check_member,
-    describe,
-    headers,
-    is_inside,
-    open_tar,
-)
+from mdm.sources.streams import Member, describe
 from mdm.sources.textfile import check_utf8, is_clutter
 
-ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    NotImplementedError,
-    EOFError,
-    OSError,
-    ValueError,
-    RuntimeError,
-    zlib.error,
-)
+ZIP_ERRORS = (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, zlib.error)
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".jpe", ".jfif")
 EXTENSIONS = (*_EXTENSIONS, *map(str.upper, _EXTENSIONS), *map(str.title, _EXTENSIONS), "")
 
@@ -68,7 +53,7 @@ def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
                 _check_packing(info)
                 file = stack.enter_context(packed.open(info))
             else:
-                packed_tar = open_tar(stack.enter_context(Unpacked(path)), streaming=False)
+                packed_tar = streams.open_tar(stack.enter_context(streams.Unpacked(path)))
                 file = _tar_member(stack.enter_context(packed_tar), member)
             head = file.peek(4)
         except (*ZIP_ERRORS, tarfile.TarError, KeyError) as error:
@@ -126,7 +111,7 @@ def read_file(path: Path) -> bytes:
             raise ValueError("a folder in place of an image")
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")  # opening a pipe would block forever
-        check_member(status.st_size, status.st_size, "file")
+        streams.check_member(status.st_size, status.st_size, "file")
         return path.read_bytes()
     except FileNotFoundError:
         raise ValueError("missing file" + ": broken symbolic link" * path.is_symlink()) from None
@@ -154,6 +139,7 @@ class Images(ExitStack):
         self._root = root
         self._zips: list[tuple[str, zipfile.ZipFile]] = []
         self._damage = ""
+        self.read = lru_cache(maxsize=1)(self._read)  # the records of one image come together
         for archive in archives:
             if archive.endswith(".zip") and (root / archive).is_file():
                 try:
@@ -162,13 +148,12 @@ class Images(ExitStack):
                 except ZIP_ERRORS as error:
                     self._damage += f"; archive {archive} is unreadable: {describe(error)}"
 
-    @lru_cache(maxsize=1)  # noqa: B019 - the records of one image are read together
-    def read(self, names: tuple[str, ...]) -> Member:
+    def _read(self, names: tuple[str, ...]) -> Member:
         """The first of `names` that exists, or a member with "" as its name and the problem."""
         for name in names:
             if "\0" in name:
                 return Member("", None, f"image path holds a zero byte: {name[:80]!r}")
-            if not is_inside(name):
+            if not streams.is_inside(name):
                 return Member("", None, f"image path points outside the data set: {name[:80]!r}")
             if image := self._read_exact(name):
                 return image
@@ -208,7 +193,7 @@ def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
     """A member's bytes, with verified checksum; ValueError says what is wrong with it."""
     info = packed.NameToInfo[member]
     _check_packing(info)
-    check_member(info.file_size, info.compress_size, "archive member")
+    streams.check_member(info.file_size, info.compress_size, "archive member")
     try:
         with packed.open(info) as file:
             # In chunks: a single read unpacks everything, whatever size the header claims.
@@ -236,7 +221,7 @@ def _has_member(path: Path, member: str) -> bool:
 
 
 def _tar_member(tar: tarfile.TarFile, member: str) -> IO[bytes]:
-    for info in headers(tar):
+    for info in streams.headers(tar):
         if info.isfile() and info.name.removeprefix("./") == member:
             return cast(IO[bytes], tar.extractfile(info))
     raise KeyError(f"there is no {member} in it")

@@ -150,7 +150,7 @@ def expect_utf8(source: str, path: Path) -> Iterator[None]:
         pass
 
 
-def open_tar(file: Any, *, streaming: bool) -> tarfile.TarFile:
+def open_tar(file: Any, *, streaming: bool = False) -> tarfile.TarFile:
     """A tar with strict headers. Iterate over its members with `headers`."""
     return tarfile.open(fileobj=file, mode="r|" if streaming else "r:", tarinfo=_StrictHeader)
 
@@ -196,7 +196,7 @@ def is_inside(name: str) -> bool:
     return not (name.startswith("/") or ".." in name.split("/") or "\0" in name)
 
 
-def tar_members(file: Any, *, streaming: bool) -> Iterator[Member]:
+def tar_members(file: Any, *, streaming: bool = False) -> Iterator[Member]:
     """Every regular file of a tar, in order, without folders.
 
     A member that cannot be used is yielded with its problem. Raises one of ARCHIVE_ERRORS if the
