@@ -66,7 +66,8 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
         record_id = f"{SOURCE}/{unit.split}/{wnid}/{name}"
         origin = member.name
         if unit.kind != "files":
-            origin = "::".join(filter(None, (unit.files[0], _class_tar(unit), name)))
+            class_tar = unit.kind.partition("class ")[2]  # "" for images in the outer tar
+            origin = "::".join(filter(None, (unit.files[0], class_tar, name)))
         printable = record_id.encode("utf-8", "backslashreplace").decode()
         try:
             if printable != record_id:
@@ -190,18 +191,13 @@ def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]
     return make_units(SOURCE, split, root, parts)
 
 
-def _class_tar(unit: Unit) -> str:
-    """The tar of the class that the unit is; "" for a unit of images in the outer tar."""
-    return unit.kind.removeprefix("class ") if unit.kind.startswith("class ") else ""
-
-
 def _read_tar(unit: Unit) -> Iterator[tuple[str, Member]]:
     """(wnid, image); the name of a class's tar gives the wnid, or the devkit for the val tar."""
     if unit.kind == "cut":
         reason = f"the archive was cut off at byte {unit.start}: the rest is missing"
         yield "", Member(f"bytes {unit.start}-", None, reason)
         return
-    class_tar, count = _class_tar(unit), 0
+    class_tar, count = unit.kind.partition("class ")[2], 0
     try:
         with (Path(unit.root) / unit.files[0]).open("rb") as file:
             for member in streams.tar_members(streams.Slice(file, unit.start, unit.stop)):

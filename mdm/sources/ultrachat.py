@@ -76,7 +76,7 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
                 raise entry
             with one_record(origin):
                 record_id = f"{prefix}/{id_field(entry.get(key), key)}"
-                turns = _turns(entry) if unit.kind == "lines" else _messages(entry)
+                turns = _turns(entry, unit.kind)
             if record_id in seen:
                 raise ValueError("duplicate id")
         except ValueError as error:
@@ -123,7 +123,10 @@ def _lines(unit: Unit) -> Iterator[tuple[int, Any]]:
         yield unit.start, ValueError(f"unreadable: {describe(error)}")
 
 
-def _turns(entry: dict[str, Any]) -> Turns:
+def _turns(entry: dict[str, Any], kind: str) -> Turns:
+    if kind == "rows":
+        messages = list_field(entry.get("messages"), "messages")
+        return dialogue(messages, "messages", ("role", "content"), ("user", "assistant"))
     turns = list_field(entry.get("data"), "data")
     return answered_turns([(f"data[{i}]", turn) for i, turn in enumerate(turns)], len(turns))
 
@@ -187,8 +190,3 @@ def _to_dict(row: Any) -> Any:
         return row.to_pylist()[0]
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8: {error.reason}") from None
-
-
-def _messages(row: dict[str, Any]) -> Turns:
-    messages = list_field(row.get("messages"), "messages")
-    return dialogue(messages, "messages", ("role", "content"), ("user", "assistant"))
