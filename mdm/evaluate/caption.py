@@ -11,14 +11,9 @@ from dataclasses import dataclass
 NO_CLASS = -1
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(re.findall(r"[\w'’-]+", text.casefold()))
-
-
-def _contains(words: Sequence[str], name: Sequence[str]) -> bool:
-    return any(
-        tuple(words[i : i + len(name)]) == tuple(name) for i in range(len(words) - len(name) + 1)
-    )
+def _words(text: str) -> str:
+    """The words of `text`, separated by single spaces."""
+    return " ".join(re.findall(r"[\w'’-]+", text.casefold()))
 
 
 @dataclass(frozen=True)
@@ -40,11 +35,11 @@ class ClassNames:
 
     def named(self, text: str) -> int:
         """The class whose name occurs in `text` as whole words; -1 if none or several do."""
-        words = _words(text)
+        words = f" {_words(text)} "
         classes = [
             index
             for index, names in enumerate(self.names)
-            if any(_contains(words, _words(name)) for name in names)
+            if any(f" {_words(name)} " in words for name in names)
         ]
         return classes[0] if len(classes) == 1 else NO_CLASS
 
@@ -54,8 +49,8 @@ class ClassNames:
         It is if it holds a word common to all classes, or only words of class names:
         "handwritten apple" and "three" are, "three o'clock" is not.
         """
-        words = set(_words(text))
-        vocabulary = [{w for name in names for w in _words(name)} for names in self.names]
+        words = set(_words(text).split())
+        vocabulary = [set(_words(" ".join(names)).split()) for names in self.names]
         common, known = set.intersection(*vocabulary), set.union(*vocabulary)
         return bool(words & common) or (bool(words) and words <= known)
 
@@ -67,12 +62,7 @@ class ClassNames:
 def caption_accuracy(
     names: ClassNames, texts: Sequence[str], class_ids: Sequence[int]
 ) -> tuple[float, float]:
-    """Shares of `texts` that name their class, and that are one of its names word for word.
-
-    Raises ValueError if the two differ in length or are empty.
-    """
-    if len(texts) != len(class_ids) or not texts:
-        raise ValueError(f"{len(texts)} captions for {len(class_ids)} classes")
+    """Shares of `texts` that name their class, and that are one of its names word for word."""
     pairs = list(zip(texts, class_ids, strict=True))
     named = sum(names.named(t) == c for t, c in pairs) / len(pairs)
     exact = sum(names.exact(t, c) for t, c in pairs) / len(pairs)
@@ -86,10 +76,8 @@ def pair_agreement(
 
     A pair counts if either side is about the classes: the caption concerns them, or the image shows
     one (`image_classes`, any value outside the classes for none). It agrees if its caption names
-    the class of its image. Raises ValueError if the two differ in length or are empty.
+    the class of its image.
     """
-    if len(captions) != len(image_classes) or not captions:
-        raise ValueError(f"{len(captions)} captions for {len(image_classes)} images")
     counted = [
         (names.named(text), shown)
         for text, shown in zip(captions, image_classes, strict=True)

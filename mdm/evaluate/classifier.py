@@ -23,15 +23,17 @@ from mdm.storage.tensor_file import save_tensors
 from mdm.utils.files import DamagedFileError, load_json, write_json
 
 FEATURES = 64
+WIDTH = 32  # channels of the first convolution
+LR = 2e-3
 
 
 class Classifier(nn.Module):
     """Pixels f32 [B, 3, H, W] in [0, 1] → logits [B, n_classes + 1]; the last class is "none"."""
 
-    def __init__(self, n_classes: int, width: int = 32) -> None:
+    def __init__(self, n_classes: int) -> None:
         super().__init__()
-        self.n_classes, self.width = n_classes, width
-        widths = (3, width, 2 * width, 2 * width)
+        self.n_classes = n_classes
+        widths = (3, WIDTH, 2 * WIDTH, 2 * WIDTH)
         self.convs = nn.ModuleList(
             nn.Conv2d(i, o, 3, padding=1, stride=1 if i == 3 else 2)
             for i, o in itertools.pairwise(widths)
@@ -54,12 +56,10 @@ class Classifier(nn.Module):
         return out
 
     @torch.inference_mode()
-    def judge(
-        self, pixels: Tensor, *, batch: int = 500
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def judge(self, pixels: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Predicted classes i64 [B] and features f64 [B, 64]; class `n_classes` means none."""
         self.eval()
-        features = torch.cat([self.features(p) for p in torch.split(pixels, batch)])
+        features = torch.cat([self.features(p) for p in torch.split(pixels, 500)])
         return self.head(features).argmax(1).numpy(), features.double().numpy()
 
 
@@ -93,7 +93,6 @@ def train(
     *,
     epochs: int = 8,
     batch: int = 128,
-    lr: float = 2e-3,
     seed: int = 0,
 ) -> Classifier:
     """A classifier trained on `pixels` f32 [B, 3, H, W] in [0, 1] and `labels` i64 [B].
@@ -108,8 +107,8 @@ def train(
         net = Classifier(n_classes)
         net(pixels[:2])  # sizes the embedding
     steps = epochs * (len(pixels) // batch or 1)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
     net.train()
     with tqdm(total=steps, desc="classifier", unit="step", leave=False) as bar:
         while bar.n < steps:
@@ -130,28 +129,23 @@ def train(
 def save(net: Classifier, folder: Path, report: dict[str, float]) -> None:
     """Write weights and `report` (accuracies) to `folder`; the report is written last."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(
-        folder / "classifier.safetensors",
-        net.state_dict(),
-        {"n_classes": str(net.n_classes), "width": str(net.width)},
-    )
-    facts = {"n_classes": net.n_classes, "width": net.width} | report
-    write_json(folder / "classifier.json", facts)
+    save_tensors(folder / "classifier.safetensors", net.state_dict())
+    write_json(folder / "classifier.json", {"n_classes": net.n_classes} | report)
 
 
-def load(folder: Path) -> tuple[Classifier, dict[str, float]]:
-    """The classifier that `save` wrote, and its report.
+def load(folder: Path) -> Classifier:
+    """The classifier that `save` wrote.
 
     Raises FileNotFoundError if it is missing and ValueError if it is damaged; both name the folder.
     """
     again = "run pipelines/train_classifier.py"
     try:
-        report = load_json(folder / "classifier.json", {"n_classes": int, "width": int})
+        report = load_json(folder / "classifier.json", {"n_classes": int})
         weights = load_file(folder / "classifier.safetensors")
     except FileNotFoundError:
         raise FileNotFoundError(f"no classifier in {folder}: {again}") from None
     except (DamagedFileError, SafetensorError) as error:
         raise ValueError(f"the classifier in {folder} is damaged ({error}): {again}") from None
-    net = Classifier(report["n_classes"], report["width"])
+    net = Classifier(report["n_classes"])
     net.load_state_dict(weights)
-    return net.eval(), report
+    return net.eval()

@@ -22,28 +22,17 @@ from mdm.sources.record import RawRecord
 class Encoded:
     """The samples of an encoded split: `latents` f32 [n, N, C], `class_ids` i64 [n], -1: none."""
 
-    ids: tuple[str, ...]
     latents: Tensor
     texts: tuple[str, ...]
     class_ids: Tensor
 
-    def __post_init__(self) -> None:
-        lengths = {len(self.ids), len(self.latents), len(self.texts), len(self.class_ids)}
-        if len(lengths) != 1:
-            raise ValueError(f"columns of an encoded split differ in length: {sorted(lengths)}")
-
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.texts)
 
     def take(self, rows: Tensor) -> "Encoded":
         """The samples at the indices `rows` i64 [k]."""
-        picked = rows.tolist()
-        return Encoded(
-            tuple(self.ids[i] for i in picked),
-            self.latents[rows],
-            tuple(self.texts[i] for i in picked),
-            self.class_ids[rows],
-        )
+        texts = tuple(self.texts[i] for i in rows.tolist())
+        return Encoded(self.latents[rows], texts, self.class_ids[rows])
 
 
 @dataclass(frozen=True)
@@ -79,13 +68,12 @@ def balanced(class_ids: Tensor, n: int) -> Tensor:
 
 
 def load_encoded(
-    uri: str, tokenizer: Tokenizer, autoencoder_sha256: str = ""
+    uri: str, tokenizer: Tokenizer, autoencoder_sha256: str
 ) -> tuple[Encoded, Manifest]:
     """All samples of the image set encoded at `uri`, every record batch verified, and its manifest.
 
-    If `autoencoder_sha256` is given, the set must have been encoded with that autoencoder.
-
-    Raises ManifestError, StoreError or ValueError with one line for the user.
+    Raises ManifestError, StoreError or ValueError with one line for the user, also if the set was
+    encoded with another tokenizer or autoencoder.
     """
     manifest = Manifest.load(uri)
     if manifest.task != "image_text":
@@ -94,23 +82,21 @@ def load_encoded(
         ("tokenizer", manifest.tokenizer_sha256, tokenizer.sha256),
         ("autoencoder", manifest.autoencoder_sha256, autoencoder_sha256),
     ):
-        if given and encoded_with != given:
+        if encoded_with != given:
             raise ValueError(
                 f"{uri} was encoded with {kind} {encoded_with}; the given one is {given}; "
                 f"give the former as --{kind}"
             )
     reader = SourceReader(Source(manifest.dataset, manifest, 1.0))
-    ids: list[str] = []
     texts: list[str] = []
     latents, classes = [], []
     for number, shard in enumerate(manifest.shards):
         for rows in reader.read(number, list(range(len(shard.batches)))):
             assert rows.latents is not None
-            ids += rows.ids
             texts += [tokenizer.decode(rows.text(i).tolist()) for i in range(len(rows))]
             latents.append(torch.from_numpy(from_bfloat16_bits(rows.latents)))
             classes.append(torch.from_numpy(rows.class_ids.astype("int64")))
-    return Encoded(tuple(ids), torch.cat(latents), tuple(texts), torch.cat(classes)), manifest
+    return Encoded(torch.cat(latents), tuple(texts), torch.cat(classes)), manifest
 
 
 def counts(manifest: Manifest) -> dict[str, int]:
@@ -126,9 +112,8 @@ def load_images(name: str, root: Path, split: str, size: int) -> Images:
     Raises ValueError if there is none, or the split or folder is wrong.
     """
     images: list[tuple[str, Tensor, int]] = []
-    for record in tqdm(
-        sources.records(name, root, split), desc=f"{root.name} {split}", leave=False
-    ):
+    records = sources.records(name, root, split)
+    for record in tqdm(records, desc=f"{root.name} {split}", leave=False):
         if not isinstance(record, RawRecord) or record.image is None:
             continue
         try:

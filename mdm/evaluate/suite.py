@@ -13,29 +13,32 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mdm.config import doc
 from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import image
 from mdm.evaluate.caption import ClassNames, caption_accuracy, pair_agreement
 from mdm.evaluate.classifier import Classifier
 from mdm.evaluate.heldout import Encoded, Images, balanced
 from mdm.generate import Generator
+from mdm.utils.fields import POSITIVE, check_fields, doc
 
 
 @dataclass(frozen=True)
 class Settings:
     """How many samples are drawn, and how."""
 
-    n: int = doc(500, "images of each kind")
+    n: int = doc(500, "images of each kind", POSITIVE)
     solver: str = doc("ddpm", f"one of {', '.join(SOLVERS)}")
     guidance: float = doc(3.0, "guidance weight w of (1 + w) cond - w uncond, images")
     text_guidance: float = doc(1.0, "guidance weight for captions")
     joint_guidance: float = doc(2.0, "guidance weight of images drawn with their captions")
-    steps: int = doc(20, "solver steps of an image")
-    text_steps: int = doc(20, "solver steps of a text")
+    steps: int = doc(20, "solver steps of an image", POSITIVE)
+    text_steps: int = doc(20, "solver steps of a text", POSITIVE)
     joint_steps: int = doc(40, "solver steps of each where both are drawn")
     precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
     seed: int = doc(0, "of everything drawn here")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def options(self, steps: int) -> dict[str, Any]:
         """The arguments that every method of a `Generator` takes."""
@@ -51,9 +54,9 @@ class DemoData:
     heldout: Encoded  # encoded held-out images of the classes
     real: Images  # held-out images of the classes, as published
     decode: Callable[[Tensor], Tensor]  # latents [n, N, C] → pixels [n, 3, H, W]
-    others_heldout: Encoded | None = None  # encoded held-out images of other things
-    others_train: Encoded | None = None
-    prompts: tuple[tuple[str, ...], ...] = ()  # dialogues whose last turn needs a reply
+    others_train: Encoded  # encoded training images of other things
+    others_heldout: Encoded
+    prompts: tuple[tuple[str, ...], ...]  # dialogues whose last turn needs a reply
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,10 @@ class _Suite:
         # classifier, so that distances under two classifiers can be compared.
         sample = self.train_pixels[balanced(data.train.class_ids, 1000)]
         self.unit = float(np.sqrt(np.mean(classifier.judge(sample)[1] ** 2)))
-        self.reference = self._balanced_features(reference)
-        self.floor = self._balanced_features(floor)
-
-    def _balanced_features(self, images: Images) -> image.Features:
-        return self._judge(images.pixels[balanced(images.labels, self.n_compared)])[1]
+        self.reference, self.floor = (
+            self._judge(half.pixels[balanced(half.labels, self.n_compared)])[1]
+            for half in (reference, floor)
+        )
 
     def _judge(self, pixels: Tensor) -> tuple[image.Labels, image.Features]:
         predicted, features = self.classifier.judge(pixels)
@@ -139,11 +141,10 @@ class _Suite:
         """FID, KID, precision and recall against the real reference, all at the same n."""
         features = features[: self.n_compared]
         precision, recall = image.precision_recall(self.reference, features)
+        kid = image.kernel_distance(self.reference, features, seed=self.settings.seed)
         self.metrics |= {
             name.format("fid64"): image.frechet_distance(self.reference, features),
-            name.format("kid"): image.kernel_distance(
-                self.reference, features, seed=self.settings.seed
-            ),
+            name.format("kid"): kid,
             name.format("precision"): precision,
             name.format("recall"): recall,
         }
@@ -164,14 +165,11 @@ class _Suite:
     def real_images(self) -> None:
         """Floors and ceilings: the scores of real images, as published and reconstructed."""
         real, held = self.data.real, self.data.heldout
-        reconstructed, features = self._judge(self.heldout_pixels)
+        again, features = self._judge(self.heldout_pixels)
+        seen, _ = self._judge(real.pixels)
         self.metrics |= {
-            "classifier_accuracy": image.agreement(
-                self._judge(real.pixels)[0], real.labels.numpy()
-            ),
-            "classifier_accuracy_reconstructed": image.agreement(
-                reconstructed, held.class_ids.numpy()
-            ),
+            "classifier_accuracy": image.agreement(seen, real.labels.numpy()),
+            "classifier_accuracy_reconstructed": image.agreement(again, held.class_ids.numpy()),
         }
         rows = balanced(held.class_ids, self.n_compared).numpy()
         self._add_distances("{}_floor", self.floor)
@@ -253,12 +251,8 @@ class _Suite:
 
     def other_images(self) -> None:
         """Images of other things, drawn from names and captioned: trained on, and held out."""
-        for name, rows in (
-            ("others_train", self.data.others_train),
-            ("others_heldout", self.data.others_heldout),
-        ):
-            if rows is None or len(rows) == 0:
-                continue
+        for name in ("others_train", "others_heldout"):
+            rows: Encoded = getattr(self.data, name)
             picked = rows.take(torch.linspace(0, len(rows) - 1, min(20, len(rows))).long())
             self._show(name, self._draw(picked.texts), [Label(text) for text in picked.texts])
             captions = self._caption(picked.latents)
@@ -269,20 +263,16 @@ class _Suite:
 
     def replies(self) -> None:
         """Replies to the prompts, for people to read."""
-        if self.data.prompts:
-            texts = self.generator.reply(list(self.data.prompts), **self.text_options)
-            self.result.replies = [
-                {"turns": list(turns), "reply": text}
-                for turns, text in zip(self.data.prompts, texts, strict=True)
-            ]
+        prompts = list(self.data.prompts)
+        texts = self.generator.reply(prompts, **self.text_options) if prompts else []
+        self.result.replies = [
+            {"turns": list(turns), "reply": text}
+            for turns, text in zip(prompts, texts, strict=True)
+        ]
 
 
 def snapshot(
-    generator: Generator,
-    classifier: Classifier,
-    n_classes: int,
-    texts: Sequence[str],
-    settings: Settings,
+    generator: Generator, classifier: Classifier, texts: Sequence[str], settings: Settings
 ) -> tuple[Tensor, float]:
     """Two rows of every class and one row of `texts`, drawn from fixed noise.
 
@@ -290,10 +280,9 @@ def snapshot(
     the images of classes, a rough one.
     """
     options = {"guidance": settings.guidance} | settings.options(settings.steps)
+    n_classes = classifier.n_classes
     targets = torch.arange(10 * max(1, 50 // n_classes)) % n_classes
     pixels = generator.class_to_image(targets.tolist(), **options)
     accuracy = image.agreement(classifier.judge(pixels)[0], targets.numpy())
-    rows = [pixels[: 2 * n_classes]]
-    if texts:
-        rows.append(generator.text_to_image(list(texts[:n_classes]), **options))
-    return torch.cat(rows), accuracy
+    drawn = generator.text_to_image(list(texts[:n_classes]), **options)
+    return torch.cat([pixels[: 2 * n_classes], drawn]), accuracy

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from mdm import sources
-from mdm.config import doc
 from mdm.evaluate import classifier
 from mdm.evaluate.heldout import Images, load_images
 from mdm.evaluate.image import agreement
 from mdm.first_stage.autoencoder import Autoencoder
+from mdm.utils.fields import POSITIVE, check_fields, doc
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,14 @@ class Flags:
     )
     autoencoder: str = doc("runs/demo/autoencoder", "folder of the frozen autoencoder")
     out: str = doc("runs/demo/classifier", "folder to write")
-    epochs: int = doc(7, "passes over the training images")
+    epochs: int = doc(7, "passes over the training images", POSITIVE)
     seed: int = doc(0, "seed of weights, order and augmentation")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         sources.parse_datasets([self.classes])
         if self.others:
             sources.parse_datasets(self.others)
-        if self.epochs < 1:
-            raise ValueError(f"--epochs is {self.epochs}; it must be positive")
 
 
 def _load(datasets: Sequence[str], split: int, size: int) -> list[Images]:
@@ -59,9 +58,7 @@ def run(flags: Flags) -> dict[str, float]:
     net = classifier.train(pixels, labels, n_classes, epochs=flags.epochs, seed=flags.seed)
     seconds = time.perf_counter() - loaded
     classes = heldout.labels.numpy()
-    reconstructed = torch.cat(
-        [autoencoder.decode(autoencoder.encode(p)) for p in torch.split(heldout.pixels, 250)]
-    )
+    reconstructed = autoencoder.decode(autoencoder.encode(heldout.pixels))
     report = {
         "accuracy": agreement(net.judge(heldout.pixels)[0], classes),
         "accuracy_reconstructed": agreement(net.judge(reconstructed)[0], classes),

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from torch import Tensor, nn
 
-from mdm.first_stage.folder import PATCH, describe
+from mdm.first_stage.folder import PATCH, FirstStage, describe
 from mdm.storage.tensor_file import open_as_created
 
 _Kl = cast(Any, AutoencoderKL)  # partly typed by diffusers
@@ -55,16 +55,13 @@ def save(model: nn.Module, folder: Path, mean: list[float], std: list[float]) ->
 class Autoencoder:
     """Encode and decode with a local folder in diffusers' format, without gradients."""
 
-    def __init__(self, model: nn.Module, sha256: str = "") -> None:
+    def __init__(self, model: nn.Module, facts: FirstStage) -> None:
         """Wrap a model; use `load` to read a folder."""
         self._model = cast(Any, model.eval().requires_grad_(False))
+        self.sha256, self.image_size, self.factor = facts.sha256, facts.image_size, facts.factor
+        self.grid, self.latent_dim = facts.grid, facts.latent_dim
         config = self._model.config
-        self.sha256 = sha256
-        self.image_size = int(config.sample_size)
-        self.factor = 2 ** (len(config.block_out_channels) - 1)
         channels = int(config.latent_channels)
-        self.latent_dim = channels * PATCH * PATCH
-        self.grid = (self.image_size // self.factor // PATCH,) * 2
         # Latent channels get mean 0 and deviation 1. A folder without statistics of each channel
         # has one scale and shift for all of them.
         mean = config.latents_mean or [config.shift_factor or 0.0] * channels
@@ -85,7 +82,7 @@ class Autoencoder:
         except (OSError, ValueError, RuntimeError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise ValueError(f"autoencoder {folder}: {lines[0]}") from None
-        return cls(model, facts.sha256).to(device)
+        return cls(model, facts).to(device)
 
     def to(self, device: str | torch.device) -> Self:
         """Move to a device, and return self."""

@@ -38,7 +38,7 @@ class Corpus:
         return _lines(self.folder / "held_out.txt")
 
 
-def build(texts: Iterable[str], folder: Path, *, buckets: int = BUCKETS) -> Corpus:
+def build(texts: Iterable[str], folder: Path) -> Corpus:
     """Clean, deduplicate, shuffle and split `texts` into `folder`.
 
     Lines shorter than MIN_CHARACTERS, without a letter or digit, or repeated in any case are
@@ -46,7 +46,7 @@ def build(texts: Iterable[str], folder: Path, *, buckets: int = BUCKETS) -> Corp
     """
     corpus = Corpus(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [folder / f"part-{index:03d}" for index in range(buckets)]
+    parts = [folder / f"part-{index:03d}" for index in range(BUCKETS)]
     with ExitStack() as stack:
         files = [stack.enter_context(part.open("w", encoding="utf-8")) for part in parts]
         for text in texts:
@@ -55,7 +55,7 @@ def build(texts: Iterable[str], folder: Path, *, buckets: int = BUCKETS) -> Corp
                 if reason := _problem(line):
                     corpus.dropped[reason] += 1
                 else:
-                    files[_hash(line) % buckets].write(line + "\n")
+                    files[_hash(line) % BUCKETS].write(line + "\n")
     with (
         (folder / "train.txt").open("w", encoding="utf-8") as train,
         (folder / "held_out.txt").open("w", encoding="utf-8") as held_out,
@@ -67,7 +67,7 @@ def build(texts: Iterable[str], folder: Path, *, buckets: int = BUCKETS) -> Corp
                     corpus.dropped["duplicate"] += 1
                     continue
                 seen.add(key)
-                if key // buckets % HELD_OUT == 0:
+                if key // BUCKETS % HELD_OUT == 0:
                     held_out.write(line + "\n")
                     corpus.held_out_lines += 1
                 else:
@@ -80,9 +80,7 @@ def build(texts: Iterable[str], folder: Path, *, buckets: int = BUCKETS) -> Corp
 def _problem(line: str) -> str:
     if len(line) < MIN_CHARACTERS:
         return f"shorter than {MIN_CHARACTERS} characters"
-    if not any(c.isalnum() for c in line):
-        return "no letter or digit"
-    return ""
+    return "" if any(map(str.isalnum, line)) else "no letter or digit"
 
 
 def _cut(line: str) -> Iterator[str]:

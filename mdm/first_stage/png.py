@@ -98,12 +98,6 @@ def _unhex(text: bytes) -> bytes:
     return bytes.fromhex(digits[: len(digits) // 2 * 2].decode("ascii"))
 
 
-def check_end(png: bytes) -> None:
-    """Raise OSError if a bare PNG lacks its last chunk, which the decoder does not need."""
-    if png[-8:-4] != b"IEND":
-        raise OSError("file is truncated: no end marker")
-
-
 def check_pixels(png: bytes) -> None:
     """Raise OSError if a PNG with valid chunks holds fewer pixels than its header says.
 

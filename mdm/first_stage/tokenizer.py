@@ -125,10 +125,9 @@ class Tokenizer:
         and other spaces plain ones. A model without layout pieces turns all white space into one
         space.
         """
-        ids: list[int] = []
         if not self._layout:
-            ids = self._model.encode(text)
-            return ids
+            return list(self._model.encode(text))
+        ids: list[int] = []
         # Words and layout alternate.
         text = _SPACE.sub(" ", _LINE_END.sub("\n", text))
         for number, part in enumerate(_IS_LAYOUT.split(text)):
@@ -177,8 +176,3 @@ class Tokenizer:
             else:
                 parts.append(self._model.decode(list(run)))
         return "".join(parts)
-
-    def piece(self, token: int) -> str:
-        """The piece with this id, as in the vocabulary."""
-        text: str = self._model.id_to_piece(int(token))
-        return text

@@ -15,17 +15,15 @@ from mdm.report.page import render
 def card_page(card: Mapping[str, Any], samples: Sequence[CardSample]) -> str:
     """The self-contained page of a card made by `mdm.preprocess.publish`; texts are escaped."""
     lengths = {int(length): count for length, count in card["token_lengths"].items()}
-    recipe = card["lineage"]["recipe"]
+    axes = ("tokens per text", "tokens per text", "texts")
     content = {
         "card": card,
         "counts": [(k, f"{v:,}") for k, v in card["counts"].items() if ": " not in k],
         "samples": [{"src": _data_uri(s.image), "text": s.text, "id": s.id} for s in samples],
         "unknown": f"{card['unknown_tokens']:.2%}",
         "warning": unknown_warning(card["unknown_tokens"]),
-        "chart": histogram(lengths, "tokens per text", "tokens per text", "texts")
-        if lengths
-        else "",
-        "lineage": [(key, value) for key, value in recipe.items() if value is not None],
+        "chart": histogram(lengths, *axes) if lengths else "",
+        "lineage": [(k, v) for k, v in card["lineage"]["recipe"].items() if v is not None],
         "versions": list(card["lineage"]["versions"].items()),
     }
     return render(Path(__file__).with_name("card.html.j2"), content)

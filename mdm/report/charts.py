@@ -6,11 +6,11 @@ the colours. Equal numbers give equal bytes. The title is the accessible name of
 """
 
 import io
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html import escape
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -80,10 +80,10 @@ def _scale_y(axes: Axes, values: ArrayLike) -> None:
         axes.tick_params(which="minor", size=0)
 
 
-def smooth(values: ArrayLike, share: float = 0.03) -> NDArray[np.float64]:
-    """Centred moving mean over `share` of the values on each side."""
+def smooth(values: ArrayLike) -> NDArray[np.float64]:
+    """Centred moving mean over 3 % of the values on each side."""
     numbers = np.asarray(values, dtype=np.float64)
-    window = np.ones(2 * int(len(numbers) * share) + 1)
+    window = np.ones(2 * int(len(numbers) * 0.03) + 1)
     count: NDArray[np.float64] = np.convolve(np.ones(len(numbers)), window, "same")
     return np.convolve(numbers, window, "same") / count
 
@@ -91,8 +91,7 @@ def smooth(values: ArrayLike, share: float = 0.03) -> NDArray[np.float64]:
 def line_chart(x: Sequence[float], y: Sequence[float], title: str, y_label: str) -> Markup:
     """`y` over the samples seen `x`, thin as measured and bold smoothed.
 
-    Raises:
-        ValueError: x and y differ in length, or fewer than two values are finite.
+    Raises ValueError if x and y differ in length, or fewer than two values are finite.
     """
     points = np.array([x, y], np.float64)
     xs, ys = points[:, np.isfinite(points).all(0)]
@@ -132,25 +131,14 @@ def solver_chart(
 ) -> Markup:
     """A line for each solver over its evaluations of the network, on a logarithmic axis.
 
-    Args:
-        measured: {solver: {evaluations: value}}.
-        title: what is measured.
-        y_label: the value, with its unit.
-        references: {name: value}, such as a floor, as dashed lines.
-
-    Raises:
-        ValueError: fewer than two numbers of evaluations, or a value that is not finite.
+    `measured` is {solver: {evaluations: value}}; `references` are {name: value}, such as a floor,
+    drawn as dashed lines.
     """
     counts = sorted({n for line in measured.values() for n in line})
     values = [value for line in measured.values() for value in line.values()]
-    if len(counts) < 2:
-        raise ValueError(f"{title}: {len(counts)} numbers of evaluations; a line needs at least 2")
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"{title}: {min(values)} ... {max(values)} do not fit the axis")
     with _figure(4.8, 2.6) as (figure, axes):
-        for i, (name, line) in enumerate(measured.items()):
-            x, y = zip(*sorted(line.items()), strict=True)
-            axes.plot(x, y, marker=".", color=SERIES[i % len(SERIES)], label=name)
+        for (name, line), colour in zip(measured.items(), cycle(SERIES), strict=False):
+            axes.plot(*zip(*sorted(line.items()), strict=True), ".-", color=colour, label=name)
         for name, value in references.items():
             axes.axhline(value, color=SOFT, linestyle="--", linewidth=1, label=name)
         axes.set_xscale("log")
@@ -169,26 +157,19 @@ def row_chart(
     x_label: str,
     references: Mapping[str, Mapping[str, float]],
 ) -> Markup:
-    """A row for each name: a dot for each value and a bar at their mean.
+    """A row for each name in `rows`: a dot for each of its values and a bar at their mean.
 
-    Args:
-        rows: {row: values}.
-        title: what is measured.
-        x_label: the value, with its unit.
-        references: {reference, such as "target": {row: value}}, at most three, drawn as marks.
+    `references` are {reference, such as "target": {row: value}}, at most three, drawn as marks.
     """
-    places = {name: place for place, name in enumerate(rows)}
     with _figure(4.8, 0.8 + 0.2 * len(rows)) as (figure, axes):
-        y = [places[name] for name, values in rows.items() for _ in values]
-        dots = [value for values in rows.values() for value in values]
-        axes.scatter(dots, y, s=20, color=ACCENT, alpha=0.7, linewidths=0, zorder=3, label="value")
-        means = {places[name]: np.mean(row) for name, row in rows.items() if len(row) > 1}
+        names = [name for name, values in rows.items() for _ in values]
+        x = [value for values in rows.values() for value in values]
+        axes.scatter(x, names, s=20, color=ACCENT, alpha=0.7, linewidths=0, zorder=3, label="value")
+        means = {name: np.mean(row) for name, row in rows.items() if len(row) > 1}
         axes.scatter(list(means.values()), list(means), s=70, marker="|", color=ACCENT)
         for mark, (name, by_row) in zip(MARKS, references.items(), strict=False):
-            y = [places[row] for row in by_row]
-            colour = BAD if mark == "|" else SOFT
-            axes.scatter(list(by_row.values()), y, s=36, marker=mark, color=colour, label=name)
-        axes.set_yticks(list(places.values()), labels=list(rows))
+            x, colour = list(by_row.values()), BAD if mark == "|" else SOFT
+            axes.scatter(x, list(by_row), s=36, marker=mark, color=colour, label=name)
         axes.invert_yaxis()
         axes.set(xlabel=x_label)
         axes.grid()

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mdm.config import doc
 from mdm.diffusion.sampler import SOLVERS
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.image import decode_image
 from mdm.generate import Generator
 from mdm.generate.selection import draw_map
 from mdm.report.image_grid import cut_sheet, save_sheet
+from mdm.utils.fields import POSITIVE, check_fields, doc, one_of
 
 TASKS = ("class-to-image", "text-to-image", "image-to-text", "reply", "joint")
 
@@ -26,10 +26,10 @@ class Flags:
     """Flags of this job."""
 
     checkpoint: str = doc("runs/demo/train/export", "folder of an export")
-    task: str = doc("joint", ", ".join(TASKS))
+    task: str = doc("joint", "what is generated from what", one_of(*TASKS))
     input: tuple[str, ...] = doc((), "class, caption, image file or dialogue; repeat for several")
     images: tuple[str, ...] = doc((), "image file for all replies; repeat for several")
-    n: int = doc(1, "results for each input, or in all for joint")
+    n: int = doc(1, "results for each input, or in all for joint", POSITIVE)
     guidance: float = doc(3.0, "how strongly images follow their condition; 0 for none")
     text_guidance: float | None = doc(None, "the same of captions; for joint, default --guidance")
     guidance_from: float = doc(-math.inf, "log-SNR below which guidance is off")
@@ -40,19 +40,14 @@ class Flags:
     solver: str = doc("dpmpp2m", ", ".join(SOLVERS))
     selection: float = doc(0.0, "nats below which a token has settled and is dropped; 0 for off")
     selection_map: str = doc("", "PNG to write: the tokens that had settled at each step")
-    precision: str = doc(
-        "auto", "of matrix products: bf16, fp32, or auto, whichever is fast on this CPU"
-    )
+    precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
     seed: int = doc(0, "seed of the noise")
     out: str = doc("runs/generated", "folder for images")
     tokenizer: str = doc("", "SentencePiece model, if not the run's own")
     autoencoder: str = doc("", "first-stage autoencoder, if not the run's own")
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f"--task is {self.task!r}; choose one of {', '.join(TASKS)}")
-        if self.n < 1:
-            raise ValueError(f"--n is {self.n}; at least 1 result is needed")
+        check_fields(self)
         if not self.input and self.task != "joint":
             raise ValueError(f"--task {self.task} needs --input")
         if self.images and self.task != "reply":
@@ -119,8 +114,7 @@ def split_inputs(flags: Flags) -> list[str]:
 def encode(generator: Generator, files: Sequence[str]) -> Tensor:
     """First-stage latents [B, N, C] of image files.
 
-    Raises:
-        ValueError: the model was trained on text alone, or a file does not exist.
+    Raises ValueError if the model was trained on text alone, or a file does not exist.
     """
     autoencoder = generator.autoencoder
     if not isinstance(autoencoder, Autoencoder):
@@ -146,17 +140,11 @@ def save(pixels: Tensor, names: Sequence[str], folder: Path) -> list[str]:
 
 
 def draw_samples(folder: Path, path: Path, n: int) -> dict[str, Any]:
-    """Generate `n` images of classes and, below them, `n` with captions, from an export.
+    """Generate a row of `n` images of classes above one of `n` with captions, from an export.
 
-    All snapshots of a run start from the same noise, so that they can be compared.
-
-    Args:
-        folder: an export with its tokenizer; it names its first stage.
-        path: the PNG to write: two rows of `n` images.
-        n: images in a row.
-
-    Returns:
-        The classes of the first row and the captions of the second.
+    `folder` holds the export with its tokenizer, `path` is the PNG to write. All snapshots of a run
+    start from the same noise, so that they can be compared. Returns the classes of the first row
+    and the captions of the second.
 
     Raises:
         FileNotFoundError: the export is not complete.

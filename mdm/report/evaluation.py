@@ -2,29 +2,41 @@
 
 import dataclasses
 import re
+import textwrap
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from mdm.config import Config, doc, from_dict
+from mdm.config import Config, from_dict
 from mdm.evaluate import classifier
 from mdm.evaluate.caption import ClassNames
 from mdm.evaluate.heldout import counts, load_encoded, load_images, load_prompts
-from mdm.evaluate.suite import DemoData, Settings, run_demo, snapshot
+from mdm.evaluate.suite import DemoData, Label, Settings, run_demo, snapshot
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.generate import Generator
-from mdm.report import poster
-from mdm.report.image_grid import save_sheet, save_sheets
+from mdm.report.image_grid import Sheet, cut_sheet, save_sheet, save_sheets
 from mdm.storage import join
 from mdm.utils import tracking
+from mdm.utils.fields import doc, one_of
 from mdm.utils.files import load_json, read_json, write_json
 
 SETS = ("digits", "digits-val", "emoji", "emoji-valid")
+# Of the poster, in pixels: a tile, the gap between tiles, a title, and a tile's caption.
+TILE, GAP, COLUMNS = 72, 8, 10
+TITLE, CAPTION = 26, 30
+INK, GREY = (25, 25, 30), (110, 110, 118)
+SECTIONS = (  # title, sheet and rows
+    ("class to image", "class_to_image", 3),
+    ("text to image", "others_train", 2),
+    ("image and text at once, from noise", "joint", 2),
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Flags(Settings):
     """Flags of this job."""
 
     checkpoint: str = doc("runs/demo/train/export", "folder of exported weights")
-    suite: str = doc("demo", "demo")
+    suite: str = doc("demo", "what is evaluated", one_of("demo"))
     data: str = doc("s3://mdm-demo/encoded", "folder or s3:// prefix of the encoded sets")
     raw: str = doc("runs/demo/data", "folder of the published sets: real images and prompts")
     judge: str = doc("runs/demo/classifier", "folder of the independent classifier")
@@ -44,11 +56,7 @@ class Flags(Settings):
     prompts: int = doc(8, "dialogues to answer")
 
     def __post_init__(self) -> None:
-        if self.suite != "demo":
-            raise ValueError(f"unknown suite {self.suite!r}; choose demo")
-        for name in ("n", "steps", "text_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be positive")
+        super().__post_init__()
         if not (Path(self.checkpoint) / "model.safetensors").is_file():
             raise ValueError(f"--checkpoint {self.checkpoint} holds no model.safetensors")
 
@@ -62,16 +70,12 @@ def load_data(flags: Flags, autoencoder: Autoencoder) -> tuple[DemoData, dict[st
         counted[name] = counts(manifest)
         if manifest.class_names:
             names = ClassNames.parse(manifest.class_names)
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return torch.cat([autoencoder.decode(part) for part in torch.split(latents, 250)])
-
     data = DemoData(
         names=names,
         train=sets["digits"],
         heldout=sets["digits-val"],
         real=load_images("imagenet", raw / "digits", "val", autoencoder.image_size),
-        decode=decode,
+        decode=autoencoder.decode,
         others_train=sets["emoji"],
         others_heldout=sets["emoji-valid"],
         prompts=load_prompts(raw / "dialogues", "test", flags.prompts),
@@ -102,19 +106,17 @@ def run(flags: Flags) -> dict[str, Any]:
         )
 
     autoencoder, model = Autoencoder.load(flags.autoencoder), load(export)
-    judge, _ = classifier.load(Path(flags.judge))
+    judge = classifier.load(Path(flags.judge))
     data, counted = load_data(flags, autoencoder)
     loaded = time.perf_counter()
     settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})
     result = run_demo(model, judge, data, settings)
     sheets = save_sheets(result.images, out, columns=10)
-    n_classes, others, snapshots = len(data.names), data.others_train, []
-    assert others is not None
-    spread = torch.linspace(0, len(others) - 1, n_classes).long().tolist()
-    texts = [others.texts[i] for i in spread]
+    n_classes, texts, snapshots = len(data.names), data.others_train.texts, []
+    texts = tuple(texts[i] for i in torch.linspace(0, len(texts) - 1, n_classes).long().tolist())
     files = Path(flags.snapshots).glob("step-*/model.safetensors") if flags.snapshots else ()
     for folder in tqdm(sorted(f.parent for f in files), desc="over training", unit="snapshot"):
-        images, accuracy = snapshot(load(folder), judge, n_classes, texts, settings)
+        images, accuracy = snapshot(load(folder), judge, texts, settings)
         sheet = vars(save_sheet(images, out / f"{folder.name}.png", columns=n_classes))
         seen = samples_seen(folder)
         snapshots.append({"samples_seen": seen, "accuracy": accuracy, "sheet": sheet})
@@ -132,7 +134,7 @@ def run(flags: Flags) -> dict[str, Any]:
         "counts": counted,
     }
     write_json(out / "evaluation.json", evaluation)
-    poster.draw(sheets, result.labels, out, out / "readme.png")
+    poster(sheets, result.labels, out).save(out / "readme.png", optimize=True)
     write_json(out / "metrics.json", report)
     if flags.tracking:
         log(flags, report, snapshots)
@@ -154,3 +156,26 @@ def log(flags: Flags, report: dict[str, Any], snapshots: list[dict[str, Any]]) -
         metrics=[*metrics, (numbers, report["samples_seen"])],
         artifacts={"evaluation": str(Path(flags.out).absolute())},
     )
+
+
+def poster(
+    sheets: Mapping[str, Sheet], labels: Mapping[str, Sequence[Label]], folder: Path
+) -> Image.Image:
+    """One image of the results: those of the `sheets` in `folder` that have a section."""
+    captions = {name: [label.text for label in row] for name, row in labels.items()}
+    heights = {name: TILE + GAP + CAPTION * any(row) for name, row in captions.items()}
+    height = sum(TITLE + rows * heights[name] for _, name, rows in SECTIONS)
+    canvas = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, height + GAP), "white")
+    pen, y = ImageDraw.Draw(canvas), 0
+    small, large = ImageFont.load_default(10), ImageFont.load_default(14)
+    for title, name, rows in SECTIONS:
+        pen.text((GAP, y + 6), title, fill=INK, font=large)
+        row_height = heights[name]
+        for i, tile in enumerate(cut_sheet(sheets[name], folder)[: rows * COLUMNS]):
+            left, top = GAP + i % COLUMNS * (TILE + GAP), y + TITLE + i // COLUMNS * row_height
+            canvas.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top))
+            if i < len(captions[name]) and row_height > TILE + GAP:
+                lines = textwrap.wrap(captions[name][i], 14)[:2] or ["(no text)"]
+                pen.text((left, top + TILE + 2), "\n".join(lines), fill=GREY, font=small)
+        y += TITLE + rows * row_height
+    return canvas

@@ -26,9 +26,7 @@ class Sheet:
 
 
 def save_sheet(pixels: Tensor, path: Path, *, columns: int) -> Sheet:
-    """Write `pixels` [n, 3, H, W] as a sheet to `path`; ValueError if there is no image."""
-    if pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) == 0:
-        raise ValueError(f"images have shape {tuple(pixels.shape)}, not [n, 3, H, W]")
+    """Write `pixels` [n >= 1, 3, H, W] as a sheet to `path`."""
     n, _, height, width = pixels.shape
     columns = min(columns, n)
     rows = -(-n // columns)
@@ -53,8 +51,6 @@ def save_sheets(images: Mapping[str, Tensor], folder: Path, *, columns: int) -> 
 def cut_sheet(sheet: Sheet, folder: Path) -> list[Image.Image]:
     """The tiles of `sheet`, whose file lies in `folder`."""
     with Image.open(folder / sheet.file) as whole:
-        corners = (
-            ((i % sheet.columns) * (sheet.width + GAP), (i // sheet.columns) * (sheet.height + GAP))
-            for i in range(sheet.count)
-        )
+        places = (divmod(i, sheet.columns) for i in range(sheet.count))
+        corners = ((x * (sheet.width + GAP), y * (sheet.height + GAP)) for y, x in places)
         return [whole.crop((x, y, x + sheet.width, y + sheet.height)) for x, y in corners]

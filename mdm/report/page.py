@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -54,11 +55,10 @@ class Target:
     def row(self, metrics: Mapping[str, float]) -> dict[str, Any]:
         """What the table shows; `ok` is None where there is no target."""
         value = metrics.get(self.metric)
-        bound = self.at_most if self.at_least is None else self.at_least
+        sign, bound = ("≤", self.at_most) if self.at_least is None else ("≥", self.at_least)
         ok = None
         if value is not None and bound is not None:
-            ok = value <= bound if self.at_least is None else value >= bound
-        sign = "≤" if self.at_least is None else "≥"
+            ok = value <= bound if sign == "≤" else value >= bound
         return asdict(self) | {
             "value": value,
             "beside": metrics.get(self.beside),
@@ -117,8 +117,7 @@ def tiles(
 def loss_charts(metrics_file: Path) -> list[dict[str, Any]]:
     """A chart of the loss, of each term of each task, and of the main terms by conditioning.
 
-    Args:
-        metrics_file: the run's `metrics.jsonl`. Terms with fewer than two values are left out.
+    They are read from a run's `metrics.jsonl`. Terms with fewer than two values are left out.
     """
     lines = read_lines(metrics_file, {"samples_seen": float})
     keys = {f"{task}/{term}": f"{title}: " for task, title in TASKS.items() for term in TERMS}
@@ -133,14 +132,9 @@ def loss_charts(metrics_file: Path) -> list[dict[str, Any]]:
         rows = [(line["samples_seen"], line[name]) for line in lines if name in line]
         if len(rows) > 1:
             x, y = zip(*rows, strict=True)
-            last = y[-max(1, len(y) // 20) :]
-            charts.append(
-                {
-                    "title": title,
-                    "svg": line_chart(x, y, title, unit),
-                    "last": sum(last) / len(last),
-                }
-            )
+            svg = line_chart(x, y, title, unit)
+            last = fmean(y[-max(1, len(y) // 20) :])
+            charts.append({"title": title, "svg": svg, "last": last})
     return charts
 
 

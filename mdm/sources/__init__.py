@@ -40,29 +40,24 @@ def get(name: str) -> Reader:
 def training_splits(name: str, root: Path) -> tuple[str, ...]:
     """The splits of the data set in this folder to train on; ValueError names what is missing."""
     reader = get(name)
-    errors: list[ValueError] = []
     for form in reader.TRAINING:
-        splits = []
-        for split in form:
-            try:
-                reader.units(root, split)
-                splits.append(split)
-            except ValueError as error:
-                errors.append(error)
-        if splits:
-            return tuple(splits)
-    raise errors[0]
+        if splits := tuple(split for split in form if _has_split(reader, root, split)):
+            return splits
+    reader.units(root, reader.TRAINING[0][0])  # raises ValueError: nothing is there
+    return ()
 
 
 def held_out_split(name: str, root: Path) -> str:
     """The split of the data set in this folder to evaluate on; "" if there is none."""
     reader = get(name)
-    if reader.HELD_OUT:
-        try:
-            reader.units(root, reader.HELD_OUT)
-        except ValueError:
-            return ""
-    return reader.HELD_OUT
+    return reader.HELD_OUT if _has_split(reader, root, reader.HELD_OUT) else ""
+
+
+def _has_split(reader: Reader, root: Path, split: str) -> bool:
+    try:
+        return bool(reader.units(root, split))
+    except ValueError:
+        return False
 
 
 def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from mdm.sources import jsonfile, packed
 from mdm.sources.fields import id_field, list_field, object_field
-from mdm.sources.joined import Join, Joined
+from mdm.sources.joined import Join, Joined, load_joined
 from mdm.sources.jsoncursor import BrokenFileError
 from mdm.sources.jsonfile import Element
 from mdm.sources.record import (
@@ -67,13 +67,9 @@ class Content:
     turns: tuple[str, ...] = ()
 
 
-# Where a split of the data set in this folder is; ValueError names the files that are missing.
-Find = Callable[[Path, str], Layout]
 # The entries of one element of the file, each with its id: usually the element itself. An entry
 # with a bad id is replaced by the ValueError that describes it.
 Entries = Callable[[Element, Layout], Iterator[tuple[str, Any]]]
-# What an entry holds; ValueError says what is wrong with it.
-Read = Callable[[Any, Layout, Joined], Content]
 
 
 def by_id(field: str) -> Entries:
@@ -119,9 +115,11 @@ class Annotated:
     """
 
     SOURCE: str
-    find: Find
+    # Where a split of the data set in this folder is; ValueError names the files that are missing.
+    find: Callable[[Path, str], Layout]
     entries: Entries
-    content: Read
+    # What an entry holds; ValueError says what is wrong with it.
+    content: Callable[[Any, Layout, Joined | None], Content]
     SPLITS: tuple[str, ...] = ("train", "val")
     TRAINING: tuple[tuple[str, ...], ...] = (("train",),)
     HELD_OUT: str = "val"
@@ -213,7 +211,7 @@ class Annotated:
     def _unclaimed(self, root: Path, layout: Layout) -> Iterator[_Annotation]:
         """The problems of the joined list that belong to no entry of the annotations."""
         if layout.join:
-            joined = Joined.load(root, layout.join)
+            joined = load_joined(root, layout.join)
             for offset, entry_id, problem in joined.unclaimed(self._ids(root, layout)):
                 yield _Annotation(entry_id, f"{layout.join.file}@{offset}", problem=problem)
 
@@ -221,7 +219,7 @@ class Annotated:
         self, root: Path, layout: Layout, start: int = 0, stop: int = sys.maxsize
     ) -> Iterator[_Annotation]:
         """What the entries hold that start in bytes [start, stop)."""
-        joined = Joined.load(root, layout.join)
+        joined = load_joined(root, layout.join) if layout.join else None
         offset = start
         try:
             for element in _elements(root, layout, start, stop):
@@ -232,7 +230,7 @@ class Annotated:
             yield _Annotation(f"@{offset}", f"{layout.annotations}@{offset}", problem=problem)
 
     def _element_annotations(
-        self, element: Element, layout: Layout, joined: Joined
+        self, element: Element, layout: Layout, joined: Joined | None
     ) -> Iterator[_Annotation]:
         origin = f"{layout.annotations}@{element.offset}"
         try:

@@ -109,8 +109,8 @@ def _coco_entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]
     return entries(element, layout)
 
 
-def _coco_content(entry: Any, layout: Layout, joined: Joined) -> Content:
-    if layout.join:
+def _coco_content(entry: Any, layout: Layout, joined: Joined | None) -> Content:
+    if joined:
         image_id = number_field(entry.get("image_id"), "image_id")
         (_, file), folder = joined.get(image_id, "image_id"), layout.split
         caption = text_field(entry.get("caption"), "caption")
@@ -168,7 +168,7 @@ def _flickr_entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any
     yield name, {"filename": file, "raw": caption.strip()}
 
 
-def _flickr_content(entry: Any, layout: Layout, joined: Joined) -> Content:
+def _flickr_content(entry: Any, layout: Layout, joined: Joined | None) -> Content:
     file = text_field(entry.get("filename"), "filename")
     caption = text_field(entry.get("raw"), "raw")
     return Content(tuple(f"{folder}/{file}" for folder in _FLICKR_FOLDERS), text=caption)

@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Turns = tuple[str, ...]  # question, reply, question, ...
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # except white space
 
@@ -21,32 +22,35 @@ def kind(value: Any) -> str:
     }.get(type(value), type(value).__name__)
 
 
+def _typed(value: Any, name: str, wanted: type[T], noun: str) -> T:
+    if value is None:
+        raise ValueError(f"field {name} is absent")
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise ValueError(f"field {name} is {kind(value)}, not {noun}")
+    return value
+
+
 def text_field(value: Any, name: str) -> str:
     """`value` as usable text; ValueError if it is absent, empty, damaged or not text."""
-    _check_present(value, name)
-    if not isinstance(value, str):
-        raise ValueError(f"field {name} is {kind(value)}, not text")
-    if not value.strip():
+    text = _typed(value, name, str, "text")
+    if not text.strip():
         raise ValueError(f"field {name} is empty")
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"field {name} holds half a surrogate pair, not valid Unicode") from None
-    if control := _CONTROL.search(value):
+    if control := _CONTROL.search(text):
         raise ValueError(f"field {name} holds the control character U+{ord(control[0]):04X}")
-    return value
+    return text
 
 
 def number_field(value: Any, name: str) -> int:
     """`value` as a whole number that fits in 64 bits."""
-    _check_present(value, name)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"field {name} is {kind(value)}, not a whole number")
-    if abs(value) >= 1 << 63:
-        raise ValueError(
-            f"field {name} is a number of {value.bit_length()} bits; ids have up to 63"
-        )
-    return value
+    number = _typed(value, name, int, "a whole number")
+    if abs(number) >= 1 << 63:
+        bits = number.bit_length()
+        raise ValueError(f"field {name} is a number of {bits} bits; ids have up to 63")
+    return number
 
 
 def id_field(value: Any, name: str) -> str:
@@ -58,18 +62,12 @@ def id_field(value: Any, name: str) -> str:
 
 def list_field(value: Any, name: str) -> list[Any]:
     """`value` as a list, empty or not."""
-    _check_present(value, name)
-    if not isinstance(value, list):
-        raise ValueError(f"field {name} is {kind(value)}, not a list")
-    return value
+    return _typed(value, name, list, "a list")
 
 
 def object_field(value: Any, name: str) -> dict[str, Any]:
     """`value` as a JSON object."""
-    _check_present(value, name)
-    if not isinstance(value, dict):
-        raise ValueError(f"field {name} is {kind(value)}, not an object")
-    return value
+    return _typed(value, name, dict, "an object")
 
 
 def commonest(value: Any, name: str, key: str = "") -> str:
@@ -96,19 +94,12 @@ def exchange(entry: dict[str, Any]) -> tuple[str, str]:
 
 
 def dialogue(turns: list[Any], name: str, keys: tuple[str, str], roles: tuple[str, str]) -> Turns:
-    """The texts of turns published as objects.
+    """The texts of `turns`, the objects in the field `name`.
 
     Replies before the first question are dropped, and so is a last question without a reply. All
-    others must alternate.
-
-    Args:
-        turns: objects.
-        name: of the field that holds them.
-        keys: the names of the fields for role and text.
-        roles: the roles of questions and replies.
-
-    Raises:
-        ValueError: a field is wrong, roles do not alternate, or no question has a reply.
+    others must alternate. `keys` are the names of the fields for role and text, `roles` those of
+    questions and replies. Raises ValueError if a field is wrong, roles do not alternate, or no
+    question has a reply.
     """
     texts: list[tuple[str, Any]] = []
     for i, turn in enumerate(turns):
@@ -134,8 +125,3 @@ def answered_turns(texts: list[tuple[str, Any]], published: int) -> Turns:
     if len(texts) < 2:
         raise ValueError(f"dialogue of {published} turns: no question has a reply")
     return tuple(text_field(text, name) for name, text in texts[: len(texts) // 2 * 2])
-
-
-def _check_present(value: Any, name: str) -> None:
-    if value is None:
-        raise ValueError(f"field {name} is absent")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from mdm.sources import streams
 from mdm.sources.imagenet_classes import TRUTH, class_file, classes, ground_truth, split_names
 from mdm.sources.packed import read_files
 from mdm.sources.record import (
@@ -22,17 +23,9 @@ from mdm.sources.record import (
     check_split,
     make_units,
     one_record,
+    runs,
 )
-from mdm.sources.streams import (
-    ARCHIVE_ERRORS,
-    DamagedHeaderError,
-    Member,
-    Slice,
-    describe,
-    open_tar,
-    surviving_headers,
-    tar_members,
-)
+from mdm.sources.streams import Member, describe
 from mdm.sources.textfile import is_clutter
 
 SOURCE = "imagenet"
@@ -73,27 +66,23 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
         record_id = f"{SOURCE}/{unit.split}/{wnid}/{name}"
         origin = member.name
         if unit.kind != "files":
-            origin = "::".join(filter(None, (unit.files[0], _class_tar(unit), name)))
+            class_tar = unit.kind.partition("class ")[2]  # "" for images in the outer tar
+            origin = "::".join(filter(None, (unit.files[0], class_tar, name)))
         printable = record_id.encode("utf-8", "backslashreplace").decode()
-        problem = ""
-        if printable != record_id:
-            problem = "file name is not valid UTF-8"
-        elif member.data is None:
-            problem = member.problem
-        elif wnid not in labels:
-            problem = f"{wnid!r} is not among the classes"
-        elif record_id in seen:
-            problem = "duplicate id"
-        else:
+        try:
+            if printable != record_id:
+                raise ValueError("file name is not valid UTF-8")
+            if member.data is None:
+                raise ValueError(member.problem)
+            if (label := labels.get(wnid)) is None:
+                raise ValueError(f"{wnid!r} is not among the classes")
+            if record_id in seen:
+                raise ValueError("duplicate id")
             seen.add(record_id)
-            label = labels[wnid]
-            try:
-                with one_record(origin):
-                    text = caption(names[label], record_id)
-            except ValueError as error:
-                problem = str(error)
-        if problem:
-            yield unit.bad_record(printable, origin, problem)
+            with one_record(origin):
+                text = caption(names[label], record_id)
+        except ValueError as error:
+            yield unit.bad_record(printable, origin, str(error))
         else:
             yield RawRecord(record_id, SOURCE, unit.split, origin, member.data, text, label=label)
 
@@ -145,26 +134,19 @@ def _folder_units(root: Path, split: str, unit_bytes: int) -> list[Unit]:
     if split == "val" and any(name.count("/") == 1 for name, _ in listing):
         ground_truth(root)
     listing.sort(key=lambda file: (_hash(file[0]), file[0]))
-    slices: list[list[tuple[str, int]]] = [[]]
-    filled = 0
-    for name, size in listing:
-        if slices[-1] and filled + size > unit_bytes:
-            slices.append([])
-            filled = 0
-        slices[-1].append((name, size))
-        filled += size
     names_file = class_file(root)
-    parts = [("files", [name for name, _ in files], [*files, names_file], 0, 0) for files in slices]
+    parts = []
+    for start, stop in runs([size for _, size in listing], unit_bytes):
+        files = listing[start:stop]
+        parts.append(("files", [name for name, _ in files], [*files, names_file], 0, 0))
     return make_units(SOURCE, split, root, parts)
 
 
 def _read_folder(unit: Unit) -> Iterator[tuple[str, Member]]:
     """(wnid, image) of each file; the folder gives the wnid, or the devkit for a flat `val/`."""
     for member in read_files(Path(unit.root), unit.files):
-        if member.name.count("/") == 1:
-            yield _outer_image(unit, member)
-        else:
-            yield member.name.split("/")[1], member
+        _, *folders, _ = member.name.split("/")
+        yield (folders[0], member) if folders else _outer_image(unit, member)
 
 
 # ---- tars
@@ -175,9 +157,9 @@ def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]
     ranges: list[tuple[str, int, int]] = []  # kind, first byte, end
     end, truncated, gap = 0, False, False
     try:
-        with tar.open("rb") as file, open_tar(file, streaming=False) as outer:
-            for info in surviving_headers(outer):
-                if isinstance(info, DamagedHeaderError):
+        with tar.open("rb") as file, streams.open_tar(file) as outer:
+            for info in streams.surviving_headers(outer):
+                if isinstance(info, streams.DamagedHeaderError):
                     gap = True
                     continue
                 if gap and split == "train" and not info.name.endswith(".tar"):
@@ -192,7 +174,7 @@ def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]
                 else:
                     ranges.append(("members", info.offset, padded))
                 end, gap = padded, False
-    except ARCHIVE_ERRORS:
+    except streams.ARCHIVE_ERRORS:
         truncated = True  # the rest becomes a unit below, whose reader reports the error
     with tar.open("rb") as rest:
         rest.seek(end)
@@ -209,24 +191,19 @@ def _tar_units(root: Path, split: str, tar: Path, unit_bytes: int) -> list[Unit]
     return make_units(SOURCE, split, root, parts)
 
 
-def _class_tar(unit: Unit) -> str:
-    """The tar of the class that the unit is; "" for a unit of images in the outer tar."""
-    return unit.kind.removeprefix("class ") if unit.kind.startswith("class ") else ""
-
-
 def _read_tar(unit: Unit) -> Iterator[tuple[str, Member]]:
     """(wnid, image); the name of a class's tar gives the wnid, or the devkit for the val tar."""
     if unit.kind == "cut":
         reason = f"the archive was cut off at byte {unit.start}: the rest is missing"
         yield "", Member(f"bytes {unit.start}-", None, reason)
         return
-    class_tar, count = _class_tar(unit), 0
+    class_tar, count = unit.kind.partition("class ")[2], 0
     try:
         with (Path(unit.root) / unit.files[0]).open("rb") as file:
-            for member in tar_members(Slice(file, unit.start, unit.stop), streaming=False):
+            for member in streams.tar_members(streams.Slice(file, unit.start, unit.stop)):
                 count += 1
                 yield (Path(class_tar).stem, member) if class_tar else _outer_image(unit, member)
-    except ARCHIVE_ERRORS as error:
+    except streams.ARCHIVE_ERRORS as error:
         where = class_tar or f"bytes {unit.start}-{unit.stop}"
         reason = f"unreadable tar {where} after {count} images: {describe(error)}"
         yield Path(class_tar).stem, Member(f"{where}:{count}", None, reason)

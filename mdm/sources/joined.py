@@ -7,13 +7,13 @@ of bytes each, once per process.
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mdm.sources import jsonfile
 from mdm.sources.fields import number_field
@@ -41,32 +41,25 @@ class Join:
 class Joined:
     """The joined entries by id. If two entries with one id differ, both are bad."""
 
-    def __init__(self, join: Join | None) -> None:
+    def __init__(self, root: Path, join: Join) -> None:
+        """Read all entries; use `load_joined`, which reads a file only once."""
         self._join = join
-        self._ids: NDArray[np.int64] = np.zeros(0, np.int64)  # sorted
-        self._numbers: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._texts: list[str] = []
-        self._offsets: NDArray[np.int64] = np.zeros(0, np.int64)
         self._bad: dict[int, str] = {}  # id of a bad entry -> problem
         self._problems: list[tuple[int, str]] = []  # (byte, problem) of bad or repeated ids
         self._damage = ""
-
-    @staticmethod
-    def load(root: Path, join: Join | None) -> "Joined":
-        """All entries of the list; none if there is nothing to join."""
-        if join is None:
-            return Joined(None)
+        entries: dict[int, tuple[int, str, int]] = {}  # by id: number, text and offset
         try:
-            status = (root / join.file.partition("::")[0]).stat()
-        except OSError as error:
-            empty = Joined(join)
-            empty._damage = describe(error)
-            return empty
-        return _load(root, join, status.st_size, status.st_mtime_ns)
+            self._read(root, entries)
+        except (BrokenFileError, *ARCHIVE_ERRORS) as error:
+            self._damage = describe(error)
+        ids = sorted(entries)
+        self._ids = np.array(ids, np.int64)
+        self._numbers = np.array([entries[i][0] for i in ids], np.int64)
+        self._texts = [entries[i][1] for i in ids]
+        self._offsets = np.array([entries[i][2] for i in ids], np.int64)
 
     def get(self, key: int, name: str) -> tuple[int, str]:
         """The entry's number and text; ValueError if it is missing or bad."""
-        assert self._join is not None
         at = int(np.searchsorted(self._ids, key))
         if at < len(self._ids) and self._ids[at] == key:
             if key in self._bad:
@@ -80,7 +73,6 @@ class Joined:
 
         `referenced` are the ids to which that list refers.
         """
-        assert self._join is not None
         section = self._join.section
         for offset, problem in self._problems:
             yield offset, f"{section}@{offset}", f"{section} entry: {problem}"
@@ -93,50 +85,40 @@ class Joined:
                 key = int(self._ids[at])
                 yield int(self._offsets[at]), str(key), f"{section} entry that nothing refers to"
 
-    def _fill(self, root: Path) -> "Joined":
-        assert self._join is not None
-        ids: list[int] = []
-        numbers: list[int] = []
-        offsets: list[int] = []
-        texts: list[str] = []
-        index_of: dict[int, int] = {}
-        try:
-            with open_file(root, self._join.file) as file:
-                for element in jsonfile.elements(file, self._join.section):
-                    try:
-                        entry = jsonfile.entry(element)
-                        key = number_field(entry.get(self._join.key), self._join.key)
-                    except ValueError as error:
-                        self._problems.append((element.offset, str(error)))
-                        continue
-                    value = attempt(f"{self._join.file}@{element.offset}", self._join.value, entry)
-                    problem = str(value) if isinstance(value, ValueError) else ""
-                    number, text = (0, "") if isinstance(value, ValueError) else value
-                    if key in index_of:
-                        self._problems.append((element.offset, f"duplicate {self._join.key} {key}"))
-                        first = index_of[key]
-                        earlier = numbers[first], texts[first], self._bad.get(key, "")
-                        if earlier != (number, text, problem):
-                            self._bad[key] = "two entries with this id that differ"
-                        continue
-                    if problem:
-                        self._bad[key] = problem
-                    index_of[key] = len(ids)
-                    ids.append(key)
-                    numbers.append(number)
-                    offsets.append(element.offset)
-                    texts.append(sys.intern(text))  # a few answers make up most
-        except (BrokenFileError, *ARCHIVE_ERRORS) as error:
-            self._damage = describe(error)
-        order = np.argsort(np.array(ids, np.int64), kind="stable")
-        self._ids = np.array(ids, np.int64)[order]
-        self._numbers = np.array(numbers, np.int64)[order]
-        self._offsets = np.array(offsets, np.int64)[order]
-        self._texts = [texts[i] for i in order.tolist()]
-        return self
+    def _read(self, root: Path, entries: dict[int, tuple[int, str, int]]) -> None:
+        join = self._join
+        with open_file(root, join.file) as file:
+            for element in jsonfile.elements(file, join.section):
+                try:
+                    entry = jsonfile.entry(element)
+                    key = number_field(entry.get(join.key), join.key)
+                except ValueError as error:
+                    self._problems.append((element.offset, str(error)))
+                    continue
+                value = attempt(f"{join.file}@{element.offset}", join.value, entry)
+                problem = str(value) if isinstance(value, ValueError) else ""
+                number, text = (0, "") if isinstance(value, ValueError) else value
+                if key in entries:
+                    self._problems.append((element.offset, f"duplicate {join.key} {key}"))
+                    if (*entries[key][:2], self._bad.get(key, "")) != (number, text, problem):
+                        self._bad[key] = "two entries with this id that differ"
+                    continue
+                if problem:
+                    self._bad[key] = problem
+                # A few answers make up most texts.
+                entries[key] = number, sys.intern(text), element.offset
+
+
+def load_joined(root: Path, join: Join) -> Joined:
+    """The joined entries, from memory unless the file has changed."""
+    stamp = (0, 0)
+    with suppress(OSError):  # its reader reports it
+        status = (root / join.file.partition("::")[0]).stat()
+        stamp = status.st_size, status.st_mtime_ns
+    return _load(root, join, stamp)
 
 
 @lru_cache(maxsize=2)
-def _load(root: Path, join: Join, size: int, changed_ns: int) -> Joined:
-    del size, changed_ns  # they are part of the cache key, so that a changed file is read again
-    return Joined(join)._fill(root)
+def _load(root: Path, join: Join, stamp: tuple[int, int]) -> Joined:
+    del stamp  # it is part of the cache key, so that a changed file is read again
+    return Joined(root, join)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mdm.sources.fields import text_field
+from mdm.sources.fields import object_field, text_field
 from mdm.sources.packed import list_files, read_files
 from mdm.sources.record import (
     UNIT_BYTES,
@@ -28,7 +28,7 @@ from mdm.sources.record import (
     make_units,
 )
 from mdm.sources.streams import ARCHIVE_ERRORS, describe, expect_utf8, tgz_lines, tgz_members
-from mdm.sources.textfile import is_blank, is_clutter, parse_line
+from mdm.sources.textfile import is_clutter, parse_line
 
 SOURCE = "journeydb"
 SPLITS: tuple[str, ...] = ("train", "valid", "test")
@@ -93,13 +93,12 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
                 yield unit.bad_record(record_id, place + name, problem)
                 continue
             done.add(name)
-            reported = name in texts_by_file and texts_by_file[name] is None
-            text = texts_by_file.pop(name, None)
-            if reported:
+            text = texts_by_file.pop(name, "")
+            if text is None:
                 continue
             if member.data is None:
                 yield unit.bad_record(record_id, place + name, member.problem)
-            elif text is None:
+            elif not text:
                 yield unit.bad_record(record_id, place + name, "image without annotation")
             else:
                 origin = place + member.name if packed else member.name
@@ -144,55 +143,42 @@ def _archives(root: Path, split: str) -> dict[str, Path]:
 def _collect_texts(
     unit: Unit, archive: str, texts_by_file: dict[str, str | None]
 ) -> Iterator[BadRecord]:
-    """Fill `texts_by_file` with the texts of this archive, and yield the bad annotations."""
-    is_first = unit.index == 0
-    archives = _archives(Path(unit.root), unit.split) if is_first else {}
-    elsewhere: Counter[str] = Counter()  # annotated images by missing archive
-    for number, annotation in _annotations(unit, archive):
-        if isinstance(annotation, ValueError):
-            yield _bad_annotation(unit, f"line {number}", number, annotation)
-            continue
-        folder, file, fields = annotation
-        if is_first and folder not in archives:
-            elsewhere[folder] += 1
-        if folder != archive:
-            continue
-        if file in texts_by_file:
-            problem = "duplicate id: a second annotation of this image"
-            yield _bad_annotation(unit, f"{folder}/{file}", number, problem)
-            continue
-        text = attempt(f"{ANNOTATIONS[unit.split]}:{number}", _text, fields)
-        texts_by_file[file] = text if isinstance(text, str) else None
-        if isinstance(text, ValueError):
-            yield _bad_annotation(unit, f"{folder}/{file}", number, text)
-    for folder, count in sorted(elsewhere.items()):
-        problem = f"missing file: no archive {folder}.tgz for its {count} annotated images"
-        yield _bad_annotation(unit, f"{folder}/", 0, problem)
-
-
-def _annotations(
-    unit: Unit, archive: str
-) -> Iterator[tuple[int, tuple[str, str, dict[str, Any]] | ValueError]]:
-    """(line number, the archive, file and fields of an annotation or what is wrong with it).
+    """Fill `texts_by_file` with the texts of this archive, and yield the bad annotations.
 
     The first unit reads all lines. Other units skip lines that cannot be theirs without parsing
     them, and leave problems to the first unit.
     """
     is_first = unit.index == 0
-    needle = archive.encode()
-    number = 0
+    archives = _archives(Path(unit.root), unit.split) if is_first else {}
+    elsewhere: Counter[str] = Counter()  # annotated images by missing archive
+    number, needle = 0, archive.encode()
+    lines = tgz_lines(Path(unit.root) / ANNOTATIONS[unit.split])
     try:
-        for number, line in tgz_lines(Path(unit.root) / ANNOTATIONS[unit.split]):
-            if is_blank(line) or not (is_first or needle in line):
-                continue
+        for number, line in (pair for pair in lines if is_first or needle in pair[1]):
             origin = f"{ANNOTATIONS[unit.split]}:{number}"
             annotation = attempt(origin, _parse, line, archive == _SINGLE_ARCHIVE)
-            if is_first or not isinstance(annotation, ValueError):
-                yield number, annotation
+            if isinstance(annotation, ValueError):
+                if is_first:
+                    yield _bad_annotation(unit, f"line {number}", number, annotation)
+                continue
+            folder, file, fields = annotation
+            if folder != archive:
+                elsewhere[folder] += is_first and folder not in archives
+            elif file in texts_by_file:
+                problem = "duplicate id: a second annotation of this image"
+                yield _bad_annotation(unit, f"{folder}/{file}", number, problem)
+            else:
+                text = attempt(origin, _text, fields)
+                texts_by_file[file] = text if isinstance(text, str) else None
+                if isinstance(text, ValueError):
+                    yield _bad_annotation(unit, f"{folder}/{file}", number, text)
     except ARCHIVE_ERRORS as error:
         if is_first:
             problem = f"unreadable annotations after line {number}: {describe(error)}"
-            yield number, ValueError(problem)
+            yield _bad_annotation(unit, f"line {number}", number, problem)
+    for folder, count in sorted((+elsewhere).items()):
+        problem = f"missing file: no archive {folder}.tgz for its {count} annotated images"
+        yield _bad_annotation(unit, f"{folder}/", 0, problem)
 
 
 def _bad_annotation(unit: Unit, name: str, number: int, problem: ValueError | str) -> BadRecord:
@@ -216,8 +202,7 @@ def _parse(line: bytes, single: bool) -> tuple[str, str, dict[str, Any]]:
 def _text(annotation: dict[str, Any]) -> str:
     """The caption if there is one, otherwise the prompt that generated the image."""
     task = annotation.get("Task2")
-    if task is not None and not isinstance(task, dict):
-        raise ValueError("field Task2 is not an object")
-    if task and task.get("Caption") is not None:
-        return text_field(task["Caption"], "Task2.Caption")
+    caption = None if task is None else object_field(task, "Task2").get("Caption")
+    if caption is not None:
+        return text_field(caption, "Task2.Caption")
     return text_field(annotation.get("prompt"), "prompt")

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from mdm.sources.fields import kind
 from mdm.sources.jsoncursor import END_OF_FILE, BrokenFileError, Cursor, alike
-from mdm.sources.textfile import check_length, decode_line, is_blank, lines_with_offsets
+from mdm.sources.textfile import decode_line, is_blank, lines_with_offsets
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,6 @@ def line_elements(file: IO[bytes], start: int = 0, stop: int = sys.maxsize) -> I
         if is_blank(line):
             continue
         try:
-            check_length(line)
             yield Element(offset, "", decode_line(line))
         except ValueError as error:
             yield Element(offset, "", None, str(error))

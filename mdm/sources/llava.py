@@ -58,7 +58,7 @@ def _entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]:
         yield f"{id_field(entry.get('id'), 'id')}@{element.offset}", entry
 
 
-def _content(entry: Any, layout: Layout, joined: Joined) -> Content:
+def _content(entry: Any, layout: Layout, joined: Joined | None) -> Content:
     turns = list_field(entry.get("conversations"), "conversations")
     if "image" in entry:
         turns = _remove_placeholder(turns)

@@ -12,30 +12,16 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
+from mdm.sources import streams
 from mdm.sources.record import attempt, fingerprint
-from mdm.sources.streams import (
-    Member,
-    check_member,
-    describe,
-    headers,
-    is_inside,
-    open_gzip,
-    open_tar,
-)
+from mdm.sources.streams import Member, describe
 from mdm.sources.textfile import check_utf8, is_clutter
 
-ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    NotImplementedError,
-    EOFError,
-    OSError,
-    ValueError,
-    RuntimeError,
-    zlib.error,
-)
+ZIP_ERRORS = (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, zlib.error)
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".jpe", ".jfif")
 EXTENSIONS = (*_EXTENSIONS, *map(str.upper, _EXTENSIONS), *map(str.title, _EXTENSIONS), "")
 
@@ -64,11 +50,10 @@ def open_file(root: Path, name: str) -> Iterator[IO[bytes]]:
             elif archive.endswith(".zip"):
                 packed = stack.enter_context(zipfile.ZipFile(path))
                 info = packed.getinfo(member)
-                if problem := _packing_problem(info):
-                    raise OSError(problem)
+                _check_packing(info)
                 file = stack.enter_context(packed.open(info))
             else:
-                packed_tar = open_tar(stack.enter_context(open_gzip(path)), streaming=False)
+                packed_tar = streams.open_tar(stack.enter_context(streams.Unpacked(path)))
                 file = _tar_member(stack.enter_context(packed_tar), member)
             head = file.peek(4)
         except (*ZIP_ERRORS, tarfile.TarError, KeyError) as error:
@@ -126,7 +111,7 @@ def read_file(path: Path) -> bytes:
             raise ValueError("a folder in place of an image")
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")  # opening a pipe would block forever
-        check_member(status.st_size, status.st_size, "file")
+        streams.check_member(status.st_size, status.st_size, "file")
         return path.read_bytes()
     except FileNotFoundError:
         raise ValueError("missing file" + ": broken symbolic link" * path.is_symlink()) from None
@@ -154,8 +139,7 @@ class Images(ExitStack):
         self._root = root
         self._zips: list[tuple[str, zipfile.ZipFile]] = []
         self._damage = ""
-        self._last_names: tuple[str, ...] = ()
-        self._last = Member("", None)
+        self.read = lru_cache(maxsize=1)(self._read)  # the records of one image come together
         for archive in archives:
             if archive.endswith(".zip") and (root / archive).is_file():
                 try:
@@ -164,20 +148,12 @@ class Images(ExitStack):
                 except ZIP_ERRORS as error:
                     self._damage += f"; archive {archive} is unreadable: {describe(error)}"
 
-    def read(self, names: tuple[str, ...]) -> Member:
-        """The first of `names` that exists, or a member with "" as its name and the problem.
-
-        The last image is cached, because the records of one image are read together.
-        """
-        if names != self._last_names:
-            self._last_names, self._last = names, self._find(names)
-        return self._last
-
-    def _find(self, names: tuple[str, ...]) -> Member:
+    def _read(self, names: tuple[str, ...]) -> Member:
+        """The first of `names` that exists, or a member with "" as its name and the problem."""
         for name in names:
             if "\0" in name:
                 return Member("", None, f"image path holds a zero byte: {name[:80]!r}")
-            if not is_inside(name):
+            if not streams.is_inside(name):
                 return Member("", None, f"image path points outside the data set: {name[:80]!r}")
             if image := self._read_exact(name):
                 return image
@@ -216,9 +192,8 @@ def without_extension(name: str) -> str:
 def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
     """A member's bytes, with verified checksum; ValueError says what is wrong with it."""
     info = packed.NameToInfo[member]
-    if problem := _packing_problem(info):
-        raise ValueError(problem)
-    check_member(info.file_size, info.compress_size, "archive member")
+    _check_packing(info)
+    streams.check_member(info.file_size, info.compress_size, "archive member")
     try:
         with packed.open(info) as file:
             # In chunks: a single read unpacks everything, whatever size the header claims.
@@ -227,13 +202,12 @@ def _unzip(packed: zipfile.ZipFile, member: str) -> bytes:
         raise ValueError(f"damaged archive member: {describe(error)}") from None
 
 
-def _packing_problem(info: zipfile.ZipInfo) -> str:
-    """Why a member cannot be unpacked; "" if it can."""
+def _check_packing(info: zipfile.ZipInfo) -> None:
+    """Raise ValueError if a member cannot be unpacked."""
     if info.flag_bits & 1:
-        return "archive member is encrypted"
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return f"archive member is packed by method {info.compress_type}, not by deflate"
-    return ""
+        raise ValueError("archive member is encrypted")
+    if (method := info.compress_type) not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"archive member is packed by method {method}, not by deflate")
 
 
 def _has_member(path: Path, member: str) -> bool:
@@ -247,7 +221,7 @@ def _has_member(path: Path, member: str) -> bool:
 
 
 def _tar_member(tar: tarfile.TarFile, member: str) -> IO[bytes]:
-    for info in headers(tar):
+    for info in streams.headers(tar):
         if info.isfile() and info.name.removeprefix("./") == member:
             return cast(IO[bytes], tar.extractfile(info))
     raise KeyError(f"there is no {member} in it")

@@ -28,7 +28,7 @@ def _gqa_layout(root: Path, split: str) -> Layout:
     return Layout(split, annotations, folders=("images",), archives=("images.zip",))
 
 
-def _gqa_content(entry: Any, layout: Layout, joined: Joined) -> Content:
+def _gqa_content(entry: Any, layout: Layout, joined: Joined | None) -> Content:
     image_id = id_field(entry.get("imageId"), "imageId")
     return Content((f"images/{image_id}.jpg",), turns=exchange(entry))
 
@@ -72,7 +72,7 @@ def _book_entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any]]
         yield f"{key}/{i}", {**fields, "question": question, "answer": answer}
 
 
-def _book_content(entry: Any, layout: Layout, joined: Joined) -> Content:
+def _book_content(entry: Any, layout: Layout, joined: Joined | None) -> Content:
     stem, url = f"images/{entry['id']}", entry.get("imageURL")
     extension = PurePosixPath(re.split(r"[?#]", url)[0]).suffix if isinstance(url, str) else ""
     return Content(tuple(dict.fromkeys((stem + extension, stem))), turns=exchange(entry))
@@ -93,7 +93,7 @@ def _textvqa_layout(root: Path, split: str) -> Layout:
     return Layout(split, annotations, "data", folders=folders, archives=archives)
 
 
-def _textvqa_content(entry: Any, layout: Layout, joined: Joined) -> Content:
+def _textvqa_content(entry: Any, layout: Layout, joined: Joined | None) -> Content:
     image_id = id_field(entry.get("image_id"), "image_id")
     question = text_field(entry.get("question"), "question")
     answer = commonest(entry.get("answers"), "answers")
@@ -118,7 +118,7 @@ def _vizwiz_layout(root: Path, split: str) -> Layout:
     return Layout(split, annotations, folders=(split,), archives=(f"{split}.zip",))
 
 
-def _vizwiz_content(entry: Any, layout: Layout, joined: Joined) -> Content:
+def _vizwiz_content(entry: Any, layout: Layout, joined: Joined | None) -> Content:
     image = text_field(entry.get("image"), "image")
     question = text_field(entry.get("question"), "question")
     answer = commonest(entry.get("answers"), "answers", "answer")
@@ -163,10 +163,11 @@ def _mscoco_vqa(
     return Annotated(source, layout, by_id("question_id"), _mscoco_vqa_content)
 
 
-def _mscoco_vqa_content(entry: Any, layout: Layout, joined: Joined) -> Content:
+def _mscoco_vqa_content(entry: Any, layout: Layout, joined: Joined | None) -> Content:
     key = number_field(entry.get("question_id"), "question_id")
     image_id = number_field(entry.get("image_id"), "image_id")
     question = text_field(entry.get("question"), "question")
+    assert joined is not None
     annotated_id, answer = joined.get(key, "question_id")
     if annotated_id != image_id:
         raise ValueError(
@@ -230,7 +231,7 @@ def _genome_entries(element: Element, layout: Layout) -> Iterator[tuple[str, Any
     return nested(element, field, key)
 
 
-def _genome_content(entry: Any, layout: Layout, joined: Joined) -> Content:
+def _genome_content(entry: Any, layout: Layout, joined: Joined | None) -> Content:
     image_id = id_field(entry.get("image_id"), "image_id")
     names = tuple(f"{folder}/{image_id}.jpg" for folder in _GENOME_FOLDERS)
     if layout.split == "qa":

@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -110,6 +111,17 @@ def make_units(
         place = (str(root), kind, tuple(files), fingerprint(inputs))
         units.append(Unit(source, split, index, *place, start, stop))
     return units
+
+
+def runs(sizes: Sequence[int], unit_bytes: int) -> list[tuple[int, int]]:
+    """(start, stop) of runs of parts with these sizes, each of about `unit_bytes`."""
+    starts, filled = [0], 0
+    for i, size in enumerate(sizes):
+        if i > starts[-1] and filled + size > unit_bytes:
+            starts.append(i)
+            filled = 0
+        filled += size
+    return list(pairwise([*starts, len(sizes)]))
 
 
 def fingerprint(inputs: Inputs) -> str:

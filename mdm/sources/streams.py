@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from mdm.sources.record import one_record
-from mdm.sources.textfile import NotUtf8Error, check_utf8, is_clutter, lines_with_offsets
+from mdm.sources.textfile import NotUtf8Error, check_utf8, is_blank, is_clutter, lines_with_offsets
 
 # A larger image is refused, so that one bad file cannot exhaust the memory. This is the size of an
 # uncompressed image of 64 Mi pixels, the most that are decoded, in four channels of 16 bits.
@@ -119,8 +119,11 @@ def describe(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-class _Unpacked(gzip.GzipFile):
-    """A gzip stream that returns all bytes unpacked before an error, and then raises it."""
+class Unpacked(gzip.GzipFile):
+    """A gzip file that returns all bytes unpacked before an error, and then raises it.
+
+    Read it in chunks: it may unpack to any size.
+    """
 
     def read(self, size: int | None = -1) -> bytes:
         """As in gzip."""
@@ -147,19 +150,9 @@ def expect_utf8(source: str, path: Path) -> Iterator[None]:
         pass
 
 
-@contextmanager
-def open_gzip(path: Path) -> Iterator[IO[bytes]]:
-    """The unpacked stream of a gzip file. Read it in chunks: it may be of any size."""
-    with path.open("rb") as packed, _Unpacked(fileobj=packed, mode="rb") as file:
-        yield cast(IO[bytes], file)
-
-
-@contextmanager
-def open_tar(file: IO[bytes] | Slice, *, streaming: bool) -> Iterator[tarfile.TarFile]:
+def open_tar(file: Any, *, streaming: bool = False) -> tarfile.TarFile:
     """A tar with strict headers. Iterate over its members with `headers`."""
-    mode = "r|" if streaming else "r:"
-    with tarfile.open(fileobj=file, mode=mode, tarinfo=_StrictHeader) as tar:  # type: ignore[call-overload]
-        yield tar
+    return tarfile.open(fileobj=file, mode="r|" if streaming else "r:", tarinfo=_StrictHeader)
 
 
 def headers(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -203,7 +196,7 @@ def is_inside(name: str) -> bool:
     return not (name.startswith("/") or ".." in name.split("/") or "\0" in name)
 
 
-def tar_members(file: IO[bytes] | Slice, *, streaming: bool) -> Iterator[Member]:
+def tar_members(file: Any, *, streaming: bool = False) -> Iterator[Member]:
     """Every regular file of a tar, in order, without folders.
 
     A member that cannot be used is yielded with its problem. Raises one of ARCHIVE_ERRORS if the
@@ -248,18 +241,18 @@ def tgz_members(path: Path) -> Iterator[Member]:
 
     Raises one of ARCHIVE_ERRORS, as `tar_members`.
     """
-    with open_gzip(path) as file:
+    with Unpacked(path) as file:
         yield from tar_members(file, streaming=True)
         while file.read(1 << 20):  # padding; the last read verifies the checksum
             pass
 
 
 def tgz_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, line) of every .jsonl file in a gzipped tar.
+    """(line number from 1, line) of every .jsonl file in a gzipped tar, without blank lines.
 
     Raises one of ARCHIVE_ERRORS, also for UTF-16.
     """
-    with open_gzip(path) as file, open_tar(file, streaming=True) as tar:
+    with Unpacked(path) as file, open_tar(file, streaming=True) as tar:
         for info in headers(tar):
             name = info.name.removeprefix("./")
             if not info.isfile() or not name.endswith(".jsonl") or is_clutter(name):
@@ -267,6 +260,7 @@ def tgz_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             content = cast(io.BufferedReader, tar.extractfile(info))
             check_utf8(content.peek(4))
             for number, (_, line) in enumerate(lines_with_offsets(content), start=1):
-                yield number, line
+                if not is_blank(line):
+                    yield number, line
             if content.tell() < info.size:
                 raise tarfile.ReadError(f"unexpected end of data in {name}")

@@ -56,14 +56,13 @@ def is_blank(line: bytes) -> bool:
     return not line.replace(_NO_BREAK_SPACE, b"").strip(_BLANK)
 
 
-def check_length(line: bytes) -> None:
-    """Raise ValueError for a line that `lines_with_offsets` cut."""
+def decode_line(line: bytes) -> str:
+    """The text of a line without its ending or byte order mark.
+
+    Raises ValueError if it is not UTF-8 or was cut by `lines_with_offsets`.
+    """
     if len(line.rstrip(b"\r\n")) > MAX_LINE_BYTES:
         raise ValueError(f"line is longer than {MAX_LINE_BYTES} bytes")
-
-
-def decode_line(line: bytes) -> str:
-    """The text of a line without its ending or byte order mark; ValueError if it is not UTF-8."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -106,7 +105,6 @@ def read_lines(data: bytes, name: str) -> list[str]:
 
 def parse_line(line: bytes) -> dict[str, Any]:
     """The JSON object on one line; ValueError says what is wrong with it."""
-    check_length(line)
     text = decode_line(line).rstrip()  # of all white space: JSON allows only four kinds
     try:
         value = json.loads(text)

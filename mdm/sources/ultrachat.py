@@ -22,6 +22,7 @@ from mdm.sources.record import (
     check_split,
     make_units,
     one_record,
+    runs,
 )
 from mdm.sources.streams import describe, expect_utf8
 from mdm.sources.textfile import (
@@ -75,7 +76,7 @@ def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:
                 raise entry
             with one_record(origin):
                 record_id = f"{prefix}/{id_field(entry.get(key), key)}"
-                turns = _turns(entry) if unit.kind == "lines" else _messages(entry)
+                turns = _turns(entry, unit.kind)
             if record_id in seen:
                 raise ValueError("duplicate id")
         except ValueError as error:
@@ -122,11 +123,11 @@ def _lines(unit: Unit) -> Iterator[tuple[int, Any]]:
         yield unit.start, ValueError(f"unreadable: {describe(error)}")
 
 
-def _turns(entry: dict[str, Any]) -> Turns:
-    data = entry.get("data")
-    if data is not None and not isinstance(data, list):
-        raise ValueError("field data is not a list of turns")
-    turns = list_field(data, "data")
+def _turns(entry: dict[str, Any], kind: str) -> Turns:
+    if kind == "rows":
+        messages = list_field(entry.get("messages"), "messages")
+        return dialogue(messages, "messages", ("role", "content"), ("user", "assistant"))
+    turns = list_field(entry.get("data"), "data")
     return answered_turns([(f"data[{i}]", turn) for i, turn in enumerate(turns)], len(turns))
 
 
@@ -142,13 +143,7 @@ def _group_ranges(path: Path, unit_bytes: int) -> list[tuple[int, int]]:
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
     except (OSError, ValueError):
         return [(0, 0)]
-    starts, filled = [0], 0
-    for i, size in enumerate(sizes):
-        if filled and filled + size > unit_bytes:
-            starts.append(i)
-            filled = 0
-        filled += size
-    return list(zip(starts, [*starts[1:], len(sizes)], strict=True))
+    return runs(sizes, unit_bytes)
 
 
 def _rows(unit: Unit) -> Iterator[tuple[str, Any]]:
@@ -195,8 +190,3 @@ def _to_dict(row: Any) -> Any:
         return row.to_pylist()[0]
     except UnicodeDecodeError as error:
         raise ValueError(f"invalid UTF-8: {error.reason}") from None
-
-
-def _messages(row: dict[str, Any]) -> Turns:
-    messages = list_field(row.get("messages"), "messages")
-    return dialogue(messages, "messages", ("role", "content"), ("user", "assistant"))

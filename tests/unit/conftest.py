@@ -40,8 +40,7 @@ class Digits:
     def encoded(self, which: str) -> Encoded:
         images: Images = getattr(self, which)
         texts = tuple(f"handwritten {WORDS[c]}" for c in images.labels.tolist())
-        ids = tuple(f"{which}/{i}" for i in range(len(images)))
-        return Encoded(ids, encode(images.pixels), texts, images.labels)
+        return Encoded(encode(images.pixels), texts, images.labels)
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +70,7 @@ def demo_data(digits: Digits) -> DemoData:
         digits.heldout,
         decode,
         others_train=digits.encoded("spare"),
+        others_heldout=digits.encoded("heldout"),
         prompts=(("hello",), ("how are you?", "fine", "good")),
     )
 

@@ -33,7 +33,7 @@ def test_every_file_and_folder_has_the_permissions_of_the_umask(umask: int, tmp_
     weights = {"ema": {"a": torch.zeros(3)}, "raw": {"a": torch.ones(3)}}
     write_export(out / "export", config, TrainState(), weights, b"", Provenance())
     write_autoencoder(out / "autoencoder")
-    judge = classifier.Classifier(2, width=8)
+    judge = classifier.Classifier(2)
     judge(torch.zeros(1, 3, 32, 32))
     classifier.save(judge, out / "classifier", {"accuracy": 1.0})
     batch = next(MemoryLoader(config, type("World", (), {"rank": 0, "size": 1})()))

@@ -43,8 +43,6 @@ def test_a_text_concerns_the_classes_by_a_common_word_or_only_class_words() -> N
 def test_caption_accuracy_counts_named_and_exact_captions() -> None:
     named, exact = caption_accuracy(NAMES, ["digit one", "the two", "six", "dog"], [1, 2, 9, 0])
     assert (named, exact) == (0.5, 0.25)
-    with pytest.raises(ValueError, match="1 captions for 2"):
-        caption_accuracy(NAMES, ["one"], [1, 2])
 
 
 def test_pairs_of_other_things_do_not_count_but_mixed_pairs_count_as_wrong() -> None:

@@ -94,8 +94,3 @@ def test_shuffling_scores_chance() -> None:
 
 def test_images_of_no_class_count_in_the_total_of_class_shares() -> None:
     assert class_shares(np.array([0, 0, 1, 2]), 2).tolist() == [0.5, 0.25]
-
-
-def test_unequal_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="cannot agree"):
-        agreement(np.zeros(3, int), np.zeros(4, int))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mdm.evaluate.classifier import Classifier
-from mdm.evaluate.heldout import Encoded, balanced
+from mdm.evaluate.heldout import balanced
 from mdm.evaluate.suite import DemoData, Settings, run_demo, snapshot
 from tests.unit.conftest import Digits, Oracle
 
@@ -84,7 +84,7 @@ def test_two_runs_give_the_same_numbers(
 def test_a_snapshot_has_two_rows_of_every_class_and_one_of_texts(
     digits: Digits, judge: Classifier
 ) -> None:
-    images, rough = snapshot(Oracle(digits), judge, 10, ["digit one"] * 3, SETTINGS)
+    images, rough = snapshot(Oracle(digits), judge, ["digit one"] * 3, SETTINGS)
     assert images.shape == (23, 3, 32, 32)
     assert rough > 0.8
 
@@ -92,8 +92,3 @@ def test_a_snapshot_has_two_rows_of_every_class_and_one_of_texts(
 def test_balanced_alternates_between_the_classes() -> None:
     classes = torch.tensor([0, 0, 0, 1, -1, 1, 2])
     assert balanced(classes, 5).tolist() == [0, 3, 6, 1, 5]
-
-
-def test_columns_of_different_length_are_refused() -> None:
-    with pytest.raises(ValueError, match="differ in length"):
-        Encoded(("a",), torch.zeros(2, 1, 1), ("x", "y"), torch.zeros(2).long())

@@ -37,7 +37,7 @@ def run(
     sheets = save_sheets(result.images, out, columns=10)
     shots = []
     for step in (100, 200, 300):
-        images, rough = snapshot(Oracle(digits, deaf=step < 300), judge, 10, [], settings)
+        images, rough = snapshot(Oracle(digits, deaf=step < 300), judge, ["digit one"], settings)
         sheet = save_sheet(images, out / f"step-{step}.png", columns=10)
         shots.append({"samples_seen": 64 * step, "accuracy": rough, "sheet": vars(sheet)})
     dump(
@@ -139,4 +139,4 @@ def test_page_shows_counts_sources_and_escapes_what_a_model_wrote(page: str) -> 
 
 def test_a_missing_job_stage_is_named(run: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"decode\.json is missing"):
-        report.collect(run, ("decode",))
+        report.write(run, ("decode",))

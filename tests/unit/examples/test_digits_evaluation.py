@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.digits import report as learn_report
-from examples.digits.evaluation import Ruler, Sampling, Task, evaluate
+from examples.digits.evaluation import Ruler, Sampling, evaluate
 from mdm.evaluate.classifier import Classifier
 from tests.unit.conftest import NAMES, WORDS, Digits, Oracle
 
@@ -16,7 +16,8 @@ SAMPLING = Sampling(guidance=1.0, steps=4, solver="ddpm")
 @pytest.fixture(scope="module")
 def ruler(digits: Digits, judge: Classifier) -> Ruler:
     n = 400
-    task = Task(
+    return Ruler(
+        judge,
         NAMES,
         digits.heldout.pixels[:n],
         digits.train.pixels[:n],
@@ -24,7 +25,6 @@ def ruler(digits: Digits, judge: Classifier) -> Ruler:
         digits.heldout.labels[:n],
         lambda classes: [f"digit {WORDS[c]}" for c in classes],
     )
-    return Ruler(judge, task)
 
 
 def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: Path) -> None:

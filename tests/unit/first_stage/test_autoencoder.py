@@ -3,9 +3,14 @@ import json
 import pytest
 import torch
 
-from mdm.first_stage import fit_autoencoder
 from mdm.first_stage.autoencoder import Autoencoder, build, save
 from mdm.first_stage.folder import WEIGHTS
+from mdm.first_stage.train_autoencoder import (
+    TrainAutoencoderConfig,
+    channel_statistics,
+    fit,
+    psnr,
+)
 
 MEAN, STD = [0.5, -1.0, 0.0, 2.0], [2.0, 1.0, 0.5, 3.0]
 
@@ -118,33 +123,38 @@ def test_broken_folders_and_shapes_are_value_errors(folder, tmp_path, pixels):
         build(30)
 
 
+def config(folder, **flags):
+    datasets = (f"imagenet={folder}",)
+    return TrainAutoencoderConfig(
+        datasets=datasets, lr=1e-2, kl_weight=1e-4, precision="fp32", **flags
+    )
+
+
 def test_training_lowers_the_loss_and_the_statistics_normalise_latents(tmp_path):
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randint(0, 2, (64, 3, 2, 2), generator=generator) * 255
     images = blocks.repeat_interleave(8, 2).repeat_interleave(8, 3).byte()
     torch.manual_seed(0)
     model = build(16, (8, 16, 16))
-    options = {"batch": 16, "lr": 1e-2, "kl_weight": 1e-4, "seed": 0, "precision": "fp32"}
-    losses = list(fit_autoencoder.fit(model, {"solid": images}, steps=80, **options))
+    losses = fit(model, {"solid": images}, config(tmp_path, steps=80, batch=16))
     first, last = (
         sum(term["reconstruction"] for term in part) for part in (losses[:5], losses[-5:])
     )
     assert last < 0.7 * first
-    save(model, tmp_path / "ae", *fit_autoencoder.channel_statistics(model, images))
+    save(model, tmp_path / "ae", *channel_statistics(model, images))
     latents = Autoencoder.load(tmp_path / "ae").encode(images).view(-1, 4)
     torch.testing.assert_close(latents.mean(0), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(latents.std(0), torch.ones(4), atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 11])
-def test_a_training_of_any_length_runs(steps):
+def test_a_training_of_any_length_runs(steps, tmp_path):
     images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
     model = build(8, (8, 8))
-    options = {"batch": 2, "lr": 1e-2, "kl_weight": 1e-4, "seed": 0, "precision": "fp32"}
-    losses = list(fit_autoencoder.fit(model, {"black": images}, steps=steps, **options))
-    assert len(losses) == steps
+    losses = fit(model, {"black": images}, config(tmp_path, steps=steps, batch=2))
+    assert [term["step"] for term in losses] == [*range(1, steps + 1)]
 
 
 def test_psnr_of_a_constant_error():
     target = torch.zeros(2, 3, 4, 4)
-    assert fit_autoencoder.psnr(target + 0.1, target) == pytest.approx(20.0, abs=1e-3)
+    assert psnr(target + 0.1, target) == pytest.approx(20.0, abs=1e-3)

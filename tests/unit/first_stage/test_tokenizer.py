@@ -34,7 +34,7 @@ def test_training_is_deterministic():
 def test_special_pieces_have_the_first_ids(tokenizer):
     assert (UNK, PAD, EOS, USER, ASSISTANT) == (0, 1, 2, 3, 4)
     assert tokenizer.vocab_size == 60
-    assert [tokenizer.piece(i) for i in (USER, ASSISTANT)] == ["<user>", "<assistant>"]
+    assert [tokenizer._model.id_to_piece(i) for i in (USER, ASSISTANT)] == ["<user>", "<assistant>"]
     assert len(tokenizer.sha256) == 64
 
 

@@ -312,19 +312,19 @@ def test_an_error_while_encoding_a_dialogue_quarantines_only_that_record(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
-    [(captions, "text_field"), (annotated.jsonfile, "entry"), (packed.Images, "read")],
+    ("owner", "name", "failing_call"),
+    [(captions, "text_field", 6), (annotated.jsonfile, "entry", 6), (packed.Images, "_read", 3)],
     ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_an_error_in_an_annotation_affects_only_that_entry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, failing_call: int
 ) -> None:
     sets.write_coco(tmp_path, "train2017", 4)
     calls, real = [], getattr(owner, name)
 
     def call(*args: object) -> object:
         calls.append(args)
-        if len(calls) == 6:
+        if len(calls) == failing_call:
             raise ZeroDivisionError("nobody foresaw it")
         return real(*args)
 

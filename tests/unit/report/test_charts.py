@@ -86,13 +86,6 @@ def test_a_smaller_error_is_lower_and_more_evaluations_are_further_right():
     assert "0.01" in texts(floor), "the axis reaches down to the floor"
 
 
-def test_what_no_axis_can_show_is_refused():
-    with pytest.raises(ValueError, match="1 numbers of evaluations; a line needs at least 2"):
-        charts.solver_chart({"a": {5: 1.0}}, "error", "error", {})
-    with pytest.raises(ValueError, match=r"error: 1\.0 \.\.\. inf do not fit"):
-        charts.solver_chart({"a": {5: 1.0, 10: float("inf")}}, "error", "error", {})
-
-
 def test_a_row_has_a_dot_for_each_value_and_names_are_escaped():
     def marks(**rows: list[float]) -> int:
         return charts.row_chart(rows, "share", "share", {}).count("<use")

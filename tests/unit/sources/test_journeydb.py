@@ -78,7 +78,7 @@ def test_every_problem_is_reported_once_with_its_reason(tmp_path):
     assert reasons["001/stray.jpg"] == "image without annotation"
     assert reasons["001/gone.jpg"] == "missing file: annotated, but not in the archive"
     assert reasons["001/empty.jpg"] == "field prompt is empty"
-    assert reasons["001/list.jpg"] == "field Task2 is not an object"
+    assert reasons["001/list.jpg"] == "field Task2 is a list, not an object"
     assert sorted(reason for name, reason in bad if name == "001/good.jpg") == [
         "duplicate id: a second annotation of this image",
         "duplicate id: the archive holds this name twice",
