@@ -15,7 +15,7 @@ from mdm import sources
 from mdm.sources import imagenet, imagenet_classes
 from mdm.sources.record import RawRecord
 from mdm.sources.textfile import decode_line, is_clutter
-from mdm.sources.ultrachat import _messages
+from mdm.sources.ultrachat import _turns
 from tests import published_sets as sets
 
 MARK = b"\xef\xbb\xbf"
@@ -349,10 +349,10 @@ def test_unpaired_turns_at_either_end_of_a_dialogue_are_dropped(
         for i, role in enumerate(roles)
     ]
     if kept:
-        assert _messages({"messages": messages}) == texts
+        assert _turns({"messages": messages}, "rows") == texts
     else:
         with pytest.raises(ValueError, match=r"no question has a reply|field messages"):
-            _messages({"messages": messages})
+            _turns({"messages": messages}, "rows")
 
 
 def test_dos_end_of_file_and_backslashes_in_names_are_recognized() -> None:
