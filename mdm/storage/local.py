@@ -11,13 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from mdm.storage.base import (
-    MissingObjectError,
-    Store,
-    StoreError,
-    checked,
-    is_folder_marker,
-)
+from mdm.storage.base import MissingObjectError, Store, StoreError, checked, is_folder_marker
 from mdm.storage.buffers import BUFFERS
 
 _TEMPORARY = ".tmp-"

@@ -15,14 +15,7 @@ from mdm.train.run import Run
 from mdm.train.saver import on_main
 from mdm.utils import files
 from mdm.utils.exit_codes import GAVE_UP
-from mdm.utils.progress import (
-    EVENTS,
-    METRICS,
-    TRACKING,
-    Progress,
-    adopt_old_journal,
-    unsent_bytes,
-)
+from mdm.utils.progress import EVENTS, METRICS, TRACKING, Progress, adopt_old_journal, unsent_bytes
 from mdm.utils.ranks import World
 from mdm.utils.tracking import MlflowTracker, NullTracker
 
