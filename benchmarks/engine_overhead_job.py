@@ -77,7 +77,7 @@ def main() -> None:
     if not world.is_main:
         own_folder.rmdir()
     engine = Engine(lambda: Loss(config), config, world, (Trunk,))
-    ema = EMA(engine.fp32_partitions(), config.train.ema)
+    ema = EMA(engine.shards.partitions(), config.train.ema)
     loader = RepeatedBatch(config, world)
     heartbeat = Heartbeat(Path(config.run_dir), world.rank, world.size, 600.0)
     reporter = Reporter(config.run_dir, 10**6, world)

@@ -26,7 +26,7 @@ from mdm.data.order import Draw, layout_of
 from mdm.data.reader import Pending, RecordBatchCache, keys_of
 from mdm.data.text import fit_all
 from mdm.first_stage.tokenizer import PAD
-from mdm.storage.buffers import BUFFERS
+from mdm.storage import buffers
 from mdm.utils.ranks import World
 
 
@@ -174,7 +174,7 @@ def _gathered(
     """bf16 [S, N, C]: row `rows[i]` of part `which[i]`, each [R, N, C], copied once."""
     size = parts[0][0].nbytes
     views = [part.reshape(-1).data.cast("B") for part in parts]
-    gathered = BUFFERS.take(size * len(rows))
+    gathered = buffers.take(size * len(rows))
     to, start = gathered.data, 0
     # In the order of the samples, which is faster than letting numpy scatter each part.
     for part, row in zip(which.tolist(), rows.tolist(), strict=True):

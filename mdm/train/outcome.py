@@ -35,7 +35,7 @@ def export(folder: Path, run: Run, needed: bool = True) -> None:
 
     If an export is not `needed`, a failure to write it is only a warning.
     """
-    weights = {kind: run.engine.gather(shadow) for kind, shadow in run.ema.shadows.items()}
+    weights = {kind: run.engine.shards.gather(shadow) for kind, shadow in run.ema.shadows.items()}
     if run.world.is_main:
         try:
             provenance = Provenance.of(run.loader.state_dict())
