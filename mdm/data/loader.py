@@ -22,7 +22,6 @@ from mdm.data.collate import Collator, Plan
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.order import Draw, SampleOrder, check_world
 from mdm.data.reader import RecordBatchCache, open_cache, open_readers
-from mdm.data.resume import ResumeError as ResumeError
 from mdm.storage import StoreError
 from mdm.utils.ranks import World
 

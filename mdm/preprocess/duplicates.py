@@ -113,9 +113,7 @@ class DuplicateIndex(ExitStack):
         """Places of records with an earlier record's id: with the same and with other content."""
         same, taken = [], []
         for number in range(BUCKETS):
-            rows = self._bucket("ids", number, _IDS)
-            rows = rows[np.lexsort((rows["at"], rows["low"], rows["high"]))]
-            first = _first_of_group(rows)
+            rows, first = _grouped(self._bucket("ids", number, _IDS))
             later = first != np.arange(len(rows))
             equal = (rows["content"] == rows["content"][first]).all(1) & rows["content"].any(1)
             same.append(rows["at"][later & equal])
@@ -126,9 +124,8 @@ class DuplicateIndex(ExitStack):
         same = []
         for number in range(BUCKETS):
             rows = self._bucket("contents", number, _CONTENTS)
-            rows = rows[~np.isin(rows["at"], without)]
-            rows = rows[np.lexsort((rows["at"], rows["low"], rows["high"]))]
-            same.append(rows["at"][_first_of_group(rows) != np.arange(len(rows))])
+            rows, first = _grouped(rows[~np.isin(rows["at"], without)])
+            same.append(rows["at"][first != np.arange(len(rows))])
         return np.concatenate(same)
 
     def _by_likeness(self, without: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -166,8 +163,9 @@ def _runs(keys: NDArray[Any]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(keys)], strict=False))
 
 
-def _first_of_group(rows: NDArray[Any]) -> NDArray[np.int64]:
-    """For each of the sorted rows, the index of the first one with its key."""
+def _grouped(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The rows sorted by key and place, and for each the index of the first one with its key."""
+    rows = rows[np.lexsort((rows["at"], rows["low"], rows["high"]))]
     new = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
     index = np.arange(len(rows))
-    return np.maximum.accumulate(np.where(np.r_[True, new][: len(rows)], index, 0))
+    return rows, np.maximum.accumulate(np.where(np.r_[True, new][: len(rows)], index, 0))

@@ -89,7 +89,7 @@ def predict(
         "shards": shards,
         "bytes": size,
         "requests": _requests(len(units), len(groups), shards, size),  # without retries
-        "hours": round(seconds / cores / 3600, 4),  # on `cores` as fast as this machine's
+        "hours": round(seconds / cores / 3600, 6),  # on `cores` as fast as this machine's
         "cores": cores,
     }
 

@@ -9,10 +9,11 @@ import torch
 
 from mdm.config import Config, DataConfig, ModelConfig, SourceConfig
 from mdm.data.batch import Batch, sample_keys
-from mdm.data.loader import Loader, ResumeError, build_loader
+from mdm.data.loader import Loader, build_loader
 from mdm.data.mixture import Mixture, Source, open_mixture
 from mdm.data.order import SampleOrder, layout_of, sample_ids
 from mdm.data.reader import SourceReader
+from mdm.data.resume import ResumeError
 from mdm.data.schema import from_bfloat16_bits
 from mdm.data.text import fit
 from mdm.first_stage.tokenizer import EOS, PAD

@@ -17,8 +17,8 @@ from mdm.data.trace import find, locate, uses
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import ASSISTANT, EOS, UNK, USER, Tokenizer, train_model
-from mdm.preprocess import encode as encode_job
 from mdm.preprocess import duplicates, encoding, forecast, publish
+from mdm.preprocess import encode as encode_job
 from mdm.preprocess.duplicates import DUPLICATE, ID_TAKEN, NEAR_DUPLICATE, DuplicateIndex
 from mdm.preprocess.encoding import decode_group, encode_chunk, write_chunks
 from mdm.preprocess.receipt import Receipt, get_sealed, put_sealed, receipt_key
