@@ -1,4 +1,4 @@
-"""Data sets as users keep them, with other line endings, names and clutter, give the same records."""
+"""Data sets as people keep them on their disks give the same records as the published ones."""
 
 import io
 import json
