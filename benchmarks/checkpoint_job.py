@@ -33,7 +33,7 @@ def main() -> None:
     mode, folder, uri = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     config, world = sized(folder), start_ranks(1)
     engine = Engine(lambda: SmallLoss(config), config, world, (Mixer,))
-    ema, loader = EMA(engine.fp32_partitions(), 0.99), MemoryLoader(config, world)
+    ema, loader = EMA(engine.shards.partitions(), 0.99), MemoryLoader(config, world)
     saver = Saver(Checkpoints.at(uri), engine, ema, world, Keep(1))
     state = TrainState(world_size=world.size, config=to_dict(config))
     times: dict[str, list[float]] = {
@@ -45,7 +45,7 @@ def main() -> None:
         engine.backward(engine.forward(next(loader), state.step).total)
         engine.step(1e-3)
         ema_began = time.perf_counter()
-        ema.update(engine.fp32_partitions())
+        ema.update(engine.shards.partitions())
         times["ema"].append(time.perf_counter() - ema_began)
         times["step"].append(time.perf_counter() - began)
         state.step += 1

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from mdm.checkpoint.checkpoints import Checkpoints, Keep
 from mdm.checkpoint.state import TrainState
 from mdm.config import Config, GuardConfig
-from mdm.data.batch import Batch, sample_key
+from mdm.data.batch import Batch, sample_keys
 from mdm.loss import Loss
 from mdm.model.decoder import Trunk
 from mdm.presets import PRESETS
@@ -48,7 +48,7 @@ class RepeatedBatch:
         ids = tuple(f"s:{world.rank * b + i}" for i in range(b))
         self.batch = Batch(
             ids=ids,
-            keys=torch.tensor([sample_key(i) for i in ids]),
+            keys=sample_keys(ids),
             epochs=torch.zeros(b, dtype=torch.int64),
             class_ids=torch.zeros(b, dtype=torch.int64),
             tokens=torch.randint(0, config.model.vocab_size, (b, m), generator=draw),
@@ -77,7 +77,7 @@ def main() -> None:
     if not world.is_main:
         own_folder.rmdir()
     engine = Engine(lambda: Loss(config), config, world, (Trunk,))
-    ema = EMA(engine.fp32_partitions(), config.train.ema)
+    ema = EMA(engine.shards.partitions(), config.train.ema)
     loader = RepeatedBatch(config, world)
     heartbeat = Heartbeat(Path(config.run_dir), world.rank, world.size, 600.0)
     reporter = Reporter(config.run_dir, 10**6, world)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mdm.checkpoint.checkpoints import Checkpoints, Record
 from mdm.config import Config, DataConfig, ModelConfig, TrainConfig
-from mdm.data.batch import Batch, sample_key
+from mdm.data.batch import Batch, sample_keys
 from mdm.loss import LossTerms
 from mdm.utils.ranks import World
 
@@ -145,7 +145,7 @@ class MemoryLoader:
         first, every = self.step * self.size, self.sample_ids(self.step)
         numbers = range(first + self.world.rank, first + self.size, self.world.size)
         ids = tuple(every[self.world.rank :: self.world.size])
-        keys = torch.tensor([sample_key(i) for i in ids])
+        keys = sample_keys(ids)
         tokens = (keys[:, None] % 7 + torch.arange(LENGTH)[None]) % VOCAB
         draws = [torch.Generator().manual_seed(n) for n in numbers]
         latents = torch.stack([torch.randn(LATENTS, CHANNELS, generator=g) for g in draws])

@@ -1,7 +1,7 @@
-"""Records with hostile metadata: everything except pixels and texts may hold anything.
+"""Hostile records: pixels and texts among metadata that may hold anything.
 
-Every image is valid or damaged by construction, and a valid one comes with a clean copy of its
-pixels. Every annotation is usable or not by construction.
+Which images are damaged and which annotations are usable is known by construction. A valid image
+comes with a clean copy of its pixels.
 """
 
 import io
@@ -19,15 +19,13 @@ from PIL import Image
 
 from tests.unit.sources.damage import chunk, png_of_rows, saved
 
-TRANSPOSES = [
-    None,
-    *(Image.Transpose(n) for n in (0, 3, 1, 5, 4, 6, 2)),
-]  # for EXIF's values 1 to 8
+# What turns an image upright, for EXIF's orientations 1 to 8.
+TRANSPOSES = [None, *(Image.Transpose(n) for n in (0, 3, 1, 5, 4, 6, 2))]
 
 
 @dataclass(frozen=True)
 class Hostile:
-    """A file; `clean` is a PNG of its upright pixels, or None if they are damaged."""
+    """An image file; `clean` is a PNG of its upright pixels, or None if they are damaged."""
 
     name: str
     data: bytes
@@ -40,7 +38,7 @@ def noise(random: Random, width: int = 40, height: int = 28) -> Image.Image:
 
 
 def upright(data: bytes, value: int) -> bytes:
-    """A clean PNG of a file without metadata, read by plain Pillow and turned by an EXIF value."""
+    """A clean PNG of a file without metadata, turned upright by plain Pillow."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     transpose = TRANSPOSES[value - 1]
     return saved(image if transpose is None else image.transpose(transpose), "PNG")
@@ -48,20 +46,12 @@ def upright(data: bytes, value: int) -> bytes:
 
 # ---- EXIF
 
-FORMS = {
-    1: "B",
-    3: "H",
-    4: "I",
-    6: "b",
-    8: "h",
-    9: "i",
-    11: "f",
-    13: "I",
-}  # formats that fit in the field
+# EXIF's types whose values fit in the field, as `struct` spells them.
+FORMS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 11: "f", 13: "I"}
 TAGS = (0x10E, 0x10F, 0x11A, 0x128, 0x132, 0x201, 0x202, 0x2BC, 0x8769, 0x8825, 0xA005, 0x927C)
 TYPES = (*range(14), 255, 0xFFFF)
 COUNTS = (0, 1, 2, 5, 38, 1000, 0xFFFFFFFF)
-OFFSETS = (0, 1, 8, 26, 60, 1 << 16, 0xFFFFFFFF)  # of values; the directory itself is at 8
+OFFSETS = (0, 1, 8, 26, 60, 1 << 16, 0xFFFFFFFF)  # of values; the directory is at 8
 
 
 def exif(random: Random, value: int) -> tuple[bytes, int]:
@@ -72,12 +62,12 @@ def exif(random: Random, value: int) -> tuple[bytes, int]:
         for _ in range(random.randrange(6))
     ]
     orientation = value
-    how = random.randrange(10)
-    if how < 7:
+    draw = random.randrange(10)
+    if draw < 7:
         form = order + FORMS[kind := random.choice((3, *FORMS))]
         field = struct.pack(form, value).ljust(4, b"\0")
         rows.append(struct.pack(order + "HHI", 0x112, kind, 1) + field)
-    elif how == 7:  # a fraction after the directory
+    elif draw == 7:  # a fraction after the directory
         at = 8 + 2 + 12 * (len(rows) + 1) + 4
         rows.append(struct.pack(order + "HHII", 0x112, 5, 1, at))
     else:
@@ -93,7 +83,7 @@ def exif(random: Random, value: int) -> tuple[bytes, int]:
 
 
 def no_exif(random: Random) -> bytes:
-    """A block from which no directory can be read."""
+    """An EXIF block without a readable directory."""
     junk = random.randbytes(random.randrange(40))
     return random.choice(
         [junk, b"II*\0", b"MM\0*\xff\xff\xff\xff" + junk, b"II*\0\4\0\0\0", b"\0" * 40, b"Exif\0\0"]
@@ -109,7 +99,7 @@ def segment(code: int, body: bytes, length: int | None = None) -> bytes:
 
 
 def jpeg_segments(random: Random) -> bytes:
-    """A segment that may confuse a decoder and is not needed for any pixel."""
+    """A segment that may confuse a decoder, although no pixel depends on it."""
     junk = random.randbytes(random.randrange(1, 30))
     profile = b"ICC_PROFILE\0" + bytes((random.randrange(4), random.randrange(4)))
     thumbnail = saved(noise(random, 8, 8))
@@ -156,7 +146,7 @@ def header_marks(jpeg: bytes) -> list[int]:
 
 
 def jpeg(random: Random, value: int) -> tuple[bytes, bytes, int]:
-    """(file, the same file without metadata, orientation), as in the functions below."""
+    """(file, file without metadata, orientation), like the functions of other formats below."""
     options = ({}, {"progressive": True}, {"optimize": True}, {"restart_marker_blocks": 2})
     mode = random.choice(("RGB", "RGB", "L", "CMYK"))
     plain = saved(noise(random).convert(mode), "JPEG", **random.choice(options))
@@ -290,7 +280,7 @@ def bmp(random: Random, value: int) -> tuple[bytes, bytes, int]:
 
 
 def damaged(random: Random, kind: str, data: bytes, plain: bytes) -> bytes:
-    """`data` with its pixels certainly damaged, whatever its metadata."""
+    """`data` with pixels that are certainly damaged, whatever its metadata."""
     if kind == "jpeg":
         at = data.index(plain[header_marks(plain)[-1] :][:16])
         end = at + len(plain) - header_marks(plain)[-1]
@@ -324,7 +314,7 @@ KINDS: dict[str, Callable[[Random, int], tuple[bytes, bytes, int]]] = {
 
 
 def images(count: int, seed: int = 0) -> Iterator[Hostile]:
-    """Files of all kinds, mostly JPEG; one in ten is damaged."""
+    """Files of all formats, mostly JPEG; one in ten is damaged."""
     random = Random(f"hostile {seed}")
     kinds = ("jpeg", "jpeg", "jpeg", "png", "png", "webp", "gif", "bmp")
     for number, kind in zip(range(count), itertools.cycle(kinds)):
@@ -361,7 +351,10 @@ UNREADABLE = ("huge", "deep", "latin-1")
 
 
 def write_annotations(root: Path, count: int, seed: int = 0) -> tuple[set[str], int]:
-    """Write COCO captions with odd values in any field; (usable ids, number of unusable ones)."""
+    """Write COCO captions, some with an odd value in a field.
+
+    Returns the ids of the usable ones and the number of the others.
+    """
     random = Random(f"annotations {seed}")
     image_entries, caption_entries = [], []
     good: set[str] = set()

@@ -1,7 +1,7 @@
-"""Small data sets in their published layouts, as the readers of `mdm.sources` expect them.
+"""Small data sets in their published layouts, which the readers of `mdm.sources` expect.
 
-Every writer takes a folder and returns it. The bytes of an image are its name, since readers do not
-decode images.
+Every writer takes a folder and returns it. An image's bytes are its name: readers do not decode
+images.
 """
 
 import gzip
@@ -57,7 +57,7 @@ def write_tgz(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
 
 
 def pack(root: Path, archive: str) -> None:
-    """Move files into an archive next to them; `archive` is "<archive>:<its folder or file>"."""
+    """Move files into an archive beside them; `archive` is "<archive>:<folder or file to pack>"."""
     path, _, folder = archive.partition(":")
     base = (root / path).parent
     files = {p.relative_to(base).as_posix(): p for p in sorted((base / folder).rglob("*.*"))}
@@ -96,7 +96,7 @@ def write_coco(root: Path, edition: str = "train2014", count: int = 3) -> Path:
 
 
 def write_karpathy(root: Path, name: str, parts: Sequence[str], folder: str = "") -> Path:
-    """One image with two sentences per part; COCO's images are in val2014."""
+    """An image with two sentences for each part; COCO's images are in val2014."""
     images = []
     for n, part in enumerate(parts):
         place = {"filepath": "val2014", "cocoid": 9 * n} if name == "coco" else {}
@@ -143,7 +143,7 @@ def write_gqa(root: Path, split: str = "train", count: int = 3) -> Path:
 
 
 def write_ocrvqa(root: Path, books: int = 4) -> Path:
-    """Books alternate between the splits; the second one's image has the extension of its URL."""
+    """Books take the splits in turn; the second book's image has the extension of its URL."""
     plain = {}
     for n in range(books):
         extension = ".png" if n == 1 else ".jpg"
@@ -192,7 +192,7 @@ def write_textvqa(root: Path, split: str = "train", questions: int = 3) -> Path:
 
 
 def write_visual_genome(root: Path, count: int = 3) -> Path:
-    """Images alternate between the two folders."""
+    """Images lie in the two folders in turn."""
     qas, regions = [], []
     for n in range(1, count + 1):
         questions = [
@@ -216,7 +216,7 @@ def write_visual_genome(root: Path, count: int = 3) -> Path:
 
 
 def write_mscoco_vqa(root: Path, prefix: str, split: str = "train", questions: int = 4) -> Path:
-    """VQAv2 with prefix "v2_", OK-VQA with ""; two questions per image."""
+    """VQAv2 with the prefix "v2_", OK-VQA with ""; two questions an image."""
     edition = f"{split}2014"
     question_entries, annotations = [], []
     for n in range(questions):

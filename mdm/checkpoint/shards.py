@@ -36,7 +36,7 @@ class Shards:
         return list(getattr(self._optimizer, of_stage[self._stage]))
 
     def partitions(self) -> list[Tensor]:
-        """The live master weights, one tensor for each optimizer sub-group."""
+        """This rank's flat fp32 master weights, live, one tensor for each optimizer sub-group."""
         return [flat.data for flat in self._flats()]
 
     def pieces(self) -> list[Piece]:

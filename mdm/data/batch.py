@@ -23,7 +23,7 @@ class Batch:
     """One rank's share of a global step: one task, so that every rank runs the same modules."""
 
     ids: tuple[str, ...]  # sample ids, traceable to shard, row and origin
-    keys: Tensor  # i64 [B], `sample_key` of each id: the noise's key
+    keys: Tensor  # i64 [B], `sample_keys` of the ids: the noise's
     epochs: Tensor  # i64 [B], how often the sample's source has been passed before
     class_ids: Tensor  # i64 [B], -1 without a class
     tokens: Tensor  # i64 [R, M], text, EOS, then PAD
@@ -62,9 +62,7 @@ class Batch:
 
     def check(self, model: ModelConfig) -> None:
         """ValueError, with both values, unless shapes, kinds and ranges are those of `model`."""
-        names = ("tokens", "prompt", "class_ids", "latents", "image_at", "text_of")
-        fields = {name: getattr(self, name) for name in (*names, "keys", "epochs")}
-        check(model, self.ids, **fields)
+        check(model, **{k: v for k, v in vars(self).items() if k != "average_over"})
 
     def nonfinite(self) -> tuple[str, ...]:
         """Ids of the samples whose latents are not all finite."""
@@ -74,13 +72,8 @@ class Batch:
         return tuple(i for i, ok in zip(self.ids, finite, strict=True) if not ok)
 
 
-def sample_key(sample_id: str) -> int:
-    """A 63-bit key of a sample's id, the same on every machine."""
-    return int(sample_keys([sample_id]))
-
-
 def sample_keys(sample_ids: Sequence[str]) -> Tensor:
-    """i64 [B]: `sample_key` of each id."""
+    """i64 [B]: a 63-bit key of each sample's id, the same on every machine."""
     hashes = (hashlib.blake2b(i.encode(), digest_size=8).digest() for i in sample_ids)
     keys = (int.from_bytes(h, "little") >> 1 for h in hashes)
     return torch.from_numpy(np.fromiter(keys, np.int64, len(sample_ids)))

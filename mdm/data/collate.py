@@ -26,7 +26,7 @@ from mdm.data.order import Draw, layout_of
 from mdm.data.reader import Pending, RecordBatchCache, keys_of
 from mdm.data.text import fit_all
 from mdm.first_stage.tokenizer import PAD
-from mdm.storage.buffers import BUFFERS
+from mdm.storage import buffers
 from mdm.utils.ranks import World
 
 
@@ -50,9 +50,14 @@ class _Columns(NamedTuple):
     """The contents of the rows, in the order of the samples."""
 
     tokens: NDArray[np.int64]  # [S, M]
-    prompts: NDArray[np.int64]  # [S] tokens
+    prompt: NDArray[np.bool_]  # [S, M]
     class_ids: NDArray[np.int64]  # [S]
     latents: Tensor | None  # bf16 [S, N, C]
+
+    def of(self, at: slice) -> "_Columns":
+        """The contents of consecutive samples, as views."""
+        latents = None if self.latents is None else self.latents[at]
+        return _Columns(self.tokens[at], self.prompt[at], self.class_ids[at], latents)
 
 
 class Collator:
@@ -101,17 +106,15 @@ class Collator:
         """
         by_place: dict[int, Batch] = {}
         for task in dict.fromkeys(plan.draw.task for plan in plans):
-            places = [at for at, plan in enumerate(plans) if plan.draw.task == task]
-            of_task = [plans[at] for at in places]
-            columns = self._columns(of_task, self._lengths[task])
-            if self._is_packed(of_task[0].draw):
-                batches = self._packed(of_task, columns)
-            else:
-                batches = _unpacked(of_task, columns)
-            by_place.update(zip(places, batches, strict=True))
-        if self._model is not None:
-            for batch in by_place.values():
-                batch.check(self._model)
+            of_task = {at: plan for at, plan in enumerate(plans) if plan.draw.task == task}
+            columns = self._columns(list(of_task.values()), self._lengths[task])
+            start = 0
+            for at, plan in of_task.items():
+                stop = start + len(plan.share.ids)
+                by_place[at] = self._batch(plan, columns.of(slice(start, stop)))
+                start = stop
+                if self._model is not None:
+                    by_place[at].check(self._model)
         return [by_place[at] for at in range(len(plans))]
 
     def _is_packed(self, draw: Draw) -> bool:
@@ -136,39 +139,33 @@ class Collator:
         class_ids = np.concatenate([batch.class_ids for batch in held])[at].astype(np.int64)
         images = [batch.latents for batch in held if batch.latents is not None]
         latents = _gathered(images, which, rows) if images else None
-        return _Columns(tokens, prompts, class_ids, latents)
+        return _Columns(tokens, np.arange(length) < prompts[:, None], class_ids, latents)
 
-    def _packed(self, plans: Sequence[Plan], columns: _Columns) -> list[Batch]:
-        """This rank's rows of each step's packed texts."""
-        batches, start = [], 0
-        for plan in plans:
-            draw, stop = plan.draw, start + len(plan.share.ids)
-            tokens, prompts, class_ids = (column[start:stop] for column in columns[:3])
-            start = stop
+    def _batch(self, plan: Plan, columns: _Columns) -> Batch:
+        """This rank's batch of a step with these contents."""
+        share, (tokens, prompt, class_ids, latents) = plan.share, columns
+        text_of, average_over = None, 0
+        if self._is_packed(plan.draw):
+            average_over = len(share.ids) // self.world.size
             lengths = (tokens != PAD).sum(1).tolist()
-            packs = packing.share(
-                packing.plan(lengths, tokens.shape[1], self._rows),
-                self.world.rank,
-                self.world.size,
-            )
+            packs = packing.plan(lengths, tokens.shape[1], self._rows)
+            packs = packing.share(packs, self.world.rank, self.world.size)
             texts = [text[:length] for text, length in zip(tokens, lengths, strict=True)]
-            packed = packing.fill(packs, texts, prompts.tolist(), tokens.shape[1])
+            rows = packing.fill(packs, texts, prompt.sum(1).tolist(), tokens.shape[1])
+            tokens, prompt, text_of = rows
             places = np.array([place for pack in packs for place in pack], np.int64)
-            share = draw.take(places)
-            batches.append(
-                Batch(
-                    ids=tuple(share.ids),
-                    keys=sample_keys(share.ids),
-                    epochs=torch.from_numpy(share.epochs),
-                    class_ids=torch.from_numpy(class_ids[places]),
-                    tokens=torch.from_numpy(packed.tokens),
-                    prompt=torch.from_numpy(packed.prompt),
-                    latents=None,
-                    text_of=torch.from_numpy(packed.text_of),
-                    average_over=len(draw.ids) // self.world.size,
-                )
-            )
-        return batches
+            share, class_ids = share.take(places), class_ids[places]
+        return Batch(
+            ids=tuple(share.ids),
+            keys=sample_keys(share.ids),
+            epochs=torch.from_numpy(share.epochs.copy()),
+            class_ids=torch.from_numpy(class_ids),
+            tokens=torch.from_numpy(tokens),
+            prompt=torch.from_numpy(prompt),
+            latents=latents,
+            text_of=None if text_of is None else torch.from_numpy(text_of),
+            average_over=average_over,
+        )
 
 
 def _gathered(
@@ -177,33 +174,10 @@ def _gathered(
     """bf16 [S, N, C]: row `rows[i]` of part `which[i]`, each [R, N, C], copied once."""
     size = parts[0][0].nbytes
     views = [part.reshape(-1).data.cast("B") for part in parts]
-    gathered = BUFFERS.take(size * len(rows))
+    gathered = buffers.take(size * len(rows))
     to, start = gathered.data, 0
     # In the order of the samples, which is faster than letting numpy scatter each part.
     for part, row in zip(which.tolist(), rows.tolist(), strict=True):
         to[start : start + size] = views[part][row * size : (row + 1) * size]
         start += size
     return torch.from_numpy(gathered).view(torch.bfloat16).view(-1, *parts[0].shape[1:])
-
-
-def _unpacked(plans: Sequence[Plan], columns: _Columns) -> list[Batch]:
-    """The batch of each step: its slice of the columns."""
-    tokens, prompts, class_ids, latents = columns
-    keys = sample_keys([i for plan in plans for i in plan.share.ids])
-    prompt = np.arange(tokens.shape[1]) < prompts[:, None]
-    batches, start = [], 0
-    for plan in plans:
-        at = slice(start, start + len(plan.share.ids))
-        start = at.stop
-        batches.append(
-            Batch(
-                ids=tuple(plan.share.ids),
-                keys=keys[at],
-                epochs=torch.from_numpy(plan.share.epochs.copy()),
-                class_ids=torch.from_numpy(class_ids[at]),
-                tokens=torch.from_numpy(tokens[at]),
-                prompt=torch.from_numpy(prompt[at]),
-                latents=None if latents is None else latents[at],
-            )
-        )
-    return batches

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mdm.config import Config, ModelConfig
@@ -22,7 +22,6 @@ from mdm.data.collate import Collator, Plan
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.order import Draw, SampleOrder, check_world
 from mdm.data.reader import RecordBatchCache, open_cache, open_readers
-from mdm.data.resume import ResumeError as ResumeError
 from mdm.storage import StoreError
 from mdm.utils.ranks import World
 
@@ -70,7 +69,7 @@ class Loader:
         self._lengths = {"image_text": caption_length, "text": dialogue_length}
         readers = open_readers(mixture, node_cache, cache_bytes)
         self._cache = RecordBatchCache(readers, cache_bytes, threads, mixture.shuffle_window)
-        self._collator = Collator(mixture, self._cache, self._lengths, self.world, model)
+        self.collator = Collator(mixture, self._cache, self._lengths, self.world, model)
         self._prefetch = prefetch
         self._producer: _Producer | None = None
         self.step = 0  # the next one
@@ -119,11 +118,7 @@ class Loader:
 
     def plan(self, step: int) -> Plan:
         """What a step reads; starts reading it."""
-        return self._collator.request(substituted(self._order, step, self.blocklist))
-
-    def collate(self, plans: Sequence[Plan]) -> list[Batch]:
-        """This rank's batch of each of these steps; StoreError if its data cannot be read."""
-        return self._collator.collate(plans)
+        return self.collator.request(substituted(self._order, step, self.blocklist))
 
     def _stop(self) -> None:
         if self._producer is not None:
@@ -178,7 +173,7 @@ class _Producer:
                         requested += 1
                     ready = _ready(plans, turns, most)
                     try:
-                        batches = loader.collate(ready)
+                        batches = loader.collator.collate(ready)
                     except StoreError:
                         if len(ready) == 1:
                             raise
@@ -229,9 +224,7 @@ def build_loader(config: Config, world: World) -> Loader:
     model = config.model
     for source in mixture.sources:
         manifest = source.manifest
-        pairs: list[tuple[str, Any, Any]] = [
-            ("vocab_size", manifest.vocab_size, model.vocab_size),
-        ]
+        pairs: list[tuple[str, Any, Any]] = [("vocab_size", manifest.vocab_size, model.vocab_size)]
         if manifest.image_grid is not None:
             grid = (model.image_height, model.image_width)
             pairs.append(("latent_dim", manifest.latent_dim, model.latent_dim))

@@ -16,13 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from mdm.data.manifest_parts import ManifestError as ManifestError
-from mdm.data.manifest_parts import (
-    PartInfo,
-    PartList,
-    ShardPart,
-    StoredParts,
-    decode_quarantine,
-)
+from mdm.data.manifest_parts import PartInfo, PartList, ShardPart, StoredParts, decode_quarantine
 from mdm.data.manifest_parts import Quarantined as Quarantined
 from mdm.data.manifest_parts import canonical as canonical
 from mdm.data.schema import BatchInfo, ShardInfo, sample_schema

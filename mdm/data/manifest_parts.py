@@ -67,31 +67,6 @@ class LazySequence(Sequence[T]):
         return self.item(range(len(self))[index])
 
 
-class BatchList(LazySequence[BatchInfo]):
-    """The record batches of a shard."""
-
-    def __init__(self, rows: int, batch_rows: int, offsets: NDArray[np.int64], sums: str) -> None:
-        self._rows, self._batch_rows = rows, batch_rows
-        self._offsets = offsets  # where each batch begins, and where the last one ends
-        self._sums = sums  # the checksums, concatenated
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def item(self, index: int) -> BatchInfo:
-        """Where a record batch lies."""
-        offset, end = self._offsets[index : index + 2].tolist()
-        rows = min(self._batch_rows, self._rows - index * self._batch_rows)
-        checksum = self._sums[index * _DIGITS : (index + 1) * _DIGITS]
-        return BatchInfo(offset, end - offset, rows, checksum)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and tuple(self) == tuple(other)
-
-    def __hash__(self) -> int:
-        return hash(self._sums)
-
-
 class ShardPart(LazySequence[ShardInfo]):
     """Consecutive shards. A record batch has `batch_rows` rows, a shard's last one maybe fewer."""
 
@@ -107,7 +82,13 @@ class ShardPart(LazySequence[ShardInfo]):
     def item(self, index: int) -> ShardInfo:
         """A shard."""
         s = self._shards[index]
-        batches = BatchList(s["rows"], self._batch_rows, s["offsets"], s["xxh3"])
+        ends, full = pairwise(s["offsets"].tolist()), self._batch_rows
+        batches = tuple(
+            BatchInfo(
+                at, end - at, min(full, s["rows"] - i * full), s["xxh3"][_DIGITS * i :][:_DIGITS]
+            )
+            for i, (at, end) in enumerate(ends)
+        )
         return ShardInfo(s["key"], s["rows"], s["bytes"], s["sha256"], batches)
 
     @staticmethod

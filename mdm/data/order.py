@@ -247,9 +247,7 @@ def layout_of(source: Source) -> RowLayout:
     return RowLayout(source.manifest)
 
 
-@lru_cache(maxsize=8)
-def _order(mixture: Mixture, seed: int) -> SampleOrder:
-    return SampleOrder(mixture, seed)
+_order = lru_cache(maxsize=8)(SampleOrder)
 
 
 def check_world(global_batch: int, world: World) -> None:

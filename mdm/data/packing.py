@@ -9,7 +9,7 @@ Shapes: T texts, R rows, M text tokens of a row.
 
 import heapq
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,21 +49,16 @@ def share(packs: list[list[int]], rank: int, ranks: int) -> list[list[int]]:
     return rows + [[]] * (-(-len(packs) // ranks) - len(rows))
 
 
-class PackedRows(NamedTuple):
-    """Rows of texts, each filled from its first place on."""
-
-    tokens: NDArray[np.int64]  # [R, M], PAD after the last text
-    prompt: NDArray[np.bool_]  # [R, M]
-    text_of: NDArray[np.int64]  # [R, M] which text a token belongs to, -1 after the last
-
-
 def fill(
     packs: Sequence[Sequence[int]],
     texts: Sequence[NDArray[np.integer[Any]]],
     prompts: Sequence[int],
     length: int,
-) -> PackedRows:
-    """The rows of these packs; `text_of` counts the texts in the order of the rows."""
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64]]:
+    """Tokens, prompt and `text_of` of a `Batch`, each [R, M]: the packs' rows from the first on.
+
+    Texts are counted in the order of the rows.
+    """
     shape = len(packs), length
     tokens = np.full(shape, PAD, np.int64)
     prompt = np.zeros(shape, np.bool_)
@@ -77,4 +72,4 @@ def fill(
             prompt[row, start : start + prompts[text]] = True
             text_of[row, start:end] = number
             start, number = end, number + 1
-    return PackedRows(tokens, prompt, text_of)
+    return tokens, prompt, text_of

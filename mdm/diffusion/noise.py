@@ -37,7 +37,7 @@ def draw(
 
     Args:
         seed: the run's seed.
-        keys: i64 [b], the `mdm.data.batch.sample_key` of each sample.
+        keys: i64 [b], the `mdm.data.batch.sample_keys` of the samples.
         epochs: i64 [b].
         n_image: image tokens, 0 without images.
         n_text: text tokens.

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from mdm.checkpoint.state import RunError
-from mdm.data.loader import ResumeError
+from mdm.data.resume import ResumeError
 from mdm.storage import StoreError
 from mdm.train.engine import stop_ranks
 from mdm.train.heartbeat import report_end

@@ -29,7 +29,10 @@ def held_bytes(engine: Engine, ema: EMA) -> dict[str, int]:
     zero, parameters = engine.zero, list[Any](engine.module.parameters())
     tensors: dict[str, list[Any]] = {  # and values that are not tensors
         "parameters": [],
-        "optimizer": [*engine.fp32_partitions(), *tree_leaves(list(zero.optimizer.state.values()))],
+        "optimizer": [
+            *engine.shards.partitions(),
+            *tree_leaves(list(zero.optimizer.state.values())),
+        ],
         "ema": tree_leaves(vars(ema)),
         # Stage 2 keeps lists of this rank's averaged gradients, stage 3 views of one flat tensor.
         "gradients": tree_leaves(dict(zero.averaged_gradients)),

@@ -59,7 +59,7 @@ def rehearse(config: Config, world_size: int, tokens: int) -> Rehearsal:
     config, leaf_classes = runnable_here(config), (Block, AttentionBlock)
     start = time.perf_counter()
     engine = Engine(lambda: Loss(config), config, pretend_ranks(world_size), leaf_classes)
-    ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
+    ema = EMA(engine.shards.partitions(), config.train.ema, config.train.ema2)
     gathered = count_gathered(engine, leaf_classes)
     built = time.perf_counter()
     tokens = min(tokens, config.data.dialogue_length)
@@ -69,7 +69,7 @@ def rehearse(config: Config, world_size: int, tokens: int) -> Rehearsal:
     engine.backward(loss)
     before = held_bytes(engine, ema)
     engine.step(config.train.lr)
-    ema.update(engine.fp32_partitions())
+    ema.update(engine.shards.partitions())
     # The step makes Adam's moments, and frees gradients and buckets.
     held = before | {"optimizer": held_bytes(engine, ema)["optimizer"]}
     result = Rehearsal(

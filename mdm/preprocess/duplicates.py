@@ -10,7 +10,6 @@ record is left out if an earlier one in any of its files is alike, so the first 
 records stays. Records under one key are compared with its first MAX_LEADERS different records.
 """
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
@@ -41,11 +40,10 @@ class DuplicateIndex(ExitStack):
     to 16 for a text).
     """
 
-    def __init__(self, folder: Path, *, images: bool, buckets: int = BUCKETS) -> None:
+    def __init__(self, folder: Path, *, images: bool) -> None:
         super().__init__()
         self._images = images
         self._folder = folder
-        self._buckets = buckets
         self._files: dict[tuple[str, int], IO[bytes]] = {}
         self._signatures = self._open("signatures")
         self._places = self._open("places")
@@ -79,7 +77,7 @@ class DuplicateIndex(ExitStack):
 
     def _spill(self, kind: str, rows: NDArray[Any]) -> None:
         """Appends each row to the file of its bucket."""
-        bucket = rows["high"] % np.uint64(self._buckets)
+        bucket = rows["high"] % np.uint64(BUCKETS)
         order = np.argsort(bucket, kind="stable")
         rows, bucket = rows[order], bucket[order]
         for start, stop in _runs(bucket):
@@ -114,10 +112,8 @@ class DuplicateIndex(ExitStack):
     def _by_id(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Places of records with an earlier record's id: with the same and with other content."""
         same, taken = [], []
-        for number in range(self._buckets):
-            rows = self._bucket("ids", number, _IDS)
-            rows = rows[np.lexsort((rows["at"], rows["low"], rows["high"]))]
-            first = _first_of_group(rows)
+        for number in range(BUCKETS):
+            rows, first = _grouped(self._bucket("ids", number, _IDS))
             later = first != np.arange(len(rows))
             equal = (rows["content"] == rows["content"][first]).all(1) & rows["content"].any(1)
             same.append(rows["at"][later & equal])
@@ -126,11 +122,10 @@ class DuplicateIndex(ExitStack):
 
     def _by_content(self, without: NDArray[np.uint64]) -> NDArray[np.uint64]:
         same = []
-        for number in range(self._buckets):
+        for number in range(BUCKETS):
             rows = self._bucket("contents", number, _CONTENTS)
-            rows = rows[~np.isin(rows["at"], without)]
-            rows = rows[np.lexsort((rows["at"], rows["low"], rows["high"]))]
-            same.append(rows["at"][_first_of_group(rows) != np.arange(len(rows))])
+            rows, first = _grouped(rows[~np.isin(rows["at"], without)])
+            same.append(rows["at"][first != np.arange(len(rows))])
         return np.concatenate(same)
 
     def _by_likeness(self, without: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -140,7 +135,7 @@ class DuplicateIndex(ExitStack):
         signatures = np.memmap(self._folder / "signatures", np.uint8, "r", shape=shape)
         places = np.memmap(self._folder / "places", np.uint64, "r", shape=(self._records,))
         near: list[NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
-        for number in range(self._buckets):
+        for number in range(BUCKETS):
             rows = self._bucket("near", number, _NEAR)
             rows = rows[~np.isin(places[rows["number"]], without)]
             rows = rows[np.lexsort((places[rows["number"]], rows["high"]))]
@@ -168,16 +163,9 @@ def _runs(keys: NDArray[Any]) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(keys)], strict=False))
 
 
-def _first_of_group(rows: NDArray[Any]) -> NDArray[np.int64]:
-    """For each of the sorted rows, the index of the first one with its key."""
+def _grouped(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """The rows sorted by key and place, and for each the index of the first one with its key."""
+    rows = rows[np.lexsort((rows["at"], rows["low"], rows["high"]))]
     new = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
     index = np.arange(len(rows))
-    return np.maximum.accumulate(np.where(np.r_[True, new][: len(rows)], index, 0))
-
-
-def left_out(surveys: Sequence[Survey], folder: Path, *, images: bool) -> list[dict[int, str]]:
-    """What to leave out of units whose surveys are all in memory."""
-    with DuplicateIndex(folder, images=images) as index:
-        for number, survey in enumerate(surveys):
-            index.add(number, survey)
-        return index.left_out(len(surveys))
+    return rows, np.maximum.accumulate(np.where(np.r_[True, new][: len(rows)], index, 0))

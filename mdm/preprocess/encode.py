@@ -16,7 +16,6 @@ from typing import Any
 from tqdm import tqdm
 
 from mdm import sources
-from mdm.config import doc
 from mdm.data.manifest import Manifest
 from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import Tokenizer
@@ -29,6 +28,7 @@ from mdm.preprocess.survey import Group, Survey, plan
 from mdm.sources.record import RawRecord, Unit
 from mdm.storage import Store, StoreError, StoreOptions, open_store
 from mdm.storage.lease import Lease, hold
+from mdm.utils.fields import NOT_NEGATIVE, SHARE, check_fields, doc, one_of
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,18 @@ class Flags:
     shard_rows: int = doc(8192, "about how many samples a shard holds")
     batch_rows: int = doc(64, "samples in a record batch")
     encode_batch: int = doc(64, "images that the autoencoder encodes at once")
-    encoders: int = doc(0, "autoencoders at a time; 0: cores / encoder_threads, or one a GPU")
+    encoders: int = doc(
+        0, "autoencoders at a time; 0: cores / encoder_threads, or one a GPU", NOT_NEGATIVE
+    )
     encoder_threads: int = doc(1, "threads of an autoencoder")
-    device: str = doc("cpu", "where the autoencoder runs: cpu or cuda")
-    decoders: int = doc(0, "groups decoded at a time; 0: one a core")
+    device: str = doc("cpu", "where the autoencoder runs", one_of("cpu", "cuda"))
+    decoders: int = doc(0, "groups decoded at a time; 0: one a core", NOT_NEGATIVE)
     unit_bytes: int = doc(256 << 20, "about how much input one reader takes")
-    max_bad_share: float = doc(0.5, "stop if more than this share of the records is bad")
+    max_bad_share: float = doc(0.5, "stop if more than this share of the records is bad", SHARE)
     report: str = doc("", "file for the summary, beside printing it")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is {self.max_bad_share}; a share is from 0 to 1")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device is {self.device!r}; choose cpu or cuda")
-        for name in ("encoders", "decoders"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; 0 or more is needed")
+        check_fields(self)
 
 
 def has_images(units: Sequence[Unit]) -> bool:

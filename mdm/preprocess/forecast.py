@@ -20,7 +20,7 @@ import numpy as np
 
 from mdm.data.schema import Samples, sample_schema, write_shard
 from mdm.first_stage.tokenizer import Tokenizer
-from mdm.preprocess import duplicates
+from mdm.preprocess.duplicates import DuplicateIndex
 from mdm.preprocess.encoding import Chunk, decode_group
 from mdm.preprocess.receipt import shard_cuts
 from mdm.preprocess.recipe import Recipe
@@ -89,7 +89,7 @@ def predict(
         "shards": shards,
         "bytes": size,
         "requests": _requests(len(units), len(groups), shards, size),  # without retries
-        "hours": round(seconds / cores / 3600, 4),  # on `cores` as fast as this machine's
+        "hours": round(seconds / cores / 3600, 6),  # on `cores` as fast as this machine's
         "cores": cores,
     }
 
@@ -109,9 +109,13 @@ def _decode(
     units: Sequence[Unit], surveys: Sequence[Survey], recipe: Recipe, tokenizer: Tokenizer
 ) -> tuple[Counter[str], float, list[Chunk]]:
     """The first DECODED samples of each unit: totals, seconds and chunks."""
-    with tempfile.TemporaryDirectory(prefix="mdm-plan-") as folder:
-        images = recipe.image_size is not None
-        left_out = duplicates.left_out(surveys, Path(folder), images=images)
+    with (
+        tempfile.TemporaryDirectory(prefix="mdm-plan-") as folder,
+        DuplicateIndex(Path(folder), images=recipe.image_size is not None) as index,
+    ):
+        for number, surveyed in enumerate(surveys):
+            index.add(number, surveyed)
+        left_out = index.left_out(len(surveys))
     began = time.perf_counter()
     totals, chunks = Counter[str](), list[Chunk]()
     for unit, out in zip(units, left_out, strict=True):

@@ -168,11 +168,6 @@ def missing(store: Store, manifest: Manifest) -> list[str]:
     return lost
 
 
-def receipts_of(manifest: Manifest) -> str:
-    """Prefix of the receipts of a published data set."""
-    return f"work/{manifest.recipe_hash[:16]}/group/"
-
-
 def unnamed(manifest: Manifest, sizes: Mapping[str, int]) -> tuple[list[str], list[str]]:
     """Keys that do not belong to the data set: leftovers of encoding, and harmless objects.
 
@@ -182,7 +177,8 @@ def unnamed(manifest: Manifest, sizes: Mapping[str, int]) -> tuple[list[str], li
     Raises:
         StoreError: a manifest part is missing or damaged.
     """
-    named, own = set(manifest.objects()), (receipts_of(manifest), CARD.removesuffix(".json"), LEASE)
+    receipts = f"work/{manifest.recipe_hash[:16]}/group/"
+    named, own = set(manifest.objects()), (receipts, CARD.removesuffix(".json"), LEASE)
     leftovers: list[str] = []
     harmless: list[str] = []
     for key, size in sizes.items():

@@ -9,13 +9,7 @@ import os
 from pathlib import Path
 from urllib.parse import quote
 
-from mdm.storage.base import (
-    ChangedObjectError,
-    MissingObjectError,
-    Store,
-    StoreError,
-    StoreOptions,
-)
+from mdm.storage.base import ChangedObjectError, MissingObjectError, Store, StoreError, StoreOptions
 from mdm.storage.local import LocalStore
 from mdm.storage.s3 import S3Store
 from mdm.utils.uri import FILE_URI, folder_of, in_full

@@ -11,14 +11,8 @@ from pathlib import Path
 
 import xxhash
 
-from mdm.storage.base import (
-    MissingObjectError,
-    Store,
-    StoreError,
-    checked,
-    is_folder_marker,
-)
-from mdm.storage.buffers import BUFFERS
+from mdm.storage import buffers
+from mdm.storage.base import MissingObjectError, Store, StoreError, checked, is_folder_marker
 
 _TEMPORARY = ".tmp-"
 _ATTEMPTS = 10
@@ -91,7 +85,7 @@ class LocalStore(Store):
 
     def read_range(self, key: str, offset: int, length: int) -> memoryview:  # noqa: D102
         path = f"{self.uri}/{checked(key)}"
-        data, done = BUFFERS.take(length).data, 0
+        data, done = buffers.take(length).data, 0
         try:
             file = os.open(path, os.O_RDONLY)  # takes less than half the time of a file object
             try:

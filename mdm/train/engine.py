@@ -5,7 +5,6 @@ import math
 import os
 import socket
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from mdm.train.workarounds import (
 from mdm.utils.ranks import World
 
 
-def start_ranks(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) -> World:
+def start_ranks(threads: int = 0) -> World:
     """Join the process group that the launcher describes (or a group of one) and pin CPU threads.
 
     The same number of threads on every attempt is part of bit-identical resume: it fixes the
@@ -48,7 +47,7 @@ def start_ranks(threads: int = 0, timeout: timedelta = timedelta(minutes=10)) ->
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // per_node))
-    init_distributed(timeout)
+    init_distributed()
     return world
 
 
@@ -63,7 +62,7 @@ def pretend_ranks(size: int) -> World:
 
     os.environ |= {"RANK": "0", "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    init_distributed(timedelta(minutes=10))
+    init_distributed()
     return World(0, size)
 
 
@@ -184,14 +183,6 @@ class Engine:
         """Restore what `buffers` returned."""
         for buffer, value in zip(self.module.buffers(), values, strict=True):
             buffer.copy_(value)
-
-    def fp32_partitions(self) -> list[Tensor]:
-        """This rank's flat fp32 master weights, live, one tensor an optimizer sub-group."""
-        return self.shards.partitions()
-
-    def gather(self, partitions: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Full tensors by `state_dict` name from all ranks' `partitions`; see `Shards.gather`."""
-        return self.shards.gather(partitions)
 
     def restored(self, optimizer_steps: int) -> None:
         """Continue from the state that was written into `shards.live()`; all ranks must call."""

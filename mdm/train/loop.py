@@ -98,7 +98,7 @@ def train(
 
         heartbeat = Heartbeat(run_dir, world.rank, world.size, config.train.hang_seconds)
         engine = Engine(lambda: make_loss(config), config, world, leaf_classes)
-        ema = EMA(engine.fp32_partitions(), config.train.ema, config.train.ema2)
+        ema = EMA(engine.shards.partitions(), config.train.ema, config.train.ema2)
         saver = Saver(checkpoints, engine, ema, world, Keep.of(config))
         heartbeat.enter("load")
         record, damaged = saver.restore(candidates)
@@ -249,7 +249,7 @@ def take_step(run: Run) -> tuple[int, float]:
         recovery.skip(run, batch, terms, loss, trouble)
     else:
         with clock.part("ema"):
-            run.ema.update(engine.fp32_partitions())
+            run.ema.update(engine.shards.partitions())
         guard.accept(state.step, batch.task, loss, engine.grad_norm)
         run.window.add(batch.task, terms)
     run.work.add(batch)

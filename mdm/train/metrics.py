@@ -47,9 +47,7 @@ _EVENT: files.Shape = {"event": str, "step": int, "time": float}
 class Clock:
     """Seconds by part of the step; time outside of `part` counts as `other`."""
 
-    def __init__(
-        self, start: Mapping[str, float], entering: Callable[[str], None] = lambda part: None
-    ) -> None:
+    def __init__(self, start: Mapping[str, float], entering: Callable[[str], None]) -> None:
         self._entering = entering
         self.seconds = {part: start.get(part, 0.0) for part in PARTS}
         self._last = time.perf_counter()

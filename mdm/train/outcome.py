@@ -15,14 +15,7 @@ from mdm.train.run import Run
 from mdm.train.saver import on_main
 from mdm.utils import files
 from mdm.utils.exit_codes import GAVE_UP
-from mdm.utils.progress import (
-    EVENTS,
-    METRICS,
-    TRACKING,
-    Progress,
-    adopt_old_journal,
-    unsent_bytes,
-)
+from mdm.utils.progress import EVENTS, METRICS, TRACKING, Progress, adopt_old_journal, unsent_bytes
 from mdm.utils.ranks import World
 from mdm.utils.tracking import MlflowTracker, NullTracker
 
@@ -42,7 +35,7 @@ def export(folder: Path, run: Run, needed: bool = True) -> None:
 
     If an export is not `needed`, a failure to write it is only a warning.
     """
-    weights = {kind: run.engine.gather(shadow) for kind, shadow in run.ema.shadows.items()}
+    weights = {kind: run.engine.shards.gather(shadow) for kind, shadow in run.ema.shadows.items()}
     if run.world.is_main:
         try:
             provenance = Provenance.of(run.loader.state_dict())

@@ -23,7 +23,7 @@ def skip(run: Run, batch: Batch, terms: Any, loss: float, reason: str) -> None:
     broken = sorted(i for _, bad, _ in shares for i in bad)
     weights = None
     if run.config.guard.replay_boxes and not guard.history.recent:  # the first of its trouble
-        weights = run.engine.gather(run.engine.fp32_partitions())
+        weights = run.engine.shards.gather(run.engine.shards.partitions())
     if run.world.is_main:
         message = _describe(step, reason, shares)
         report = {

@@ -33,7 +33,7 @@ if _hidden:
 __all__ = ["DeepSpeedZeroConfig", "GatheredParameters", "deepspeed", "set_z3_leaf_modules"]
 
 
-def init_distributed(timeout: timedelta) -> None:
+def init_distributed() -> None:
     """Join the process group of the environment, or the present one, without log noise."""
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls these by their former names, several times a step.
@@ -43,6 +43,7 @@ def init_distributed(timeout: timedelta) -> None:
     # DeepSpeed 0.19.8 compiles its shared-memory op, which only inference uses, for 40 s, and
     # leaves 66 MiB in /dev/shm for every killed rank.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    timeout = timedelta(minutes=10)
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
 
 

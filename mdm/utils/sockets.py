@@ -5,13 +5,12 @@ import os
 import re
 import shutil
 import tempfile
-from functools import lru_cache
+from contextlib import suppress
 
 _LONGEST = 32  # bytes of a folder, so that the paths that Ray makes in it stay within the limit
 _SHORT = ("/tmp", "/dev/shm", "/var/tmp")
 
 
-@lru_cache(maxsize=1)
 def socket_folder() -> str | None:
     """A short folder for this process, removed at its end; None if TMPDIR can be used.
 
@@ -22,12 +21,10 @@ def socket_folder() -> str | None:
     if len(tmpdir) <= _LONGEST and re.fullmatch(r"[\w/.-]+", tmpdir, re.ASCII):
         return None
     for parent in _SHORT:
-        try:
+        with suppress(OSError):
             folder = tempfile.mkdtemp(prefix="mdm-", dir=parent)
-        except OSError:
-            continue
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return folder
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            return folder
     raise ValueError(
         f"neither TMPDIR {tmpdir} nor any of {', '.join(_SHORT)} can hold sockets: set TMPDIR to a "
         f"folder of at most {_LONGEST} plain letters"

@@ -24,7 +24,7 @@ def main() -> None:
     world = start_ranks(1)
     engine = Engine(lambda: SmallLoss(config), config, world, (Mixer,))
     loader = MemoryLoader(config, world)
-    ema = EMA(engine.fp32_partitions(), 0.99)
+    ema = EMA(engine.shards.partitions(), 0.99)
     reference = full_weights(engine)
     output_dtypes: dict[str, torch.dtype] = {}
 
@@ -45,24 +45,24 @@ def main() -> None:
         now = full_weights(engine)
         for name, value in reference.items():
             value.lerp_(now[name], 1.0 - decay)
-        ema.update(engine.fp32_partitions())
+        ema.update(engine.shards.partitions())
 
     # Linear layers ran in bf16. Every parameter and partition is fp32, including those of the scan.
     assert output_dtypes["text_out"] == torch.bfloat16
-    assert all(p.dtype == torch.float32 for p in engine.fp32_partitions() + ema.shadows["ema"])
+    assert all(p.dtype == torch.float32 for p in engine.shards.partitions() + ema.shadows["ema"])
     islands = [n for n, p in engine.module.named_parameters() if n.split(".")[-1] in ISLANDS]
     assert len(islands) == 6
     assert all(p.dtype == torch.float32 for p in engine.module.parameters())
     assert engine.module.running_mean.dtype == torch.float32
     # Their fp32 master weights equal the weights in forward: nothing was rounded to bf16.
-    raw = engine.gather(engine.fp32_partitions())
+    raw = engine.shards.gather(engine.shards.partitions())
     now = full_weights(engine)
     if world.is_main:
         assert all(torch.equal(raw[n], now[n]) for n in islands)
         moved = now["blocks.0.A_log"]
         assert not torch.equal(moved, moved.bfloat16().float())
 
-    averaged = engine.gather(ema.shadows["ema"])
+    averaged = engine.shards.gather(ema.shadows["ema"])
     if world.is_main:
         assert averaged.keys() == engine.module.state_dict().keys()
         for name, value in reference.items():

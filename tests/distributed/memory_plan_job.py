@@ -71,12 +71,12 @@ def deviations(rows: dict[str, tuple[int, int]]) -> list[str]:
 def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
     """Take three steps and compare memory in the last; returns losses and this rank's weights."""
     engine = Engine(lambda: Loss(config), config, world, (Block,))
-    whole = engine.gather(engine.fp32_partitions())
+    whole = engine.shards.gather(engine.shards.partitions())
     torch.manual_seed(config.seed)
     if world.is_main:  # weights built part by part equal those of a module built at once
         for name, value in Loss(config).state_dict().items():
             assert torch.equal(whole[name], value), name
-    ema = EMA(engine.fp32_partitions(), 0.99)
+    ema = EMA(engine.shards.partitions(), 0.99)
     gathered = count_gathered(engine, (Block,))
     memory_plan, losses = plan(config, world.size), []
     torch.manual_seed(world.rank)
@@ -88,7 +88,7 @@ def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
         held = held_bytes(engine, ema)
         engine.step(1e-2)
         assert engine.was_step_applied
-        ema.update(engine.fp32_partitions())
+        ema.update(engine.shards.partitions())
         losses.append(float(loss.detach()))
     checked = STATES if engine.stage == 3 else ("gradients", "optimizer", "ema")
     rows = {name: (held[name], memory_plan.device(name)) for name in checked}
@@ -101,7 +101,7 @@ def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
     rows["activations"] = saved.bytes, activations
     logging.warning("stage %s: %s", engine.stage, rows)
     assert not deviations(rows), deviations(rows)
-    return losses, [p.clone() for p in engine.fp32_partitions()]
+    return losses, [p.clone() for p in engine.shards.partitions()]
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def demo_data(digits: Digits) -> DemoData:
 class Oracle:
     """Answers with real images and true names: what a perfect model would give."""
 
-    def __init__(self, digits: Digits, pool: str = "spare", deaf: bool = False) -> None:
+    def __init__(self, digits: Digits, pool: str = "spare", ignores_requests: bool = False) -> None:
         self.pool: Images = getattr(digits, pool)
         self.known = {
             tuple(row): c
@@ -89,13 +89,13 @@ class Oracle:
                 strict=True,
             )
         }
-        self.deaf = deaf  # ignores what it is asked for
+        self.ignores_requests = ignores_requests  # its answers do not depend on them
 
     def class_to_image(
         self, class_ids: list[int], *, guidance: float, steps: int, seed: int, solver: str
     ) -> Tensor:
         rng = torch.Generator().manual_seed(seed)
-        if self.deaf:
+        if self.ignores_requests:
             return self.pool.pixels[torch.randint(len(self.pool), (len(class_ids),), generator=rng)]
         where = {c: torch.nonzero(self.pool.labels == c).squeeze(1) for c in range(10)}
         rows = [
@@ -114,7 +114,7 @@ class Oracle:
     def image_to_text(
         self, latents: Tensor, *, guidance: float, steps: int, seed: int, solver: str
     ) -> list[str]:
-        if self.deaf:
+        if self.ignores_requests:
             return ["digit one"] * len(latents)
         return [f"digit {WORDS[self.known[tuple(row)]]}" for row in latents.flatten(1).tolist()]
 

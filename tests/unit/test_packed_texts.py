@@ -64,16 +64,16 @@ def packed(average_over: int = len(SIZES)) -> Batch:
     assert max(map(len, packs)) >= 3
     singles = [alone(i) for pack in packs for i in pack]
     texts = [alone(i).tokens[0].numpy().astype(np.uint16) for i in range(len(SIZES))]
-    rows = packing.fill(packs, texts, [s // 3 for s in SIZES], LENGTH)
+    tokens, prompt, text_of = packing.fill(packs, texts, [s // 3 for s in SIZES], LENGTH)
     return Batch(
         ids=tuple(b.ids[0] for b in singles),
         keys=torch.cat([b.keys for b in singles]),
         epochs=torch.cat([b.epochs for b in singles]),
         class_ids=torch.cat([b.class_ids for b in singles]),
-        tokens=torch.from_numpy(rows.tokens),
-        prompt=torch.from_numpy(rows.prompt),
+        tokens=torch.from_numpy(tokens),
+        prompt=torch.from_numpy(prompt),
         latents=None,
-        text_of=torch.from_numpy(rows.text_of),
+        text_of=torch.from_numpy(text_of),
         average_over=average_over,
     )
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from mdm.config import DataConfig, SourceConfig, StageConfig, to_dict
-from mdm.data.loader import ResumeError
 from mdm.data.mixture import open_mixture
 from mdm.data.order import SampleOrder
+from mdm.data.resume import ResumeError
 from tests.data_sets import encoded
 from tests.helpers import ROOT
 from tests.unit.data.elastic_job import LENGTHS, live

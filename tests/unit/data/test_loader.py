@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from mdm.config import Config, DataConfig, ModelConfig, SourceConfig
-from mdm.data.batch import Batch, sample_key
-from mdm.data.loader import Loader, ResumeError, build_loader
+from mdm.data.batch import Batch, sample_keys
+from mdm.data.loader import Loader, build_loader
 from mdm.data.mixture import Mixture, Source, open_mixture
 from mdm.data.order import SampleOrder, layout_of, sample_ids
 from mdm.data.reader import SourceReader
+from mdm.data.resume import ResumeError
 from mdm.data.schema import from_bfloat16_bits
 from mdm.data.text import fit
 from mdm.first_stage.tokenizer import EOS, PAD
@@ -72,7 +73,7 @@ def test_batches_hold_the_samples_of_the_order_bit_for_bit(mixture: Mixture) -> 
             padded = [*text.tolist(), *[PAD] * (length - len(text))]
             assert batch.tokens[i].tolist() == padded
             assert batch.class_ids[i] == true.class_ids[at]
-            assert batch.keys[i] == sample_key(sample)
+            assert batch.keys[i] == sample_keys([sample])
             if batch.latents is not None:
                 assert batch.latents.dtype == torch.bfloat16
                 moved = batch.to("cpu").latents
@@ -113,8 +114,8 @@ def test_resume_with_another_number_of_ranks_continues_exactly(
 
 def test_steps_collated_together_equal_those_collated_alone(local: Mixture) -> None:
     with Loader(local, 7, World(1, 2), **LENGTHS) as loader:
-        alone = [loader.collate([loader.plan(step)])[0] for step in range(12)]
-        together = loader.collate([loader.plan(step) for step in range(12)])
+        alone = [loader.collator.collate([loader.plan(step)])[0] for step in range(12)]
+        together = loader.collator.collate([loader.plan(step) for step in range(12)])
     assert len({batch.task for batch in alone}) == 2
     for one, other in zip(alone, together, strict=True):
         assert same(one, other)

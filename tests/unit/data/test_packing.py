@@ -41,10 +41,10 @@ def test_the_ranks_have_all_rows_in_order_and_equally_many_each(rows: int, ranks
 
 def test_rows_are_filled_from_their_start() -> None:
     texts = [np.array(t, np.uint16) for t in ([5, 6, 2], [7, 2], [8, 9, 9, 2])]
-    rows = packing.fill([[2], [0, 1], []], texts, [1, 0, 2], 6)
-    assert rows.tokens.tolist() == [[8, 9, 9, 2, PAD, PAD], [5, 6, 2, 7, 2, PAD], [PAD] * 6]
-    assert rows.text_of.tolist() == [[0] * 4 + [-1] * 2, [1, 1, 1, 2, 2, -1], [-1] * 6]
-    assert rows.prompt.sum(1).tolist() == [2, 1, 0]
+    tokens, prompt, text_of = packing.fill([[2], [0, 1], []], texts, [1, 0, 2], 6)
+    assert tokens.tolist() == [[8, 9, 9, 2, PAD, PAD], [5, 6, 2, 7, 2, PAD], [PAD] * 6]
+    assert text_of.tolist() == [[0] * 4 + [-1] * 2, [1, 1, 1, 2, 2, -1], [-1] * 6]
+    assert prompt.sum(1).tolist() == [2, 1, 0]
 
 
 @pytest.fixture(scope="module")

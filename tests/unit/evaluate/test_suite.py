@@ -58,7 +58,7 @@ def test_a_perfect_generator_scores_the_floors(
 def test_a_generator_that_ignores_its_condition_scores_chance(
     digits: Digits, judge: Classifier, demo_data: DemoData
 ) -> None:
-    m = run_demo(Oracle(digits, deaf=True), judge, demo_data, SETTINGS).metrics
+    m = run_demo(Oracle(digits, ignores_requests=True), judge, demo_data, SETTINGS).metrics
     assert m["class2image_accuracy"] < 0.2
     assert m["i2t_accuracy"] == pytest.approx(0.1, abs=0.02)
     assert m["joint_agreement"] < 0.2

@@ -37,7 +37,9 @@ def run(
     sheets = save_sheets(result.images, out, columns=10)
     shots = []
     for step in (100, 200, 300):
-        images, rough = snapshot(Oracle(digits, deaf=step < 300), judge, ["digit one"], settings)
+        images, rough = snapshot(
+            Oracle(digits, ignores_requests=step < 300), judge, ["digit one"], settings
+        )
         sheet = save_sheet(images, out / f"step-{step}.png", columns=10)
         shots.append({"samples_seen": 64 * step, "accuracy": rough, "sheet": vars(sheet)})
     dump(

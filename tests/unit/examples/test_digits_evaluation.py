@@ -53,7 +53,7 @@ def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: 
 
 
 def test_a_model_that_ignores_its_condition_is_at_chance(ruler: Ruler, digits: Digits) -> None:
-    metrics, _, _ = evaluate(Oracle(digits, deaf=True), ruler, SAMPLING)
+    metrics, _, _ = evaluate(Oracle(digits, ignores_requests=True), ruler, SAMPLING)
     assert metrics["t2i_accuracy"] < 0.2
     assert metrics["i2t_accuracy"] < 0.2
     assert metrics["fid64"] < 2 * metrics["fid64_floor"], "its images are as real as any"

@@ -17,9 +17,9 @@ from mdm.data.trace import find, locate, uses
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.folder import describe
 from mdm.first_stage.tokenizer import ASSISTANT, EOS, UNK, USER, Tokenizer, train_model
+from mdm.preprocess import duplicates, encoding, forecast, publish
 from mdm.preprocess import encode as encode_job
-from mdm.preprocess import encoding, forecast, publish
-from mdm.preprocess.duplicates import DUPLICATE, ID_TAKEN, NEAR_DUPLICATE, DuplicateIndex, left_out
+from mdm.preprocess.duplicates import DUPLICATE, ID_TAKEN, NEAR_DUPLICATE, DuplicateIndex
 from mdm.preprocess.encoding import decode_group, encode_chunk, write_chunks
 from mdm.preprocess.receipt import Receipt, get_sealed, put_sealed, receipt_key
 from mdm.preprocess.recipe import Recipe
@@ -90,6 +90,13 @@ def encode(
     manifest = publish.finish(store, recipe, receipts, names, card_page)
     publish.clean(store, manifest)
     return manifest
+
+
+def left_out(surveys: Sequence[Survey], folder: Path, *, images: bool) -> list[dict[int, str]]:
+    with DuplicateIndex(folder, images=images) as index:
+        for number, one in enumerate(surveys):
+            index.add(number, one)
+        return index.left_out(len(surveys))
 
 
 def planned(units: Sequence[Unit], recipe: Recipe) -> list[Group]:
@@ -308,7 +315,9 @@ def landscape(seed: int) -> Image.Image:
     return Image.fromarray(coarse).resize((96, 72), Image.Resampling.BICUBIC)
 
 
-def test_near_duplicates_of_images_are_found_and_other_images_are_kept(tmp_path: Path) -> None:
+def test_near_duplicates_of_images_are_found_and_other_images_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "raw" / "train" / "n00000000"
     folder.mkdir(parents=True)
     (tmp_path / "raw" / "LOC_synset_mapping.txt").write_text("n00000000 one\n")
@@ -326,12 +335,13 @@ def test_near_duplicates_of_images_are_found_and_other_images_are_kept(tmp_path:
     broken = {"b1.JPEG": b"", "b2.JPEG": b"", "b3.JPEG": kept["0.JPEG"][:500]}
     for name, data in (kept | again | broken).items():
         (folder / name).write_bytes(data)
+    monkeypatch.setattr(duplicates, "BUCKETS", 3)
     for unit_bytes in (1, 4096, 1 << 30):
         units = sources.get("imagenet").units(tmp_path / "raw", "train", unit_bytes=unit_bytes)
         surveys = [survey(u, near=True) for u in units]
         folder = tmp_path / f"index{unit_bytes}"
         folder.mkdir()
-        with DuplicateIndex(folder, images=True, buckets=3) as index:
+        with DuplicateIndex(folder, images=True) as index:
             for number, one in reversed(list(enumerate(surveys))):  # in any order
                 index.add(number, one)
             out = index.left_out(len(units))

@@ -1,4 +1,4 @@
-"""Images that are damaged, or only unusual, in ways that downloads and tools cause."""
+"""Images as downloads and tools damage them, and images that are only unusual."""
 
 import gzip
 import io
@@ -33,7 +33,7 @@ def chunk_of_exif(thumbnail: bytes) -> bytes:
 
 
 def png_bomb(width: int, height: int) -> bytes:
-    """A small file that claims, and contains compressed, very many pixels."""
+    """A small file whose header claims a huge image and whose data unpacks to a large one."""
     head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     rows = zlib.compress(b"\0" * ((width // 8 + 1) * min(height, 2000)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
@@ -160,7 +160,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "jpeg 2000": (saved(noise(), "JPEG2000"), "another kind: JPEG2000"),
 }
 
-# Nothing is wrong with these: they must be kept.
+# These are valid and must be kept.
 UNUSUAL: dict[str, bytes] = {
     "cmyk jpeg": saved(noise().convert("CMYK")),
     "grey jpeg": saved(noise().convert("L")),
@@ -180,9 +180,7 @@ UNUSUAL: dict[str, bytes] = {
     "rotated by exif": _exif(6),
     "exif orientation 99": _exif(99),
     "garbage as exif": _JPEG[:2] + b"\xff\xe1\x00\x10Exif\0\0" + b"\xff" * 8 + _JPEG[2:],
-    "png with a wrong iccp": _PNG[:33]
-    + chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no"))
-    + _PNG[33:],
+    "png with a bad iccp": _PNG[:33] + chunk(b"iCCP", b"x\0\0" + zlib.compress(b"no")) + _PNG[33:],
     "png text bomb": _text_bomb(),
     "interlaced png": png_of_rows(15, adam7=True),
     "black png": png_of_rows(8),

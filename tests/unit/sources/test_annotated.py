@@ -1,4 +1,4 @@
-"""What every data set of annotations and images must do, each in its published layout."""
+"""What readers of annotations and images must do, tested on every published layout."""
 
 import json
 import pickle

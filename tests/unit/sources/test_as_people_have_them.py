@@ -1,4 +1,4 @@
-"""Text files and folders as users have them give the same records as the published ones."""
+"""Data sets as people keep them on their disks give the same records as the published ones."""
 
 import io
 import json
@@ -141,8 +141,8 @@ VARIANTS: dict[str, Callable[[bytes], bytes]] = {
     "blank lines": lambda data: b"\n\r\n" + data.replace(b"\n", b"\n \n") + b"\n\n \t\n",
     "no final line ending": lambda data: MARK + data.rstrip(b"\n"),
     "end of file mark": lambda data: data + b"\x1a",
-    "other blanks at line ends": lambda data: data.replace(b"\n", b" \xc2\xa0\x0c\n"),
-    "lines of other blanks": lambda data: data.replace(b"\n", b"\n\xc2\xa0 \n"),
+    "other white space at line ends": lambda data: data.replace(b"\n", b" \xc2\xa0\x0c\n"),
+    "lines of other white space": lambda data: data.replace(b"\n", b"\n\xc2\xa0 \n"),
     "a blank line before the mark": lambda data: b"\r\n" + MARK + data,
 }
 
@@ -160,7 +160,7 @@ def test_byte_order_marks_and_line_endings_change_no_record(tmp_path: Path, layo
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_utf16_is_an_error_that_names_the_file_and_the_remedy(
+def test_utf16_is_an_error_that_names_the_file_and_the_fix(
     tmp_path: Path, layout: str, encoding: str
 ) -> None:
     name, split, write = LAYOUTS[layout]

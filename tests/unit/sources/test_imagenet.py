@@ -23,7 +23,7 @@ def read_all(root, split, **options):
 
 @pytest.fixture
 def tars(tmp_path):
-    """The published form: a tar of tars, the val tar, a devkit with meta.mat and ground truth."""
+    """As published: a tar of tars, the val tar, and a devkit with meta.mat and ground truth."""
     inner = [
         (f"{w}.tar", tar_bytes((f"{w}_{i}.JPEG", f"{w}{i}".encode() * 99) for i in range(4)))
         for w in reversed(WNIDS)

@@ -1,4 +1,4 @@
-"""Objects of entries are read as by the standard parser, and damage loses only its entry."""
+"""Objects are read as the standard parser reads them; damage loses only the damaged entry."""
 
 import io
 import json

@@ -2,11 +2,17 @@ import gc
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 
-from mdm.storage.buffers import Buffers
+from mdm.storage import buffers
 
 SIZE = 200_000
+
+
+@pytest.fixture(autouse=True)
+def _no_memory_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "_free", {})
 
 
 def address(array: np.ndarray) -> int:  # type: ignore[type-arg]
@@ -14,7 +20,6 @@ def address(array: np.ndarray) -> int:  # type: ignore[type-arg]
 
 
 def test_memory_is_reused_once_nothing_refers_to_it() -> None:
-    buffers = Buffers()
     first = buffers.take(SIZE)
     at = address(first)
     assert address(buffers.take(SIZE)) != at
@@ -35,7 +40,6 @@ def test_memory_is_reused_once_nothing_refers_to_it() -> None:
 
 
 def test_similar_sizes_share_memory_and_small_ones_are_not_kept() -> None:
-    buffers = Buffers()
     at = address(buffers.take(SIZE))
     again = buffers.take(SIZE - 1000)
     assert (address(again), len(again)) == (at, SIZE - 1000)
@@ -43,8 +47,8 @@ def test_similar_sizes_share_memory_and_small_ones_are_not_kept() -> None:
     assert len(buffers.take(0)) == 0
 
 
-def test_unused_memory_is_bounded() -> None:
-    buffers = Buffers(spare=3 * SIZE)
+def test_unused_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "SPARE", 3 * SIZE)
     held = [buffers.take(SIZE) for _ in range(9)]
     held.clear()
     (free,) = buffers._free.values()

@@ -92,7 +92,7 @@ def test_a_restored_window_gives_the_same_means(tmp_path):
 
 
 def test_the_clock_covers_all_time():
-    clock = Clock({"data": 1.0})
+    clock = Clock({"data": 1.0}, str)
     with clock.part("forward"):
         torch.ones(200, 200) @ torch.ones(200, 200)
     clock.tick("other")
@@ -104,7 +104,7 @@ def test_the_clock_covers_all_time():
 
 def test_the_wait_for_data_is_a_metric(tmp_path):
     reporter = Reporter(tmp_path, 10, World())
-    state, clock = TrainState(), Clock({})
+    state, clock = TrainState(), Clock({}, str)
     reporter.start(state, fresh=True)
     clock.seconds |= {"data": 10.0, "forward": 30.0}
     state.step, state.samples_seen = 1, 8
@@ -122,7 +122,7 @@ def test_metrics_of_steps_that_will_be_repeated_are_dropped(tmp_path):
     state = TrainState(step=4, samples_seen=32)
     reporter.start(state, fresh=False)
     state.step, state.samples_seen = 6, 48
-    clock = Clock({})
+    clock = Clock({}, str)
     clock.tick("forward")
     work = Throughput(small_config(tmp_path), World())
     reporter.log(state, clock, work, {"loss": 0.5})
