@@ -29,9 +29,7 @@ class Solver(Protocol):
         ...
 
 
-def make_solver(
-    name: str, table: Schedule, steps: int, noise: Callable[[int], Tensor] | None = None
-) -> Solver:
+def make_solver(name: str, table: Schedule, steps: int, noise: Callable[[int], Tensor]) -> Solver:
     """A solver with at most `steps` evaluations, whatever its order.
 
     Args:
@@ -41,7 +39,7 @@ def make_solver(
         noise: evaluation -> standard normals of z's shape, for `ddpm`.
 
     Raises:
-        ValueError: an unknown name, too few steps, or `ddpm` without noise.
+        ValueError: too few steps.
     """
     if name == "dpmpp2m":
         return DPMSolverPP2M(log_snr_grid(table, steps))
@@ -49,11 +47,8 @@ def make_solver(
         if steps < 3:
             raise ValueError(f"sampling takes {steps} steps; solver eq9 needs at least 3")
         return Heun(log_snr_grid(table, (steps + 1) // 2))
-    if name == "ddpm":
-        if noise is None:
-            raise ValueError("solver ddpm draws noise at every step; none was given")
-        return Ancestral(log_snr_grid(table, steps), noise)
-    raise ValueError(f"solver is {name!r}; choose one of {', '.join(SOLVERS)}")
+    assert name == "ddpm", name
+    return Ancestral(log_snr_grid(table, steps), noise)
 
 
 def log_snr_grid(schedule: Schedule, steps: int) -> Tensor:

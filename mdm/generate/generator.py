@@ -141,7 +141,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             self.config,
             TrainState(),
             {"ema": weights},
-            self.tokenizer.model(),
+            self.tokenizer.file,
             self.provenance,
             replace=False,
         )
