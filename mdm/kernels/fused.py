@@ -13,8 +13,6 @@ from torch import Tensor
 from mdm.kernels import conv
 from mdm.kernels.ssd import Options, check
 
-INSTALL = 'pip install -c infra/constraints.txt --no-build-isolation ".[gpu]"'
-
 
 def ssd(
     x: Tensor,
@@ -72,8 +70,9 @@ def _needs(package: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ImportError(
-            f"model.kernel is 'fused' but {package} does not load ({error}); "
-            f"on a CUDA machine run `{INSTALL}`, or set --model.kernel torch"
+            f"model.kernel is 'fused' but {package} does not load ({error}); on a CUDA machine run "
+            '`pip install -c infra/constraints.txt --no-build-isolation ".[gpu]"`, or set '
+            "--model.kernel torch"
         ) from error
 
 
