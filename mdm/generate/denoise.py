@@ -49,7 +49,7 @@ def denoise(
     """
     state = _State(model, request.complete(model.network.config), sampling, self_conditions)
     i = 0
-    while i < state.end:
+    while i < max(state.image_track.end, state.text_track.end):
         state.step(i)
         i += 1
     latents = settled = None
@@ -149,11 +149,6 @@ class _State:
         self.text = torch.where(self.prompt.unsqueeze(-1), self.means[self.known], self.noise_txt)
         self.estimate = torch.zeros_like(self.text)
         self.last_tokens: Tensor | None = None
-
-    @property
-    def end(self) -> int:
-        """Evaluations of the loop."""
-        return max(self.image_track.end, self.text_track.end)
 
     def step(self, i: int) -> None:
         """Evaluation i: from each active modality's noise level to its next."""
