@@ -122,7 +122,7 @@ class Loss(nn.Module):
         # Means over all samples, not over the noisy ones: ranks then average to the global loss.
         terms = eps_img.mean(), se_img.mean(), text.texts.average(se_txt)
         w = self.weights
-        total = (
+        total = (  # Eq. 18
             rec_img
             + text.rec
             + w.beta_kl * kl_term
