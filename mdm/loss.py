@@ -28,7 +28,7 @@ from mdm.model.decoder import Prediction
 from mdm.model.embedding import CLEAN, DROPPED
 from mdm.model.inputs import ImageInput, TextInput
 from mdm.model.mdm import MDM, text_logits
-from mdm.model.sequence import TextRows, Texts
+from mdm.model.sequence import TextRows, Texts, text_rows
 from mdm.model.vae import kl
 
 MIN_ALPHA_BAR = 0.05  # caps the weight of almost pure noise
@@ -89,6 +89,7 @@ class Loss(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.seed, self.weights, self.model = config.seed, config.objective, config.model
+        self.grid = config.model.image_height * config.model.image_width  # tokens of an image
         model = MDM(config.model)
         self.network, self.vae = model.network, model.vae
         self.network.trunk.checkpointing = config.train.activation_checkpointing
@@ -111,7 +112,7 @@ class Loss(nn.Module):
 
         se_txt = self.text_loss(prediction.text, text) * _is_noisy(levels.t_txt)  # [B]
         if self.text_warp is not None and self.training:
-            self.text_warp.update(levels.t_txt, se_txt, schedule.STEPS)
+            self.text_warp.update(levels.t_txt, se_txt)
         rec_img, kl_term = se_txt.new_zeros(()), text.kl
         eps_img = se_img = se_txt.new_zeros(len(batch))
         if image is not None and prediction.image is not None:
@@ -121,7 +122,7 @@ class Loss(nn.Module):
         # Means over all samples, not over the noisy ones: ranks then average to the global loss.
         terms = eps_img.mean(), se_img.mean(), text.texts.average(se_txt)
         w = self.weights
-        total = (
+        total = (  # Eq. 18
             rec_img
             + text.rec
             + w.beta_kl * kl_term
@@ -138,7 +139,7 @@ class Loss(nn.Module):
         draws = noise.draw(self.seed, batch.keys, batch.epochs, n, m, c, batch.text_of).to(device)
         rows = None
         if batch.text_of is not None:
-            rows = self.network.rows(batch.text_of, len(batch), device)
+            rows = text_rows(batch.text_of, len(batch), self.network.trunk.scans, device)
         batch = batch.to(device)
         levels = self.draw_levels(draws.uniforms, batch)
         text = self._noise_text(batch, draws, levels.t_txt, rows)
@@ -147,9 +148,8 @@ class Loss(nn.Module):
 
     def draw_levels(self, uniforms: Tensor, batch: Batch) -> Levels:
         """Noise levels and kept classes from uniforms [B, 8]; see `mdm.diffusion.levels`."""
-        images = 0 if batch.latents is None else batch.latents.shape[1] // self._grid
-        warp = self.text_warp
-        steps = None if warp is None else lambda u: warp.steps(u, schedule.STEPS)
+        images = 0 if batch.latents is None else batch.latents.shape[1] // self.grid
+        steps = None if self.text_warp is None else self.text_warp.steps
         has_prompt = batch.prompt.any(1)
         return draw_levels(self.weights, uniforms, images, batch.class_ids, has_prompt, steps)
 
@@ -243,17 +243,13 @@ class Loss(nn.Module):
         a = self._by_token(schedule.IMAGE.alpha_bar(earlier)).unsqueeze(3)
         return schedule.noised(image.z_0.unsqueeze(2), image.eps.unsqueeze(2), a)
 
-    @property
-    def _grid(self) -> int:
-        return self.model.image_height * self.model.image_width
-
     def _by_token(self, by_image: Tensor) -> Tensor:
         """[B, I, ...] -> [B, N, ...]: an image's value for each of its tokens."""
-        return by_image.repeat_interleave(self._grid, 1)
+        return by_image.repeat_interleave(self.grid, 1)
 
     def _by_image(self, by_token: Tensor) -> Tensor:
         """[B, N, ...] -> [B, I, tokens of an image, ...]."""
-        return by_token.view(len(by_token), -1, self._grid, *by_token.shape[2:])
+        return by_token.view(len(by_token), -1, self.grid, *by_token.shape[2:])
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -19,13 +19,12 @@ from mdm.utils.command_line import parse_cli
 
 
 @job("evaluate", StoreError, ValueError)
-def main() -> int:
+def main() -> None:
     """Evaluate and print the numbers as one line of JSON."""
     flags = parse_cli(Flags, description=__doc__ or "")
     with hold_folder(Path(flags.out), "evaluate.py"):
         report = run(flags)
     print(json.dumps({k: round(v, 4) for k, v in report.items()}))
-    return 0
 
 
 if __name__ == "__main__":

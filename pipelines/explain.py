@@ -65,7 +65,7 @@ def explain_sample(mixture: Mixture, flags: Flags) -> None:
 
 
 @job("explain", ManifestError, StoreError, ValueError)
-def main() -> int:
+def main() -> None:
     """Explain a step or a sample."""
     flags = parse_cli(Flags, description=__doc__)
     mixture = open_mixture(
@@ -79,7 +79,6 @@ def main() -> int:
         )
     )
     (explain_step if flags.step >= 0 else explain_sample)(mixture, flags)
-    return 0
 
 
 if __name__ == "__main__":

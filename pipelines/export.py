@@ -43,11 +43,10 @@ class Flags:
 
 
 @job("export", StoreError, ValueError)
-def main() -> int:
-    """Run the job; returns its exit code."""
+def main() -> None:
+    """Run the job."""
     flags = parse_cli(Flags, description=__doc__ or "")
     export_checkpoint(flags.checkpoint, Path(flags.out), flags.kinds, flags.tokenizer)
-    return 0
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from mdm.utils.command_line import parse_cli
 
 
 @job("generate", StoreError, ValueError)
-def main() -> int:
-    """Run the job; returns its exit code."""
+def main() -> None:
+    """Run the job."""
     flags = parse_cli(Flags, description=__doc__ or "")
     generator = Generator.from_pretrained(
         flags.checkpoint,
@@ -38,7 +38,6 @@ def main() -> int:
         local_files_only=True,
     )
     print("\n".join(generate(generator, flags)))
-    return 0
 
 
 if __name__ == "__main__":

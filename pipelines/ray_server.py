@@ -27,7 +27,7 @@ class Flags:
 
 
 @job("ray_server", ray_executor.RayFailedError)
-def main() -> int:
+def main() -> None:
     """Serve until SIGINT or SIGTERM."""
     parse_cli(Flags, description=__doc__ or "")
     with suppress(KeyboardInterrupt), ray_executor.cluster():
@@ -37,7 +37,6 @@ def main() -> int:
             print(f"export {name}={os.environ[name]}")
         sys.stdout.flush()
         signal.pause()
-    return 0
 
 
 if __name__ == "__main__":

@@ -62,8 +62,8 @@ def parse_size(text: str) -> int:
 
 
 @job("rehearse", RunError)
-def main() -> int:
-    """Run the job; returns its exit code."""
+def main() -> None:
+    """Run the job."""
     flags = parse_cli(Flags, description=__doc__ or "", presets=PRESETS)
     config = config_of(flags)
     torch.set_num_threads(flags.threads)
@@ -83,7 +83,6 @@ def main() -> int:
         print(f"\n{rehearsal.built_text(built)}")
     write_json(Path(flags.out), rehearsal.report(memory_plan, verdict, runs, built))
     print(f"\n{flags.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Flags:
 
 
 @job("s3_server", StoreError)
-def main() -> int:
+def main() -> None:
     """Serve until SIGINT or SIGTERM."""
     flags = parse_cli(Flags, description=__doc__)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -34,7 +34,6 @@ def main() -> int:
         for name, value in server.env.items():
             print(f"export {name}={value}", flush=True)
         signal.pause()
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ from mdm.utils.command_line import parse_cli
 
 
 @job("train_autoencoder", StoreError, ValueError)
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Train, and print the figures."""
     config = parse_cli(TrainAutoencoderConfig, argv, description=__doc__ or "")
     with hold_folder(Path(config.out), "train_autoencoder.py"):
         report = train(config)
     print(json.dumps({k: v for k, v in report.items() if k != "losses"}))
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,13 +17,12 @@ from mdm.utils.command_line import parse_cli
 
 
 @job("train_classifier", StoreError, ValueError)
-def main() -> int:
+def main() -> None:
     """Train and print the report."""
     flags = parse_cli(Flags, description=__doc__ or "")
     with hold_folder(Path(flags.out), "train_classifier.py"):
         report = run(flags)
     print(json.dumps({k: round(v, 4) for k, v in report.items()}))
-    return 0
 
 
 if __name__ == "__main__":

@@ -13,13 +13,12 @@ from mdm.utils.command_line import parse_cli
 
 
 @job("train_tokenizer", StoreError, ValueError)
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Train, and print the report."""
     config = parse_cli(TrainTokenizerConfig, argv, description=__doc__ or "")
     with hold_folder(Path(config.out), "train_tokenizer.py"):
         report = train(config)
     print(json.dumps(report))
-    return 0
 
 
 if __name__ == "__main__":

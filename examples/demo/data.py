@@ -282,13 +282,12 @@ def write(out: Path, limit: int) -> dict[str, Any]:
 
 
 @job("demo_data")
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     """Write the data sets and print their sizes."""
     flags = parse_cli(Flags, argv, description=__doc__ or "")
     report = write(Path(flags.out), flags.limit)
     for name, source in report["sets"].items():
         print(f"{name}: {source['records']} ({source['license']})")
-    return 0
 
 
 if __name__ == "__main__":

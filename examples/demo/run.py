@@ -21,7 +21,6 @@ from examples.demo.stages import (
     JobStage,
     JobStageError,
     Runner,
-    Service,
     command,
     end_leftovers,
     run_supervised,
@@ -151,8 +150,8 @@ def run(flags: Flags) -> int:
     out = Path(flags.out)
     s3 = command("pipelines/s3_server.py", dir=(out / "s3").absolute(), bucket=BUCKET)
     services = {
-        "s3": Service(s3, SERVICES["s3"]),
-        "ray": Service(command("pipelines/ray_server.py"), SERVICES["ray"]),
+        "s3": (s3, SERVICES["s3"]),
+        "ray": (command("pipelines/ray_server.py"), SERVICES["ray"]),
     }
     with hold_folder(out, "demo"):
         if ended := end_leftovers(out / "stages"):

@@ -56,41 +56,32 @@ class JobStageError(Exception):
     """A job stage ended with another exit code than 0, or a service did not start."""
 
 
-@dataclass(frozen=True)
-class Service:
+@contextlib.contextmanager
+def service(command: Sequence[str], names: Sequence[str], env: Mapping[str, str]) -> Iterator[None]:
     """A server that some job stages need: up from the first of them to the last.
 
-    `command` prints `export NAME=VALUE` for each of `names` once it serves.
+    `command`, with `env` added to its environment, prints `export NAME=VALUE` for each of `names`
+    once it serves; JobStageError if it does not start. What it exports is in the environment of
+    this process, and so in those of job stages and later services.
     """
-
-    command: Sequence[str]
-    names: Sequence[str]
-
-    @contextlib.contextmanager
-    def up(self, env: Mapping[str, str]) -> Iterator[None]:
-        """Run it, with `env` added to its environment; JobStageError if it does not start.
-
-        What it exports is in the environment of this process, and so in those of job stages and
-        later services.
-        """
-        process = supervised(self.command, env=env, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        former = {name: os.environ[name] for name in self.names if name in os.environ}
-        values: dict[str, str] = {}
-        try:
-            while len(values) < len(self.names) and (line := process.stdout.readline()):
-                name, _, value = line.removeprefix("export ").strip().partition("=")
-                values[name] = value
-            if values.keys() != set(self.names):
-                raise JobStageError(f"{Path(self.command[1]).name} did not start")
-            os.environ.update(values)
-            yield
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.communicate()
-            for name in self.names:
-                os.environ.pop(name, None)
-            os.environ.update(former)
+    process = supervised(command, env=env, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    former = {name: os.environ[name] for name in names if name in os.environ}
+    values: dict[str, str] = {}
+    try:
+        while len(values) < len(names) and (line := process.stdout.readline()):
+            name, _, value = line.removeprefix("export ").strip().partition("=")
+            values[name] = value
+        if values.keys() != set(names):
+            raise JobStageError(f"{Path(command[1]).name} did not start")
+        os.environ.update(values)
+        yield
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(former)
 
 
 def _memory(process: psutil.Process) -> int:
@@ -208,7 +199,8 @@ class Runner:
 
     folder: Path
     env: Mapping[str, str] = field(default_factory=dict)
-    services: Mapping[str, Service] = field(default_factory=dict)
+    # Command and exported names of each; `service` serves it.
+    services: Mapping[str, tuple[Sequence[str], Sequence[str]]] = field(default_factory=dict)
     _up: dict[str, contextlib.ExitStack] = field(default_factory=dict, init=False)
 
     def run(self, stages: Sequence[JobStage]) -> dict[str, dict[str, Any]]:
@@ -239,7 +231,7 @@ class Runner:
         for name in stage.needs:
             if name not in self._up:
                 self._up[name] = contextlib.ExitStack()
-                self._up[name].enter_context(self.services[name].up(self.env))
+                self._up[name].enter_context(service(*self.services[name], self.env))
         usage: dict[str, Any] = {"seconds": 0.0, "peak_rss_gib": 0.0, "attempts": 0}
         usage["fingerprint"] = fingerprint
         if begun.get("fingerprint") == fingerprint:

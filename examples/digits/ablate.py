@@ -151,7 +151,7 @@ def compare(flags: Flags, setting: Setting) -> dict[str, dict[str, Any]]:
 
 
 @job("learn_ablate", RuntimeError)
-def main() -> int:
+def main() -> None:
     """Run the job and print the tables."""
     flags = parse_cli(Flags, description=__doc__ or "")
     torch.set_num_threads(1)
@@ -174,7 +174,6 @@ def main() -> int:
     if report := read_json(out.parent / "report.json"):
         learn_report.write_page(out.parent, report)
         print(f"{out.parent}/report.html")
-    return 0
 
 
 if __name__ == "__main__":

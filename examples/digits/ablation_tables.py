@@ -33,14 +33,10 @@ CHARTS = {  # the unit, and the metric of real images
 SOLVER_CHARTS = ("t2i_accuracy", "fid64")
 
 
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are aligned to the right."""
-    rule = "|---|" + "---:|" * (len(head) - 1)
-    return "\n".join([_row(head), rule, *map(_row, rows)])
+    first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([first, "|---|" + "---:|" * (len(head) - 1), *others])
 
 
 def _mean(values: Sequence[float]) -> str:

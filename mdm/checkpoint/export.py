@@ -159,7 +159,7 @@ def _tokenizer(path: str, provenance: Provenance, checkpoint: str) -> bytes:
     if provenance.tokenizer:
         whose = f"the data of {checkpoint} was encoded with"
         try:
-            return check_tokenizer(path, provenance.tokenizer, whose).model()
+            return check_tokenizer(path, provenance.tokenizer, whose).file
         except ValueError as error:
             raise RunError(str(error)) from None
     exists = Path(path).is_file()

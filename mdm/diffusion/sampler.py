@@ -2,10 +2,14 @@
 
 With abar = sigmoid(log-SNR), alpha = sqrt(abar) and sigma = sqrt(1 - abar), a noisy latent is
 z = alpha z_0 + sigma eps.
+
+A solver has `levels`, float64 [evaluations]: the log-SNR at each evaluation, where z_0 is
+estimated. Its `step(i, z, z_0)` returns the z of evaluation i + 1 from z of evaluation i and its
+estimate z_0, of equal shapes. Evaluations are called in order, once each; the last one returns the
+sample.
 """
 
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,46 +18,6 @@ from mdm.diffusion.schedule import Schedule
 
 SOLVERS = ("dpmpp2m", "eq9", "ddpm")
 LOW, HIGH = -9.0, 7.0  # log-SNR beyond which an evaluation has no effect
-
-
-class Solver(Protocol):
-    """The noise levels at which z_0 is estimated, and the step of z between two of them."""
-
-    levels: Tensor  # float64 [evaluations], the log-SNR at each evaluation
-
-    def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
-        """The z of evaluation i + 1, given z of evaluation i and its estimate z_0; equal shapes.
-
-        Evaluations are called in order, once each. The last one returns the sample.
-        """
-        ...
-
-
-def make_solver(
-    name: str, table: Schedule, steps: int, noise: Callable[[int], Tensor] | None = None
-) -> Solver:
-    """A solver with at most `steps` evaluations, whatever its order.
-
-    Args:
-        name: one of `SOLVERS`.
-        table: the noise schedule whose range the grid covers.
-        steps: evaluations; Heun's rule uses an odd number of them.
-        noise: evaluation -> standard normals of z's shape, for `ddpm`.
-
-    Raises:
-        ValueError: an unknown name, too few steps, or `ddpm` without noise.
-    """
-    if name == "dpmpp2m":
-        return DPMSolverPP2M(log_snr_grid(table, steps))
-    if name == "eq9":
-        if steps < 3:
-            raise ValueError(f"sampling takes {steps} steps; solver eq9 needs at least 3")
-        return Heun(log_snr_grid(table, (steps + 1) // 2))
-    if name == "ddpm":
-        if noise is None:
-            raise ValueError("solver ddpm draws noise at every step; none was given")
-        return Ancestral(log_snr_grid(table, steps), noise)
-    raise ValueError(f"solver is {name!r}; choose one of {', '.join(SOLVERS)}")
 
 
 def log_snr_grid(schedule: Schedule, steps: int) -> Tensor:
@@ -86,7 +50,7 @@ class DPMSolverPP2M:
         self.previous: Tensor | None = None
 
     def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
-        """From level i to level i + 1; see `Solver`."""
+        """From level i to level i + 1."""
         if i == len(self.levels) - 1:
             return z_0
         h = float(self.half[i + 1] - self.half[i])
@@ -119,7 +83,7 @@ class Heun:
         self.start: tuple[Tensor, Tensor] | None = None  # y and d at the start of the step
 
     def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
-        """Predict at even evaluations and correct at odd ones; see `Solver`."""
+        """Predict at even evaluations and correct at odd ones."""
         if i == len(self.levels) - 1:
             return z_0
         y = z / float(self.alpha[i])
@@ -145,7 +109,7 @@ class Ancestral:
         self.abar, self.variance = log_snr.sigmoid(), (-log_snr).sigmoid()
 
     def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
-        """From level i to level i + 1; see `Solver`."""
+        """From level i to level i + 1."""
         if i == len(self.levels) - 1:
             return z_0
         a = (self.abar[i] / self.abar[i + 1]).sqrt()
@@ -154,3 +118,28 @@ class Ancestral:
         push = self.abar[i + 1].sqrt() * v / self.variance[i]
         spread = (self.variance[i + 1] * v / self.variance[i]).sqrt()
         return float(keep) * z + float(push) * z_0 + float(spread) * self.noise(i)
+
+
+Solver = DPMSolverPP2M | Heun | Ancestral
+
+
+def make_solver(name: str, table: Schedule, steps: int, noise: Callable[[int], Tensor]) -> Solver:
+    """A solver with at most `steps` evaluations, whatever its order.
+
+    Args:
+        name: one of `SOLVERS`.
+        table: the noise schedule whose range the grid covers.
+        steps: evaluations; Heun's rule uses an odd number of them.
+        noise: evaluation -> standard normals of z's shape, for `ddpm`.
+
+    Raises:
+        ValueError: too few steps.
+    """
+    if name == "dpmpp2m":
+        return DPMSolverPP2M(log_snr_grid(table, steps))
+    if name == "eq9":
+        if steps < 3:
+            raise ValueError(f"sampling takes {steps} steps; solver eq9 needs at least 3")
+        return Heun(log_snr_grid(table, (steps + 1) // 2))
+    assert name == "ddpm", name
+    return Ancestral(log_snr_grid(table, steps), noise)

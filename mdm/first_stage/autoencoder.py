@@ -55,9 +55,11 @@ def save(model: nn.Module, folder: Path, mean: list[float], std: list[float]) ->
 class Autoencoder:
     """Encode and decode with a local folder in diffusers' format, without gradients."""
 
-    def __init__(self, model: nn.Module, facts: FirstStage) -> None:
+    def __init__(self, model: nn.Module, facts: FirstStage, device: str) -> None:
         """Wrap a model; use `load` to read a folder."""
-        self._model = cast(Any, model.eval().requires_grad_(False))
+        self._model = cast(Any, model.eval().requires_grad_(False).to(device))
+        if device == "cpu":
+            self._model.to(memory_format=torch.channels_last)
         self.sha256, self.image_size, self.factor = facts.sha256, facts.image_size, facts.factor
         self.grid, self.latent_dim = facts.grid, facts.latent_dim
         config = self._model.config
@@ -66,8 +68,8 @@ class Autoencoder:
         # has one scale and shift for all of them.
         mean = config.latents_mean or [config.shift_factor or 0.0] * channels
         std = config.latents_std or [1.0 / config.scaling_factor] * channels
-        self._mean = torch.tensor(mean).view(1, channels, 1, 1)
-        self._std = torch.tensor(std).view(1, channels, 1, 1)
+        self._mean = torch.tensor(mean, device=device).view(1, channels, 1, 1)
+        self._std = torch.tensor(std, device=device).view(1, channels, 1, 1)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> Self:
@@ -82,15 +84,7 @@ class Autoencoder:
         except (OSError, ValueError, RuntimeError) as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise ValueError(f"autoencoder {folder}: {lines[0]}") from None
-        return cls(model, facts).to(device)
-
-    def to(self, device: str | torch.device) -> Self:
-        """Move to a device, and return self."""
-        self._model.to(device)
-        if torch.device(device).type == "cpu":
-            self._model.to(memory_format=torch.channels_last)
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
-        return self
+        return cls(model, facts, device)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:

@@ -29,13 +29,10 @@ class Corpus:
     train_lines: int = 0
     held_out_lines: int = 0
 
-    def train(self) -> Iterator[str]:
-        """The training lines, shuffled."""
-        return _lines(self.folder / "train.txt")
-
-    def held_out(self) -> Iterator[str]:
-        """The lines held out for measurements."""
-        return _lines(self.folder / "held_out.txt")
+    def lines(self, file: str) -> Iterator[str]:
+        """The lines of `train.txt`, shuffled, or of `held_out.txt`, for measurements."""
+        with (self.folder / file).open(encoding="utf-8", newline="\n") as lines:
+            yield from (line.rstrip("\n") for line in lines)
 
 
 def build(texts: Iterable[str], folder: Path) -> Corpus:
@@ -62,7 +59,7 @@ def build(texts: Iterable[str], folder: Path) -> Corpus:
     ):
         for part in parts:
             seen: set[int] = set()
-            for key, line in sorted((_hash(line), line) for line in _lines(part)):
+            for key, line in sorted((_hash(line), line) for line in corpus.lines(part.name)):
                 if key in seen:
                     corpus.dropped["duplicate"] += 1
                     continue
@@ -105,9 +102,3 @@ def _cut(line: str) -> Iterator[str]:
 def _hash(line: str) -> int:
     folded = line.casefold().encode()
     return int.from_bytes(hashlib.blake2b(folded, digest_size=8).digest(), "little")
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            yield line.rstrip("\n")

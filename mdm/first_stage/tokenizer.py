@@ -94,11 +94,11 @@ class Tokenizer:
 
     def __init__(self, path: str | Path) -> None:
         """Load a `.model` file; ValueError where it is missing or not one of ours."""
-        self._data = data = read_model(path)
-        self.sha256 = hashlib.sha256(data).hexdigest()
+        self.file = read_model(path)  # the bytes of the `.model` file
+        self.sha256 = hashlib.sha256(self.file).hexdigest()
         self._model = spm.SentencePieceProcessor()
         try:
-            self._model.LoadFromSerializedProto(data)
+            self._model.LoadFromSerializedProto(self.file)
         except RuntimeError:
             raise ValueError(f"tokenizer {path}: not a SentencePiece model") from None
         ids = [self._model.unk_id(), self._model.pad_id(), self._model.eos_id()]
@@ -113,10 +113,6 @@ class Tokenizer:
         layout = {self._model.piece_to_id(piece): text for piece, text in _LAYOUT.items()}
         self._layout = {} if UNK in layout else layout
         self._layout_ids = {text: token for token, text in self._layout.items()}
-
-    def model(self) -> bytes:
-        """The `.model` file."""
-        return self._data
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without EOS; never PAD, EOS, USER or ASSISTANT, whatever the text.

@@ -67,21 +67,21 @@ def train(config: TrainTokenizerConfig) -> dict[str, Any]:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".corpus-") as folder:
-        lines = corpus.build(texts(config.datasets), Path(folder))
-        if not lines.train_lines:
+        cleaned = corpus.build(texts(config.datasets), Path(folder))
+        if not cleaned.train_lines:
             raise ValueError(f"{' '.join(config.datasets)}: no usable text for a tokenizer")
-        model = train_model(lines.train(), config.vocab_size)
+        model = train_model(cleaned.lines("train.txt"), config.vocab_size)
         partial = Path(folder) / "tokenizer.model"
         partial.write_bytes(model)
         tokenizer = Tokenizer(partial)
         report = {
             "vocab_size": tokenizer.vocab_size,
             "sha256": tokenizer.sha256,
-            "lines": lines.read,
-            "dropped": dict(lines.dropped),
-            "train_lines": lines.train_lines,
-            "held_out_lines": lines.held_out_lines,
-            "held_out": measure(tokenizer, lines.held_out()),
+            "lines": cleaned.read,
+            "dropped": dict(cleaned.dropped),
+            "train_lines": cleaned.train_lines,
+            "held_out_lines": cleaned.held_out_lines,
+            "held_out": measure(tokenizer, cleaned.lines("held_out.txt")),
             "seconds": round(time.perf_counter() - started, 2),
         }
         shutil.move(partial, out / "tokenizer.model")

@@ -49,10 +49,14 @@ def denoise(
     """
     state = _State(model, request.complete(model.network.config), sampling, self_conditions)
     i = 0
-    while i < state.end:
+    while i < max(state.image_track.end, state.text_track.end):
         state.step(i)
         i += 1
-    return Generated(state.latents(), state.known, state.selected(i))
+    latents = settled = None
+    if state.image is not None:
+        latents = model.vae.decode_image(model.vae.denormalize_image(state.image))
+        settled = state.settled_img.when
+    return Generated(latents, state.known, Selected(settled, state.settled_txt.when, i))
 
 
 class _Track:
@@ -62,13 +66,13 @@ class _Track:
     """
 
     def __init__(self, mode: str, solvers: list[Solver], start: int = 0) -> None:
-        self.mode, self.solvers, self.start = mode, solvers, start
+        self.mode, self.solvers, self.start = mode, solvers, start  # no solvers: not generated
         self.round = len(solvers[0].levels) if solvers else 0  # evaluations of a block
-        self.end = start + len(solvers) * self.round if solvers else 0
+        self.end = start + len(solvers) * self.round
 
     def active(self, i: int) -> bool:
         """Whether evaluation i moves it."""
-        return self.mode == GENERATED and self.start <= i < self.end
+        return self.start <= i < self.end
 
     def level(self, i: int) -> float:
         """Its log-SNR at evaluation i, as the network reads it."""
@@ -145,11 +149,6 @@ class _State:
         self.text = torch.where(self.prompt.unsqueeze(-1), self.means[self.known], self.noise_txt)
         self.estimate = torch.zeros_like(self.text)
         self.last_tokens: Tensor | None = None
-
-    @property
-    def end(self) -> int:
-        """Evaluations of the loop."""
-        return max(self.image_track.end, self.text_track.end)
 
     def step(self, i: int) -> None:
         """Evaluation i: from each active modality's noise level to its next."""
@@ -282,14 +281,3 @@ class _State:
         prediction = self.network(text, class_ids, images)
         v = None if prediction.image is None else prediction.image.float()
         return v, text_logits(prediction.text, self.means, self.bias)
-
-    def latents(self) -> Tensor | None:
-        """First-stage latents of the image, [b, n, c]."""
-        if self.image is None:
-            return None
-        return self.vae.decode_image(self.vae.denormalize_image(self.image))
-
-    def selected(self, evaluations: int) -> Selected:
-        """When each token settled."""
-        image = None if self.image is None else self.settled_img.when
-        return Selected(image, self.settled_txt.when, evaluations)

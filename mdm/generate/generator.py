@@ -14,9 +14,11 @@ from mdm.checkpoint.export import TOKENIZER, read_provenance, write_export
 from mdm.checkpoint.state import TrainState
 from mdm.config import Config, from_dict
 from mdm.data.provenance import Provenance, check_tokenizer
+from mdm.first_stage.autoencoder import Autoencoder
+from mdm.first_stage.pixel_patches import PixelPatches
 from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer
 from mdm.generate.denoise import denoise
-from mdm.generate.loading import Decodes, load_first_stage, load_model
+from mdm.generate.loading import load_first_stage, load_model
 from mdm.generate.request import ABSENT, GENERATED, GIVEN, Request, Sampling
 from mdm.generate.selection import Selected
 from mdm.model.mdm import MDM
@@ -53,7 +55,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         settings: Config,
         model: MDM,
         pieces: Tokenizer,
-        first_stage: Decodes | None,
+        first_stage: Autoencoder | PixelPatches | None,
         *,
         precision: str = AUTO,
         provenance: Provenance = Provenance(),  # noqa: B008 - frozen
@@ -141,7 +143,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             self.config,
             TrainState(),
             {"ema": weights},
-            self.tokenizer.model(),
+            self.tokenizer.file,
             self.provenance,
             replace=False,
         )

@@ -2,24 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Protocol
 
 from safetensors.torch import load_file
-from torch import Tensor
 
 from mdm.config import Config
 from mdm.data.provenance import Provenance, check_autoencoder
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.folder import PIXELS
 from mdm.model.mdm import MDM
-
-
-class Decodes(Protocol):
-    """Turns latents into images: `mdm.first_stage.autoencoder.Autoencoder`, or pixel patches."""
-
-    def decode(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Pixels f32 [b, 3, h, w] in [0, 1] of latents [b, n, c]."""
-        ...
 
 
 def load_model(folder: Path, config: Config, compiled: bool = False) -> MDM:
@@ -41,7 +31,7 @@ def load_model(folder: Path, config: Config, compiled: bool = False) -> MDM:
     return model
 
 
-def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Decodes | None:
+def load_first_stage(path: str, provenance: Provenance, folder: Path) -> Autoencoder | None:
     """The autoencoder at `path`, None if the training data held no images.
 
     Raises:

@@ -3,6 +3,8 @@
 A missing kernel raises ImportError; there is no silent fallback to torch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Unpack
 
 import torch
@@ -10,8 +12,6 @@ from torch import Tensor
 
 from mdm.kernels import conv
 from mdm.kernels.ssd import Options, check
-
-INSTALL = 'pip install -c infra/constraints.txt --no-build-isolation ".[gpu]"'
 
 
 def ssd(
@@ -26,10 +26,8 @@ def ssd(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`mdm.kernels.ssd.ssd` with mamba_ssm's Triton kernel; same arguments and results."""
     check(x, dt, A, B, C, chunk_size, **options)
-    try:
+    with _needs("mamba_ssm"):
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError as error:
-        raise missing("mamba_ssm", error) from error
     options["seq_idx"] = _kernel_seq_idx(options.get("seq_idx"))
     result: Tensor | tuple[Tensor, Tensor]
     result = mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, **options)
@@ -42,10 +40,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
     The kernel supports 2 to 4 taps and multiples of 8 channels, and raises an error for others.
     """
     conv.check(x, weight, bias, seq_idx)
-    try:
+    with _needs("causal_conv1d"):
         from causal_conv1d import causal_conv1d_fn
-    except ImportError as error:
-        raise missing("causal_conv1d", error) from error
     # The kernel reads [b, channels, l]. With seq_idx, channels must be contiguous in memory, as in
     # the transpose of a contiguous [b, l, channels]. Weight and bias share one dtype, which may
     # differ from x's.
@@ -61,20 +57,23 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, seq_idx: Tensor | None 
 
 def stock_mixer(**sizes: Any) -> torch.nn.Module:
     """`mamba_ssm.Mamba2`, a module that can load one slice of our stacked parameters."""
-    try:
+    with _needs("mamba_ssm"):
         from mamba_ssm.modules.mamba2 import Mamba2
-    except ImportError as error:
-        raise missing("mamba_ssm", error) from error
     mixer: torch.nn.Module = Mamba2(**sizes)
     return mixer
 
 
-def missing(package: str, error: ImportError) -> ImportError:
-    """The error for a configured kernel that cannot be imported on this machine."""
-    return ImportError(
-        f"model.kernel is 'fused' but {package} does not load ({error}); "
-        f"on a CUDA machine run `{INSTALL}`, or set --model.kernel torch"
-    )
+@contextmanager
+def _needs(package: str) -> Iterator[None]:
+    """Import a configured kernel inside; an ImportError says what to do without it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"model.kernel is 'fused' but {package} does not load ({error}); on a CUDA machine run "
+            '`pip install -c infra/constraints.txt --no-build-isolation ".[gpu]"`, or set '
+            "--model.kernel torch"
+        ) from error
 
 
 def _kernel_seq_idx(seq_idx: Tensor | None) -> Tensor | None:

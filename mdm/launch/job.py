@@ -28,8 +28,8 @@ P = ParamSpec("P")
 
 def job(
     name: str, *mistakes: type[Exception], advice: str = ""
-) -> Callable[[Callable[P, int]], Callable[P, int]]:
-    """Decorate a job's `main`, which returns its exit code.
+) -> Callable[[Callable[P, int | None]], Callable[P, int]]:
+    """Decorate a job's `main`, which returns its exit code, or None for 0.
 
     Args:
         name: begins the line that says why the job ended.
@@ -38,14 +38,14 @@ def job(
     """
     expected: tuple[type[Exception], ...] = (OSError, *mistakes)
 
-    def decorate(main: Callable[P, int]) -> Callable[P, int]:
+    def decorate(main: Callable[P, int | None]) -> Callable[P, int]:
         @functools.wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> int:
             handled = signal.getsignal(signal.SIGINT) is _leave
             if handled:
                 signal.signal(signal.SIGINT, _interrupt)
             try:
-                code = main(*args, **kwargs)
+                code = main(*args, **kwargs) or 0
                 if sys.stdout is not None:
                     sys.stdout.flush()
                 return code

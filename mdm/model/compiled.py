@@ -3,9 +3,9 @@
 import struct
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Generic, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -15,22 +15,14 @@ T = TypeVar("T")
 _LINKING = 20.0  # seconds after which an incomplete library is no longer being written
 
 
-class Compiled(Generic[P, T]):
-    """`function`, compiled at its first call with each set of shapes."""
-
-    def __init__(self, function: Callable[P, T]) -> None:
-        self._function = function
-        self._run: Callable[P, T] | None = None
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        """The function's result."""
-        if self._run is None:
-            _prepare()
-            self._run = torch.compile(self._function, dynamic=False)
-        return self._run(*args, **kwargs)
+@cache
+def compiled(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, compiled at its first call with each set of shapes; made once a process."""
+    _prepare()
+    return torch.compile(function, dynamic=False)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _prepare() -> None:
     """Prepare the cache, once a process, before anything is compiled or read from it."""
     # Imported here: they take a second, and only compiled blocks need them.

@@ -20,13 +20,7 @@ class Macs(NamedTuple):
 
 
 def trunk_macs(config: ModelConfig, length: int) -> Macs:
-    """Multiply-accumulates of all blocks over `length` tokens; a training step takes three times.
-
-    Raises:
-        ValueError: an empty sequence.
-    """
-    if length < 1:
-        raise ValueError(f"length is {length}; it must be at least 1")
+    """Multiply-accumulates of all blocks over `length` tokens; thrice in a training step."""
     count = _attention_block if config.decoder == "transformer" else _mamba_block
     blocks = [count(config, len(scans), length) for scans in block_scans(config)]
     skips = config.n_layer // 2 if config.long_skip else 0

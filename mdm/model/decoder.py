@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mdm.config import ModelConfig
 from mdm.model.attention import AttentionBlock
-from mdm.model.compiled import Compiled
+from mdm.model.compiled import compiled
 from mdm.model.embedding import Embed
 from mdm.model.inputs import ImageInput, TextInput
 from mdm.model.mamba2 import Mamba2, Weights, mix
 from mdm.model.scan_order import parse_scans
-from mdm.model.sequence import Layout, Order, Patterns, TextRows, pack_order, text_rows
+from mdm.model.sequence import Layout, Order, Patterns, pack_order, scan_order
 
 EQ17_LEVEL = 8.0  # log-SNR above which Eq. 17's term no longer grows: a token is certain there
 
@@ -78,10 +78,6 @@ def residual(
     return x + total / u.shape[2]
 
 
-# Compiled once for all blocks: they differ in weights, not in shapes.
-_compiled_residual = Compiled(residual)
-
-
 class Block(nn.Module):
     """x + the mean over its scans of Mamba2(RMSNorm(x)): a mixer for each scan, in one call."""
 
@@ -95,8 +91,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, scan: Order, seq_idx: Tensor | None = None) -> Tensor:
         """[b, l, d] -> [b, l, d]."""
-        # The length of packed rows changes at every evaluation: not worth compiling.
-        run = _compiled_residual if self.compiled and seq_idx is None else residual
+        # Once for all blocks: they differ in weights, not in shapes. Not for packed rows, whose
+        # length changes at every evaluation.
+        run = compiled(residual) if self.compiled and seq_idx is None else residual
         return run(x, self.norm, self.mixer.weights, scan, seq_idx, **self.mixer.settings)
 
 
@@ -135,21 +132,18 @@ class Trunk(nn.Module):
         Tokens outside `keep` bool [b, l] are returned unchanged and reach no other token: the rest
         of all samples runs as one packed row.
         """
-        orders = {scans: layout.order(scans, x.device) for scans in set(self.scans)}
+        orders = {scans: scan_order(layout, scans, x.device) for scans in set(self.scans)}
         if keep is None:
-            return self._run(x, orders, None)
+            return self.run(x, orders, None)
         sample = keep.nonzero()[:, 0].unsqueeze(0)
         packed = {scans: pack_order(order.order, keep) for scans, order in orders.items()}
-        row = self._run(x[keep].unsqueeze(0), packed, sample)
+        row = self.run(x[keep].unsqueeze(0), packed, sample)
         x = x.to(row.dtype, copy=True)
         x[keep] = row[0]
         return x
 
-    def packed(self, x: Tensor, rows: TextRows) -> Tensor:
-        """[1, l, d] -> [1, l, d]: rows of packed texts end to end, none of which reads another."""
-        return self._run(x, rows.orders, rows.seq_idx)
-
-    def _run(self, x: Tensor, orders: dict[Patterns, Order], seq_idx: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, orders: dict[Patterns, Order], seq_idx: Tensor | None) -> Tensor:
+        """[b, l, d] -> [b, l, d]; with `seq_idx`, x is [1, l, d] as in `residual`."""
         first = len(self.blocks) - len(self.skips)
         kept: list[Tensor] = []
         for i, (block, scans) in enumerate(zip(self.blocks, self.scans, strict=True)):
@@ -200,7 +194,8 @@ class Decoder(nn.Module):
         """
         grids: list[Tensor] = []
         if (rows := text.rows) is not None:
-            x = self.trunk.packed(self.embed.packed(text, class_ids, rows), rows).squeeze(0)
+            x = self.embed.packed(text, class_ids, rows)
+            x = self.trunk.run(x, rows.orders, rows.seq_idx).squeeze(0)
             tokens = x[rows.place.clamp(max=len(x) - 1)]
             tokens = F.rms_norm(tokens, tokens.shape[-1:], self.norm, eps=1e-5)
         else:
@@ -218,10 +213,6 @@ class Decoder(nn.Module):
             h = h + spread.unsqueeze(-1) * text.z_t
         v = torch.cat([self.image_out(grid) for grid in grids], 1) if grids else None
         return Prediction(v, h)
-
-    def rows(self, text_of: Tensor, count: int, device: torch.device | str) -> TextRows:
-        """The rows of `count` packed texts, for `TextInput`; see `text_rows`."""
-        return text_rows(text_of, count, self.trunk.scans, device)
 
     def _eq17(self, level: Tensor) -> Tensor:
         """The multiple of z_t that Eq. 17 with eps_hat = 0 adds to h, [b].

@@ -40,7 +40,10 @@ def mix(
     zoh: bool,
     fused_kernels: bool,
 ) -> Tensor:
-    """The mixers of all scans as a pure function: u [b, l, s, d] -> [b, l, s, d]."""
+    """The mixers of all scans as a pure function: u [b, l, s, d] -> [b, l, s, d].
+
+    `u` is in each scan's order; `seq_idx` [b, l] keeps packed texts apart.
+    """
     b, length, s, _ = u.shape
     d_inner = w.norm.shape[1]
     causal_conv: Any = fused.causal_conv if fused_kernels else conv.causal_conv
@@ -98,7 +101,10 @@ class _Stacked(nn.Module):
 
 
 class Mamba2(nn.Module):
-    """`n_scans` mixers; slice k of each parameter loads into a stock `mamba_ssm.Mamba2` by name."""
+    """The parameters of `n_scans` mixers, for `mix`.
+
+    Slice k of each loads into a stock `mamba_ssm.Mamba2` by name.
+    """
 
     def __init__(self, config: ModelConfig, n_scans: int) -> None:
         super().__init__()
@@ -148,23 +154,3 @@ class Mamba2(nn.Module):
             self.norm.weight,
             self.out_proj.weight,
         )
-
-    def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-        """Mix along l, each scan with its own weights.
-
-        Args:
-            u: [b, l, s, d], already in each scan's order.
-            seq_idx: [b, l] integers that keep packed texts apart.
-
-        Returns:
-            [b, l, s, d].
-
-        Raises:
-            ValueError: u has another shape.
-        """
-        s, _, d = self.in_proj.weight.shape
-        if u.dim() != 4 or u.shape[2:] != (s, d):
-            raise ValueError(
-                f"u has shape {tuple(u.shape)}; the mixers read [batch, length, {s} scans, {d}]"
-            )
-        return mix(u, self.weights, seq_idx, **self.settings)

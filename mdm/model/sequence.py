@@ -80,10 +80,6 @@ class Layout(NamedTuple):
         order = torch.cat(parts[::-1] if reverse else parts)
         return order, order.argsort()
 
-    def order(self, patterns: Patterns, device: torch.device) -> Order:
-        """`scan` of each of a block's scans, on `device`."""
-        return _order(self, patterns, device)
-
     def split(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """[b, l, d] -> the text [b, m, d], and each image [b, n / i, d]."""
         start = HEAD + 1
@@ -129,7 +125,8 @@ def pack_order(order: Tensor, keep: Tensor) -> Order:
 
 
 @lru_cache(maxsize=256)
-def _order(layout: Layout, patterns: Patterns, device: torch.device) -> Order:
+def scan_order(layout: Layout, patterns: Patterns, device: torch.device) -> Order:
+    """`Layout.scan` of each of a block's scans, on `device`."""
     orders, inverses = zip(*(layout.scan(*pattern) for pattern in patterns), strict=True)
     return Order(torch.stack(orders, 1).to(device), torch.stack(inverses, 1).to(device))
 
@@ -187,7 +184,7 @@ def text_rows(
     keep = layout.mask(torch.arange(m, device=here) < length.unsqueeze(1), None)
 
     def order(scans: Patterns) -> Order:
-        packed, _ = pack_order(layout.order(scans, here).order, keep)
+        packed, _ = pack_order(scan_order(layout, scans, here).order, keep)
         flat = torch.arange(r * width, device=here).unsqueeze(1).repeat(1, len(scans))
         flat[used] = used[packed]
         return Order(*(t.to(device, non_blocking=True) for t in (flat, flat.argsort(0))))

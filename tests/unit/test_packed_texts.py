@@ -117,7 +117,7 @@ def test_a_text_does_not_depend_on_its_neighbours(decoder: str) -> None:
     batch = packed()
     z, count = torch.randn(ROWS, LENGTH, 16), len(batch.ids)
     level, classes = torch.linspace(-2, 2, count), torch.full((count,), -1)
-    rows = network.rows(batch.text_of, count, "cpu")
+    rows = text_rows(batch.text_of, count, network.trunk.scans)
     row = next(r for r in range(ROWS) if len(batch.text_of[r].unique()) > 2)
     own = batch.text_of == batch.text_of[row, 0]
 

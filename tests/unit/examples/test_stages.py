@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from examples.demo.stages import JobStage, JobStageError, Runner, Service, end_leftovers
+from examples.demo.stages import JobStage, JobStageError, Runner, end_leftovers
 
 ROOT = Path(__file__).parents[3]
 
@@ -94,7 +94,7 @@ def test_a_service_is_up_from_the_first_to_the_last_job_stage_that_needs_it(
 ) -> None:
     monkeypatch.setenv("SERVED", "before")
     account = tmp_path / "account"
-    service = Service((sys.executable, "-c", SERVER, str(account)), ("SERVED",))
+    service = ((sys.executable, "-c", SERVER, str(account)), ("SERVED",))
     runner = Runner(tmp_path / "stages", services={"server": service})
 
     def stage(name: str, needs: tuple[str, ...], expected: str) -> JobStage:
@@ -110,7 +110,7 @@ def test_a_service_is_up_from_the_first_to_the_last_job_stage_that_needs_it(
 
 
 def test_a_service_that_does_not_start_fails_its_job_stage(tmp_path: Path) -> None:
-    service = Service((sys.executable, "-c", "print('export OTHER=1')"), ("SERVED",))
+    service = ((sys.executable, "-c", "print('export OTHER=1')"), ("SERVED",))
     runner = Runner(tmp_path / "stages", services={"server": service})
     with pytest.raises(JobStageError, match="did not start"):
         runner.run([JobStage("a", "a", (sys.executable, "-c", ""), needs=("server",))])

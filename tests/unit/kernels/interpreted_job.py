@@ -16,7 +16,7 @@ load()
 
 from mdm.config import ModelConfig  # noqa: E402
 from mdm.kernels import conv, fused, ssd  # noqa: E402
-from mdm.model.mamba2 import Mamba2  # noqa: E402
+from mdm.model.mamba2 import Mamba2, mix  # noqa: E402
 
 Pairs = dict[str, tuple[Tensor, Tensor]]  # name -> (mamba_ssm's, ours)
 LENGTH, CHUNK = 24, 16  # the last chunk is not full
@@ -69,13 +69,16 @@ def mixer() -> Pairs:
     stock.load_state_dict({name: p[1] for name, p in ours.state_dict().items()}, strict=True)
     u = torch.randn(1, LENGTH, 16)
 
-    def run(module: torch.nn.Module, select: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def slice_1_of_ours(x: Tensor) -> Tensor:
+        scans = x.unsqueeze(2).expand(-1, -1, 3, -1)
+        return mix(scans, ours.weights, None, **ours.settings)[:, :, 1]
+
+    def run(module: torch.nn.Module, forward: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         x = u.clone().requires_grad_()
-        y = select(module(x.unsqueeze(2).expand(-1, -1, 3, -1) if module is ours else x))
+        y = forward(x)
         return {"y": y} | gradients([y], {"u": x} | dict(module.named_parameters()))
 
-    theirs = run(stock, lambda y: y)
-    slice_1 = run(ours, lambda y: y[:, :, 1])
+    theirs, slice_1 = run(stock, stock), run(ours, slice_1_of_ours)
     return {
         name: (theirs[name].detach(), (t if name in ("y", "u") else t[1]).detach())
         for name, t in slice_1.items()

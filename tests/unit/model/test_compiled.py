@@ -10,9 +10,9 @@ import torch
 
 CALL = """
 import torch
-from mdm.model.compiled import Compiled
+from mdm.model.compiled import compiled
 x = torch.arange(64.0, requires_grad=True)
-y = Compiled(lambda x: (x.sin() * x).sum())(x)
+y = compiled(lambda x: (x.sin() * x).sum())(x)
 y.backward()
 assert torch.allclose(x.grad, x.cos() * x + x.sin())
 print(torch.compiler.config.cache_key_tag)

@@ -40,8 +40,3 @@ def test_transformer():
     macs = trunk_macs(config, 96)
     assert counted(config, 96) == macs.products + macs.mixing
     assert trunk_macs(config, 192).mixing == 4 * macs.mixing
-
-
-def test_an_empty_sequence_is_refused():
-    with pytest.raises(ValueError, match="length is 0"):
-        trunk_macs(SMALL, 0)

@@ -14,7 +14,7 @@ from mdm.diffusion.score_entropy import log_ratio_vocabulary, log_score_ratio
 from mdm.model.count import trunk_macs
 from mdm.model.decoder import Decoder
 from mdm.model.inputs import ImageInput, TextInput
-from mdm.model.sequence import Layout
+from mdm.model.sequence import Layout, scan_order
 from mdm.presets import DEV_1GPU, MDM_1B, MDM_7B
 from tests.helpers import ROOT
 
@@ -171,7 +171,7 @@ def test_long_skips_join_mirrored_blocks():
         torch.nn.init.normal_(skip.weight, std=0.1)
 
     def run(i, x):
-        return blocks[i](x, LAYOUT.order(skipping.scans[i], x.device))
+        return blocks[i](x, scan_order(LAYOUT, skipping.scans[i], x.device))
 
     first = run(0, x)
     second = run(1, first)

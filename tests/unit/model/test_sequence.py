@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mdm.config import ModelConfig
 from mdm.model.decoder import Decoder, Trunk
 from mdm.model.inputs import ImageInput, TextInput
-from mdm.model.sequence import Layout, Order, join
+from mdm.model.sequence import Layout, Order, join, scan_order
 
 M = 6
 LAYOUT = Layout(M, 1, (3, 4))
@@ -68,7 +68,7 @@ def test_each_sample_runs_as_if_alone_without_its_dropped_tokens(scan_mode):
     for i in range(3):
         alone = x[i : i + 1, keep[i]]
         for block, scans in zip(blocks.blocks, blocks.scans, strict=True):
-            full = LAYOUT.order(scans, x.device).order
+            full = scan_order(LAYOUT, scans, x.device).order
             place = keep[i].cumsum(0) - 1
             order = torch.stack([place[s[keep[i][s]]] for s in full.T], 1)
             alone = block(alone, Order(order, order.argsort(0)))
