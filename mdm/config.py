@@ -148,7 +148,7 @@ def _check_unique(sources: tuple[SourceConfig, ...], where: str) -> None:
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class MixtureStageConfig:
     """A mixture stage: the mixture from a step on; data sets that it does not name are unused."""
 
     step: int
@@ -175,7 +175,7 @@ class DataConfig:
     caption_length: int = doc(16, "text tokens beside an image", POSITIVE)
     dialogue_length: int = doc(48, "text tokens of a text-only sample or packed row", POSITIVE)
     texts_per_row: int = doc(1, "text-only samples per row; above 1 they are packed", POSITIVE)
-    mixture_stages: tuple[StageConfig, ...] = doc(
+    mixture_stages: tuple[MixtureStageConfig, ...] = doc(
         (), "other mixtures from later steps on: step=name:weight,name:weight;step=..."
     )
     cache_dir: str = doc("", "local folder that caches S3 objects, shared by a node's ranks")

@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 
-from mdm.config import DataConfig, SourceConfig, StageConfig, doc
+from mdm.config import DataConfig, MixtureStageConfig, SourceConfig, doc
 from mdm.data.manifest import ManifestError
 from mdm.data.mixture import Mixture, open_mixture
 from mdm.data.order import SampleOrder
@@ -28,7 +28,9 @@ class Flags:
     sources: tuple[SourceConfig, ...] = field(
         metadata={"help": "the run's name:weight,name:weight; names are folders of --data"}
     )
-    mixture_stages: tuple[StageConfig, ...] = doc((), "the run's step=name:weight,...;step=...")
+    mixture_stages: tuple[MixtureStageConfig, ...] = doc(
+        (), "the run's step=name:weight,...;step=..."
+    )
     seed: int = doc(0, "the run's seed")
     global_batch: int = doc(64, "samples per step over all ranks; packed texts: rows")
     texts_per_row: int = doc(1, "text-only samples per row; above 1 they are packed")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from mdm.config import SourceConfig, StageConfig
+from mdm.config import MixtureStageConfig, SourceConfig
 from mdm.utils.uri import folder_of
 
 BOOLEANS = ("true", "false")  # values of the former spelling, `--plan true`
@@ -66,12 +66,14 @@ def read_sources(text: str) -> tuple[SourceConfig, ...]:
     return tuple(SourceConfig(name, float(weight)) for name, weight in pairs)
 
 
-def read_stages(text: str) -> tuple[StageConfig, ...]:
+def read_stages(text: str) -> tuple[MixtureStageConfig, ...]:
     """The mixture stages of `step=name:weight,...;step=...`; ValueError if it is not written so."""
     stages = [item.partition("=") for item in re.split(r";(?=\s*\d+=|\s*$)", text) if item]
     if not all(step.strip().isdigit() and equals for step, equals, _ in stages):
         raise ValueError(f"{text!r} is not step=name:weight,name:weight;step=...")
-    return tuple(StageConfig(int(step), read_sources(sources)) for step, _, sources in stages)
+    return tuple(
+        MixtureStageConfig(int(step), read_sources(sources)) for step, _, sources in stages
+    )
 
 
 def show_sources(sources: Iterable[SourceConfig]) -> str:
@@ -92,7 +94,7 @@ SPECS: dict[Any, Any] = {
     tuple[SourceConfig, ...]: _spec(
         1, "NAME:WEIGHT,...", lambda words: read_sources(words[0]), lambda s: [show_sources(s)]
     ),
-    tuple[StageConfig, ...]: _spec(
+    tuple[MixtureStageConfig, ...]: _spec(
         1,
         "STEP=NAME:WEIGHT,...;...",
         lambda words: read_stages(words[0]),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mdm.config import DataConfig, SourceConfig, StageConfig, to_dict
+from mdm.config import DataConfig, MixtureStageConfig, SourceConfig, to_dict
 from mdm.data.mixture import open_mixture
 from mdm.data.order import SampleOrder
 from mdm.data.resume import ResumeError
@@ -23,7 +23,7 @@ from tests.unit.data.elastic_job import LENGTHS, live
 RANKS = (1, 2, 3, 8)
 SETTINGS = tuple({"prefetch": p, "threads": t} for p, t in product((1, 8), (1, 4)))
 FIRST = (SourceConfig("images", 0.5), SourceConfig("talk", 0.5))
-LATER = StageConfig(
+LATER = MixtureStageConfig(
     14, (SourceConfig("images", 0.25), SourceConfig("talk", 0.4), SourceConfig("late", 0.35))
 )
 STEPS = 40
