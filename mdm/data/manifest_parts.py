@@ -67,6 +67,26 @@ class LazySequence(Sequence[T]):
         return self.item(range(len(self))[index])
 
 
+class BatchList(LazySequence[BatchInfo]):
+    """The record batches of a shard: to read one, the others need not be built."""
+
+    def __init__(self, shard: dict[str, Any], batch_rows: int) -> None:
+        self._shard, self._batch_rows = shard, batch_rows
+
+    def __len__(self) -> int:
+        return len(self._shard["offsets"]) - 1
+
+    def item(self, index: int) -> BatchInfo:
+        """Where a record batch lies."""
+        at, end = self._shard["offsets"][index : index + 2].tolist()
+        rows = min(self._batch_rows, self._shard["rows"] - index * self._batch_rows)
+        checksum = self._shard["xxh3"][index * _DIGITS : (index + 1) * _DIGITS]
+        return BatchInfo(at, end - at, rows, checksum)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+
 class ShardPart(LazySequence[ShardInfo]):
     """Consecutive shards. A record batch has `batch_rows` rows, a shard's last one maybe fewer."""
 
@@ -82,13 +102,7 @@ class ShardPart(LazySequence[ShardInfo]):
     def item(self, index: int) -> ShardInfo:
         """A shard."""
         s = self._shards[index]
-        ends, full = pairwise(s["offsets"].tolist()), self._batch_rows
-        batches = tuple(
-            BatchInfo(
-                at, end - at, min(full, s["rows"] - i * full), s["xxh3"][_DIGITS * i :][:_DIGITS]
-            )
-            for i, (at, end) in enumerate(ends)
-        )
+        batches = BatchList(s, self._batch_rows)
         return ShardInfo(s["key"], s["rows"], s["bytes"], s["sha256"], batches)
 
     @staticmethod

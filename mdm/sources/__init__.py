@@ -55,9 +55,10 @@ def held_out_split(name: str, root: Path) -> str:
 
 def _has_split(reader: Reader, root: Path, split: str) -> bool:
     try:
-        return bool(reader.units(root, split))
+        reader.units(root, split)
     except ValueError:
         return False
+    return True
 
 
 def read(unit: Unit) -> Iterator[RawRecord | BadRecord]:

@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
@@ -139,7 +138,7 @@ class Images(ExitStack):
         self._root = root
         self._zips: list[tuple[str, zipfile.ZipFile]] = []
         self._damage = ""
-        self.read = lru_cache(maxsize=1)(self._read)  # the records of one image come together
+        self._last: tuple[tuple[str, ...], Member] = (), Member("", None)
         for archive in archives:
             if archive.endswith(".zip") and (root / archive).is_file():
                 try:
@@ -148,8 +147,13 @@ class Images(ExitStack):
                 except ZIP_ERRORS as error:
                     self._damage += f"; archive {archive} is unreadable: {describe(error)}"
 
-    def _read(self, names: tuple[str, ...]) -> Member:
+    def read(self, names: tuple[str, ...]) -> Member:
         """The first of `names` that exists, or a member with "" as its name and the problem."""
+        if names != self._last[0]:  # the records of one image come together
+            self._last = names, self._read(names)
+        return self._last[1]
+
+    def _read(self, names: tuple[str, ...]) -> Member:
         for name in names:
             if "\0" in name:
                 return Member("", None, f"image path holds a zero byte: {name[:80]!r}")

@@ -24,7 +24,8 @@ DECAY = Rule(lambda value: 0 <= value < 1, "it lies in [0, 1)")
 
 def one_of(*choices: str) -> Rule:
     """The rule that a value is one of these."""
-    return Rule(lambda value: value in choices, f"choose one of {', '.join(choices)}", choices)
+    advice = f"choose one of {', '.join(filter(None, choices))}"
+    return Rule(lambda value: value in choices, advice, choices)
 
 
 def doc(default: Any, help: str, rule: Rule | None = None) -> Any:

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 
+from mdm.data import manifest_parts
 from mdm.data.manifest import (
     MANIFEST,
     MANIFEST_SHA256,
@@ -78,6 +79,18 @@ def test_a_manifest_in_parts_is_the_same_list_and_fetches_only_needed_parts(uri:
     assert copy == loaded
     assert copy.shards[0] == loaded.shards[0]
     assert set(loaded.objects()) == set(open_store(uri).listing())
+
+
+def test_a_record_batch_is_found_without_building_the_others_of_its_shard(monkeypatch) -> None:
+    manifest, built = planned([1000]), []
+    info = manifest_parts.BatchInfo
+    monkeypatch.setattr(manifest_parts, "BatchInfo", lambda *a: built.append(a) or info(*a))
+    batches = manifest.shards[0].batches
+    assert batches[-1].rows == 1000 - sum(b.rows for b in batches[:-1])
+    assert len(batches) == len(built)
+    built.clear()
+    assert manifest.shards[0].batches[1].offset
+    assert len(built) == 1
 
 
 def test_a_damaged_part_is_refused_by_name(tmp_path) -> None:

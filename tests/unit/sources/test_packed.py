@@ -1,4 +1,6 @@
+import gc
 import os
+import weakref
 import zipfile
 
 import pytest
@@ -45,6 +47,19 @@ def test_each_archive_is_opened_once_and_a_repeated_image_is_read_once(tmp_path,
             for _ in range(5):
                 assert images.read((f"p/{n}.jpg",)).data == b"%d" % n
     assert (len(opened), len(unzipped)) == (1, 9)
+
+
+def test_a_list_of_archive_members_is_freed_as_soon_as_its_images_are_read(tmp_path):
+    write_zip(tmp_path / "p.zip", {"p/1.jpg": b"one"})
+    gc.disable()  # a list of a hundred thousand members does not wait for it
+    try:
+        with Images(tmp_path, ("p.zip",)) as images:
+            images.read(("p/1.jpg",))
+        archive = weakref.ref(images._zips[0][1])
+        del images
+        assert archive() is None
+    finally:
+        gc.enable()
 
 
 def test_files_too_large_for_memory_are_refused_before_unpacking(tmp_path, monkeypatch):

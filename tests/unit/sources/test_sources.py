@@ -31,3 +31,10 @@ def test_the_datasets_flag_takes_any_folder_and_reports_mistakes(tmp_path):
         sources.parse_datasets([])
     with pytest.raises(ValueError, match=r"no folder .*; give several data sets by repeating"):
         sources.parse_datasets([f"imagenet={tmp_path},{tmp_path}"])
+
+
+def test_an_empty_archive_is_a_split_that_lacks_records(tmp_path):
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(bytes(10240))
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n00000000 goldfish\n")
+    assert sources.training_splits("imagenet", tmp_path) == ("train",)
+    assert sources.held_out_split("imagenet", tmp_path) == ""

@@ -394,6 +394,7 @@ def test_options_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
     for name, value, message in [
         ("MDM_STORE_ATTEMPTS", "many", "MDM_STORE_ATTEMPTS is 'many', not a number"),
         ("MDM_STORE_SSE", "rot13", "sse is 'rot13'; choose AES256, aws:kms"),
+        ("MDM_STORE_CHECKSUM", "md5", "checksum is 'md5'; choose one of none, CRC32, SHA1"),
         ("MDM_STORE_DEADLIN", "1", "MDM_STORE_DEADLIN is not an option"),
         ("MDM_STORE_SSE_KEY_ID", "k", "sse_key_id is set, but sse is 'AES256'"),
         ("MDM_STORE_PART_BYTES", "1000", "part_bytes is 1000"),
