@@ -88,7 +88,7 @@ class Rendezvous:
             # This supervisor does not join an attempt that was called before it started.
             self._done = self._called().get("number", 0)
             self._write()
-            self._thread = threading.Thread(target=self._beat, daemon=True)
+            self._thread = threading.Thread(target=self._beat, name="mdm-rendezvous", daemon=True)
             self._thread.start()
         return self
 
