@@ -19,6 +19,8 @@ from mdm.evaluate.classifier import Classifier
 from mdm.evaluate.suite import Label
 from mdm.generate import Generator
 
+JOINT = 3  # times as many pairs as held-out images: their agreement differs most between seeds
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -102,7 +104,10 @@ def evaluate(
     metrics |= {f"{name}_unguided": value for name, value in ruler.measure(unguided)[0].items()}
     captions = generator.image_to_text(ruler.latents, guidance=0.0, seed=seed, **text)
     n, classes = len(ruler.labels), ruler.labels.tolist()
-    joint, joint_captions = generator.joint(n, guidance=sampling.joint_guidance, seed=seed, **text)
+    pairs = JOINT * n
+    joint, joint_captions = generator.joint(
+        pairs, guidance=sampling.joint_guidance, seed=seed, **text
+    )
     joint_seen = ruler.judge.judge(joint)[0]
     named = np.array([names.named(caption) for caption in joint_captions])
     metrics |= ruler.floor() | {
@@ -111,6 +116,7 @@ def evaluate(
         "joint_agreement": image.agreement(named, joint_seen),
         "joint_class_shares": ruler.class_shares(joint_seen),
         "n": n,
+        "joint_n": pairs,
     }
     labels = {
         "drawn": map(Label, ruler.prompts, [""] * n, (seen == wanted).tolist()),
@@ -118,7 +124,7 @@ def evaluate(
             Label(caption, names.names[c][0], names.named(caption) == c)
             for caption, c in zip(captions, classes, strict=True)
         ],
-        "joint": map(Label, joint_captions, [""] * n, (named == joint_seen).tolist()),
+        "joint": map(Label, joint_captions, [""] * pairs, (named == joint_seen).tolist()),
     }
     images = {"drawn": drawn, "described": ruler.real, "joint": joint, "real": ruler.real}
     return metrics, images, {name: list(row) for name, row in labels.items()}
