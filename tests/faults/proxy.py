@@ -9,6 +9,7 @@ import random
 import socket
 import struct
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 
@@ -36,6 +37,7 @@ class FaultProxy:
         self.requests = 0
         self.injected: Counter[str] = Counter()
         self._random = random.Random(seed)
+        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self.port = 0
@@ -66,8 +68,13 @@ class FaultProxy:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in self._writers:  # a closed connection lives on while its peer reads nothing
+            writer.transport.abort()
+        await asyncio.sleep(0)  # asyncio closes the sockets in its next turn
+        await asyncio.sleep(0)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
         try:
             await self._one_request(reader, writer)
         except (OSError, EOFError, asyncio.CancelledError):
@@ -137,6 +144,7 @@ class FaultProxy:
     async def _forward(self, request: bytes, *, finished: bool) -> bytes:
         """The server's response; with `finished` false, b"" after sending a partial request."""
         reader, writer = await asyncio.open_connection(HOST, self.upstream)
+        self._writers.add(writer)
         try:
             writer.write(request)
             await writer.drain()

@@ -35,7 +35,7 @@ def tables_without_values() -> Iterator[None]:
     """Tables and scan orders are copied once a process; drop those of the meta device."""
     yield
     schedule._tables.cache_clear()
-    sequence._order.cache_clear()
+    sequence.scan_order.cache_clear()
 
 
 @pytest.mark.parametrize("kind", BATCHES)
