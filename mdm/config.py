@@ -64,7 +64,7 @@ class ModelConfig:
     kernel: str = doc(
         "torch", "compiled: torch.compile; fused: CUDA", one_of("torch", "compiled", "fused")
     )
-    eq17_logits: bool = doc(False, "add Eq. 17 to text scores, weighted by a learned g(t) from 0")
+    eq17_logits: bool = doc(False, "add g(t) x Eq. 17 (App.) to text scores; g is learned")
     latent_dim: int = doc(16, "width of one token's latent, both modalities", POSITIVE)
     vocab_size: int = doc(32_000, "pieces of the tokenizer", POSITIVE)
     n_classes: int = doc(1000, "class labels; one more embedding means 'no class'", POSITIVE)

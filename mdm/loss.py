@@ -40,7 +40,7 @@ class LossTerms(NamedTuple):
     total: Tensor
     rec_img: Tensor  # Eq. 15
     rec_txt: Tensor  # Eq. 16
-    kl: Tensor  # Eq. 18, without its weight
+    kl: Tensor  # Eq. 17, without its weight
     eps_img: Tensor  # 1/2 |eps - eps_hat|^2 / abar, a mean over a token's numbers
     se_img: Tensor  # score entropy over image candidates
     se_txt: Tensor  # score entropy over the vocabulary

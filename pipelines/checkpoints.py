@@ -5,11 +5,11 @@
   checkpoints.py prune --at runs/pretrain/checkpoints --keep 2 --keep_every 10000 --keep_best
   checkpoints.py rollback --at runs/pretrain/checkpoints --to 5000
 
-`verify` reads every byte and exits with 1 if a committed checkpoint is damaged. `prune` also
-removes what was never committed. `rollback` sets aside the checkpoints after a step, so that the
-run resumes from that step. While the run is running, both are refused with one line that names it;
-`list` and `verify` may run beside it, and so may `prune --live`, which leaves alone what the run is
-saving.
+`verify` reads every byte and exits with 1 if a committed checkpoint is damaged or there is none.
+`prune` also removes what was never committed. `rollback` sets aside the checkpoints after a step,
+so that the run resumes from that step. While the run is running, these two are refused with one
+line that names it; `list` and `verify` may run beside it, and so may `prune --live`, which leaves
+alone what the run is saving.
 """
 
 from mdm.launch.job import job
@@ -79,6 +79,9 @@ def describe(checkpoints: Checkpoints, name: str, aside: bool) -> str:
 def run(command: str, flags: Flags) -> int:
     """Print what the command says; returns the exit code."""
     checkpoints, code = Checkpoints.at(flags.at), 0
+    if command in ("list", "verify") and not checkpoints.contents():
+        print(f"no checkpoints in {flags.at}")
+        return int(command == "verify")
     if command == "list":
         for name, keys in checkpoints.contents().items():
             print(describe(checkpoints, name, ASIDE in keys))

@@ -9,7 +9,7 @@ card, and loads with `Generator.from_pretrained(DIR)`, without DeepSpeed.
 from mdm.launch.job import job
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mdm.checkpoint.export import KINDS, export_checkpoint
@@ -22,8 +22,8 @@ from mdm.utils.command_line import parse_cli
 class Flags:
     """What to export, and where."""
 
-    checkpoint: str
-    out: str
+    checkpoint: str = field(metadata={"help": "folder or s3:// prefix of one checkpoint"})
+    out: str = field(metadata={"help": "folder to write"})
     weights: str = doc(
         "ema",
         "ema: averaged weights; ema2: the second average; raw: those of the last step. Of several, "

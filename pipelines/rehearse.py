@@ -35,7 +35,9 @@ class Flags(Config):
     preset: str = doc("", f"required, one of {', '.join(PRESETS)}: what the other flags change")
     world_size: int = doc(64, "GPUs of the run", POSITIVE)
     gpus_per_node: int = doc(8, "GPUs that share a node", POSITIVE)
-    gpu_memory: str = doc("80GiB", "memory of one GPU, in GiB, GB, MiB or MB")
+    gpu_memory: str = doc(
+        "80GiB", "memory of one GPU in GiB, GB, MiB or MB; a bare number is bytes"
+    )
     gpu: str = doc("H100", "its name, for its dense bf16 peak")
     mfu: float = doc(0.4, "share of that peak that the model's own FLOPs reach", SHARE)
     price: float = doc(2.5, "dollars per GPU and hour")
@@ -50,7 +52,7 @@ class Flags(Config):
         check_fields(self)
         parse_size(self.gpu_memory)
         if not self.mfu:
-            raise ValueError("--mfu is 0; at this share of its peak, no run ends")
+            raise ValueError("--mfu is 0; it must be positive")
 
 
 def parse_size(text: str) -> int:

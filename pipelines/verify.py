@@ -43,10 +43,10 @@ def checked(uris: Sequence[str], discard_damaged: bool) -> int:
     if not problems:
         print("all as the manifest says")
     elif discard_damaged:
-        print(f"{problems} problems; now run encode.py with the same flags as before")
+        print(f"problems: {problems}; now run encode.py with the same flags as before")
     else:
         print(
-            f"{problems} problems; to repair: verify.py --discard, then encode.py with the same "
+            f"problems: {problems}; to repair: verify.py --discard, then encode.py with the same "
             "flags as before"
         )
     return 1 if problems else 0

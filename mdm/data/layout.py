@@ -87,7 +87,7 @@ class RowLayout:
             ValueError: the data set has no such rows.
         """
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
-            raise ValueError(f"rows {rows.min()} to {rows.max()} of a data set of {self.rows} rows")
+            raise ValueError(f"no rows {rows.min()} to {rows.max()}: the data set has {self.rows}")
         if self.parts == 1:
             return self.part(0).locate(rows)
         shards, batches, within = (np.empty(len(rows), np.int64) for _ in range(3))

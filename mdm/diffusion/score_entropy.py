@@ -29,7 +29,7 @@ def log_ratio_vocabulary(z_t: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def energy(z_t: Tensor, y: Tensor, alpha_bar: Tensor, eps_hat: Tensor) -> Tensor:
-    """f(z_t, y) [..., K], the energy of Eq. 17 with the learned residual eps_hat.
+    """f(z_t, y) [..., K], the energy of Eq. 17 (App.) with the learned residual eps_hat.
 
     Raises:
         ValueError: shapes do not match, or alpha_bar is outside [0, 1).

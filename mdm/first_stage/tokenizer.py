@@ -67,13 +67,16 @@ def train_model(lines: Iterable[str], vocab_size: int, *, layout: bool = True) -
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        raise ValueError(_explain(str(error), vocab_size)) from None
+        raise ValueError(_explain(str(error), vocab_size, len(controls))) from None
     return model.getvalue()
 
 
-def _explain(message: str, vocab_size: int) -> str:
+def _explain(message: str, vocab_size: int, controls: int) -> str:
     if match := re.search(r"value <= (\d+)", message):
-        return f"vocab_size {vocab_size} is too large for this corpus; at most {match[1]}"
+        limit = int(match[1])
+        if limit < _MIN_LAYOUT_VOCAB:  # as small a vocabulary has no layout pieces
+            limit -= controls - len(_CONTROLS)
+        return f"vocab_size {vocab_size} is too large for this corpus; at most {limit}"
     if match := re.search(r"required_chars\D*\d+ vs (\d+)", message):
         return f"vocab_size {vocab_size} is too small: the characters alone need {match[1]}"
     return f"SentencePiece cannot train on this corpus: {message}"

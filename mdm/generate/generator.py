@@ -99,6 +99,8 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             try:
                 place = Path(snapshot_download(str(folder), **hub))
             except (OSError, ValueError) as error:
+                if isinstance(error, ValueError):  # no name that the hub could have
+                    raise FileNotFoundError(f"{folder} is not a folder") from None
                 raise FileNotFoundError(
                     f"{folder} is not a folder, nor a model that the hub has: "
                     f"{str(error).splitlines()[0]}"

@@ -41,9 +41,9 @@ def image_score_entropy(z_0: Tensor, last: Tensor, log_snr: float) -> Tensor:
     """Score entropy of image estimates [b, n, c] against the last ones, in nats a token, [b, n].
 
     In the continuum of candidates Eq. 7 is a Gaussian around z_0 of variance 1/SNR, and Eq. 4 the
-    KL divergence of two of them: SNR/2 |z_0 - last|^2, which is how far the energy of Eq. 17 at
-    `last` lies below its maximum. Infinite below `SIGNAL`, where no two candidates can be told
-    apart and every token would seem settled.
+    KL divergence of two of them: SNR/2 |z_0 - last|^2, which is how far the energy of Eq. 17
+    (App.) at `last` lies below its maximum. Infinite below `SIGNAL`, where no two candidates can be
+    told apart and every token would seem settled.
     """
     if log_snr < SIGNAL:
         return torch.full(z_0.shape[:2], torch.inf, device=z_0.device)

@@ -20,7 +20,7 @@ from mdm.model.mamba2 import Mamba2, Weights, mix
 from mdm.model.scan_order import parse_scans
 from mdm.model.sequence import Layout, Order, Patterns, pack_order, scan_order
 
-EQ17_LEVEL = 8.0  # log-SNR above which Eq. 17's term no longer grows: a token is certain there
+EQ17_LEVEL = 8.0  # log-SNR above which the term of Eq. 17 (App.) no longer grows
 
 
 class Prediction(NamedTuple):
@@ -215,7 +215,7 @@ class Decoder(nn.Module):
         return Prediction(v, h)
 
     def _eq17(self, level: Tensor) -> Tensor:
-        """The multiple of z_t that Eq. 17 with eps_hat = 0 adds to h, [b].
+        """The multiple of z_t that Eq. 17 (App.) with eps_hat = 0 adds to h, [b].
 
         -|z_t - sqrt(abar) mu_v|^2 / 2(1 - abar) is <sqrt(abar) / (1 - abar) z_t, mu_v> plus a term
         that all v share, since all mu_v have one length. The weight is a learned g(t), 0 at first.

@@ -81,7 +81,7 @@ class NoisyLatentVAE(nn.Module):
 
 
 def kl(mean: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mean, sigma^2) || N(0, 1)) (the regulariser of Eq. 18), summed over the last axis."""
+    """KL(N(mean, sigma^2) || N(0, 1)) (Eq. 17), summed over the last axis."""
     return 0.5 * (mean**2 + sigma**2 - 1 - 2 * sigma.log()).sum(-1)
 
 

@@ -147,6 +147,16 @@ def test_a_vocabulary_too_large_for_the_corpus_names_the_largest():
         train_model(lines(), 10)
 
 
+def test_the_largest_vocabulary_that_is_named_works_without_layout_pieces_too():
+    few = ["one two three"] * 50 + ["net wore"]
+    with pytest.raises(ValueError, match=r"at most \d+") as raised:
+        train_model(few, 1000)
+    largest = int(str(raised.value).rpartition(" ")[2])
+    assert train_model(few, largest)
+    with pytest.raises(ValueError, match=f"at most {largest}"):
+        train_model(few, largest + 1)
+
+
 def test_wrong_files_are_value_errors(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         Tokenizer(tmp_path / "gone.model")

@@ -88,4 +88,7 @@ def test_a_living_runs_checkpoints_are_listed_and_verified_and_not_changed(tmp_p
     assert run("rollback", "--to", "20") == (0, "set aside step-00000030\n")
     assert RUN_LEASE not in checkpoints.store.listing()
     assert run("prune", "--at", str(tmp_path / "nothing")) == (0, "")
-    assert not (tmp_path / "nothing").exists()
+    nothing = tmp_path / "nothing"
+    assert run("list", "--at", str(nothing)) == (0, f"no checkpoints in {nothing}\n")
+    assert run("verify", "--at", str(nothing)) == (1, f"no checkpoints in {nothing}\n")
+    assert not nothing.exists()
