@@ -108,7 +108,10 @@ def main() -> int:
     """Run the job; returns its exit code."""
     command, flags = sys.argv[1:2], sys.argv[2:]
     if command and command[0] in COMMANDS:
-        return run(command[0], parse_cli(Flags, flags, description=__doc__ or ""))
+        options = parse_cli(Flags, flags, description=__doc__ or "")
+        if command[0] == "rollback" and options.to < 0:
+            fail("checkpoints: rollback: --to is missing; give the step to go back to")
+        return run(command[0], options)
     if command and command[0].startswith("-"):
         parse_cli(Flags, command, description=__doc__ or "")  # --help, or an unknown flag
     word = "".join(command)

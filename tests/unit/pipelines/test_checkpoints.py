@@ -32,8 +32,8 @@ def test_list_verify_prune_and_roll_back(tmp_path, run):
     for step, loss in ((10, 1.5), (20, None), (30, 2.5)):
         commit(checkpoints, step, loss)
     checkpoints.claim(40)
-    code, said = run("list")
-    lines = said.splitlines()
+    code, printed = run("list")
+    lines = printed.splitlines()
     assert code == 0
     assert [line.split()[0][-2:] for line in lines] == ["40", "30", "20", "10"]
     assert "it was never committed" in lines[0]
@@ -42,9 +42,9 @@ def test_list_verify_prune_and_roll_back(tmp_path, run):
 
     assert run("verify") == (0, "".join(f"step-000000{n}  valid\n" for n in (30, 20, 10)))
     (tmp_path / "step-00000020" / "rank-00000" / "weights.0000").write_bytes(b"short")
-    code, said = run("verify")
+    code, printed = run("verify")
     assert code == 1
-    assert "step-00000020/rank-00000/weights.0000 has 5 bytes instead of 100" in said
+    assert "step-00000020/rank-00000/weights.0000 has 5 bytes instead of 100" in printed
 
     assert run("rollback", "--to", "10") == (
         0,
@@ -61,10 +61,15 @@ def test_list_verify_prune_and_roll_back(tmp_path, run):
 
 
 def test_mistakes_end_with_one_line(run):
-    code, said = run("trim")
+    code, printed = run("trim")
     assert code == 2
-    assert said.splitlines()[-1] == (
+    assert printed.splitlines()[-1] == (
         "checkpoints: the first argument is 'trim'; choose one of list, verify, prune, rollback"
+    )
+    code, printed = run("rollback")
+    assert (code, printed.splitlines()[-1]) == (
+        2,
+        "checkpoints: rollback: --to is missing; give the step to go back to",
     )
 
 
@@ -74,13 +79,13 @@ def test_a_living_runs_checkpoints_are_listed_and_verified_and_not_changed(tmp_p
         commit(checkpoints, step)
     with hold(checkpoints.store, "run /runs/a", key=RUN_LEASE):
         for words in (("prune",), ("prune", "--asides"), ("rollback", "--to", "10")):
-            code, said = run(*words)
+            code, printed = run(*words)
             assert code == 2
-            assert said.startswith(
+            assert printed.startswith(
                 f"checkpoints: {tmp_path} is being written by another job (process {os.getpid()} "
             )
-            assert "run /runs/a): wait for it, or stop it first" in said
-            assert said.count("\n") == 1
+            assert "run /runs/a): wait for it, or stop it first" in printed
+            assert printed.count("\n") == 1
         assert len(run("list")[1].splitlines()) == 3
         assert run("verify")[0] == 0
         assert run("prune", "--keep", "2", "--live") == (0, "removed step-00000010\n")
