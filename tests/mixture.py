@@ -23,14 +23,14 @@ class Mixture:
         return w, abar.sqrt() * m, abar * s**2 + 1 - abar
 
     def estimate(self, z: Tensor, abar: Tensor | float) -> Tensor:
-        """E[z_0 | z], what a perfect network says."""
+        """E[z_0 | z], what a perfect network predicts."""
         abar = torch.as_tensor(abar, dtype=torch.float64)
         w, noisy_mean, variance = self._at(abar)
         m, s = (torch.tensor(v, dtype=torch.float64) for v in (self.means, self.stds))
         away = z.double().unsqueeze(-1) - noisy_mean
         belongs = (w.log() - 0.5 * variance.log() - away**2 / (2 * variance)).softmax(-1)
-        said = (belongs * (m + abar.sqrt() * s**2 / variance * away)).sum(-1)
-        return said.to(z.dtype)
+        posterior_mean = (belongs * (m + abar.sqrt() * s**2 / variance * away)).sum(-1)
+        return posterior_mean.to(z.dtype)
 
     def cdf(self, z: Tensor, abar: Tensor | float = 1.0) -> Tensor:
         """Of the latent at abar, of the data at 1."""

@@ -36,13 +36,13 @@ def rows(path: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_with_damaged_files_goes_on_and_says_so(runs, kind):
+def test_a_run_with_damaged_files_continues_and_logs_it(runs, kind):
     assert codes(runs)[kind] == 0
-    said = (runs / f"{kind}.log").read_text().splitlines()
+    logged = (runs / f"{kind}.log").read_text().splitlines()
     for name in NAMES:
         path = str(runs / kind / name)
-        lines = [line for line in said if line.startswith((f"{path} ", f"{path}:"))]
-        assert len(lines) in ((1, 2) if kind == "a folder" else (1,)), (name, said)
+        lines = [line for line in logged if line.startswith((f"{path} ", f"{path}:"))]
+        assert len(lines) in ((1, 2) if kind == "a folder" else (1,)), (name, logged)
     events = [row["event"] for row in rows(runs / kind / "events.jsonl")]
     assert events[-3:] == ["started", "saved", "ended"]
     assert json.loads((runs / kind / "done.json").read_text())["step"] == STEPS
@@ -65,9 +65,9 @@ def test_an_export_that_is_gone_is_made_anew_from_the_checkpoint(runs):
         new, old = (runs / run / "export" / name for run in ("exported", "base"))
         wanted = old.read_bytes().replace(b"/base", b"/exported")
         assert new.read_bytes() == wanted, name
-    said = (runs / "exported.log").read_text().splitlines()
+    logged = (runs / "exported.log").read_text().splitlines()
     anew = f": made again from step-{STEPS:08d}"
-    assert len([line for line in said if line.endswith(anew)]) == 2
+    assert len([line for line in logged if line.endswith(anew)]) == 2
 
 
 def test_with_tracking_false_nothing_is_written_for_it(runs):
@@ -79,5 +79,5 @@ def test_with_tracking_false_nothing_is_written_for_it(runs):
 def test_without_mlflow_a_run_ends_and_leaves_no_tracking_file(runs):
     assert codes(runs)["uninstalled"] == 0
     assert [p.name for p in (runs / "uninstalled").iterdir() if "tracking" in p.name] == []
-    (said,) = (runs / "uninstalled.log").read_text().splitlines()
-    assert said.startswith("tracking is off: mlflow cannot be imported")
+    (logged,) = (runs / "uninstalled.log").read_text().splitlines()
+    assert logged.startswith("tracking is off: mlflow cannot be imported")

@@ -80,7 +80,7 @@ def test_the_image_copies_what_exists(tmp_path):
 
 
 SRUN = """#!/bin/bash
-trap 'echo told >> "$LOG"; exit 75' TERM
+trap 'echo terminated >> "$LOG"; exit 75' TERM
 echo "$@" >> "$LOG"
 cat "$HOSTS" >> "$LOG"
 [ "$CODE" = wait ] || exit "$CODE"
@@ -118,7 +118,7 @@ def test_a_batch_job_that_is_told_to_stop_saves_and_is_queued_again(tmp_path):
         "--kill-on-bad-exit=0 infra/node.sh --preset demo",
         "node1 slots=8",
         "node2 slots=8",
-        "told",
+        "terminated",
         "requeue 7",
     ]
 

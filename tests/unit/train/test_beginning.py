@@ -21,13 +21,13 @@ def settings(path: Path) -> dict[str, Any]:
 def test_where_state_is_kept_and_how_it_is_transferred_may_change(
     path: Path, tmp_path: Path
 ) -> None:
-    """From ZeRO-3 in one bucket to any other file of the project: said in one line."""
+    """From ZeRO-3 in one bucket to any other file of the project: one line tells so."""
     state = TrainState(deepspeed=settings(ROOT / "deepspeed_configs/cpu.json"))
     config = small_config(tmp_path, deepspeed=str(path))
-    said = check_settings(state, settings(path), config, "x")
-    assert len(said) == (path.stem != "cpu")
+    lines = check_settings(state, settings(path), config, "x")
+    assert len(lines) == (path.stem != "cpu")
     if path.stem == "zero2":
-        assert "zero_optimization.stage was 3 and is 2" in said[0]
+        assert "zero_optimization.stage was 3 and is 2" in lines[0]
 
 
 @pytest.mark.parametrize(
