@@ -201,9 +201,9 @@ def test_encoding_works_without_a_home_and_with_a_tmpdir_that_is_long_and_not_as
             {"TMPDIR": str(temporary), "HOME": "/nonexistent", "PYTHONIOENCODING": "latin-1"} | IN_C
         ),
     )
-    out, err = job.communicate(timeout=300)
+    printed, err = job.communicate(timeout=300)
     assert job.returncode == 0, err.decode(errors="replace")
-    assert json.loads(out)["examples"] == 3
+    assert json.loads(printed)["examples"] == 3
     assert open_store(str(out)).exists("manifest.json")
     assert not [p.name for p in temporary.iterdir() if p.name.startswith("mdm-")]
     assert set(Path("/tmp").glob("mdm-*")) <= before
