@@ -74,6 +74,6 @@ class Batch:
 
 def sample_keys(sample_ids: Sequence[str]) -> Tensor:
     """i64 [B]: a 63-bit key of each sample's id, the same on every machine."""
-    hashes = (hashlib.blake2b(i.encode(), digest_size=8).digest() for i in sample_ids)
-    keys = (int.from_bytes(h, "little") >> 1 for h in hashes)
-    return torch.from_numpy(np.fromiter(keys, np.int64, len(sample_ids)))
+    hashed = b"".join([hashlib.blake2b(i.encode(), digest_size=8).digest() for i in sample_ids])
+    # As unsigned numbers, whose upper 63 bits are the key.
+    return torch.from_numpy((np.frombuffer(hashed, "<u8") >> 1).astype(np.int64))

@@ -151,7 +151,10 @@ class Draw:
 
     def take(self, places: slice | NDArray[np.int64]) -> "Draw":
         """The samples at these places; those of a slice are views, not to be written."""
-        ids = self.ids[places] if isinstance(places, slice) else [self.ids[i] for i in places]
+        if isinstance(places, slice):
+            ids = self.ids[places]
+        else:
+            ids = [self.ids[i] for i in places.tolist()]
         return Draw(self.task, self.sources[places], self.rows[places], self.epochs[places], ids)
 
 
