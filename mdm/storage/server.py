@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
-from unittest import mock
 
 from mdm.storage import S3Store, StoreError, StoreOptions
 from mdm.utils.files import read_json
@@ -125,18 +124,24 @@ class S3Server:
         raise StoreError(f"the S3 server did not start (see {log}): {' | '.join(tail)}")
 
     def _make_bucket(self, deadline: float) -> None:
+        former = {name: os.environ[name] for name in self.env if name in os.environ}
+        os.environ.update(self.env)
         try:
-            with mock.patch.dict(os.environ, self.env):
-                store = S3Store(f"s3://{self.bucket}", StoreOptions(attempts=30, backoff_cap=0.2))
-                store.create_bucket()
-                # The first write waits for a volume: the server is ready once it has one.
-                store.put(".ready", b"ready")
-                while store.get(".ready") != b"ready" and time.monotonic() < deadline:
-                    time.sleep(0.05)
-                store.delete(".ready")
+            store = S3Store(f"s3://{self.bucket}", StoreOptions(attempts=30, backoff_cap=0.2))
+            store.create_bucket()
+            # The first write waits for a volume: the server is ready once it has one.
+            store.put(".ready", b"ready")
+            while store.get(".ready") != b"ready" and time.monotonic() < deadline:
+                time.sleep(0.05)
+            store.delete(".ready")
         except StoreError:
             self.stop()
             raise
+        finally:
+            # Not the whole environment: other threads may read or set other names meanwhile.
+            for name in self.env:
+                os.environ.pop(name)
+            os.environ.update(former)
 
     def kill(self) -> None:
         """SIGKILL, as a crash would."""
