@@ -33,6 +33,9 @@ OUT = Path("runs/bench")
 def main(names: list[str]) -> None:
     """Run the benchmarks in `names`, or all if it is empty."""
     known = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in HELPERS]
+    if {"-h", "--help"} & set(names):
+        print(f"{__doc__}\nThere are {', '.join(known)}.")
+        return
     for name in names:
         if name not in known:
             fail(f"bench: unknown benchmark {name!r}; there are {', '.join(known)}")

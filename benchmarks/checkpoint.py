@@ -11,9 +11,9 @@ from pathlib import Path
 
 from benchmarks.timing import Result
 from mdm.storage.server import S3Server
-from tests.helpers import ROOT, run_ranks
+from tests.helpers import run_ranks
 
-JOB = ROOT / "tests" / "benchmarks" / "checkpoint_job.py"
+JOB = Path(__file__).with_name("checkpoint_job.py")
 RANKS = 2
 
 

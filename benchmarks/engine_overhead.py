@@ -10,13 +10,13 @@ from pathlib import Path
 from benchmarks.timing import Result
 from tests.helpers import run_ranks
 
+JOB = Path(__file__).with_name("engine_overhead_job.py")
+
 
 def run() -> Result:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out.json")
-        code, output = run_ranks(
-            Path(__file__).with_name("engine_overhead_job.py"), 2, str(out), timeout=900
-        )
+        code, output = run_ranks(JOB, 2, str(out), timeout=900)
         if code != 0:
             raise RuntimeError(output[-2000:])
         figures = json.loads(out.read_text())

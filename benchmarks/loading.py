@@ -12,7 +12,8 @@ from pathlib import Path
 from benchmarks.timing import Result
 from tests.helpers import ROOT
 
-HERE = ROOT / "tests" / "benchmarks"
+JOB = Path(__file__).with_name("loader_job.py")
+REQUIREMENTS = Path(__file__).with_name("loader_peers.txt")
 PEERS = ROOT / "runs" / "bench" / "peers"  # the peers' own environment
 DATA = ROOT / "runs" / "bench" / "loader"
 ROUNDS = 3
@@ -30,14 +31,14 @@ Figures = dict[str, float | None]
 
 def peers_python() -> Path:
     """The interpreter of the peers' environment, which is created if it is missing."""
-    python, wanted = PEERS / "bin" / "python", HERE / "loader_peers.txt"
+    python = PEERS / "bin" / "python"
     mark = PEERS / "requirements.txt"
-    if not mark.exists() or mark.read_text() != wanted.read_text():
+    if not mark.exists() or mark.read_text() != REQUIREMENTS.read_text():
         print(f"  installing the peers into {PEERS.relative_to(ROOT)}", flush=True)
         venv.create(PEERS, with_pip=True)
         install = [str(python), "-m", "pip", "install", "-q", "--progress-bar", "off"]
-        subprocess.run([*install, "-r", str(wanted)], check=True)
-        mark.write_text(wanted.read_text())
+        subprocess.run([*install, "-r", str(REQUIREMENTS)], check=True)
+        mark.write_text(REQUIREMENTS.read_text())
     return python
 
 
@@ -45,7 +46,7 @@ def job(contestant: str, *args: str, env: dict[str, str] | None = None) -> str:
     """The last JSON line that `loader_job.py` prints; RuntimeError with its stderr if it fails."""
     is_ours = contestant in OURS or contestant == "arrow"
     process = subprocess.run(
-        [sys.executable if is_ours else str(peers_python()), str(HERE / "loader_job.py"), *args],
+        [sys.executable if is_ours else str(peers_python()), str(JOB), *args],
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | (env or {}),
         capture_output=True,
         text=True,

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import decoder_scaling, ssd_cpu
+import benchmarks.__main__ as runner
+from benchmarks import checkpoint, decoder_scaling, engine_overhead, loading, ssd_cpu
 from benchmarks.timing import Result, milliseconds, worst
 from mdm.kernels.ssd import ssd_reference
 
@@ -24,6 +25,17 @@ def test_the_headline_is_the_worst_case_and_keeps_them_all():
     assert plain["peers"] == {"a": 0.5}
     assert "case 0.5" in plain["setting"]
     assert [case["ratio"] for case in plain["cases"]] == [3.0, 0.5, 2.0]
+
+
+def test_the_files_that_benchmarks_start_or_read_are_where_they_look():
+    jobs = (checkpoint.JOB, engine_overhead.JOB, loading.JOB)
+    assert all(path.is_file() for path in (*jobs, loading.REQUIREMENTS)), jobs
+    assert {path.stem for path in jobs} == {name for name in runner.HELPERS if "_job" in name}
+
+
+def test_help_names_the_benchmarks(capsys):
+    runner.main(["--help"])
+    assert "loader_s3, order_scale, sampler, ssd_cpu." in capsys.readouterr().out
 
 
 def test_contestants_take_turns():
