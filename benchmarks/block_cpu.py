@@ -9,7 +9,8 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from benchmarks.shapes import SHAPES, Shape, projections, scan_products
 from benchmarks.timing import THREADS, Result, matmul_floor, milliseconds, worst
-from mdm.model.decoder import Block, Order
+from mdm.model.decoder import Block
+from mdm.model.sequence import Order
 from mdm.utils.precision import autocast, is_bf16_fast
 
 

@@ -63,7 +63,7 @@ def main() -> None:
             torch.distributed.barrier()
             saver.save(state, loader.state_dict())
             saver.wait()
-            assert not saver.news()
+            assert not saver.messages()
             times["blocked"].append(saver.figures["save_blocked_seconds"])
             times["durable"].append(saver.figures["save_durable_seconds"])
             torch.distributed.barrier()

@@ -97,7 +97,7 @@ def crossing(lengths: list[int], ours: list[float], theirs: list[float]) -> floa
         return float(lengths[0])
     i = last_behind
     share = gaps[i] / (gaps[i] - gaps[i + 1])
-    return lengths[i] * (lengths[i + 1] / lengths[i]) ** share
+    return float(lengths[i] * (lengths[i + 1] / lengths[i]) ** share)
 
 
 def plot(points: dict[str, list[dict[str, float]]]) -> None:

@@ -25,7 +25,8 @@ from benchmarks.encoding import SIZE, Inputs
 from benchmarks.timing import Result
 from mdm import sources
 from mdm.data.schema import Samples, sample_schema, to_bfloat16_bits, write_shard
-from mdm.first_stage.autoencoder import PATCH, Autoencoder, to_signed
+from mdm.first_stage.autoencoder import Autoencoder, to_signed
+from mdm.first_stage.folder import PATCH
 from mdm.first_stage.image import decode_image
 from mdm.first_stage.tokenizer import EOS
 from mdm.preprocess import encode
@@ -49,7 +50,10 @@ class Plain:
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Latents [B, N, 4C] of pixels u8 [B, 3, H, W]; assumes mean 0 and deviation 1."""
         mean = self._model.encode(to_signed(pixels)).latent_dist.mode()
-        return rearrange(mean, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH)
+        patches: torch.Tensor = rearrange(
+            mean, "b c (h p) (w q) -> b (h w) (p q c)", p=PATCH, q=PATCH
+        )
+        return patches
 
 
 def loop(inputs: Inputs, out: Path, threads: int, kind: type[Plain] | None = Plain) -> float:

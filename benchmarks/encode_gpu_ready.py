@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import torch
@@ -53,7 +53,7 @@ class FakeEncoder:
     def encode(self, chunk: Chunk) -> Chunk:
         images = 0 if chunk.pixels is None else len(chunk.pixels)
         began = time.perf_counter()
-        encoded = encode_chunk(chunk, self._recipe, self._network)
+        encoded = encode_chunk(chunk, self._recipe, cast(Any, self._network))
         if images:
             self._times.append((began, time.perf_counter(), images))
         return encoded

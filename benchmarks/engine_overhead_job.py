@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -87,7 +88,7 @@ def main() -> None:
         world=world,
         engine=engine,
         ema=ema,
-        loader=loader,
+        loader=cast(Any, loader),
         state=TrainState(),
         tracker=NullTracker(),
         reporter=reporter,
@@ -118,19 +119,21 @@ def main() -> None:
         times["bare"].append(time.perf_counter() - began)
     run.clock.tick("other")
     heartbeat.close()
-    figures = {name: 1e3 * statistics.median(values[WARM:]) for name, values in times.items()}
+    figures: dict[str, Any] = {
+        name: 1e3 * statistics.median(values[WARM:]) for name, values in times.items()
+    }
     steps = ROUNDS - WARM
     figures["parts"] = {
         k: 1e3 * run.clock.seconds[k] / steps for k in ("ema", "exchange", "data", "optimizer")
     }
-    figures["parameters"] = sum(p.ds_numel for p in engine.module.parameters())
+    figures["parameters"] = sum(cast(Any, p).ds_numel for p in engine.module.parameters())
     figures["batch"] = config.data.global_batch
     if world.is_main:
         shutil.rmtree(config.run_dir, ignore_errors=True)
         Path(sys.argv[1]).write_text(json.dumps(figures))
 
 
-def bare_engine(config: Config, world: World):
+def bare_engine(config: Config, world: World) -> Any:
     """DeepSpeed around the same module, as in its documentation."""
     torch.manual_seed(config.seed)
     module = Loss(config)

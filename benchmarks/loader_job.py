@@ -71,11 +71,12 @@ def write_ours(to: str) -> None:
     from mdm.preprocess.encode import Flags
     from mdm.storage import open_store
 
-    flags = {f: Flags.__dataclass_fields__[f].default for f in ("batch_rows", "shard_rows")}
+    fields: dict[str, Any] = Flags.__dataclass_fields__
+    batch_rows, shard_rows = (int(fields[f].default) for f in ("batch_rows", "shard_rows"))
     store, schema, shards = open_store(to), sample_schema((16, 16), CHANNELS), []
     all_samples = list(samples())
-    for start in range(0, SAMPLES, flags["shard_rows"]):
-        rows = all_samples[start : start + flags["shard_rows"]]
+    for start in range(0, SAMPLES, shard_rows):
+        rows = all_samples[start : start + shard_rows]
         examples = Samples(
             [f"record-{number}" for number, *_ in rows],
             [f"file-{number}" for number, *_ in rows],
@@ -84,7 +85,7 @@ def write_ours(to: str) -> None:
             np.zeros(len(rows), np.uint16),
             np.stack([latent.reshape(-1) for _, latent, _, _ in rows]),
         )
-        data, info = write_shard(examples, schema, flags["batch_rows"])
+        data, info = write_shard(examples, schema, batch_rows)
         store.put(info.key, data)
         shards.append(info)
     store.put(CARD, canonical({}))
@@ -100,8 +101,8 @@ def write_ours(to: str) -> None:
             latent_dim=CHANNELS,
             vocab_size=VOCABULARY,
             class_names=tuple(map(str, range(CLASSES))),
-            batch_rows=flags["batch_rows"],
-            shards=shard_parts(shards, flags["batch_rows"]),
+            batch_rows=batch_rows,
+            shards=shard_parts(shards, batch_rows),
             quarantine=quarantine_parts(),
             counts={"examples": SAMPLES, "quarantined": 0},
             card_sha256="bench",
@@ -118,7 +119,7 @@ class Ours(Contestant):
 
         assert mdm.data.loader  # import it now, so that it is not part of the first batch
         self.at = at
-        self.window = window or DataConfig().window
+        self.window = window or DataConfig().shuffle_window
         self.loader: Any = None
         self.middle: dict[str, Any] = {}  # the loader's state in the middle of a pass
 
@@ -204,6 +205,7 @@ class PlainIpc(Contestant):
                 if xxhash.xxh3_64_hexdigest(data) != info.xxh3:
                     raise RuntimeError("damaged")
                 rows = RecordBatch(data, self.manifest.schema)
+                assert rows.latents is not None
                 latents = rows.latents.view(np.int16)
                 window += [
                     {"tokens": rows.text(i), "latents": latents[i], "class_id": rows.class_ids[i]}
@@ -327,7 +329,7 @@ def write_litdata(to: str) -> None:
     import litdata
 
     rows = list(_plain())
-    global _litdata_row
+    global _litdata_row  # it is pickled by its name
 
     def _litdata_row(index: int) -> dict[str, Any]:
         # Flat arrays are stored without a header, which is LitData's fastest format.
@@ -339,7 +341,7 @@ def write_litdata(to: str) -> None:
         }
 
     litdata.optimize(
-        fn=_litdata_row,
+        fn=_litdata_row,  # type: ignore[name-defined]
         inputs=list(range(SAMPLES)),
         output_dir=to,
         chunk_bytes="64MB",

@@ -85,8 +85,8 @@ def run() -> Result:
             table[f"{rows:.0e}"] = measure(uri, rows)
     names = list(next(iter(table.values())))
     print(f"  {'samples':>8} " + " ".join(f"{n:>16}" for n in names))
-    for rows, figures in table.items():
-        print(f"  {rows:>8} " + " ".join(f"{figures[n]:>16.2f}" for n in names))
+    for samples, figures in table.items():
+        print(f"  {samples:>8} " + " ".join(f"{figures[n]:>16.2f}" for n in names))
     least = SIZES[0]
     peer = _milliseconds(lambda: _permutation(least, least // GLOBAL_BATCH // 2))
     return Result(

@@ -1,6 +1,7 @@
 """The scan on a CPU, forward and backward: ours, the listing of the paper, the recurrence."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +57,12 @@ def case(shape: Shape) -> Result:
         def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
             B, C = (t.expand(-1, -1, heads, -1) for t in (B, C))
             parts = [x * dt.unsqueeze(-1), dt * A, B, C]
-            padded = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in parts)
-            return ssd_minimal(*padded, block=block)[:, :length]
+            x, dA, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in parts)
+            return ssd_minimal(x, dA, B, C, block)[:, :length]
 
         return scan
 
-    def timed(scan: Callable[..., Tensor]) -> Callable[[], object]:
+    def timed(scan: Callable[..., Any]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(scan(*inputs), inputs, grad)
 
     compiled = torch.compile(ssd, dynamic=False)
