@@ -287,16 +287,16 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             text_steps: evaluations for the text.
             options: further options.
         """
-        begin: dict[str, Tensor | None] = {"latents": images}
+        classes = tokens = prompt = None
         if class_ids is not None:
-            begin["class_ids"] = torch.tensor(class_ids, dtype=torch.long)
+            classes = torch.tensor(class_ids, dtype=torch.long)
         length, lengths = self.config.data.caption_length, [0] * n
         if dialogues is not None:
             longest = length - length // 2
             prompts = [dialogue_prompt(self.tokenizer, d, 0, longest)[0] for d in dialogues]
             lengths = [len(ids) for ids in prompts]
-            begin["tokens"] = padded(prompts, length)
-            begin["prompt"] = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
+            tokens = padded(prompts, length)
+            prompt = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
         sampling = Sampling(
             image_steps=steps,
             text_steps=TRAIL * steps if text_steps is None else text_steps,
@@ -305,8 +305,10 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             image_noise=image_noise,
             **options,
         )
-        latents, tokens = self._run(self._request(GENERATED, GENERATED, n, seed, **begin), sampling)
-        rows = zip(tokens.tolist(), lengths, strict=True)
+        given = {"latents": images, "class_ids": classes, "tokens": tokens, "prompt": prompt}
+        request = self._request(GENERATED, GENERATED, n, seed, length, **given)
+        latents, drawn = self._run(request, sampling)
+        rows = zip(drawn.tolist(), lengths, strict=True)
         return self._pixels(latents), [self.tokenizer.decode(row[start:]) for row, start in rows]
 
     def _request(
