@@ -14,7 +14,7 @@ from mdm.loss import Loss
 from mdm.model import sequence
 from tests.golden.test_losses import CONFIG, batch
 from tests.unit.test_loss import two_images
-from tests.unit.test_packed_texts import objective, packed
+from tests.unit.test_packed_samples import objective, packed
 
 BATCHES = {"images": batch(0), "dialogue": two_images(), "text": batch(3), "packed": packed()}
 
