@@ -124,7 +124,7 @@ class Loss(nn.Module):
             eps_img, se_img = ((term * levels.scores_img).sum(1) for term in by_image)
 
         # Means over all samples, not over the noisy ones: ranks then average to the global loss.
-        terms = [samples.average(term) for term in (eps_img, se_img, se_txt)]
+        terms = samples.average(eps_img), samples.average(se_img), samples.average(se_txt)
         w = self.weights
         total = (  # Eq. 18
             rec_img
@@ -290,7 +290,8 @@ class Loss(nn.Module):
 
     def _by_image(self, by_token: Tensor) -> Tensor:
         """[B, N, ...] -> [B, I, tokens of an image, ...]."""
-        return by_token.unflatten(1, (by_token.shape[1] // self.grid, self.grid))
+        images = by_token.shape[1] // self.grid
+        return by_token.view(len(by_token), images, self.grid, *by_token.shape[2:])
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """List what a step consumed, or which steps consume a sample.
 
-`--step N` lists the samples of step N: id, record, origin, shard, row, and for packed samples the row
-they share. `--sample ID` takes a sample id (source:row), a record's own id or its origin, and lists
-the steps below `--steps` that use it. Give the run's values for the other flags.
+`--step N` lists the samples of step N: id, record, origin, shard, row, and for packed ones the row
+that they share. `--sample ID` takes a sample id (source:row), a record's own id or its origin, and
+lists the steps below `--steps` that use it. Give the run's values for the other flags.
 """
 
 from mdm.launch.job import job

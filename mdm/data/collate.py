@@ -57,7 +57,8 @@ class _Columns(NamedTuple):
 
     def of(self, at: slice) -> "_Columns":
         """The contents of consecutive samples, as views."""
-        return _Columns(*(column[at] for column in self))
+        tokens, prompt, *others = self
+        return _Columns(tokens[at], prompt[at], *(column[at] for column in others))
 
 
 class _Share(NamedTuple):

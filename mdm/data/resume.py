@@ -16,7 +16,7 @@ class ResumeError(ValueError):
 def state_dict(
     order: SampleOrder, lengths: Mapping[str, int], step: int, order_digest: str
 ) -> dict[str, Any]:
-    """The state before `step`, as JSON, the same on every rank; `lengths` are those of the tasks."""
+    """The state before `step`, as JSON, the same on every rank; `lengths` are the tasks'."""
     return {
         **_fixed(order, lengths),
         "step": step,

@@ -103,21 +103,20 @@ def check(
 
 def _check_rows(text_of: Tensor, b: int, layout: Layout) -> None:
     """ValueError unless each of B samples lies in one row, in turn, and no row is too full."""
-    samples, counts = text_of[text_of >= 0].unique_consecutive(return_counts=True)
-    if samples.tolist() != list(range(b)):
+    by_row = [row[row >= 0].unique_consecutive() for row in text_of]
+    counted = torch.cat(by_row).tolist()
+    if counted != list(range(b)):
         raise ValueError(
-            f"text_of counts samples {samples.tolist()}; it must count 0 ... {b - 1} row by row, "
-            "each in one run of tokens"
+            f"text_of counts samples {counted}; it must count 0 ... {b - 1} row by row, each in "
+            "one run of tokens"
         )
-    beside = layout.length - layout.text
-    for row, numbers in enumerate(text_of):
-        is_text = numbers >= 0
-        length, inside = int(is_text.sum()), numbers[is_text].unique()
-        taken = length + beside * len(inside)
-        if taken > layout.length or not bool(is_text[:length].all()):
+    for row, (numbers, samples) in enumerate(zip(text_of, by_row, strict=True)):
+        length = int((numbers >= 0).sum())
+        taken = length + len(samples) * (layout.length - layout.text)
+        if taken > layout.length or bool((numbers[:length] < 0).any()):
             raise ValueError(
-                f"row {row} holds {len(inside)} samples of {length} text tokens, {taken} places "
-                f"from its start; it has {layout.length} places, and its texts leave no gap"
+                f"row {row} has {layout.length} places; its {len(samples)} samples of {length} "
+                f"text tokens in all need {taken}, and their texts no gap"
             )
 
 

@@ -219,8 +219,11 @@ def pack_rows(
         return Order(*(t.to(device, non_blocking=True) for t in (flat, flat.argsort(0))))
 
     tensors = (sample_of, position, of_text, others, seq_idx[:-1].view(r, -1))
-    moved = (t.to(device, non_blocking=True) for t in tensors)
-    return Rows(layout, *moved, {scans: order(scans) for scans in set(patterns)})
+    sample_of, position, of_text, others, seq_idx = (
+        t.to(device, non_blocking=True) for t in tensors
+    )
+    orders = {scans: order(scans) for scans in set(patterns)}
+    return Rows(layout, sample_of, position, of_text, others, seq_idx, orders)
 
 
 def spread(values: Tensor, sample_of: Tensor | None) -> Tensor:

@@ -85,8 +85,7 @@ def per_row(config: Config, with_image: bool) -> int:
 
 
 def longest(config: Config, with_image: bool) -> Layout:
-    """The trunk's sequence for the longest sample of either task, as long as a row of packed ones.
-    """
+    """The trunk's sequence for the longest sample of a task, as long as a row of packed ones."""
     text = config.data.caption_length if with_image else config.data.dialogue_length
     return Layout.of(config.model, text, int(with_image))
 

@@ -36,8 +36,7 @@ class Throughput:
         self._tokens = self._images = self._flops = 0
 
     def add(self, batch: Batch) -> None:
-        """Count one step with this rank's `batch`; places of packed rows count whether used or not.
-        """
+        """Count one step with this rank's `batch`; packed rows count as if they were full."""
         rows, samples = (n * self._size for n in (len(batch.tokens), batch.average_over))
         samples = samples or rows
         text = batch.tokens.shape[1]

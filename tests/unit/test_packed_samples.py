@@ -41,6 +41,7 @@ def objective(**settings) -> Loss:
         p_image=0.2,
         p_text=0.1,
         p_self_condition=settings.pop("estimate", 0.0),
+        text_warp=settings.pop("text_warp", False),
     )
     torch.manual_seed(0)
     loss = Loss(
@@ -84,17 +85,18 @@ def joined(singles: list[Batch], **fields: torch.Tensor | int) -> Batch:
     return dataclasses.replace(singles[0], ids=ids, **stacked, **fields)
 
 
-def packed(images: int = 0) -> Batch:
-    packs = PACKS[images]
+def packed(images: int = 0, packs: list[list[int]] | None = None) -> Batch:
+    packs = packs or PACKS[images]
     assert max(map(len, packs)) >= 2
     texts = [alone(i, 0).tokens[0].numpy().astype(np.uint16) for i in range(len(SIZES))]
     tokens, prompt, text_of = packing.fill(packs, texts, [s // 3 for s in SIZES], LENGTH)
+    singles = [alone(i, images) for pack in packs for i in pack]
     return joined(
-        [alone(i, images) for pack in packs for i in pack],
+        singles,
         tokens=torch.from_numpy(tokens),
         prompt=torch.from_numpy(prompt),
         text_of=torch.from_numpy(text_of),
-        average_over=len(SIZES),
+        average_over=len(singles),
     )
 
 
@@ -221,8 +223,8 @@ def test_ranks_average_to_the_mean_over_all_samples(images: int) -> None:
                 p.grad = g / 4 if p.grad is None else p.grad + g / 4
     assert len(shares[-1]) == 0
     assert terms[-1].total == 0
-    for name, of_all, *of_ranks in zip(whole._fields, whole[:-2], *(t[:-2] for t in terms)):
-        torch.testing.assert_close(sum(of_ranks) / 4, of_all, rtol=1e-5, atol=1e-6, msg=name)
+    for of_all, *of_ranks in zip(whole[:-2], *(t[:-2] for t in terms), strict=True):
+        torch.testing.assert_close(sum(of_ranks) / 4, of_all, rtol=1e-5, atol=1e-6)
     for name, p in loss.named_parameters():
         if name in grads:
             torch.testing.assert_close(p.grad, grads[name], rtol=1e-3, atol=1e-5, msg=name)
@@ -278,3 +280,35 @@ def test_means_are_over_samples_not_over_tokens() -> None:
     assert samples.mean(values) == 3.0
     assert samples.spread(torch.tensor([7.0, 8.0])).tolist() == [[7.0, 8.0, 8.0, 8.0, 0.0]]
     assert samples.average(torch.tensor([[1.0, 2.0], [5.0, 8.0]])).tolist() == [3.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("text_of", "message"),
+    [
+        ([[0, 0, 1, 2], [3, -1, -1, -1]], r"row 0 has 8 places; its 3 samples .* need 16"),
+        ([[0, -1, 1, -1], [2, 3, -1, -1]], r"row 0 .* and their texts no gap"),
+        (
+            [[0, 0, 0, 0], [0, 1, 2, 3]],
+            r"counts samples \[0, 0, 1, 2, 3\]; it must count 0 \.\.\. 3",
+        ),
+        ([[0, 0, 1, 1], [3, 3, -1, -1]], r"counts samples \[0, 1, 3\]"),
+        ([[1, 1, 0, 0], [2, 3, -1, -1]], r"counts samples \[1, 0, 2, 3\]"),
+        ([[0, 0, 1, 1], [2, 2, 4, 4]], r"of row 1 has 4 in text_of; it lies in -1 \.\.\. 3"),
+    ],
+)
+def test_rows_that_do_not_hold_their_samples_are_refused(text_of, message: str) -> None:
+    four = joined([alone(i, 0) for i in range(4)])
+    rows = torch.tensor(text_of)
+    prompt = torch.zeros_like(rows, dtype=torch.bool)
+    batch = dataclasses.replace(four, tokens=prompt.long(), prompt=prompt, text_of=rows)
+    with pytest.raises(ValueError, match=message):
+        batch.check(objective(n_layer=1).model)
+
+
+def test_a_row_with_images_has_room_for_them() -> None:
+    batch = packed(1)
+    fewer = rank_of(batch, slice(0, 1), 1)
+    fewer.check(objective(n_layer=1).model)
+    narrow = {name: getattr(fewer, name)[:, :10] for name in ("tokens", "prompt", "text_of")}
+    with pytest.raises(ValueError, match=r"row 0 has 20 places; its 3 samples of 6 .* need 36"):
+        dataclasses.replace(fewer, **narrow).check(objective(n_layer=1).model)

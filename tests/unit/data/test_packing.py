@@ -46,7 +46,7 @@ def test_the_ranks_have_all_rows_in_order_and_equally_many_each(rows: int, ranks
 
 def test_a_row_too_short_for_its_samples_is_refused_with_both_values() -> None:
     assert packing.room(20, 10, 2) == 10
-    with pytest.raises(ValueError, match="3 samples a row take 33 places.* but a row has 30"):
+    with pytest.raises(ValueError, match=r"3 samples a row take 33 places.* but a row has 30"):
         packing.room(20, 10, 3)
 
 
@@ -97,7 +97,11 @@ def test_a_packed_batch_holds_the_samples_of_its_step(mixture: Mixture) -> None:
 
 
 def test_the_ranks_hold_the_rows_of_one(mixture: Mixture) -> None:
-    with load(mixture) as whole, load(mixture, World(0, 2)) as one, load(mixture, World(1, 2)) as two:
+    with (
+        load(mixture) as whole,
+        load(mixture, World(0, 2)) as one,
+        load(mixture, World(1, 2)) as two,
+    ):
         for _ in range(3):
             together, first, second = next(whole), next(one), next(two)
             assert together.ids == first.ids + second.ids
