@@ -259,13 +259,14 @@ def test_the_parts_of_a_token_have_one_size_at_the_start():
     embed = Decoder(config).embed
     z_txt, z_img = torch.randn(500, 64, 16), torch.randn(500, 6, 16)
     levels = torch.linspace(-20, 20, 500)
-    tokens = embed.text_in(torch.cat([z_txt, torch.zeros_like(z_txt)], -1)) + embed.text_position
     parts = {
         "patch": embed.image_in(z_img),
         "text": embed.text_in(torch.cat([z_txt, torch.zeros_like(z_txt)], -1)),
         "level": embed.level(levels),
         "label": embed.class_embedding.weight,
-        "summary": embed.summary((tokens + embed.level(levels).unsqueeze(1)).amax(1)),
+        "summary": embed.summary(
+            embed.text_in(torch.cat([z_txt, torch.zeros_like(z_txt)], -1)).amax(1)
+        ),
         "image position": embed.image_position,
         "text position": embed.text_position,
         "time": embed.time_token,
