@@ -25,7 +25,7 @@ class Embedded(NamedTuple):
     """The sequence that the blocks read. A `NamedTuple`: DeepSpeed's ZeRO-3 hooks know those."""
 
     x: Tensor  # [b, l, d], or [1, r (m + FRAME), d] of packed texts
-    modulation: Tensor | None  # f32 [..., l, 3 d], shift, scale and gate of each token's level
+    modulation: Tensor | None  # f32 [..., l, 3 d], shift, scale and gate of each token
 
 
 class NoiseLevel(nn.Module):
@@ -104,7 +104,7 @@ class Embed(nn.Module):
         # The time token carries the level of the last image: earlier ones are conditions.
         time = self.time_token + embedded[:, 0] + (0 if images is None else embedded[:, -1])
         label = self._label(class_ids)
-        grids: tuple[Tensor, ...] = ()
+        conditions, grids = embedded[:, :2] + label.unsqueeze(1), ()
         if images is not None:
             # The model is slow to learn a condition that is a few tokens among many: the label, and
             # the maximum over the text's tokens, which padding does not dilute, are added to every
@@ -114,12 +114,16 @@ class Embed(nn.Module):
                 summary = self.summary((tokens if self.summarizes_tokens else latents).amax(1))
                 kept = self._kept(text.level).unsqueeze(-1)
                 condition = condition + (summary * kept).unsqueeze(1)
+            if images.at is not None:  # an image takes the position of a text token
+                place = self.text_position[images.at.clamp(min=0)]
+                condition = condition + place * (images.at >= 0).unsqueeze(-1)
             grids = self._images(images, condition)
+            conditions = torch.cat([conditions, condition], 1)
         pads = self.pads.unsqueeze(1).expand(-1, b, -1).unsqueeze(2)  # [4, b, 1, d]
         x = join((time.unsqueeze(1), label.unsqueeze(1)), tokens, grids, pads.unbind(0))
         if self.modulation is None:
             return Embedded(x, None)
-        noised, clean, *by_image = self._modulate(embedded, label.unsqueeze(1)).split(1, 1)
+        noised, clean, *by_image = self._modulate(conditions).split(1, 1)
         last = by_image[-1] if by_image else noised
         of_images = [
             t.expand(-1, grid.shape[1], -1) for t, grid in zip(by_image, grids, strict=True)
@@ -142,23 +146,20 @@ class Embed(nn.Module):
         x = self._rows(tokens, frame, rows)
         if self.modulation is None:
             return Embedded(x, None)
-        modulated = self._modulate(embedded, label)
+        modulated = self._modulate(embedded + label)
         of_tokens = self._by_token(modulated, text, rows)
         return Embedded(x, self._rows(of_tokens, [modulated[0]] * len(frame), rows))
 
     def _images(self, images: ImageInput, condition: Tensor) -> tuple[Tensor, ...]:
         """The tokens of each image, [b, n / k, d], given what its patches share [b, k, d]."""
-        if images.at is not None:  # an image takes the position of a text token
-            place = self.text_position[images.at.clamp(min=0)]
-            condition = condition + place * (images.at >= 0).unsqueeze(-1)
         z_t = images.z_t.unflatten(1, (condition.shape[1], -1))
         patches = self.image_in(z_t * self._kept(images.level)[..., None, None])
         return tuple((patches + self.image_position + condition.unsqueeze(2)).unbind(1))
 
-    def _modulate(self, level: Tensor, label: Tensor) -> Tensor:
-        """Shift, scale and gate at levels [..., d] and labels [..., d], f32 [..., 3 d]."""
+    def _modulate(self, condition: Tensor) -> Tensor:
+        """Shift, scale and gate under conditions [..., d], f32 [..., 3 d]."""
         assert self.modulation is not None
-        modulated: Tensor = self.modulation(F.silu(level + label.float()))
+        modulated: Tensor = self.modulation(F.silu(condition.float()))
         return modulated
 
     def _kept(self, level: Tensor) -> Tensor:
