@@ -121,26 +121,36 @@ def complete(caption: Caption, rng: np.random.Generator) -> Caption:
 def draw(caption: Caption, rng: np.random.Generator, size: int, held_out: bool) -> Scene:
     """A scene of which the caption is true, S = `size`, in training or held-out handwriting."""
     caption = complete(caption, rng)
+    while True:
+        scene = _drawn(caption, rng, size, held_out)
+        if caption.holds(scene.items):  # one digit in a thousand is heavy on one side
+            return scene
+
+
+def _drawn(caption: Caption, rng: np.random.Generator, size: int, held_out: bool) -> Scene:
     background = np.zeros(3) if rng.random() < BLACK else rng.integers(0, DARKEST, 3)
     canvas = np.broadcast_to(background, (size, size, 3)).astype(np.float64)
-    cells = _cells(caption, rng)
+    scale, items = size / UNIT, []
     names = [thing for thing in caption.things for _ in range(thing.count)]
-    items = []
-    for thing, (left, top, right, bottom) in zip(names, cells, strict=True):
-        scale = size / UNIT
+    for thing, cell in zip(names, _cells(caption, rng), strict=True):
         longest = round(scale * int(rng.integers(SIZES[0], SIZES[1] + 1)))
         ink = _ink(thing.digit, int(rng.integers(_handwritings(held_out))), longest, held_out)
         height, width = ink.shape
-        x = _place(rng, scale, left, right, width)
-        y = _place(rng, scale, top, bottom, height)
+        x, y = (_place(rng, scale, cell[k], cell[k + 2], (width, height)[k]) for k in (0, 1))
         window = canvas[y : y + height, x : x + width]
         alpha = ink[:, :, None] / 255
         window[:] = window * (1 - alpha) + _rgb(thing.colour, rng) * alpha
-        rows, columns = (ink.sum(axis) / ink.sum() for axis in (1, 0))
-        centre_x = (x + 0.5 + columns @ np.arange(width)) / size
-        centre_y = (y + 0.5 + rows @ np.arange(height)) / size
-        sides = (width / size, height / size)
-        items.append(Item(thing.digit, thing.colour, float(centre_x), float(centre_y), *sides))
+        columns, rows = (ink.sum(axis) / ink.sum() for axis in (0, 1))
+        items.append(
+            Item(
+                thing.digit,
+                thing.colour,
+                x=float(x + 0.5 + columns @ np.arange(width)) / size,
+                y=float(y + 0.5 + rows @ np.arange(height)) / size,
+                width=width / size,
+                height=height / size,
+            )
+        )
     return Scene(caption, tuple(items), np.rint(canvas).astype(np.uint8))
 
 

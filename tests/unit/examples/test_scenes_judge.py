@@ -7,7 +7,7 @@ import torch
 from examples.scenes import geneval, judge
 from examples.scenes.data import Flags, scenes
 from examples.scenes.grammar import COLOURS, RELATIONS, Caption, Item, Thing
-from examples.scenes.judge import Judge, hue, locate, nearest_colour
+from examples.scenes.judge import hue, locate, nearest_colour
 from examples.scenes.scene import HUES, is_held_out
 
 RGB = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 40, 255), "yellow": (255, 230, 0)}
@@ -78,17 +78,11 @@ def test_the_median_hue_is_on_the_circle():
     assert judge.median_colour(np.array([350.0, 355.0, 5.0, 10.0], np.float32)) == "red"
 
 
-@pytest.fixture(scope="module")
-def trained() -> Judge:
-    flags = Flags()
-    return judge.train((s for _, s in scenes(flags, "journeydb", False, 700)), epochs=4)
-
-
 @pytest.mark.parametrize("size", ["32", "64"])
-def test_real_held_out_scenes_are_seen_as_they_were_drawn(trained, size):
+def test_real_held_out_scenes_are_seen_as_they_were_drawn(scene_judge, size):
     drawn = [scene for _, scene in scenes(Flags(size=size), "coco", True, 150)]
     images = np.stack([scene.pixels for scene in drawn])
-    seen = trained.see(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+    seen = scene_judge.see(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
     digits = colours = 0
     for scene, items in zip(drawn, seen, strict=True):
         assert len(items) == len(scene.items)
@@ -103,11 +97,11 @@ def test_real_held_out_scenes_are_seen_as_they_were_drawn(trained, size):
     assert digits > 0.85 * total
 
 
-def test_blots_and_empty_images_hold_no_digit(trained):
+def test_blots_and_empty_images_hold_no_digit(scene_judge):
     image = np.zeros((3, 3, 32, 32), np.float32)
     image[1, :, 8:22, 8:22] = 0.9
     image[2, 0] = np.random.default_rng(0).random((32, 32)) > 0.5
-    empty, blot, noise = trained.see(torch.from_numpy(image))
+    empty, blot, noise = scene_judge.see(torch.from_numpy(image))
     assert empty == []
     assert not [i for i in blot + noise if i.digit >= 0 and i.confidence > 0.8]
 
