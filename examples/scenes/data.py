@@ -2,7 +2,8 @@
 
 journeydb: images with one caption, most of the training set. coco: images with captions and, as
 VQAv2, with questions. llava: images with dialogues of several turns; llava-val: held-out ones, for
-which LLaVA's layout has no split. Held-out scenes show combinations that no training scene shows,
+which LLaVA's layout has no split. dialogues: those of the demo, without images, whose words make
+the tokenizer's vocabulary whole. Held-out scenes show combinations that no training scene shows,
 in handwriting that no training scene uses.
 """
 
@@ -11,7 +12,7 @@ from mdm.launch.job import job
 import json
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from examples.demo.data import SOURCES, write_dialogues
 from examples.published import jpeg, json_lines, write_sets, write_tgz
 from examples.scenes.grammar import COLOURS, DIGITS, Question, Thing, dialogues, questions
 from examples.scenes.scene import (
@@ -209,15 +211,18 @@ def write(flags: Flags) -> dict[str, Any]:
     }
     layouts = {"journeydb": "journeydb", "coco": "coco and vqav2", "llava": "llava"}
     layouts["llava-val"] = "llava"
-    request = {"version": VERSION, "package": facts["package"]}
+    packages = [facts["package"], SOURCES["dialogues"]["package"]]
+    request = {"version": VERSION, "packages": packages}
     request |= {k: v for k, v in vars(flags).items() if k != "out"}
-    writers = {
+    writers: dict[str, Callable[[Path], dict[str, int]]] = {
         "journeydb": partial(write_journeydb, flags=flags),
         "coco": partial(write_coco, flags=flags),
         "llava": partial(write_llava, flags=flags, held_out=False),
         "llava-val": partial(write_llava, flags=flags, held_out=True),
     }
+    writers["dialogues"] = partial(write_dialogues, limit=0)
     every = {name: facts | {"layout": layout} for name, layout in layouts.items()}
+    every["dialogues"] = SOURCES["dialogues"]
     return write_sets(Path(flags.out), request, writers, every)
 
 

@@ -22,7 +22,7 @@ JUDGE_SCENES = 3000  # training scenes whose digits the judge's classifier reads
 def data_flags(folder: Path) -> Flags:
     """The flags that the data in this folder were written with."""
     request: dict[str, Any] = load_json(folder / MARKER, {"request": dict})["request"]
-    flags = {k: v for k, v in request.items() if k not in ("version", "package")}
+    flags = {k: v for k, v in request.items() if k not in ("version", "packages")}
     return Flags(**flags, out=str(folder))
 
 
