@@ -126,7 +126,7 @@ def write_journeydb(root: Path, flags: Flags) -> dict[str, int]:
 
 def write_coco(root: Path, flags: Flags) -> dict[str, int]:
     """Captions, and VQAv2's questions about the same images, in the edition of 2014."""
-    counts = {}
+    counts: dict[str, int] = {}
     for split, number in (("train", flags.coco), ("val", flags.heldout)):
         held_out, edition = split != "train", f"{split}2014"
         images, said, asks, answers = [], [], [], []

@@ -232,19 +232,19 @@ def dialogues(items: Sequence[Item]) -> list[tuple[str, ...]]:
     first = items[0]
     total = ("how many digits?", COUNTS[len(items)])
     if len(items) == 1:
-        what = ("what is it?", str(Thing(first.digit, first.colour)))
         where = ("and where is it?", first.place)
-        colour = ("what digit is it?", DIGITS[first.digit], "in what colour?", first.colour)
-        return [(*total, *what, *where), (*total, *colour), (*colour, *where)]
+        digit = ("what digit is it?", DIGITS[first.digit])
+        colour = ("in what colour?", first.colour)
+        what = ("what is it?", str(Thing(first.digit, first.colour)))
+        return [(*total, *what, *where), (*total, *digit, *colour), (*digit, *colour, *where)]
     if len({item.digit for item in items}) == 1:
-        what = ("which ones?", PLURALS[first.digit], "in what colour?", first.colour)
-        return [(*total, *what)]
-    talks = []
+        return [(*total, "which ones?", PLURALS[first.digit], "in what colour?", first.colour)]
+    talks: list[tuple[str, ...]] = []
     for one, other in itertools.permutations(items):
-        colours = (f"what colour is the {DIGITS[one.digit]}?", one.colour)
-        colours += (f"and the {DIGITS[other.digit]}?", other.colour)
-        talks.append((*colours, "where is it?", other.place))
+        colour = (f"what colour is the {DIGITS[one.digit]}?", one.colour)
+        second = (f"and the {DIGITS[other.digit]}?", other.colour)
+        talks.append((*colour, *second, "where is it?", other.place))
         what = (f"what is {PLACES[one.place]}?", str(Thing(one.digit, one.colour)))
-        what += ("and the other?", str(Thing(other.digit, other.colour)))
-        talks.append((*total, *what))
+        rest = ("and the other?", str(Thing(other.digit, other.colour)))
+        talks.append((*total, *what, *rest))
     return talks

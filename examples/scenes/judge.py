@@ -224,7 +224,7 @@ def train(scenes: Iterable[Scene], seed: int = 0, epochs: int = 7) -> Judge:
     """
     pages, labels = [], []
     for scene in scenes:
-        regions = locate(scene.pixels.astype(np.float32) / 255)
+        regions = locate(np.float32(1 / 255) * scene.pixels.astype(np.float32))
         for region in regions:
             gaps = [(i.x - region.x) ** 2 + (i.y - region.y) ** 2 for i in scene.items]
             pages.append(region.page)

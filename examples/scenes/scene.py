@@ -205,8 +205,9 @@ def _ink(digit: int, number: int, longest: int, held_out: bool) -> NDArray[np.fl
     height, width = (max(1, round(side * scale)) for side in tight.shape)
     small = Image.fromarray(tight).resize((width, height), Image.Resampling.BOX)
     # Smaller strokes are paler: make them as bright as they were.
-    ink = np.asarray(small, np.float64)
-    return np.minimum(ink * (255 / max(ink.max(), 1)) * 1.25, 255.0)
+    ink: NDArray[np.float64] = np.asarray(small, np.float64)
+    ink = np.minimum(ink * (255 / max(ink.max(), 1)) * 1.25, 255.0)
+    return ink
 
 
 def _rgb(colour: str, rng: np.random.Generator) -> NDArray[np.float64]:
