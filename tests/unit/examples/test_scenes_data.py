@@ -134,6 +134,27 @@ def test_held_out_combinations_never_occur_in_training(written):
             ]
 
 
+def test_training_shows_all_other_combinations():
+    """50 of 60 coloured digits, 36 of 45 pairs and 24 of 30 counts; the rest is held out."""
+
+    def combinations(held_out: bool) -> tuple[set, set, set]:
+        colours, pairs, counts = set(), set(), set()
+        for i in range(4000):
+            things = draw_things(generator(0, 9, int(held_out), i), held_out).things
+            colours |= {(t.digit, t.colour) for t in things}
+            pairs |= {frozenset(t.digit for t in things)} if len(things) == 2 else set()
+            counts |= {(t.digit, t.count) for t in things if t.count > 1}
+        return colours, pairs, counts
+
+    trained, held_out = combinations(False), combinations(True)
+    assert [len(found) for found in trained] == [50, 36, 24]
+    new = [held - known for held, known in zip(held_out, trained, strict=True)]
+    assert [len(found) for found in new] == [10, 9, 6]
+    assert (0, "red") in new[0]
+    assert frozenset((2, 3)) in new[1]
+    assert (3, 2) in new[2]
+
+
 def test_held_out_scenes_have_one_held_out_combination_each():
     for _, scene in scenes(Flags(), "journeydb", True, 300):
         digits = [item.digit for item in scene.items]
