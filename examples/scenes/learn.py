@@ -92,8 +92,10 @@ def stages(flags: Flags) -> list[JobStage]:
     training = {"preset": "scenes", "data.root": f"{out}/encoded", "run_dir": run_dir}
     side = int(flags.size) // TOKEN
     grid = {"model.image_height": side, "model.image_width": side}
-    pretrain = command("pipelines/pretrain.py", **training, **first_stage, **grid)[1:]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators"]
+    pretrain = command("pipelines/pretrain.py", **training, **first_stage, **grid)
+    if flags.ranks > 1:
+        launcher = str(Path(sys.executable).parent / "deepspeed")
+        pretrain[:1] = [launcher, "--num_accelerators", str(flags.ranks)]
     evaluate = command(
         "examples/scenes/evaluate.py",
         checkpoint=f"{run_dir}/export",
@@ -111,7 +113,7 @@ def stages(flags: Flags) -> list[JobStage]:
         stage(
             "train",
             "Train the model",
-            [*launcher, str(flags.ranks), *pretrain, *flags.train_flags.split()],
+            pretrain + flags.train_flags.split(),
             run_dir,
             "done.json",
         ),

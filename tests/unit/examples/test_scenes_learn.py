@@ -16,13 +16,13 @@ from mdm.report.page import save_tiles
 def test_every_encoded_set_is_in_the_preset_and_as_long_as_its_texts():
     preset = PRESETS["scenes"]
     assert {source.name for source in preset.data.sources} == set(ENCODED)
-    by_name = {stage.name: stage for stage in stages(Flags(out="o", size="64", ranks=1))}
+    by_name = {stage.name: stage for stage in stages(Flags(out="o", size="64", ranks=3))}
     for name in ENCODED:
         words = " ".join(by_name[f"encode-{name}"].command)
         assert f"--text_length {preset.data.caption_length}" in words
         assert "--no_near_duplicates" in words
     train = " ".join(by_name["train"].command)
-    assert "--num_accelerators 1 pipelines/pretrain.py --preset scenes" in train
+    assert "--num_accelerators 3 pipelines/pretrain.py --preset scenes" in train
     assert "--model.image_height 8 --model.image_width 8" in train
     assert "--size 64" in " ".join(by_name["data"].command)
     assert "vqav2=" not in " ".join(by_name["autoencoder"].command), "the images are coco's"
