@@ -239,6 +239,8 @@ def dialogues(items: Sequence[Item]) -> list[tuple[str, ...]]:
         return [(*total, *what, *where), (*total, *digit, *colour), (*digit, *colour, *where)]
     if len({item.digit for item in items}) == 1:
         return [(*total, "which ones?", PLURALS[first.digit], "in what colour?", first.colour)]
+    if len(items) > 2:  # of several kinds: no scene is drawn so
+        return []
     talks: list[tuple[str, ...]] = []
     for one, other in itertools.permutations(items):
         colour = (f"what colour is the {DIGITS[one.digit]}?", one.colour)

@@ -128,6 +128,8 @@ def test_answers_of_what_the_judge_sees():
     turns = ("what colour is the seven?", "?", "and the two?", "?", "where is it?", "?")
     assert replies_of(turns, seen) == ("red", "blue", "right")
     assert replies_of(turns, seen[:1]) == ()
+    assert replies_of(turns, [*seen, item(3, "red", 0.5)]) == ()
+    assert replies_of(turns, []) == ()
 
 
 def test_the_majority_is_the_commonest_training_answer():
