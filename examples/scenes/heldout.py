@@ -16,7 +16,7 @@ from mdm.first_stage.autoencoder import Autoencoder
 from mdm.sources.record import RawRecord
 from mdm.utils.files import load_json
 
-JUDGE_SCENES = 3000  # training scenes whose digits the judge's classifier reads
+JUDGE_SCENES = 5000  # training scenes whose digits the judge's classifier reads
 
 
 def data_flags(folder: Path) -> Flags:

@@ -126,7 +126,7 @@ CROSSED = [item(7, "blue", 0.25), item(2, "red", 0.75)]
     [
         ("single", Caption((Thing(7, "red"),)), [item(7, "blue")], True),
         ("single", Caption((Thing(7, "red"),)), [item(1, "red")], False),
-        ("single", Caption((Thing(7, "red"),)), [item(7, "red", confidence=0.4)], False),
+        ("single", Caption((Thing(7, "red"),)), [item(7, "red", confidence=0.25)], False),
         ("single", Caption((Thing(7, "red"),)), [], False),
         ("colours", Caption((Thing(7, "red"),)), [item(7, "red")], True),
         ("colours", Caption((Thing(7, "red"),)), [item(7, "blue")], False),
