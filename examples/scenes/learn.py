@@ -22,6 +22,7 @@ from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.fields import POSITIVE, check_fields, doc, one_of
 
 TOKEN = 8  # pixels that a token spans, each way
+TONE_WEIGHT = 16  # of the autoencoder: thin strokes of six hues take more than the usual
 ENCODED = {"journeydb": "journeydb", "coco": "coco", "vqav2": "coco", "llava": "llava"}  # folders
 
 
@@ -35,7 +36,7 @@ class Flags:
     data_flags: str = doc("", "more flags for the data job, separated by spaces")
     train_flags: str = doc("", "more flags for the training job, separated by spaces")
     evaluate_flags: str = doc("", "more flags for the evaluation, separated by spaces")
-    autoencoder_steps: int = doc(1500, "optimizer steps of the autoencoder", POSITIVE)
+    autoencoder_steps: int = doc(2000, "optimizer steps of the autoencoder", POSITIVE)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -85,6 +86,7 @@ def stages(flags: Flags) -> list[JobStage]:
         image_size=flags.size,
         out=autoencoder,
         steps=flags.autoencoder_steps,
+        tone_weight=TONE_WEIGHT,
     )
     train_judge = command(
         "examples/scenes/train_judge.py", data=data, autoencoder=autoencoder, out=judge
