@@ -5,6 +5,7 @@ import io
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from examples.published import MARKER
 from examples.scenes import data, heldout
 from examples.scenes import scene as module
 from examples.scenes.data import Flags, captions, scenes, texts_rng
+from examples.scenes.evaluation import answer_of, replies_of
 from examples.scenes.grammar import KINDS, is_right, parse
 from examples.scenes.judge import locate
 from examples.scenes.scene import (
@@ -185,6 +187,25 @@ def test_handwriting_of_held_out_scenes_is_not_in_training(monkeypatch):
         list(scenes(Flags(), "coco", held_out, 200))
     assert len(used[True]) > 100
     assert not used[True] & used[False]
+
+
+def test_the_held_out_task_is_the_published_held_out_splits(written):
+    first_stage = SimpleNamespace(encode=lambda pixels: pixels, decode=lambda latents: latents)
+    task = heldout.setting(written, SimpleNamespace(), first_stage, prompts=4)
+    asked = [(a.question.text, a.answer) for a in task.asked]
+    assert asked == [r.turns for r in records("vqav2", written / "coco", "val")]
+    published = [r.text for r in records("coco", written / "coco", "val")]
+    assert list(task.captions) == published[:: data.CAPTIONS]
+    for a in task.asked:
+        assert answer_of(a.question.text, task.scenes[a.scene].items) == a.answer
+    for turns, scene in zip(task.talks, task.scenes, strict=True):
+        assert replies_of(turns, scene.items) == turns[1::2]
+    yes_and_no = [r.turns[1] for r in records("vqav2", written / "coco", "train")]
+    counts = {word: yes_and_no.count(word) for word in ("yes", "no")}
+    assert task.majority.answers["is there"] == max(counts, key=counts.__getitem__)
+    assert all(len(prompts) == 4 for prompts in task.prompts.values())
+    real = {name: images.shape for name, images in task.real.items()}
+    assert set(real.values()) == {(4, 3, 32, 32)}
 
 
 def test_questions_are_answered_yes_and_no(written):
