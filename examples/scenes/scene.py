@@ -203,9 +203,10 @@ def _ink(digit: int, number: int, longest: int, held_out: bool) -> NDArray[np.fl
     tight = page[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = longest / max(tight.shape)
     height, width = (max(1, round(side * scale)) for side in tight.shape)
-    small = Image.fromarray(tight).resize((width, height), Image.Resampling.BOX)
+    smooth = Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC
+    resized = Image.fromarray(tight).resize((width, height), smooth)
     # Smaller strokes are paler: make them as bright as they were.
-    ink: NDArray[np.float64] = np.asarray(small, np.float64)
+    ink: NDArray[np.float64] = np.asarray(resized, np.float64)
     ink = np.minimum(ink * (255 / max(ink.max(), 1)) * 1.25, 255.0)
     return ink
 
