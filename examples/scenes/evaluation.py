@@ -254,12 +254,7 @@ def evaluate(model: Generator, setting: Setting, sampling: Sampling) -> Result:
     _describe(model, setting, text, result)
     _answer(model, setting, text, result)
     _reply(model, setting, text, result)
-    text["guidance"] = sampling.joint_guidance
-    joint, said = model.joint(len(setting.scenes), **text)
-    right = list(map(is_right, said, setting.judge.see(joint)))
-    result.metrics["joint_agreement"] = share(right)
-    result.images["joint"] = joint
-    result.labels["joint"] = [Label(t, "", r) for t, r in zip(said, right, strict=True)]
+    _join(model, setting, text | {"guidance": sampling.joint_guidance}, result)
     result.images["real"] = setting.decode(setting.latents)
     result.labels["real"] = [
         Label(caption, describe(items), is_right(caption, items))
@@ -282,6 +277,23 @@ def _describe(model: Generator, setting: Setting, text: dict[str, Any], result: 
     result.images["captions"] = setting.pixels
     result.labels["captions"] = [
         Label(t, truth, r) for t, truth, r in zip(said, setting.captions, right, strict=True)
+    ]
+
+
+def _join(model: Generator, setting: Setting, both: dict[str, Any], result: Result) -> None:
+    """Images and captions drawn together: is the caption true of what is seen?"""
+    joint, said = model.joint(len(setting.scenes), **both)
+    seen = setting.judge.see(joint)
+
+    def score(order: list[int]) -> float:
+        return share(is_right(said[i], items) for i, items in zip(order, seen, strict=True))
+
+    result.metrics["joint_agreement"] = score(list(range(len(said))))
+    result.metrics["joint_agreement_floor"] = shuffled(score, len(said), setting.seed)
+    result.images["joint"] = joint
+    result.labels["joint"] = [
+        Label(text, describe(items), is_right(text, items))
+        for text, items in zip(said, seen, strict=True)
     ]
 
 

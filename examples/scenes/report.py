@@ -43,7 +43,8 @@ def targets(metrics: Mapping[str, Any]) -> list[Target]:
                beside="vqa_majority", note="the commonest training answer to that kind"),
         Target("dialogue_accuracy", "Replies in dialogues",
                beside="dialogue_majority", note="the commonest training reply"),
-        Target("joint_agreement", "Image and caption at once: the caption is true of the image"),
+        Target("joint_agreement", "Image and caption at once: the caption is true of the image",
+               beside="joint_agreement_floor", note="captions shuffled"),
     ]  # fmt: skip
 
 

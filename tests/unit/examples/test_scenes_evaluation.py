@@ -93,6 +93,7 @@ def test_a_perfect_model_reaches_the_ceilings(setting):
         assert abs(metrics[f"geneval_{task}"] - ceiling) < 0.2, task
         assert metrics[f"geneval_{task}_floor"] < 0.5 * ceiling
     assert metrics["joint_agreement"] > 0.6
+    assert metrics["joint_agreement_floor"] < 0.2
     assert metrics["caption_accuracy_ceiling"] > 0.7
     assert metrics["caption_accuracy_floor"] < 0.2
     assert metrics["vqa_accuracy_ceiling"] > 0.7
