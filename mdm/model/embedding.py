@@ -25,7 +25,7 @@ class Embedded(NamedTuple):
     """The sequence that the blocks read. A `NamedTuple`: DeepSpeed's ZeRO-3 hooks know those."""
 
     x: Tensor  # [b, l, d], or [1, r l, d] of packed samples
-    modulation: Tensor | None  # f32 [..., l, 3 d], shift, scale and gate of each token's level
+    modulation: Tensor | None  # f32 [..., l, 3 d], shift, scale and gate of each token
 
 
 class NoiseLevel(nn.Module):
@@ -58,7 +58,7 @@ class Embed(nn.Module):
         super().__init__()
         d, c = config.d_model, config.latent_dim
         n_image = config.image_height * config.image_width
-        self.silent = config.silent
+        self.silent, self.summarizes_tokens = config.silent, config.text_summary == "tokens"
 
         def learned(*shape: int) -> nn.Parameter:
             return nn.Parameter(PART * torch.randn(*shape))
@@ -76,11 +76,10 @@ class Embed(nn.Module):
         self.time_token = learned(d)
         self.pads = learned(4, d)  # around the text, around the image
         self.summary: nn.Linear | None = None
-        if config.text_summary:
+        if config.text_summary != "none":
             self.summary = nn.Linear(d, d)
-            # Latents and positions differ between tokens, levels do not, and the maximum of m
-            # normals is about sqrt(1.3 ln m).
-            largest = math.sqrt(2 * 1.3 * math.log(config.text_length) + 1)
+            # The maximum of m normals is about sqrt(1.3 ln m).
+            largest = math.sqrt(1.3 * math.log(max(config.text_length, 4)))
             nn.init.orthogonal_(self.summary.weight, gain=1 / largest)
             nn.init.zeros_(self.summary.bias)
         self.modulation: Fp32Linear | None = None
@@ -100,54 +99,57 @@ class Embed(nn.Module):
         embedded = self.level(torch.stack(levels, 1))  # [b, 2 + k, d]
 
         def of_tokens(values: Tensor) -> Tensor:
-            """[b, 2 + k, ...] for the noised, the clean and each image -> [r, m, ...]."""
+            """[b, 2 + k, ...] of noised text, clean text and each image -> [r, m, ...]."""
             noised, clean = (spread(values[:, i], sample_of) for i in (0, 1))
             return torch.where(text.prompt.unsqueeze(-1), clean, noised)
 
         kept, position = self._kept(text.level), self.text_position[: text.z_t.shape[1]]
         if rows is not None:
             position = self.text_position[rows.position]
-        tokens = self._text(text, spread(kept, sample_of).unsqueeze(-1))
-        tokens = tokens + position + of_tokens(embedded)
+        latents = self._text(text, spread(kept, sample_of).unsqueeze(-1))
+        tokens = latents + position + of_tokens(embedded)
         # The time token carries the level of the last image: earlier ones are conditions.
         time = self.time_token + embedded[:, 0] + (0 if images is None else embedded[:, -1])
-        label = self._label(class_ids)
+        class_token, label = self._label(class_ids)
+        conditions = embedded[:, :2] + label.unsqueeze(1)
         grids: tuple[Tensor, ...] = ()
         if images is not None:
+            # The model is slow to learn a condition that is a few tokens among many: the label, and
+            # the maximum over the text's tokens, which padding does not dilute, are added to every
+            # patch too.
             condition = embedded[:, 2:] + label.unsqueeze(1)
-            # The model is slow to learn a condition that is a few tokens among many: the label,
-            # and the maximum over the text's tokens, which padding does not dilute, are added to
-            # every patch too.
             if self.summary is not None:
-                largest = tokens.amax(1) if rows is None else rows.largest(tokens)
+                summarized = tokens if self.summarizes_tokens else latents
+                largest = summarized.amax(1) if rows is None else rows.largest(summarized)
                 condition = condition + (self.summary(largest) * kept.unsqueeze(-1)).unsqueeze(1)
+            if images.at is not None:  # an image takes the position of a text token
+                place = self.text_position[images.at.clamp(min=0)]
+                condition = condition + place * (images.at >= 0).unsqueeze(-1)
             grids = self._images(images, condition)
+            conditions = torch.cat([conditions, condition], 1)
         pads = self.pads.unsqueeze(1).expand(-1, len(label), -1).unsqueeze(2)  # [4, b, 1, d]
-        x = join_all((time.unsqueeze(1), label.unsqueeze(1)), tokens, grids, pads.unbind(0))
+        x = join_all((time.unsqueeze(1), class_token.unsqueeze(1)), tokens, grids, pads.unbind(0))
         if self.modulation is None:
             return Embedded(x, None)
-        modulated = self._modulate(embedded, label.unsqueeze(1))
+        modulated = self._modulate(conditions)
         noised, _, *by_image = modulated.split(1, 1)
         last = by_image[-1] if by_image else noised
         of_images = [
             t.expand(-1, grid.shape[1], -1) for t, grid in zip(by_image, grids, strict=True)
         ]
-        frame = (noised,) * 2, (noised, noised, last, last)
-        return Embedded(x, join_all(frame[0], of_tokens(modulated), of_images, frame[1]))
+        of_pads = (noised, noised, last, last)
+        return Embedded(x, join_all((noised,) * 2, of_tokens(modulated), of_images, of_pads))
 
     def _images(self, images: ImageInput, condition: Tensor) -> tuple[Tensor, ...]:
         """The tokens of each image, [b, n / k, d], given what its patches share [b, k, d]."""
-        if images.at is not None:  # an image takes the position of a text token
-            place = self.text_position[images.at.clamp(min=0)]
-            condition = condition + place * (images.at >= 0).unsqueeze(-1)
         z_t = images.z_t.unflatten(1, (condition.shape[1], -1))
         patches = self.image_in(z_t * self._kept(images.level)[..., None, None])
         return tuple((patches + self.image_position + condition.unsqueeze(2)).unbind(1))
 
-    def _modulate(self, level: Tensor, label: Tensor) -> Tensor:
-        """Shift, scale and gate at levels [..., d] and labels [..., d], f32 [..., 3 d]."""
+    def _modulate(self, condition: Tensor) -> Tensor:
+        """Shift, scale and gate under conditions [..., d], f32 [..., 3 d]."""
         assert self.modulation is not None
-        modulated: Tensor = self.modulation(F.silu(level + label.float()))
+        modulated: Tensor = self.modulation(F.silu(condition.float()))
         return modulated
 
     def _kept(self, level: Tensor) -> Tensor:
@@ -159,7 +161,12 @@ class Embed(nn.Module):
         embedded: Tensor = self.text_in(torch.cat([text.z_t, estimate], -1) * kept)
         return embedded
 
-    def _label(self, class_ids: Tensor) -> Tensor:
+    def _label(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token, and what the label adds to patches and modulation, [..., d] each.
+
+        Without a class the token is the last row and not zeros, where every block's RMSNorm would
+        multiply gradients by 316.
+        """
         null = self.class_embedding.num_embeddings - 1
-        label: Tensor = self.class_embedding(torch.where(class_ids < 0, null, class_ids))
-        return label * (class_ids >= 0).unsqueeze(-1) if self.silent else label
+        token: Tensor = self.class_embedding(torch.where(class_ids < 0, null, class_ids))
+        return token, token * (class_ids >= 0).unsqueeze(-1) if self.silent else token

@@ -15,10 +15,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 from PIL import Image
+from torch import Tensor
 
+from mdm.evaluate.suite import Label
 from mdm.report.charts import line_chart, row_chart
-from mdm.report.image_grid import Sheet, cut_sheet
-from mdm.utils.files import read_lines, write_bytes
+from mdm.report.image_grid import Sheet, cut_sheet, save_sheets
+from mdm.utils.files import load_json, read_lines, write_bytes, write_json
+
+SHEETS = "sheets.json"
 
 TERMS = {  # title and unit
     "total": ("total", "Eq. 18"),
@@ -112,6 +116,24 @@ def tiles(
             for image, text in zip(images, texts, strict=True)
         ]
     return by_name
+
+
+def save_tiles(
+    images: Mapping[str, Tensor], labels: Mapping[str, Sequence[Label]], folder: Path, shown: int
+) -> None:
+    """Write the first `shown` images [n, 3, H, W] of each name into `folder`, with their labels."""
+    sheets = save_sheets({name: i[:shown] for name, i in images.items()}, folder, columns=10)
+    content = {
+        "sheets": {name: vars(sheet) for name, sheet in sheets.items()},
+        "labels": {name: [vars(label) for label in row[:shown]] for name, row in labels.items()},
+    }
+    write_json(folder / SHEETS, content)
+
+
+def load_tiles(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The tiles that `save_tiles` wrote into `folder`."""
+    content = load_json(folder / SHEETS, {"sheets": dict, "labels": dict})
+    return tiles(content["sheets"], content["labels"], folder)
 
 
 def loss_charts(metrics_file: Path) -> list[dict[str, Any]]:

@@ -113,8 +113,8 @@ def packed(images: int = 0, packs: list[list[int]] | None = None) -> Batch:
         (1, {"decoder": "transformer", "n_layer": 2}),
         (1, {"long_skip": True, "estimate": 1.0}),
         (1, {"target": "theorem1", "n_layer": 2}),
-        (1, {"adaln": False, "silent": False, "n_layer": 2}),
-        (1, {"text_summary": False, "text_head": "latent", "n_layer": 2}),
+        (1, {"adaln": False, "silent": False, "text_summary": "none", "n_layer": 2}),
+        (1, {"text_summary": "tokens", "text_head": "latent", "n_layer": 2}),
         (2, {"n_layer": 2}),
     ],
 )

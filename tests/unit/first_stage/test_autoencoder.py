@@ -10,6 +10,7 @@ from mdm.first_stage.train_autoencoder import (
     channel_statistics,
     fit,
     psnr,
+    reconstruction_loss,
 )
 
 MEAN, STD = [0.5, -1.0, 0.0, 2.0], [2.0, 1.0, 0.5, 3.0]
@@ -158,3 +159,10 @@ def test_a_training_of_any_length_runs(steps, tmp_path):
 def test_psnr_of_a_constant_error():
     target = torch.zeros(2, 3, 4, 4)
     assert psnr(target + 0.1, target) == pytest.approx(20.0, abs=1e-3)
+
+
+def test_a_wrong_tone_costs_its_square_times_the_weight():
+    target = torch.zeros(1, 3, 4, 4)
+    output = target + 0.5  # no edges
+    costs = [reconstruction_loss(output, target, w).item() for w in (0.0, 16.0)]
+    assert costs == pytest.approx([0.5, 0.5 + 16 * 0.25])

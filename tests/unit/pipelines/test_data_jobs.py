@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from examples.demo import data as demo_data
+from examples.published import MARKER
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.tokenizer import Tokenizer
 from pipelines import train_autoencoder, train_tokenizer
@@ -21,20 +22,17 @@ def demo(tmp_path_factory):
 
 def test_demo_data_are_the_same_bytes_again_and_left_alone_when_done(demo, tmp_path):
     report = demo_data.write(tmp_path / "again", 60)
-    assert report == json.loads((demo / demo_data.MARKER).read_text())
-    stamp = (tmp_path / "again" / demo_data.MARKER).stat().st_mtime_ns
+    assert report == json.loads((demo / MARKER).read_text())
+    stamp = (tmp_path / "again" / MARKER).stat().st_mtime_ns
     assert demo_data.write(tmp_path / "again", 60) == report
-    assert (tmp_path / "again" / demo_data.MARKER).stat().st_mtime_ns == stamp
+    assert (tmp_path / "again" / MARKER).stat().st_mtime_ns == stamp
     other = demo_data.write(tmp_path / "again", 50)
     assert other["sets"]["emoji"]["sha256"] != report["sets"]["emoji"]["sha256"]
 
 
 def test_interrupted_demo_data_are_finished(demo, tmp_path):
     (tmp_path / "digits" / "train" / "junk").mkdir(parents=True)
-    assert (
-        demo_data.write(tmp_path, 60)["sets"]
-        == json.loads((demo / demo_data.MARKER).read_text())["sets"]
-    )
+    assert demo_data.write(tmp_path, 60)["sets"] == json.loads((demo / MARKER).read_text())["sets"]
     assert not (tmp_path / "digits" / "train" / "junk").exists()
 
 

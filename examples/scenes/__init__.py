@@ -1,0 +1,1 @@
+"""`make learn-scenes`: coloured digits in scenes, with captions, questions and dialogues."""
