@@ -192,15 +192,17 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         self,
         latents: Tensor,
         *,
+        max_new_tokens: int = 0,
         guidance: float = 0.0,
         steps: int = 20,
         seed: int = 0,
         **options: Unpack[Options],
     ) -> list[str]:
-        """Captions of images given as first-stage latents [b, n, c] (`Autoencoder.encode`)."""
-        request = self._request(GIVEN, GENERATED, len(latents), seed, latents=latents)
+        """Captions, as long as in training at most, of latents [b, n, c] (`Autoencoder.encode`)."""
+        n = len(latents)
+        request = self._request(GIVEN, GENERATED, n, seed, max_new_tokens, latents=latents)
         sampling = Sampling(text_steps=steps, text_guidance=guidance, **options)
-        return self._texts(self._run(request, sampling)[1])
+        return [self.tokenizer.decode(row) for row in self._run(request, sampling)[1].tolist()]
 
     def reply(
         self,
@@ -344,6 +346,3 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         if decoder is None:
             raise ValueError("the model was trained on text alone: it generates no images")
         return torch.cat([decoder.decode(part, self.grid) for part in latents.split(BATCH)])
-
-    def _texts(self, tokens: Tensor) -> list[str]:
-        return [self.tokenizer.decode(row) for row in tokens.tolist()]

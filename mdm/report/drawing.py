@@ -33,7 +33,9 @@ class Flags:
     )
     classes: tuple[int, ...] = doc((), "classes for joint samples to begin with")
     image_noise: float = doc(0.6, "share of noise that an image to begin with gets")
-    max_new_tokens: int = doc(0, "room for a reply, in tokens; 0 for half a text")
+    max_new_tokens: int = doc(
+        0, "room for a caption or reply, in tokens; 0: as in training, half a text for a reply"
+    )
     n: int = doc(1, "results for each input, or in all for joint", POSITIVE)
     guidance: float = doc(3.0, "how strongly images follow their condition; 0 for none")
     text_guidance: float | None = doc(None, "the same of captions; for joint, default --guidance")
@@ -95,7 +97,9 @@ def generate(generator: Generator, flags: Flags) -> list[str]:
         case "text-to-image":
             pixels, names = generator.text_to_image(inputs, **image), inputs
         case "image-to-text":
-            names = generator.image_to_text(encode(generator, inputs), **text)
+            names = generator.image_to_text(
+                encode(generator, inputs), max_new_tokens=flags.max_new_tokens, **text
+            )
         case "reply":
             images = encode(generator, flags.images) if flags.images else None
             if images is not None:

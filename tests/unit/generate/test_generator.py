@@ -237,6 +237,19 @@ def test_places_of_images_count_tokens(generator):
     assert dialogue_prompt(pieces, ("one",), 2, 40)[1] == [-1, -1]
 
 
+def test_captions_have_the_room_that_is_asked_for(generator, monkeypatch):
+    lengths = []
+
+    def run(request, _):
+        lengths.append(request.length)
+        return None, torch.zeros(1, 1, dtype=torch.long)
+
+    monkeypatch.setattr(generator, "_run", run)
+    generator.image_to_text(torch.zeros(1, 16, 16))
+    generator.image_to_text(torch.zeros(1, 16, 16), max_new_tokens=3)
+    assert lengths == [generator.config.data.caption_length, 3]
+
+
 def test_a_long_dialogue_leaves_room_for_the_reply(generator, monkeypatch):
     shown = []
     monkeypatch.setattr(
