@@ -34,7 +34,7 @@ def _order(uri: str) -> SampleOrder:
 
 def _resume(uri: str, state: str) -> None:
     order = _order(uri)
-    resume.check(json.loads(state), order, 0)
+    resume.check(json.loads(state), order, {})
     order.draw(json.loads(state)["step"])
 
 
@@ -50,7 +50,7 @@ def _milliseconds(call: Callable[[], object]) -> float:
 def measure(uri: str, rows: int) -> dict[str, float]:
     """Milliseconds of each operation from a closed data set; peak memory of a resume in MiB."""
     deep = 3 * rows // GLOBAL_BATCH + int(0.9 * rows) // GLOBAL_BATCH  # in the fourth epoch
-    state = json.dumps(resume.state_dict(_order(uri), 0, deep, ""))
+    state = json.dumps(resume.state_dict(_order(uri), {}, deep, ""))
     operations: dict[str, Callable[[], object]] = {
         "open": lambda: Manifest.load(uri),
         "step 0": lambda: _order(uri).draw(0),

@@ -191,10 +191,11 @@ class DataConfig:
 
     root: str = doc("s3://mdm-demo/encoded", "folder or s3:// prefix of the encoded data sets")
     sources: tuple[SourceConfig, ...] = doc((), "name:weight, separated by commas")
-    global_batch: int = doc(64, "samples per step over all ranks; packed texts: rows", POSITIVE)
+    global_batch: int = doc(64, "samples per step over all ranks; packed: rows", POSITIVE)
     shuffle_window: int = doc(4, "record batches shuffled together", POSITIVE)
-    caption_length: int = doc(16, "text tokens beside an image", POSITIVE)
+    caption_length: int = doc(16, "longest text in tokens beside an image", POSITIVE)
     dialogue_length: int = doc(48, "text tokens of a text-only sample or packed row", POSITIVE)
+    images_per_row: int = doc(1, "samples with an image per row; above 1 they are packed", POSITIVE)
     texts_per_row: int = doc(1, "text-only samples per row; above 1 they are packed", POSITIVE)
     mixture_stages: tuple[MixtureStageConfig, ...] = doc(
         (), "other mixtures from later steps on: step=name:weight,name:weight;step=..."
@@ -300,6 +301,13 @@ class Config:
             longest <= self.model.text_length,
             f"data asks for texts of {longest} tokens but model.text_length is "
             f"{self.model.text_length}; raise it or shorten the texts",
+        )
+        others = self.objective.se_image and self.objective.image_candidates == "latents"
+        check(
+            self.data.images_per_row == 1 or not others,
+            f"data.images_per_row {self.data.images_per_row} packs samples, of which ranks hold "
+            "different numbers, but objective.image_candidates latents compares them across ranks; "
+            "set data.images_per_row 1 or objective.image_candidates noises",
         )
         for name in ("tokenizer", "autoencoder"):
             check(

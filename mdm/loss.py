@@ -1,7 +1,7 @@
 """The loss (Eq. 18): noise both modalities at their own levels, score the prediction.
 
 Shapes: B batch, I images a sample, N image tokens of all of them, R rows and M text tokens (R = B
-unless texts are packed), C latent width, V vocabulary, K candidates.
+unless samples are packed), C latent width, V vocabulary, K candidates.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from mdm.model.decoder import Prediction
 from mdm.model.embedding import CLEAN, DROPPED
 from mdm.model.inputs import ImageInput, TextInput
 from mdm.model.mdm import MDM, text_logits
-from mdm.model.sequence import TextRows, Texts, text_rows
+from mdm.model.sequence import Layout, Rows, Samples, pack_rows
 from mdm.model.vae import kl
 from mdm.utils.precision import fp32
 
@@ -57,7 +57,6 @@ class NoisyText(NamedTuple):
     input: TextInput
     abar: Tensor  # [R, M], or [B, 1] unless packed
     tokens: Tensor  # i64 [R, M]
-    texts: Texts
     means: Tensor  # [V, C], mu_v
     bias: Tensor  # [V]
     rec: Tensor  # Eq. 16
@@ -79,6 +78,7 @@ class NoisyInputs(NamedTuple):
     """A batch as the decoder reads it."""
 
     levels: Levels
+    samples: Samples
     text: NoisyText
     image: NoisyImage | None
 
@@ -109,11 +109,11 @@ class Loss(nn.Module):
             batch: on the CPU, where its noise is drawn; its loader has checked it.
             step: the global step.
         """
-        levels, text, image = noisy = self.noise_inputs(batch)
+        levels, samples, text, image = noisy = self.noise_inputs(batch)
         prediction = self.predict(noisy, self.estimate(noisy, step))
 
         logits = text_logits(prediction, text.means, text.bias)
-        se_txt = self.text_loss(logits, text) * levels.scores_txt  # [B]
+        se_txt = self.text_loss(logits, text, samples) * levels.scores_txt  # [B]
         if self.text_warp is not None and self.training:
             self.text_warp.update(levels.t_txt, se_txt)
         rec_img, kl_term = se_txt.new_zeros(()), text.kl
@@ -124,7 +124,7 @@ class Loss(nn.Module):
             eps_img, se_img = ((term * levels.scores_img).sum(1) for term in by_image)
 
         # Means over all samples, not over the noisy ones: ranks then average to the global loss.
-        terms = eps_img.mean(), se_img.mean(), text.texts.average(se_txt)
+        terms = samples.average(eps_img), samples.average(se_img), samples.average(se_txt)
         w = self.weights
         total = (  # Eq. 18
             rec_img
@@ -143,12 +143,17 @@ class Loss(nn.Module):
         draws = noise.draw(self.seed, batch.keys, batch.epochs, n, m, c, batch.text_of).to(device)
         rows = None
         if batch.text_of is not None:
-            rows = text_rows(batch.text_of, len(batch), self.network.trunk.scans, device)
+            layout = Layout.of(self.model, m, n // self.grid)
+            scans = self.network.trunk.scans
+            rows = pack_rows(batch.text_of, len(batch), layout, scans, device)
         batch = batch.to(device)
+        samples = _samples(batch)
         levels = self.draw_levels(draws.uniforms, batch)
-        text = self._noise_text(batch, draws, levels.t_txt, rows)
-        image = None if batch.latents is None else self._noise_image(batch, draws, levels.t_img)
-        return NoisyInputs(levels, text, image)
+        text = self._noise_text(batch, draws, levels.t_txt, samples, rows)
+        image = None
+        if batch.latents is not None:
+            image = self._noise_image(batch.latents, batch.image_at, draws, levels.t_img, samples)
+        return NoisyInputs(levels, samples, text, image)
 
     def estimate(self, noisy: NoisyInputs, step: int) -> Tensor | None:
         """The network's own estimate of the clean texts that it shall see, zeros for the others.
@@ -161,7 +166,7 @@ class Loss(nn.Module):
         text = noisy.text
         with torch.no_grad():
             logits = text_logits(self.predict(noisy), text.means, text.bias)
-            seen = text.texts.spread(noisy.levels.self_conditions).unsqueeze(-1)
+            seen = noisy.samples.spread(noisy.levels.self_conditions).unsqueeze(-1)
             with fp32(logits.device):
                 return logits.softmax(-1) @ text.means * seen
 
@@ -169,7 +174,7 @@ class Loss(nn.Module):
         """Noise levels and kept classes from uniforms [B, 8]; see `mdm.diffusion.levels`."""
         images = 0 if batch.latents is None else batch.latents.shape[1] // self.grid
         steps = None if self.text_warp is None else self.text_warp.steps
-        has_prompt = batch.prompt.any(1)
+        has_prompt = _samples(batch).sums(batch.prompt.long()) > 0
         return draw_levels(self.weights, uniforms, images, batch.class_ids, has_prompt, steps)
 
     def predict(self, noisy: NoisyInputs, estimate: Tensor | None = None) -> Prediction:
@@ -179,7 +184,7 @@ class Loss(nn.Module):
         prediction: Prediction = self.network(text, noisy.levels.class_ids, image)
         return prediction
 
-    def text_loss(self, logits: Tensor, text: NoisyText) -> Tensor:
+    def text_loss(self, logits: Tensor, text: NoisyText, samples: Samples) -> Tensor:
         """Score entropy of `logits` [R, M, V] (Eq. 4), a mean outside the prompt, [B]."""
         if self.weights.target == "theorem1":
             with torch.no_grad():  # depends only on z_t and the vocabulary, not on the context
@@ -189,7 +194,7 @@ class Loss(nn.Module):
         else:  # with a one-hot target: cross-entropy
             per_token = _cross_entropy(logits, text.tokens)
         weight = ~text.input.prompt * torch.where(text.tokens == PAD, self.weights.pad_weight, 1.0)
-        return text.texts.sums(per_token * weight) / text.texts.sums(weight).clamp(min=1)
+        return samples.sums(per_token * weight) / samples.sums(weight).clamp(min=1)
 
     def image_loss(self, v: Tensor, image: NoisyImage, t: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted noise prediction error, and the score entropy over candidates, [B, I] each.
@@ -232,39 +237,45 @@ class Loss(nn.Module):
         return -log_s[..., 0]  # Eq. 4 with a one-hot target is the cross-entropy
 
     def _noise_text(
-        self, batch: Batch, draws: noise.Draws, t: Tensor, rows: TextRows | None
+        self, batch: Batch, draws: noise.Draws, t: Tensor, samples: Samples, rows: Rows | None
     ) -> NoisyText:
-        texts = Texts(batch.text_of, len(batch), batch.average_over)
-        prompt = batch.prompt & texts.spread(t < schedule.STEPS)
+        prompt = batch.prompt & samples.spread(t < schedule.STEPS)
         means, bias = self.vae.vocabulary()
         mean = means[batch.tokens]
         sigma = self.vae.text_sigma(mean)
         s = mean + sigma * draws.text[:, 1]
-        rec = texts.mean(_cross_entropy(self.vae.decode_text(s).float(), batch.tokens))
-        kl_term = texts.mean(kl(mean, sigma))
-        abar = texts.spread(schedule.TEXT.alpha_bar(t))
+        rec = samples.mean(_cross_entropy(self.vae.decode_text(s).float(), batch.tokens))
+        kl_term = samples.mean(kl(mean, sigma))
+        abar = samples.spread(schedule.TEXT.alpha_bar(t))
         z_0 = s.detach()  # no gradient from the diffusion into the encoder
         z_t = schedule.noised(z_0, draws.text[:, 0], abar.unsqueeze(2))
         z_t = torch.where(prompt.unsqueeze(-1), z_0, z_t)
         text = TextInput(z_t, _log_snr(schedule.TEXT, t), prompt, rows=rows)
-        return NoisyText(text, abar, batch.tokens, texts, means, bias, rec, kl_term)
+        return NoisyText(text, abar, batch.tokens, means, bias, rec, kl_term)
 
-    def _noise_image(self, batch: Batch, draws: noise.Draws, t: Tensor) -> NoisyImage:
-        assert batch.latents is not None
+    def _noise_image(
+        self,
+        latents: Tensor,
+        image_at: Tensor | None,
+        draws: noise.Draws,
+        t: Tensor,
+        samples: Samples,
+    ) -> NoisyImage:
         assert draws.image is not None
-        mean, sigma = self.vae.encode_image(batch.latents)
+        mean, sigma = self.vae.encode_image(latents)
         s = mean + sigma * draws.image[:, 1]
-        rec = (self.vae.decode_image(s).float() - batch.latents).square().mean()
+        rec = (self.vae.decode_image(s).float() - latents).square().mean((1, 2))
         if self.training and self.weights.normalize_latents:
             with torch.no_grad():
-                self.vae.track(*_global_moments(s))
+                self.vae.track(*_global_moments(s, samples))
         z_0 = self.vae.normalize_image(s)
         if self.weights.detach_latents:
             z_0 = z_0.detach()
         eps, abar = draws.image[:, 0], schedule.IMAGE.alpha_bar(t)
         z_t = schedule.noised(z_0, eps, self._by_token(abar).unsqueeze(2))
-        image = ImageInput(z_t, _log_snr(schedule.IMAGE, t), batch.image_at)
-        return NoisyImage(image, z_0, eps, abar, rec, kl(mean, sigma).mean())
+        image = ImageInput(z_t, _log_snr(schedule.IMAGE, t), image_at)
+        rec, kl_term = samples.average(rec), samples.average(kl(mean, sigma).mean(1))
+        return NoisyImage(image, z_0, eps, abar, rec, kl_term)
 
     def _trajectory(self, image: NoisyImage, t: Tensor) -> Tensor:
         """States of each token's noisy path at evenly spaced earlier steps, [B, N, K, C]."""
@@ -279,7 +290,8 @@ class Loss(nn.Module):
 
     def _by_image(self, by_token: Tensor) -> Tensor:
         """[B, N, ...] -> [B, I, tokens of an image, ...]."""
-        return by_token.view(len(by_token), -1, self.grid, *by_token.shape[2:])
+        images = by_token.shape[1] // self.grid
+        return by_token.view(len(by_token), images, self.grid, *by_token.shape[2:])
 
 
 def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -289,6 +301,10 @@ def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     long on a CPU.
     """
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+
+
+def _samples(batch: Batch) -> Samples:
+    return Samples(batch.text_of, len(batch), batch.average_over)
 
 
 def _log_snr(table: schedule.Schedule, t: Tensor) -> Tensor:
@@ -314,9 +330,9 @@ def _others(z_0: Tensor, k: int) -> Tensor:
     return pool[index].transpose(1, 2)
 
 
-def _global_moments(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance [C] over the global batch."""
-    sums = torch.stack([s.mean((0, 1)), s.square().mean((0, 1))])
+def _global_moments(s: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    """Mean and variance [C] of latents [B, N, C] over the global batch."""
+    sums = torch.stack([samples.average(power.mean(1)) for power in (s, s.square())])
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.all_reduce(sums)
         sums /= torch.distributed.get_world_size()

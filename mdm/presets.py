@@ -138,7 +138,8 @@ _OBJECTIVE = ObjectiveConfig(p_text_to_image=0.3, p_image_to_text=0.15, p_image=
 # At 1e-4 the first steps of Adam would move a branch's weights by a tenth each.
 _WARMUP = 5000
 
-# Sources and texts of all presets beyond the demo.
+# Sources and texts of all presets beyond the demo. Captions have the paper's 512 tokens at most;
+# rows as long as the longest of them and its image hold two others, of 250 tokens together.
 _DATA = DataConfig(
     root="s3://mdm/encoded",
     sources=(
@@ -146,9 +147,10 @@ _DATA = DataConfig(
         SourceConfig("journeydb", 0.4),
         SourceConfig("ultrachat", 0.2),
     ),
-    global_batch=1024,
-    caption_length=108,
+    global_batch=512,
+    caption_length=512,
     dialogue_length=512,
+    images_per_row=2,
 )
 
 # The paper's parameters: 49 blocks of width 2048 with a mixer for each of six scans.
@@ -175,7 +177,7 @@ MDM_1B = Config(
 DEV_1GPU = Config(
     model=ModelConfig(d_model=1024, n_layer=24, long_skip=True, kernel="fused"),
     objective=_OBJECTIVE,
-    data=dataclasses.replace(_DATA, global_batch=64, dialogue_length=256),
+    data=dataclasses.replace(_DATA, global_batch=32, dialogue_length=256),
     train=TrainConfig(
         steps=200_000,
         lr=3e-4,

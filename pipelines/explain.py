@@ -1,8 +1,8 @@
 """List what a step consumed, or which steps consume a sample.
 
-`--step N` lists the samples of step N: id, record, origin, shard, row, and for packed texts the row
-they share. `--sample ID` takes a sample id (source:row), a record's own id or its origin, and lists
-the steps below `--steps` that use it. Give the run's values for the other flags.
+`--step N` lists the samples of step N: id, record, origin, shard, row, and for packed ones the row
+that they share. `--sample ID` takes a sample id (source:row), a record's own id or its origin, and
+lists the steps below `--steps` that use it. Give the run's values for the other flags.
 """
 
 from mdm.launch.job import job
@@ -32,9 +32,11 @@ class Flags:
         (), "the run's step=name:weight,...;step=..."
     )
     seed: int = doc(0, "the run's seed")
-    global_batch: int = doc(64, "samples per step over all ranks; packed texts: rows")
+    global_batch: int = doc(64, "samples per step over all ranks; packed: rows")
     texts_per_row: int = doc(1, "text-only samples per row; above 1 they are packed")
-    dialogue_length: int = doc(48, "text tokens of a packed row")
+    dialogue_length: int = doc(48, "text tokens of a packed row of text alone")
+    images_per_row: int = doc(1, "samples with an image per row; above 1 they are packed")
+    caption_length: int = doc(16, "longest text in tokens beside an image")
     shuffle_window: int = doc(4, "record batches shuffled together")
     step: int = doc(-1, "step to explain")
     sample: str = doc("", "sample to look for")
@@ -49,7 +51,8 @@ def explain_step(mixture: Mixture, flags: Flags) -> None:
     """Print one line of JSON per sample."""
     draw = SampleOrder(mixture, flags.seed).draw(flags.step)
     print(f"step {flags.step}: {draw.task}, {len(draw.ids)} samples", file=sys.stderr)
-    packs = packs_of(mixture, draw, flags.dialogue_length)
+    length = flags.dialogue_length if draw.task == "text" else flags.caption_length
+    packs = packs_of(mixture, draw, length)
     for trace in locate(mixture, draw.ids, draw.epochs.tolist(), packs):
         print(json.dumps(asdict(trace), ensure_ascii=False))
 
@@ -78,6 +81,7 @@ def main() -> None:
             shuffle_window=flags.shuffle_window,
             mixture_stages=flags.mixture_stages,
             texts_per_row=flags.texts_per_row,
+            images_per_row=flags.images_per_row,
         )
     )
     (explain_step if flags.step >= 0 else explain_sample)(mixture, flags)

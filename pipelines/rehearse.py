@@ -42,7 +42,7 @@ class Flags(Config):
     mfu: float = doc(0.4, "share of that peak that the model's own FLOPs reach", SHARE)
     price: float = doc(2.5, "dollars per GPU and hour")
     network: float = doc(50.0, "GB/s that one GPU can send to other nodes", POSITIVE)
-    text_share: float = doc(0.2, "share of text-only samples", SHARE)
+    text_share: float = doc(0.2, "share of steps on text alone", SHARE)
     step_tokens: int = doc(16, "text tokens of the rank's step; 0: take no step", NOT_NEGATIVE)
     threads: int = doc(2, "CPU threads", POSITIVE)
     out: str = doc("runs/rehearsal/report.json", "file of the report")

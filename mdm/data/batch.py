@@ -1,7 +1,7 @@
 """What the loader hands to the objective.
 
 Shapes: B samples, N image tokens (rows x columns of the grid) of each of K images, M text tokens,
-C numbers a latent. Packed texts lie in R rows of M tokens; elsewhere a sample is a row, R = B.
+C numbers a latent. Texts of packed samples lie in R rows of M tokens; elsewhere R = B.
 """
 
 import hashlib
@@ -34,10 +34,10 @@ class Batch:
     # i64 [B, K] the text token at whose place an image stands, -1 for one beside the whole text;
     # None: all beside it.
     image_at: Tensor | None = None
-    # i64 [R, M] which sample a token of packed texts belongs to: counted row by row, each in one
-    # row and without a gap, -1 after a row's last. None: row i is sample i.
+    # i64 [R, M] which sample a text token of packed samples belongs to: counted row by row, each in
+    # one row and without a gap, -1 after a row's last. None: row i is sample i.
     text_of: Tensor | None = None
-    # Samples of the global batch a rank, over which packed texts' losses are averaged: a rank may
+    # Samples of the global batch a rank, over which packed samples' losses are averaged: a rank may
     # hold more or fewer.
     average_over: int = 0
 

@@ -52,12 +52,22 @@ class _Columns(NamedTuple):
     tokens: NDArray[np.int64]  # [S, M]
     prompt: NDArray[np.bool_]  # [S, M]
     class_ids: NDArray[np.int64]  # [S]
-    latents: Tensor | None  # bf16 [S, N, C]
+    which: NDArray[np.int64]  # [S] the record batch, of those at hand
+    rows: NDArray[np.int64]  # [S] the row there
 
     def of(self, at: slice) -> "_Columns":
         """The contents of consecutive samples, as views."""
-        latents = None if self.latents is None else self.latents[at]
-        return _Columns(self.tokens[at], self.prompt[at], self.class_ids[at], latents)
+        tokens, prompt, *others = self
+        return _Columns(tokens[at], prompt[at], *(column[at] for column in others))
+
+
+class _Share(NamedTuple):
+    """What this rank holds of a step, but for its latents; see `Batch`."""
+
+    draw: Draw  # B samples
+    columns: _Columns  # of B samples; tokens and prompt of R rows
+    text_of: NDArray[np.int64] | None
+    average_over: int
 
 
 class Collator:
@@ -83,13 +93,12 @@ class Collator:
         self._lengths = lengths
         self._cache = cache
         self._layouts = [layout_of(s) for s in mixture.sources]
-        self._rows = mixture.global_batch
-        self._packs = mixture.texts_per_row > 1
+        self._mixture = mixture
 
     def request(self, draw: Draw) -> Plan:
         """What this rank reads of a draw; starts reading it."""
-        # Which rank gets a packed text depends on the lengths of all: every rank reads them.
-        share = draw if self._is_packed(draw) else draw.share(self.world)
+        # Which rank gets a packed sample depends on the lengths of all: every rank reads them.
+        share = draw if self._is_packed(draw.task) else draw.share(self.world)
         shards, batches, rows = (np.empty_like(share.rows) for _ in range(3))
         for source in np.flatnonzero(np.bincount(share.sources)).tolist():
             at = share.sources == source
@@ -107,20 +116,31 @@ class Collator:
         by_place: dict[int, Batch] = {}
         for task in dict.fromkeys(plan.draw.task for plan in plans):
             of_task = {at: plan for at, plan in enumerate(plans) if plan.draw.task == task}
-            columns = self._columns(list(of_task.values()), self._lengths[task])
-            start = 0
-            for at, plan in of_task.items():
-                stop = start + len(plan.share.ids)
-                by_place[at] = self._batch(plan, columns.of(slice(start, stop)))
-                start = stop
-                if self._model is not None:
-                    by_place[at].check(self._model)
+            batches = self._collate(task, list(of_task.values()))
+            by_place |= dict(zip(of_task, batches, strict=True))
         return [by_place[at] for at in range(len(plans))]
 
-    def _is_packed(self, draw: Draw) -> bool:
-        return self._packs and draw.task == "text"
+    def _is_packed(self, task: str) -> bool:
+        return self._mixture.per_row(task) > 1
 
-    def _columns(self, plans: Sequence[Plan], length: int) -> _Columns:
+    def _collate(self, task: str, plans: Sequence[Plan]) -> list[Batch]:
+        """This rank's batch of each of these steps of one task."""
+        columns, images = self._columns(plans, self._lengths[task])
+        ends = np.cumsum([len(plan.share.ids) for plan in plans]).tolist()
+        of_plans = zip(plans, [0, *ends[:-1]], ends, strict=True)
+        shares = [self._share(plan, columns.of(slice(at, end))) for plan, at, end in of_plans]
+        latents: Sequence[Tensor | None] = [None] * len(shares)
+        if images:
+            held = [share.columns for share in shares]
+            which, rows = (np.concatenate([getattr(c, n) for c in held]) for n in ("which", "rows"))
+            gathered = _gathered(images, which, rows)
+            latents = gathered.split([len(share.draw.ids) for share in shares])
+        return [self._batch(share, own) for share, own in zip(shares, latents, strict=True)]
+
+    def _columns(
+        self, plans: Sequence[Plan], length: int
+    ) -> tuple[_Columns, list[NDArray[np.uint16]]]:
+        """The contents of all that these plans read, and the latents of their record batches."""
         keys = np.concatenate([plan.keys for plan in plans])
         rows = np.concatenate([plan.rows for plan in plans])
         pending = {key: p for plan in plans for key, p in plan.pending.items()}
@@ -138,34 +158,42 @@ class Collator:
         )
         class_ids = np.concatenate([batch.class_ids for batch in held])[at].astype(np.int64)
         images = [batch.latents for batch in held if batch.latents is not None]
-        latents = _gathered(images, which, rows) if images else None
-        return _Columns(tokens, np.arange(length) < prompts[:, None], class_ids, latents)
+        prompt = np.arange(length) < prompts[:, None]
+        return _Columns(tokens, prompt, class_ids, which.astype(np.int64), rows), images
 
-    def _batch(self, plan: Plan, columns: _Columns) -> Batch:
-        """This rank's batch of a step with these contents."""
-        share, (tokens, prompt, class_ids, latents) = plan.share, columns
-        text_of, average_over = None, 0
-        if self._is_packed(plan.draw):
-            average_over = len(share.ids) // self.world.size
-            lengths = (tokens != PAD).sum(1).tolist()
-            packs = packing.plan(lengths, tokens.shape[1], self._rows)
-            packs = packing.share(packs, self.world.rank, self.world.size)
-            texts = [text[:length] for text, length in zip(tokens, lengths, strict=True)]
-            rows = packing.fill(packs, texts, prompt.sum(1).tolist(), tokens.shape[1])
-            tokens, prompt, text_of = rows
-            places = np.array([place for pack in packs for place in pack], np.int64)
-            share, class_ids = share.take(places), class_ids[places]
-        return Batch(
-            ids=tuple(share.ids),
-            keys=sample_keys(share.ids),
-            epochs=torch.from_numpy(share.epochs.copy()),
-            class_ids=torch.from_numpy(class_ids),
-            tokens=torch.from_numpy(tokens),
-            prompt=torch.from_numpy(prompt),
+    def _share(self, plan: Plan, columns: _Columns) -> _Share:
+        """This rank's part of a step, given the contents of all that its plan reads."""
+        if not self._is_packed(plan.draw.task):
+            return _Share(plan.share, columns, None, 0)
+        lengths, length = (columns.tokens != PAD).sum(1).tolist(), columns.tokens.shape[1]
+        grid = self._mixture.image_grid if plan.draw.task == "image_text" else None
+        packs = packing.plan(lengths, length, self._mixture.global_batch, packing.beside(grid))
+        packs = packing.share(packs, self.world.rank, self.world.size)
+        texts = [text[:size] for text, size in zip(columns.tokens, lengths, strict=True)]
+        rows = packing.fill(packs, texts, columns.prompt.sum(1).tolist(), length)
+        tokens, prompt, text_of = rows
+        own = np.array([place for pack in packs for place in pack], np.int64)
+        per_sample = (column[own] for column in columns[2:])
+        own_columns = _Columns(tokens, prompt, *per_sample)
+        average_over = len(plan.share.ids) // self.world.size
+        return _Share(plan.share.take(own), own_columns, text_of, average_over)
+
+    def _batch(self, share: _Share, latents: Tensor | None) -> Batch:
+        draw, columns, text_of, average_over = share
+        batch = Batch(
+            ids=tuple(draw.ids),
+            keys=sample_keys(draw.ids),
+            epochs=torch.from_numpy(draw.epochs.copy()),
+            class_ids=torch.from_numpy(columns.class_ids),
+            tokens=torch.from_numpy(columns.tokens),
+            prompt=torch.from_numpy(columns.prompt),
             latents=latents,
             text_of=None if text_of is None else torch.from_numpy(text_of),
             average_over=average_over,
         )
+        if self._model is not None:
+            batch.check(self._model)
+        return batch
 
 
 def _gathered(

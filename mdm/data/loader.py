@@ -38,7 +38,7 @@ class Loader:
         mixture: the data sets.
         seed: of the sample order.
         world: this rank and the number of ranks.
-        caption_length: text tokens of a sample with images.
+        caption_length: text tokens of a sample with images, or of a row of one packed sample.
         dialogue_length: text tokens of a row of text alone.
         prefetch: batches prepared ahead.
         cache_bytes: record batches held in memory.
@@ -96,12 +96,12 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """What has been consumed of which data, as JSON."""
-        state = resume.state_dict(self._order, self._lengths["text"], self.step, self.order_digest)
+        state = resume.state_dict(self._order, self._lengths, self.step, self.order_digest)
         return state | {"quarantined": sorted(self.blocklist)}  # the key of earlier versions
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a saved state; ResumeError names what differs, saved and present."""
-        resume.check(state, self._order, self._lengths["text"])
+        resume.check(state, self._order, self._lengths)
         self._stop()
         self.step = int(state["step"])
         self.order_digest = str(state["order_digest"])

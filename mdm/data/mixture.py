@@ -60,6 +60,7 @@ class Mixture:
     shuffle_window: int = 4  # record batches shuffled together
     stages: tuple[MixtureStage, ...] = ()
     texts_per_row: int = 1  # of a text-only task; above 1 they are packed
+    images_per_row: int = 1  # samples of a task with images; above 1 they are packed
 
     def __post_init__(self) -> None:
         names = [s.name for s in self.sources]
@@ -67,7 +68,7 @@ class Mixture:
             raise ValueError("a mixture needs at least one source (data.sources is empty)")
         if len(set(names)) != len(names):
             raise ValueError(f"a source is named twice: {names}")
-        for name in ("global_batch", "shuffle_window", "texts_per_row"):
+        for name in ("global_batch", "shuffle_window", "texts_per_row", "images_per_row"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; it must be positive")
         if not self.stages:
@@ -104,9 +105,18 @@ class Mixture:
         """The autoencoder that all images were encoded with; None without one."""
         return next((s.manifest.autoencoder_sha256 for s in self.images), None)
 
+    @property
+    def image_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of image tokens; None without images."""
+        return next((s.manifest.image_grid for s in self.images), None)
+
+    def per_row(self, task: str) -> int:
+        """Samples of this task a row of the batch; above 1 they are packed."""
+        return self.texts_per_row if task == "text" else self.images_per_row
+
     def slots(self, task: str) -> int:
         """Samples that a step of this task consumes."""
-        return self.global_batch * (self.texts_per_row if task == "text" else 1)
+        return self.global_batch * self.per_row(task)
 
     @cached_property
     def shares(self) -> tuple["Shares", ...]:
@@ -246,4 +256,5 @@ def open_mixture(config: DataConfig) -> Mixture:
             if config.sources
         ),
         texts_per_row=config.texts_per_row,
+        images_per_row=config.images_per_row,
     )

@@ -275,8 +275,8 @@ def sample_ids(
     of a mixture, `global_batch` defaults to 64.
 
     Raises:
-        ValueError: the ranks cannot share the batch evenly, or texts are packed. Which rank reads
-            a packed text depends on the lengths of all texts of the step.
+        ValueError: the ranks cannot share the batch evenly, or samples are packed. Which rank reads
+            a packed sample depends on the lengths of all texts of the step.
     """
     if isinstance(manifest, Manifest):
         mixture = Mixture((Source(manifest.dataset, manifest),), global_batch=global_batch or 64)
@@ -289,6 +289,6 @@ def sample_ids(
     world = world or World()
     check_world(mixture.global_batch, world)
     draw = _order(mixture, seed).draw(step)
-    if world.size > 1 and draw.task == "text" and mixture.texts_per_row > 1:
-        raise ValueError("texts are packed: ask for the step's ids without ranks")
+    if world.size > 1 and mixture.per_row(draw.task) > 1:
+        raise ValueError("samples are packed: ask for the step's ids without ranks")
     return draw.share(world).ids

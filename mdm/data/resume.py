@@ -1,5 +1,6 @@
 """A loader's state: what was consumed, of which data, in which shares, and what may change."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mdm.data import packing
@@ -13,11 +14,11 @@ class ResumeError(ValueError):
 
 
 def state_dict(
-    order: SampleOrder, dialogue_length: int, step: int, order_digest: str
+    order: SampleOrder, lengths: Mapping[str, int], step: int, order_digest: str
 ) -> dict[str, Any]:
-    """The state before `step`, as JSON, the same on every rank."""
+    """The state before `step`, as JSON, the same on every rank; `lengths` are the tasks'."""
     return {
-        **_fixed(order, dialogue_length),
+        **_fixed(order, lengths),
         "step": step,
         "order_digest": order_digest,
         "stages": [s.to_json() for s in order.mixture.stages],
@@ -28,7 +29,7 @@ def state_dict(
     }
 
 
-def check(state: dict[str, Any], order: SampleOrder, dialogue_length: int) -> None:
+def check(state: dict[str, Any], order: SampleOrder, lengths: Mapping[str, int]) -> None:
     """Checks that `order` draws the steps before the saved one as they were drawn.
 
     Mixture stages that begin at the saved step or later may change, and so may data sets that only
@@ -37,7 +38,7 @@ def check(state: dict[str, Any], order: SampleOrder, dialogue_length: int) -> No
     Raises:
         ResumeError: it does not; the message names the saved and the present value.
     """
-    for key, value in _fixed(order, dialogue_length).items():
+    for key, value in _fixed(order, lengths).items():
         if state.get(key) != value:
             raise ResumeError(
                 f"cannot resume: the checkpoint was made with data {key} {state.get(key)}, "
@@ -61,20 +62,21 @@ def check(state: dict[str, Any], order: SampleOrder, dialogue_length: int) -> No
                 )
 
 
-def _fixed(order: SampleOrder, dialogue_length: int) -> dict[str, Any]:
+def _fixed(order: SampleOrder, lengths: Mapping[str, int]) -> dict[str, Any]:
     """What must not change during a run."""
-    mixture = order.mixture
-    packed = {
-        "texts_per_row": mixture.texts_per_row,
-        "length": dialogue_length,
-        "algorithm": packing.ALGORITHM,
-    }
+    mixture, packed = order.mixture, dict[str, Any]()
+    if mixture.texts_per_row > 1:
+        packed |= {"texts_per_row": mixture.texts_per_row, "length": lengths["text"]}
+    if mixture.images_per_row > 1:
+        packed |= {"images_per_row": mixture.images_per_row, "caption": lengths["image_text"]}
+    if packed:
+        packed["algorithm"] = packing.ALGORITHM
     return {
         "version": STATE_VERSION,
         "seed": order.seed,
         "global_batch": mixture.global_batch,
         "window": mixture.shuffle_window,
-        "packing": packed if mixture.texts_per_row > 1 else None,
+        "packing": packed or None,
     }
 
 

@@ -26,7 +26,7 @@ class Trace:
     row: int  # in the batch
     xxh3: str  # of the batch
     epoch: int | None = None
-    pack: int | None = None  # row of the global batch that it shares with other texts
+    pack: int | None = None  # row of the global batch that it shares with other samples
 
 
 def locate(
@@ -89,18 +89,22 @@ def find(mixture: Mixture, record: str) -> list[str]:
     return ids
 
 
-def packs_of(mixture: Mixture, draw: Draw, dialogue_length: int) -> list[int] | None:
-    """The row of the global batch that holds each text of a step; None if it is not packed."""
-    if draw.task != "text" or mixture.texts_per_row == 1:
+def packs_of(mixture: Mixture, draw: Draw, length: int) -> list[int] | None:
+    """The row of the global batch that holds each sample of a step; None if it is not packed.
+
+    `length` is the longest text of the step's task.
+    """
+    if mixture.per_row(draw.task) == 1:
         return None
     readers = [SourceReader(s) for s in mixture.sources]
     lengths = []
     for source, row in zip(draw.sources.tolist(), draw.rows.tolist(), strict=True):
         shard, number, within = _place(readers[source], row)
         text = _batch(readers[source], shard, number).text(within)
-        lengths.append(min(len(text), dialogue_length))
+        lengths.append(min(len(text), length))
     row_of = [0] * len(lengths)
-    for number, pack in enumerate(packing.plan(lengths, dialogue_length, mixture.global_batch)):
+    beside = packing.beside(mixture.image_grid if draw.task == "image_text" else None)
+    for number, pack in enumerate(packing.plan(lengths, length, mixture.global_batch, beside)):
         for place in pack:
             row_of[place] = number
     return row_of

@@ -43,7 +43,7 @@ def draw(
         n_image: image tokens, 0 without images.
         n_text: text tokens.
         latent_dim: values per token.
-        text_of: i64 [r, m] of packed texts, as in `Batch`; the text's normals are then
+        text_of: i64 [r, m] of packed samples, as in `Batch`; the text's normals are then
             [r, 2, m, c], and each text gets the same ones as when it is not packed.
     """
     uniforms = np.empty((len(keys), N_UNIFORMS), np.float32)
@@ -77,7 +77,7 @@ def _generator(key: list[int], stream: int) -> np.random.Generator:
 
 
 def _spans(text_of: Tensor) -> list[tuple[int, int, int]]:
-    """(row, first token, end) of each packed text, in the order of the texts."""
+    """(row, first token, end) of each packed sample's text, in the order of the samples."""
     flat, width = text_of.flatten().numpy(), text_of.shape[1]
     texts, first, lengths = np.unique(flat, return_index=True, return_counts=True)
     spans = []

@@ -16,7 +16,7 @@ from mdm.generate.selection import Selected, Selection, image_score_entropy, tex
 from mdm.model.embedding import CLEAN, DROPPED
 from mdm.model.inputs import ImageInput, TextInput
 from mdm.model.mdm import MDM, text_logits
-from mdm.model.sequence import Layout
+from mdm.model.sequence import Layout, Rows, pack_rows
 
 
 class Generated(NamedTuple):
@@ -111,6 +111,7 @@ class _State:
             if request.image == GENERATED and self.noise_img is not None:
                 self.image = schedule.noised(z_0, self.noise_img, abar)
         self._set_text()
+        self.rows = None if request.reads_padding or request.text != GIVEN else self._rows()
         b, m = self.prompt.shape
         n = 0 if self.image is None else self.image.shape[1]
         self.settled_img = Selection(sampling.selection, b, n)
@@ -145,6 +146,17 @@ class _State:
         rank, count = free.cumsum(1) - 1, free.sum(1, keepdim=True).clamp(min=1)
         self.block = torch.where(free, rank * self.sampling.text_blocks // count, -1)
         self._restart_text()
+
+    def _images(self) -> int:
+        n = 0 if self.image is None else self.image.shape[1]
+        return n // Layout.of(self.config, 0, 1).image
+
+    def _rows(self) -> Rows:
+        """Rows of one sample each, whose texts end where their padding begins."""
+        b, m = self.known.shape
+        text_of = torch.where(self.known == PAD, -1, torch.arange(b).unsqueeze(1))
+        layout = Layout.of(self.config, m, self._images())
+        return pack_rows(text_of, b, layout, self.network.trunk.scans)
 
     def _restart_text(self) -> None:
         """Known tokens clean, all others at their starting noise, nothing estimated yet."""
@@ -227,9 +239,12 @@ class _State:
         self.prompt = self.prompt | after
 
     def _selects(self, i: int) -> bool:
-        """Whether settled tokens may be dropped: not while both modalities move and need them."""
+        """Whether settled tokens may be dropped: not while both modalities move and need them.
+
+        Rows without padding are read as they are.
+        """
         both = self.image_track.active(i) and self.text_track.active(i)
-        return self.sampling.selection > 0 and not both
+        return self.sampling.selection > 0 and not both and self.rows is None
 
     def _keep(self, i: int) -> tuple[Tensor | None, Tensor | None]:
         """Which tokens of the text and of the image the scans read; (None, None) for all.
@@ -266,19 +281,19 @@ class _State:
             class_ids = torch.full_like(class_ids, -1)
         if drop == "image":
             image, level_img = self.noise_img, DROPPED
-        text = TextInput(
-            self.text, torch.full((b,), level_txt), self.prompt, self.estimate, keep_txt
-        )
+        level = torch.full((b,), level_txt)
+        text = TextInput(self.text, level, self.prompt, self.estimate, keep_txt, self.rows)
         if drop == "text":
             text = TextInput(
                 self.noise_txt,
                 torch.full((b,), DROPPED),
                 torch.zeros_like(self.prompt),
                 keep=keep_txt,
+                rows=self.rows,
             )
         images = None
         if image is not None:
-            level = torch.full((b, image.shape[1] // Layout.of(self.config, 0, 1).image), level_img)
+            level = torch.full((b, self._images()), level_img)
             images = ImageInput(image, level, self.request.image_at, keep_img)
         prediction = self.network(text, class_ids, images)
         v = None if prediction.image is None else prediction.image.float()

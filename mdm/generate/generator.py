@@ -317,7 +317,8 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         if n < 1:
             raise ValueError(f"{n} samples are requested; at least 1 is needed")
         length = length or self.config.data.caption_length
-        return Request(image, text, torch.arange(n), seed, length, **given)
+        reads = self.config.data.images_per_row == 1  # packed samples have no padding
+        return Request(image, text, torch.arange(n), seed, length, **given, reads_padding=reads)
 
     def _run(self, request: Request, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """First-stage latents [b, n, c], empty without images, and tokens i64 [b, m]."""

@@ -34,6 +34,7 @@ class Request:
     image_at: Tensor | None = None  # i64 [b, i], as in `mdm.data.batch.Batch`
     tokens: Tensor | None = None  # i64 [b, m] given text, or text of which `prompt` is given
     prompt: Tensor | None = None  # bool [b, m]
+    reads_padding: bool = True  # of given text; not of a model that was trained on packed samples
 
     def __post_init__(self) -> None:
         for name, mode in (("image", self.image), ("text", self.text)):

@@ -92,7 +92,7 @@ class AttentionBlock(nn.Module):
             of_attention, of_mlp = (modulation + own for own in self.modulation)
         normed, gate = modulated(F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5), of_attention)
         rows = normed if seq_idx is None else normed.view(*seq_idx.shape, -1)
-        # Only differences of positions count, and rows of packed texts keep those inside a text.
+        # Only differences of positions count, and packed rows keep those inside a sample.
         position = torch.arange(rows.shape[1], device=x.device)
         if scan is not None and scan.position is not None:
             position = scan.position

@@ -1,6 +1,6 @@
 """The diffusion decoder: embedding, Mamba-2 blocks under alternating or parallel scans, two heads.
 
-Shapes: b samples, n image tokens of all images, m text tokens of r rows (r = b unless texts are
+Shapes: b samples, n image tokens of all images, m text tokens of r rows (r = b unless samples are
 packed), l whole sequence, s scans, c latent width, d d_model.
 """
 
@@ -20,7 +20,7 @@ from mdm.model.inputs import ImageInput, TextInput
 from mdm.model.linear import Fp32Linear
 from mdm.model.mamba2 import Mamba2, Weights, mix
 from mdm.model.scan_order import parse_scans
-from mdm.model.sequence import Layout, Order, Patterns, pack_order, scan_order
+from mdm.model.sequence import Layout, Order, Patterns, pack_order, scan_order, spread
 
 EQ17_LEVEL = 8.0  # log-SNR above which the term of Eq. 17 (App.) no longer grows
 
@@ -237,26 +237,22 @@ class Decoder(nn.Module):
             class_ids: i64 [b] labels, -1 for none.
             images: the images of each sample; None for text alone.
         """
-        grids: list[Tensor] = []
+        k = 0 if images is None else images.level.shape[1]
+        layout = Layout.of(self.config, text.z_t.shape[1], k)
+        x, modulation = self.embed(text, class_ids, images)
         if (rows := text.rows) is not None:
-            x, modulation = self.embed.packed(text, class_ids, rows)
-            x = self.trunk.run(x, rows.orders, rows.seq_idx, modulation).squeeze(0)
-            tokens = x[rows.place.clamp(max=len(x) - 1)]
-            tokens = F.rms_norm(tokens, tokens.shape[-1:], self.norm, eps=1e-5)
+            x = self.trunk.run(x, rows.orders, rows.seq_idx, modulation)
         else:
-            k = 0 if images is None else images.level.shape[1]
-            layout = Layout.of(self.config, text.z_t.shape[1], k)
             keep = None
             if text.keep is not None:
                 keep = layout.mask(text.keep, None if images is None else images.keep)
-            x, modulation = self.embed(text, class_ids, images)
             x = self.trunk(x, layout, keep, modulation)
-            tokens, grids = layout.split(F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5))
+        x = F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5)
+        tokens, grids = (layout if rows is None else rows).split(x)
         h = self.text_out(tokens)
         if self.eq17_gain is not None:
-            term = self._eq17(text.level)
-            spread = term[:, None] if rows is None else term[rows.text_of]
-            h = h + spread.unsqueeze(-1) * text.z_t
+            term = spread(self._eq17(text.level), None if rows is None else rows.sample_of)
+            h = h + term.unsqueeze(-1) * text.z_t
         v = torch.cat([self.image_out(grid) for grid in grids], 1) if grids else None
         pieces = None if self.piece_out is None else self.piece_out(tokens)
         return Prediction(v, h, pieces)

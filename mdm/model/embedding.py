@@ -15,7 +15,7 @@ from mdm.config import ModelConfig
 from mdm.model.adaln import MODULATIONS
 from mdm.model.inputs import ImageInput, TextInput
 from mdm.model.linear import Fp32Linear
-from mdm.model.sequence import TextRows, join
+from mdm.model.sequence import join, spread
 
 CLEAN, DROPPED = 20.0, -20.0  # log-SNR of a clean condition and of pure noise, as the network sees
 PART = 0.5  # root mean square of each summand of a token at the start: none drowns another
@@ -24,7 +24,7 @@ PART = 0.5  # root mean square of each summand of a token at the start: none dro
 class Embedded(NamedTuple):
     """The sequence that the blocks read. A `NamedTuple`: DeepSpeed's ZeRO-3 hooks know those."""
 
-    x: Tensor  # [b, l, d], or [1, r (m + FRAME), d] of packed texts
+    x: Tensor  # [b, l, d], or [1, r l, d] of packed samples
     modulation: Tensor | None  # f32 [..., l, 3 d], shift, scale and gate of each token
 
 
@@ -92,64 +92,53 @@ class Embed(nn.Module):
         self, text: TextInput, class_ids: Tensor, images: ImageInput | None = None
     ) -> Embedded:
         """The sequence; see `Decoder.forward` for the arguments."""
-        b, m, _ = text.z_t.shape
+        rows = text.rows
+        sample_of, join_all = (None, join) if rows is None else (rows.sample_of, rows.join)
         levels = [text.level, torch.full_like(text.level, CLEAN)]
         levels += [] if images is None else images.level.unbind(1)
         embedded = self.level(torch.stack(levels, 1))  # [b, 2 + k, d]
-        noised, clean = embedded[:, 0:1], embedded[:, 1:2]
-        given = text.prompt.unsqueeze(-1)
 
-        latents = self._text(text, self._kept(text.level)[:, None, None])
-        tokens = latents + self.text_position[:m] + torch.where(given, clean, noised)
+        def of_tokens(values: Tensor) -> Tensor:
+            """[b, 2 + k, ...] for the noised, the clean and each image -> [r, m, ...]."""
+            noised, clean = (spread(values[:, i], sample_of) for i in (0, 1))
+            return torch.where(text.prompt.unsqueeze(-1), clean, noised)
+
+        kept, position = self._kept(text.level), self.text_position[: text.z_t.shape[1]]
+        if rows is not None:
+            position = self.text_position[rows.position]
+        latents = self._text(text, spread(kept, sample_of).unsqueeze(-1))
+        tokens = latents + position + of_tokens(embedded)
         # The time token carries the level of the last image: earlier ones are conditions.
         time = self.time_token + embedded[:, 0] + (0 if images is None else embedded[:, -1])
         class_token, label = self._label(class_ids)
         conditions = embedded[:, :2] + label.unsqueeze(1)
         grids: tuple[Tensor, ...] = ()
         if images is not None:
-            # The model is slow to learn a condition that is a few tokens among many: the label, and
-            # the maximum over the text's tokens, which padding does not dilute, are added to every
-            # patch too.
             condition = embedded[:, 2:] + label.unsqueeze(1)
+            # The model is slow to learn a condition that is a few tokens among many: the label,
+            # and the maximum over the text's tokens, which padding does not dilute, are added to
+            # every patch too.
             if self.summary is not None:
-                summary = self.summary((tokens if self.summarizes_tokens else latents).amax(1))
-                kept = self._kept(text.level).unsqueeze(-1)
-                condition = condition + (summary * kept).unsqueeze(1)
+                pooled = tokens if self.summarizes_tokens else latents
+                largest = pooled.amax(1) if rows is None else rows.largest(pooled)
+                condition = condition + (self.summary(largest) * kept.unsqueeze(-1)).unsqueeze(1)
             if images.at is not None:  # an image takes the position of a text token
                 place = self.text_position[images.at.clamp(min=0)]
                 condition = condition + place * (images.at >= 0).unsqueeze(-1)
             grids = self._images(images, condition)
             conditions = torch.cat([conditions, condition], 1)
-        pads = self.pads.unsqueeze(1).expand(-1, b, -1).unsqueeze(2)  # [4, b, 1, d]
-        x = join((time.unsqueeze(1), class_token.unsqueeze(1)), tokens, grids, pads.unbind(0))
+        pads = self.pads.unsqueeze(1).expand(-1, len(label), -1).unsqueeze(2)  # [4, b, 1, d]
+        x = join_all((time.unsqueeze(1), class_token.unsqueeze(1)), tokens, grids, pads.unbind(0))
         if self.modulation is None:
             return Embedded(x, None)
-        noised, clean, *by_image = self._modulate(conditions).split(1, 1)
+        modulated = self._modulate(conditions)
+        noised, _, *by_image = modulated.split(1, 1)
         last = by_image[-1] if by_image else noised
         of_images = [
             t.expand(-1, grid.shape[1], -1) for t, grid in zip(by_image, grids, strict=True)
         ]
-        of_tokens = torch.where(given, clean, noised)
-        return Embedded(x, join((noised,) * 2, of_tokens, of_images, (noised, noised, last, last)))
-
-    def packed(self, text: TextInput, class_ids: Tensor, rows: TextRows) -> Embedded:
-        """The rows of packed texts, one after the other, [1, r (m + FRAME), d] each.
-
-        Each text's tokens are the same as in its own sequence from `forward`.
-        """
-        levels = torch.stack([text.level, torch.full_like(text.level, CLEAN)])
-        embedded, (class_token, label) = self.level(levels), self._label(class_ids)
-        kept = self._kept(text.level)[rows.text_of].unsqueeze(-1)
-        tokens = self._text(text, kept) + self.text_position[rows.position]
-        tokens = tokens + self._by_token(embedded, text, rows)
-        frame = [self.time_token + embedded[0], class_token]
-        frame += [pad.expand(len(label), -1) for pad in self.pads[:2]]
-        x = self._rows(tokens, frame, rows)
-        if self.modulation is None:
-            return Embedded(x, None)
-        modulated = self._modulate(embedded + label)
-        of_tokens = self._by_token(modulated, text, rows)
-        return Embedded(x, self._rows(of_tokens, [modulated[0]] * len(frame), rows))
+        frame = (noised,) * 2, (noised, noised, last, last)
+        return Embedded(x, join_all(frame[0], of_tokens(modulated), of_images, frame[1]))
 
     def _images(self, images: ImageInput, condition: Tensor) -> tuple[Tensor, ...]:
         """The tokens of each image, [b, n / k, d], given what its patches share [b, k, d]."""
@@ -181,17 +170,3 @@ class Embed(nn.Module):
         null = self.class_embedding.num_embeddings - 1
         token: Tensor = self.class_embedding(torch.where(class_ids < 0, null, class_ids))
         return token, token * (class_ids >= 0).unsqueeze(-1) if self.silent else token
-
-    @staticmethod
-    def _by_token(values: Tensor, text: TextInput, rows: TextRows) -> Tensor:
-        """Values of packed texts, noised and clean [2, texts, ...], for each token [r, m, ...]."""
-        noised, clean = values[:, rows.text_of]
-        return torch.where(text.prompt.unsqueeze(-1), clean, noised)
-
-    @staticmethod
-    def _rows(tokens: Tensor, frame: list[Tensor], rows: TextRows) -> Tensor:
-        """Tokens [r, m, ...] and frame tokens [texts, ...] each at their places."""
-        values = torch.cat([tokens.flatten(0, 1), *frame])
-        x = values.new_zeros(rows.seq_idx.numel() + 1, values.shape[1])
-        places = torch.cat([rows.place.flatten(), rows.frame.flatten()])
-        return x.index_copy(0, places, values)[:-1].unsqueeze(0)

@@ -1,6 +1,6 @@
 """What the decoder reads of each modality, and the check of a batch or request on the CPU.
 
-Shapes: B samples, R rows (B unless texts are packed), M text tokens, I images a sample, N image
+Shapes: B samples, R rows (B unless samples are packed), M text tokens, I images a sample, N image
 tokens of all of them, C latent width.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdm.config import ModelConfig
-from mdm.model.sequence import TextRows
+from mdm.model.sequence import Layout, Rows
 
 
 class TextInput(NamedTuple):
@@ -22,7 +22,7 @@ class TextInput(NamedTuple):
     prompt: Tensor  # bool [R, M], tokens that are clean conditions
     estimate: Tensor | None = None  # [R, M, C] last estimate of the clean text; None for zeros
     keep: Tensor | None = None  # bool [B, M], tokens that the blocks read; None for all
-    rows: TextRows | None = None  # of packed texts
+    rows: Rows | None = None  # of packed samples
 
 
 class ImageInput(NamedTuple):
@@ -56,7 +56,7 @@ def check(
         class_ids: i64 [B], -1 without a class.
         latents: f32 or bf16 [B, N, C].
         image_at: i64 [B, I] text tokens at whose positions images stand, -1 for none.
-        text_of: i64 [R, M] of packed texts, -1 after a row's last text.
+        text_of: i64 [R, M] of packed samples, as in `mdm.data.batch.Batch`.
         numbers: further fields, i64 [B] each.
 
     Raises:
@@ -72,8 +72,6 @@ def check(
         )
     if latents is None and image_at is not None:
         raise ValueError("image_at gives the places of images but latents are None")
-    if latents is not None and text_of is not None:
-        raise ValueError("text_of gives the texts of packed rows but there are latents")
     images, kind = 1, torch.float32
     if latents is not None and latents.dim() == 3:
         images = max(latents.shape[1] // n, 1)
@@ -99,6 +97,27 @@ def check(
     _check_range("class_ids", class_ids, ids, -1, model.n_classes - 1, "see model.n_classes")
     _check_range("image_at", image_at, ids, -1, shape[1] - 1, "it counts text tokens")
     _check_range("text_of", text_of, names, -1, b - 1, "it counts the samples")
+    if text_of is not None:
+        _check_rows(text_of, b, Layout.of(model, shape[1], 0 if latents is None else images))
+
+
+def _check_rows(text_of: Tensor, b: int, layout: Layout) -> None:
+    """ValueError unless each of B samples lies in one row, in turn, and no row is too full."""
+    by_row = [row[row >= 0].unique_consecutive() for row in text_of]
+    counted = torch.cat(by_row).tolist()
+    if counted != list(range(b)):
+        raise ValueError(
+            f"text_of counts samples {counted}; it must count 0 ... {b - 1} row by row, each in "
+            "one run of tokens"
+        )
+    for row, (numbers, samples) in enumerate(zip(text_of, by_row, strict=True)):
+        length = int((numbers >= 0).sum())
+        taken = length + len(samples) * (layout.length - layout.text)
+        if taken > layout.length or bool((numbers[:length] < 0).any()):
+            raise ValueError(
+                f"row {row} has {layout.length} places; its {len(samples)} samples of {length} "
+                f"text tokens in all need {taken}, and their texts no gap"
+            )
 
 
 def _check_range(

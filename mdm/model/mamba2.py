@@ -42,7 +42,7 @@ def mix(
 ) -> Tensor:
     """The mixers of all scans as a pure function: u [b, l, s, d] -> [b, l, s, d].
 
-    `u` is in each scan's order; `seq_idx` [b, l] keeps packed texts apart.
+    `u` is in each scan's order; `seq_idx` [b, l] keeps packed samples apart.
     """
     b, length, s, _ = u.shape
     d_inner = w.norm.shape[1]

@@ -1,10 +1,10 @@
 """The token layout `[time][class] [pad text pad] [pad image pad] ...` (Fig. 2 d-g).
 
 Only this file knows the position of a token: the length of a sequence, the orders in which scans
-read it, which slice of it is text or image, and how packed texts lie in their rows.
+read it, which slice of it is text or image, and how packed samples lie in their rows.
 
 Shapes: b samples, i images a sample, n image tokens of all images, m text tokens, l whole sequence,
-d d_model, s scans; k packed texts in r rows, t tokens kept of all samples together.
+d d_model, s scans; k samples packed into r rows, t tokens kept of all samples together.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ from mdm.model.scan_order import Scan, image_scan, text_scan
 
 HEAD = 2  # time and class tokens
 PADS = 2  # before and after each segment
-FRAME = HEAD + PADS  # places that a text takes beside its tokens
+TEXT = HEAD + 1  # where the text begins
 
 Patterns = tuple[tuple[int, int], ...]  # (image pattern, text pattern) of each scan of a block
 
@@ -52,7 +52,7 @@ class Layout(NamedTuple):
     @property
     def length(self) -> int:
         """Tokens of the whole sequence."""
-        return FRAME + self.text + self.images * (self.image + PADS)
+        return HEAD + PADS + self.text + self.images * (self.image + PADS)
 
     def scan(self, image: int, text: int) -> Scan:
         """The order of the whole sequence, and its inverse, i64 [l] each.
@@ -83,9 +83,8 @@ class Layout(NamedTuple):
 
     def split(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """[b, l, d] -> the text [b, m, d], and each image [b, n / i, d]."""
-        start = HEAD + 1
-        text = x[:, start : start + self.text]
-        starts = (start + self.text + PADS + i * (self.image + PADS) for i in range(self.images))
+        text = x[:, TEXT : TEXT + self.text]
+        starts = (TEXT + self.text + PADS + i * (self.image + PADS) for i in range(self.images))
         return text, [x[:, s : s + self.image] for s in starts]
 
     def mask(self, keep_txt: Tensor, keep_img: Tensor | None) -> Tensor:
@@ -132,101 +131,137 @@ def scan_order(layout: Layout, patterns: Patterns, device: torch.device) -> Orde
     return Order(torch.stack(orders, 1).to(device), torch.stack(inverses, 1).to(device))
 
 
-class TextRows(NamedTuple):
-    """Rows `[time][class] [pad text pad] [time][class] [pad text pad] ...` of packed texts.
+class Rows(NamedTuple):
+    """Samples in rows `[time][class] [pad text pad] [pad image pad] [time][class] ...`.
 
-    A row of m text tokens has m + FRAME places, as many as one text that fills it. Flat places
-    count through all rows; r (m + FRAME) means no place.
+    A row has as many places as one sample whose text has m tokens. Flat places count through all
+    rows; r l means no place.
     """
 
-    text_of: Tensor  # i64 [r, m], the text of each token, 0 for none
-    position: Tensor  # i64 [r, m], of a token in its text
-    place: Tensor  # i64 [r, m], flat, of a token
-    frame: Tensor  # i64 [FRAME, k], flat, of time, class and the pads of each text
-    seq_idx: Tensor  # i64 [r, m + FRAME], the text; k where there is none
-    orders: dict[Patterns, Order]  # of r (m + FRAME) places
+    layout: Layout  # of that sample
+    sample_of: Tensor  # i64 [r, m], the sample of each text token, k for none
+    position: Tensor  # i64 [r, m], of a text token in its sample's text
+    place: Tensor  # i64 [r, m], flat, of a text token
+    others: Tensor  # i64 [k, l - m], flat, of each sample's other tokens, in turn
+    seq_idx: Tensor  # i64 [r, l], the sample; k where there is none
+    orders: dict[Patterns, Order]  # of r l places
+
+    def join(
+        self, head: Sequence[Tensor], text: Tensor, images: Iterable[Tensor], pads: Sequence[Tensor]
+    ) -> Tensor:
+        """`join` of packed samples: [k, tokens, ...], for text [r, m, ...], -> [1, r l, ...]."""
+        no_text = text.new_empty(len(self.others), 0, *text.shape[2:])
+        others = join(head, no_text, images, pads)
+        values = torch.cat([text.flatten(0, 1), others.flatten(0, 1)])
+        places = torch.cat([self.place.flatten(), self.others.flatten()])
+        x = values.new_zeros(self.seq_idx.numel() + 1, *values.shape[1:])
+        return x.index_copy(0, places, values)[:-1].unsqueeze(0)
+
+    def split(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """[1, r l, d] -> the text [r, m, d], and each image [k, n / i, d]."""
+        flat = x.squeeze(0)
+        _, images = self.layout._replace(text=0).split(flat[self.others])
+        return flat[self.place.clamp(max=len(flat) - 1)], images
+
+    def largest(self, text: Tensor) -> Tensor:
+        """[r, m, d] -> [k, d], the maximum over each sample's text."""
+        index = self.sample_of.flatten().unsqueeze(1).expand(-1, text.shape[2])
+        least = text.new_full((len(self.others) + 1, text.shape[2]), -torch.inf)
+        return least.scatter_reduce(0, index, text.flatten(0, 1), "amax")[:-1]
 
 
-def text_rows(
-    text_of: Tensor, count: int, patterns: Iterable[Patterns], device: torch.device | str = "cpu"
-) -> TextRows:
-    """The rows of `count` packed texts, computed where `text_of` lies and moved to `device`.
+def pack_rows(
+    text_of: Tensor,
+    count: int,
+    layout: Layout,
+    patterns: Iterable[Patterns],
+    device: torch.device | str = "cpu",
+) -> Rows:
+    """The rows of `count` packed samples, computed where `text_of` lies and moved to `device`.
 
     Sizes depend on the data here: on a GPU every step would have to wait for it.
 
     Args:
         text_of: i64 [r, m], as in `mdm.data.batch.Batch`.
         count: k.
+        layout: of a sample whose text has m tokens.
         patterns: of the scans of each block.
         device: of the result.
     """
     r, m = text_of.shape
-    width, here = m + FRAME, text_of.device
-    valid, text_index = text_of >= 0, text_of.clamp(min=0)
-    text = torch.where(valid, text_of, count).flatten()
-    row = torch.arange(r, device=here).repeat_interleave(m)
-    length = row.new_zeros(count + 1).index_add(0, text, torch.ones_like(text))[:-1]
-    row_of = row.new_zeros(count + 1).index_copy(0, text, row)[:-1]
-    # Tokens and texts before each text, counted from the start of its row.
-    first = text_index[:, 0][row_of]
-    before = length.cumsum(0) - length
-    start = before - before[first]
-    turn = torch.arange(count, device=here) - first
-    time = row_of * width + start + turn * FRAME
-    position = torch.where(valid, torch.arange(m, device=here) - start[text_index], 0)
-    place = torch.where(valid, time[text_index] + HEAD + 1 + position, r * width)
-    frame = torch.stack([time, time + 1, time + HEAD, time + HEAD + 1 + length])
-    seq_idx = row.new_full((r * width + 1,), count)
-    seq_idx = seq_idx.index_copy(0, place.flatten(), text)
-    seq_idx = seq_idx.index_copy(0, frame.flatten(), torch.arange(count, device=here).repeat(FRAME))
-    seq_idx = seq_idx[:-1]
-    # The places of each text if it were padded to m: scans read it as if it were the only one.
-    layout, used = Layout(m), (seq_idx < count).nonzero().squeeze(1)
-    keep = layout.mask(torch.arange(m, device=here) < length.unsqueeze(1), None)
+    here, places = text_of.device, r * layout.length
+    sample_of = torch.where(text_of < 0, count, text_of)
+    sample, token = sample_of.flatten(), torch.arange(r * m, device=here)
+    length = token.new_zeros(count + 1).index_add(0, sample, torch.ones_like(token))[:-1]
+    start = token.new_full((count + 1,), r * m).scatter_reduce(0, sample, token, "amin")
+    row = start[:-1] // m
+    position = torch.where(sample < count, token - start[sample], 0).view(r, m)
+    # The places of each sample if its text were padded to m: scans read it as if it were alone.
+    images = torch.ones(count, layout.images * layout.image, dtype=torch.bool, device=here)
+    keep_text = torch.arange(m, device=here) < length.unsqueeze(1)
+    keep = layout.mask(keep_text, images if layout.images else None)
+    taken = keep.sum(1)
+    row_taken = token.new_zeros(r).index_add(0, row, taken)
+    before = taken.cumsum(0) - taken - (row_taken.cumsum(0) - row_taken)[row]
+    time = row * layout.length + before
+    place = torch.where(keep, time.unsqueeze(1) + keep.cumsum(1) - 1, places)  # [k, l]
+    used, number = place[keep], torch.arange(count, device=here)
+    seq_idx = token.new_full((places + 1,), count)
+    seq_idx = seq_idx.index_copy(0, place.flatten(), number.repeat_interleave(layout.length))
+    none = place.new_full((1, layout.length), places)
+    of_text = torch.cat([place, none])[sample_of, TEXT + position]
+    others = torch.cat([place[:, :TEXT], place[:, TEXT + m :]], 1)
 
     def order(scans: Patterns) -> Order:
         packed = pack_order(scan_order(layout, scans, here).order, keep).order
-        flat = torch.arange(r * width, device=here).unsqueeze(1).repeat(1, len(scans))
+        flat = torch.arange(places, device=here).unsqueeze(1).repeat(1, len(scans))
         flat[used] = used[packed]
         return Order(*(t.to(device, non_blocking=True) for t in (flat, flat.argsort(0))))
 
-    tensors = (text_index, position, place, frame, seq_idx.view(r, width))
-    text_index, position, place, frame, seq_idx = (t.to(device, non_blocking=True) for t in tensors)
+    tensors = (sample_of, position, of_text, others, seq_idx[:-1].view(r, -1))
+    sample_of, position, of_text, others, seq_idx = (
+        t.to(device, non_blocking=True) for t in tensors
+    )
     orders = {scans: order(scans) for scans in set(patterns)}
-    return TextRows(text_index, position, place, frame, seq_idx, orders)
+    return Rows(layout, sample_of, position, of_text, others, seq_idx, orders)
 
 
-class Texts:
-    """The text of each token: spreads values of texts to their tokens, and averages them back.
+def spread(values: Tensor, sample_of: Tensor | None) -> Tensor:
+    """[k, ...] -> [k, 1, ...]; or [r, m, ...] by `Rows.sample_of`, zeros where there is none."""
+    if sample_of is None:
+        return values.unsqueeze(1)
+    return torch.cat([values, values.new_zeros(1, *values.shape[1:])])[sample_of]
 
-    Without `text_of`, row i is text i. For packed texts it is i64 [r, m], counted row by row and -1
-    after a row's last text, and means are over `average_over` texts: a rank's equal share of all,
-    however many it holds.
+
+class Samples:
+    """The sample of each text token: spreads values of samples to them, and averages them back.
+
+    Without `text_of`, row i is the text of sample i. For packed samples it is i64 [r, m], counted
+    row by row and -1 after a row's last text, and means are over `average_over` samples: a rank's
+    equal share of all, however many it holds.
     """
 
     def __init__(self, text_of: Tensor | None, count: int, average_over: int) -> None:
         self.count, self.average_over = count, average_over
-        self.text_index = self.valid = None
-        if text_of is not None:
-            self.text_index, self.valid = text_of.clamp(min=0), text_of >= 0
+        self.sample_of = None if text_of is None else torch.where(text_of < 0, count, text_of)
 
     def spread(self, values: Tensor) -> Tensor:
         """[k] -> [k, 1], or [r, m] packed."""
-        return values.unsqueeze(1) if self.text_index is None else values[self.text_index]
+        return spread(values, self.sample_of)
 
     def sums(self, values: Tensor) -> Tensor:
-        """[r, m] -> [k], over each text's tokens."""
-        if self.text_index is None or self.valid is None:
+        """[r, m] -> [k], over each sample's text tokens."""
+        if self.sample_of is None:
             return values.sum(1)
-        zeros = values.new_zeros(self.count)
-        return zeros.index_add(0, self.text_index.flatten(), (values * self.valid).flatten())
+        zeros = values.new_zeros(self.count + 1)
+        return zeros.index_add(0, self.sample_of.flatten(), values.flatten())[:-1]
 
     def average(self, values: Tensor) -> Tensor:
-        """[k] -> the mean over texts."""
-        return values.mean() if self.text_index is None else values.sum() / self.average_over
+        """[k, ...] -> the mean over samples [...]."""
+        return values.mean(0) if self.sample_of is None else values.sum(0) / self.average_over
 
     def mean(self, values: Tensor) -> Tensor:
-        """[r, m] -> the mean over texts of their tokens' means."""
-        if self.text_index is None:
+        """[r, m] -> the mean over samples of their text tokens' means."""
+        if self.sample_of is None:
             return values.mean()
         return self.average(self.sums(values) / self.sums(torch.ones_like(values)))

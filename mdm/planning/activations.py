@@ -3,7 +3,7 @@
 The trunk runs on torch's fake tensors, which have shapes, types and lifetimes but no memory, so
 that any size takes seconds. VAE, embedding and heads read values on their way and run on real
 tensors, except for their matrix products, which would take a CPU minutes. Both run on one and on
-two samples: memory grows linearly with the samples.
+two rows of a batch: memory grows linearly with the rows.
 """
 
 import dataclasses
@@ -13,17 +13,19 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdm.config import Config, DataConfig
+from mdm.data import packing
 from mdm.data.batch import Batch
 from mdm.kernels import fused
 from mdm.loss import Loss
 from mdm.model.adaln import MODULATIONS
-from mdm.model.decoder import Trunk
-from mdm.model.sequence import Layout
+from mdm.model.decoder import Trunk, block_scans
+from mdm.model.sequence import Layout, pack_rows
 from mdm.planning.footprint import Live, saved_activations
 from mdm.utils.precision import autocast
 
@@ -49,38 +51,58 @@ class Activations:
         return max(in_block, self.heads_peak - self.heads)
 
 
-def largest_batch(config: Config, samples: int, with_image: bool = True) -> Batch:
-    """Random samples with texts as long as the configuration allows."""
-    model = config.model
-    keys = torch.arange(samples)
-    n = model.image_height * model.image_width
-    latents = torch.randn(samples, n, model.latent_dim) if with_image else None
-    text = longest(config, with_image).text
+def largest_batch(config: Config, rows: int, with_image: bool = True) -> Batch:
+    """Rows of random samples whose texts are as long as the configuration allows.
+
+    Raises:
+        ValueError: a row has no room for as many samples as are to be packed.
+    """
+    model, layout, k = config.model, longest(config, with_image), per_row(config, with_image)
+    text_of = None
+    if k > 1:
+        room = packing.room(layout.text, layout._replace(text=0).length, k)
+        in_row = torch.arange(room) * k // room  # texts of nearly equal lengths
+        text_of = in_row + k * torch.arange(rows).unsqueeze(1)
+        text_of = F.pad(text_of, (0, layout.text - room), value=-1)
+    keys = torch.arange(rows * k)
+    n = layout.images * layout.image
     return Batch(
-        ids=tuple(f"sample-{i}" for i in range(samples)),
+        ids=tuple(f"sample-{i}" for i in range(len(keys))),
         keys=keys,
         epochs=torch.zeros_like(keys),
         class_ids=torch.full_like(keys, -1),
-        tokens=torch.randint(4, model.vocab_size, (samples, text)),
-        prompt=torch.zeros(samples, text, dtype=torch.bool),
-        latents=latents,
+        tokens=torch.randint(4, model.vocab_size, (rows, layout.text)),
+        prompt=torch.zeros(rows, layout.text, dtype=torch.bool),
+        latents=torch.randn(len(keys), n, model.latent_dim) if with_image else None,
+        text_of=text_of,
+        average_over=0 if text_of is None else len(keys),
     )
 
 
+def per_row(config: Config, with_image: bool) -> int:
+    """Samples of a task a row of the batch; above 1 they are packed."""
+    return config.data.images_per_row if with_image else config.data.texts_per_row
+
+
 def longest(config: Config, with_image: bool) -> Layout:
-    """The trunk's sequence for the longest sample of either task."""
+    """The trunk's sequence for the longest sample of a task, as long as a row of packed ones."""
     text = config.data.caption_length if with_image else config.data.dialogue_length
     return Layout.of(config.model, text, int(with_image))
 
 
 def _trunk(
-    config: Config, samples: int, with_image: bool, precision: str
+    config: Config, rows: int, with_image: bool, precision: str
 ) -> tuple[int, int, int, int]:
     """The first four numbers of `Activations`."""
     model, layout = config.model, longest(config, with_image)
     if model.kernel == "compiled":  # keeps less; counted as what it is compiled from
         model = dataclasses.replace(model, kernel="torch")
-    shape = (samples, layout.length, model.d_model)
+    shape = (rows, layout.length, model.d_model)
+    packed = None
+    if (text_of := largest_batch(config, rows, with_image).text_of) is not None:
+        count = rows * per_row(config, with_image)
+        packed = pack_rows(text_of, count, layout, block_scans(model))
+        shape = (1, rows * layout.length, model.d_model)
     small = dataclasses.replace(
         model,
         n_layer=min(4, model.n_layer),  # every kind of block is among the first four
@@ -93,14 +115,16 @@ def _trunk(
     )
     # Scan orders are cached: this makes them, as real tensors.
     with torch.no_grad():
-        Trunk(small)(torch.zeros(1, shape[1], small.d_model), layout)
+        Trunk(small)(torch.zeros(1, layout.length, small.d_model), layout)
 
-    def run(trunk: nn.Module) -> tuple[Tensor, int]:
+    def run(trunk: Trunk) -> tuple[Tensor, int]:
         x, modulation = torch.randn(shape, requires_grad=True), None
         if model.adaln:
             modulation = torch.randn(*shape[:-1], MODULATIONS * shape[-1], requires_grad=True)
         with autocast(precision), saved_activations(trunk) as saved:
-            return trunk(x, layout, None, modulation), saved.bytes
+            if packed is None:
+                return trunk(x, layout, None, modulation), saved.bytes
+            return trunk.run(x, packed.orders, packed.seq_idx, modulation), saved.bytes
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -119,14 +143,14 @@ def _trunk(
     return kept, kept_checkpointed, live.peak, block_kept
 
 
-def _heads(config: Config, samples: int, with_image: bool, precision: str) -> tuple[int, int]:
+def _heads(config: Config, rows: int, with_image: bool, precision: str) -> tuple[int, int]:
     """The last two numbers of `Activations`."""
     tiny = dataclasses.replace(
         config.model, n_layer=1, long_skip=False, scan_mode="alternate", expand=1, d_state=1
     )
     loss = Loss(dataclasses.replace(config, model=tiny))
     loss.network.trunk = _NoTrunk()  # type: ignore[assignment]
-    batch = largest_batch(config, samples, with_image)
+    batch = largest_batch(config, rows, with_image)
     with _NoProducts(), Live() as live:  # type: ignore[no-untyped-call]
         with autocast(precision), saved_activations(loss) as saved:
             total = loss(batch, 0).total
@@ -144,21 +168,26 @@ def _for_one_and_two(config: Config, with_image: bool, precision: str) -> list[t
     ]
 
 
-def activations(config: Config, samples: int, with_image: bool, precision: str) -> Activations:
-    """What a step on `samples` samples of one task needs beside states and parameters."""
+def activations(config: Config, rows: int, with_image: bool, precision: str) -> Activations:
+    """What a step on so many rows of one task needs beside states and parameters."""
     # Only what the sizes depend on, so that the cache serves other batches and ranks as well.
-    lengths = {name: getattr(config.data, name) for name in ("caption_length", "dialogue_length")}
-    sizes = Config(model=config.model, objective=config.objective, data=DataConfig(**lengths))
+    names = ("caption_length", "dialogue_length", "images_per_row", "texts_per_row")
+    data = DataConfig(**{name: getattr(config.data, name) for name in names})
+    sizes = Config(model=config.model, objective=config.objective, data=data)
     one, two = _for_one_and_two(sizes, with_image, precision)
-    return Activations(*(a + (b - a) * (samples - 1) for a, b in zip(one, two, strict=True)))
+    return Activations(*(a + (b - a) * (rows - 1) for a, b in zip(one, two, strict=True)))
 
 
 class _NoTrunk(nn.Module):
     """Replaces the trunk: it has no blocks."""
 
+    scans = ()
+
     def forward(self, x: Tensor, *_: object) -> Tensor:
         """The sequence unchanged."""
         return x
+
+    run = forward
 
 
 class _NoProducts(TorchDispatchMode):

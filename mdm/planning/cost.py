@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from mdm.config import Config
 from mdm.diffusion.levels import self_condition_shares
 from mdm.model.count import trunk_macs
-from mdm.planning.activations import longest
+from mdm.planning.activations import longest, per_row
 from mdm.planning.memory_plan import shapes_of
 from mdm.train.deepspeed_config import load_deepspeed_config, zero_settings
 
@@ -24,7 +24,7 @@ class Cluster:
     mfu: float  # share of the GPU's bf16 peak that the model's own FLOPs reach
     price: float  # dollars for one GPU and hour
     network: float  # GB/s that one GPU can send to other nodes
-    text_share: float  # of the samples that are text alone
+    text_share: float  # of the steps that are on text alone
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,23 @@ class Estimate:
     communication_seconds: float  # a step's weights and gradients over the network, if alone
 
 
-def estimate(config: Config, cluster: Cluster, samples: int, peak_flops: float) -> Estimate:
-    """Time and price of a run of `samples`; `peak_flops` are one GPU's, in FLOP/s."""
+def samples_per_step(config: Config, cluster: Cluster) -> float:
+    """Samples of the mean step."""
+    of_images, of_texts = (per_row(config, with_image) for with_image in (True, False))
+    per_batch_row = of_images + cluster.text_share * (of_texts - of_images)
+    return config.data.global_batch * per_batch_row
+
+
+def estimate(config: Config, cluster: Cluster, steps: int, peak_flops: float) -> Estimate:
+    """Time and price of a run of `steps`; `peak_flops` are one GPU's, in FLOP/s."""
     ranks, batch = cluster.world_size, config.data.global_batch
     # A forward pass and twice as much backward; a share of the steps makes an estimate first.
     passes = 3 + self_condition_shares(config.objective.p_self_condition)[0]
-    tokens = flops = 0.0  # of the mean sample, at full length
+    tokens = flops = 0.0  # of the mean row, at full length
     for with_image, share in ((True, 1 - cluster.text_share), (False, cluster.text_share)):
         length = longest(config, with_image).length
         tokens += share * length
         flops += share * 2 * passes * sum(trunk_macs(config.model, length))
-    steps = -(-samples // batch)
     seconds = batch * flops / (ranks * peak_flops * cluster.mfu)
     hours = ranks * steps * seconds / 3600
     # ZeRO-3 gathers weights for each pass and scatters gradients; with hpZ the backward pass

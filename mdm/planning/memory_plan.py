@@ -19,7 +19,7 @@ from mdm.config import Config
 from mdm.loss import Loss
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
-from mdm.planning.activations import activations
+from mdm.planning.activations import activations, longest, per_row
 from mdm.train.deepspeed_config import load_deepspeed_config, zero_settings
 from mdm.utils.precision import BF16, resolve
 from mdm.utils.ranks import World
@@ -162,10 +162,15 @@ def _row(name: str, size: int, on_host: bool, note: str) -> Row:
 
 
 def _activations(config: Config, world: int, precision: str) -> Iterator[Row]:
-    samples, checkpointed = config.data.global_batch // world, config.train.activation_checkpointing
-    tasks = [activations(config, samples, image, precision) for image in (True, False)]
+    rows, checkpointed = config.data.global_batch // world, config.train.activation_checkpointing
+    tasks = [activations(config, rows, image, precision) for image in (True, False)]
     larger = max(tasks, key=lambda a: a.kept(checkpointed) + a.work(checkpointed))
-    task = "an image and its text" if larger is tasks[0] else "text alone"
+    with_image = larger is tasks[0]
+    samples, task = rows * per_row(config, with_image), "text alone"
+    if with_image:
+        task = "an image and its text"
+    if samples > rows:
+        task += f" in {rows} rows of {longest(config, with_image).length} places"
     other = larger.trunk if checkpointed else larger.trunk_checkpointed
     how = "checkpointed; without that" if checkpointed else "with checkpointing"
     note = f"{samples} samples of {task}, {how} {other / GIB:.1f} GiB"

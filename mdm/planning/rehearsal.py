@@ -6,6 +6,7 @@ the memory plan says what the preset needs on a GPU.
 """
 
 import dataclasses
+import math
 import resource
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from mdm.loss import Loss
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block
 from mdm.planning.activations import largest_batch
-from mdm.planning.cost import Cluster, Estimate, estimate
+from mdm.planning.cost import Cluster, Estimate, estimate, samples_per_step
 from mdm.planning.footprint import STATES, count_gathered, held_bytes
 from mdm.planning.memory_plan import GIB, MemoryPlan, changes_that_fit, plan
 from mdm.train.ema import EMA
@@ -63,7 +64,7 @@ def rehearse(config: Config, world_size: int, tokens: int) -> Rehearsal:
     gathered = count_gathered(engine, leaf_classes)
     built = time.perf_counter()
     tokens = min(tokens, config.data.dialogue_length)
-    text = dataclasses.replace(config.data, dialogue_length=tokens)
+    text = dataclasses.replace(config.data, dialogue_length=tokens, texts_per_row=1)
     batch = largest_batch(dataclasses.replace(config, data=text), 1, with_image=False)
     loss = engine.forward(batch, 0).total
     engine.backward(loss)
@@ -98,9 +99,10 @@ def judge(memory_plan: MemoryPlan, memory: int) -> dict[str, Any]:
 def costs(config: Config, cluster: Cluster, peak: float) -> dict[str, Estimate]:
     """The preset's run, and one epoch, which is what the paper's Table 1 names."""
     steps = config.train.steps
+    epoch = math.ceil(ONE_EPOCH / samples_per_step(config, cluster))
     return {
-        f"{steps:,} steps": estimate(config, cluster, steps * config.data.global_batch, peak),
-        "one epoch of the three sets": estimate(config, cluster, ONE_EPOCH, peak),
+        f"{steps:,} steps": estimate(config, cluster, steps, peak),
+        "one epoch of the three sets": estimate(config, cluster, epoch, peak),
     }
 
 

@@ -255,7 +255,7 @@ def take_step(run: Run) -> tuple[int, float]:
         run.window.add(batch.task, terms)
     run.work.add(batch)
     state.step += 1
-    state.samples_seen += run.config.data.global_batch
+    state.samples_seen += batch.average_over * run.world.size or run.config.data.global_batch
     run.reporter.step()
     return HALTED if HALTED in stops else int(max(stops)), rate
 

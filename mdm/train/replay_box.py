@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from mdm.checkpoint.state import RunError
 from mdm.config import Config
 from mdm.data.batch import Batch
-from mdm.first_stage.tokenizer import PAD
 from mdm.storage.tensor_file import save_tensors
 from mdm.utils import files
 from mdm.utils.precision import autocast, resolve
@@ -150,18 +149,14 @@ def replay(folder: Path, make_loss: Callable[[Config], nn.Module]) -> tuple[floa
 
 
 def _one(batch: Batch, i: int) -> Batch:
-    """Sample i alone; a text from a packed row gets its own row."""
+    """Sample i alone; the text of a packed one gets its own row."""
     alone: dict[str, Any] = {"ids": (batch.ids[i],), "average_over": 0}
     of_sample = _TENSORS
     if batch.text_of is not None:
-        is_part = batch.text_of == i
-        row = is_part.any(1)
-        length = int(is_part.sum())
-        tokens = torch.full_like(batch.tokens[row], PAD)
-        prompt = torch.zeros_like(batch.prompt[row])
-        tokens[0, :length], prompt[0, :length] = batch.tokens[is_part], batch.prompt[is_part]
-        alone |= {"tokens": tokens, "prompt": prompt, "text_of": None}
-        of_sample = ("keys", "epochs", "class_ids")
+        own = batch.text_of == i
+        alone |= {name: getattr(batch, name)[own].unsqueeze(0) for name in ("tokens", "prompt")}
+        alone["text_of"] = None
+        of_sample = tuple(name for name in _TENSORS if name not in alone)
     for name in of_sample:
         tensor = getattr(batch, name)
         alone[name] = None if tensor is None else tensor[i : i + 1]

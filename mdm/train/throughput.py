@@ -36,13 +36,14 @@ class Throughput:
         self._tokens = self._images = self._flops = 0
 
     def add(self, batch: Batch) -> None:
-        """Count one step with this rank's `batch`; packed texts count by rows."""
-        rows = batch.tokens.shape[0] * self._size
+        """Count one step with this rank's `batch`; packed rows count as if they were full."""
+        rows, samples = (n * self._size for n in (len(batch.tokens), batch.average_over))
+        samples = samples or rows
         text = batch.tokens.shape[1]
         image = 0 if batch.latents is None else batch.latents.shape[1]
         self._tokens += rows * (text + image)
         images = image // (self._model.image_height * self._model.image_width)
-        self._images += rows * images
+        self._images += samples * images
         self._flops += rows * step_flops(self._model, text, images)
 
     def rates(self, seconds: float) -> dict[str, float]:

@@ -10,12 +10,14 @@ import torch.distributed as dist
 
 from mdm.data.batch import Batch
 from mdm.diffusion import noise
-from mdm.loss import Loss
+from mdm.loss import Loss, LossTerms
 from mdm.train.metrics import sums_by_conditioning
 from tests.golden.test_losses import CONFIG, batch
+from tests.unit import test_packed_samples as packed_samples
 
 GLOBAL_BATCH = 6
 STEPS = (0, 1, 3)  # two with images and text, one with text only
+PACKS = [[2, 3, 5], [1], [0, 4]]  # ranks hold different numbers of these samples
 
 
 def make_objective() -> Loss:
@@ -54,10 +56,21 @@ def take_steps(
     return rows
 
 
+def take_packed_step(rank: int, size: int) -> tuple[Loss, LossTerms]:
+    """A step on a rank's rows of images and texts."""
+    objective = packed_samples.objective(estimate=1.0, text_warp=True).train()
+    whole, count = packed_samples.packed(1, PACKS), len(PACKS)
+    rows = slice(rank * count // size, (rank + 1) * count // size)
+    terms = objective(packed_samples.rank_of(whole, rows, size), 0)
+    terms.total.backward()
+    return objective, terms
+
+
 def main() -> None:
     torch.set_num_threads(1)
     on_one_rank = make_objective()
     expected = take_steps(on_one_rank, slice(None))
+    packed_on_one, packed_terms = take_packed_step(0, 1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     part = slice(rank * GLOBAL_BATCH // size, (rank + 1) * GLOBAL_BATCH // size)
@@ -71,6 +84,19 @@ def main() -> None:
         torch.testing.assert_close(terms / size, whole_terms, rtol=1e-5, atol=1e-6)
         dist.all_reduce(sums)
         torch.testing.assert_close(sums, whole_sums, rtol=1e-5, atol=1e-6)
+    check_state(on_all_ranks, on_one_rank)
+    assert not torch.equal(on_one_rank.text_warp.loss, make_objective().text_warp.loss)
+    packed_on_all, terms = take_packed_step(rank, size)
+    for ours, whole in zip(terms[:-2], packed_terms[:-2], strict=True):
+        dist.all_reduce(mean := ours.detach().clone())
+        torch.testing.assert_close(mean / size, whole.detach(), rtol=1e-5, atol=1e-6)
+    check_state(packed_on_all, packed_on_one)
+    dist.destroy_process_group()
+
+
+def check_state(on_all_ranks: Loss, on_one_rank: Loss) -> None:
+    """Gradients and buffers are those of one rank."""
+    size = dist.get_world_size()
     single = dict(on_one_rank.named_parameters())
     for name, p in on_all_ranks.named_parameters():
         assert (p.grad is None) == (single[name].grad is None), name
@@ -80,8 +106,6 @@ def main() -> None:
     buffers = zip(on_all_ranks.named_buffers(), on_one_rank.buffers(), strict=True)
     for (name, ours), whole in buffers:
         torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-6, msg=name)
-    assert not torch.equal(on_one_rank.text_warp.loss, make_objective().text_warp.loss)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

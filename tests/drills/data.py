@@ -156,9 +156,9 @@ def loader_kills(setting: Setting) -> Iterator[Row]:
     """Kill loading at random times, and resume with other numbers of ranks and threads."""
     root = str(setting.folder / "encoded")
     write_sets(root)
-    for texts_per_row, what in ((1, "padded"), (3, "packed")):
+    for per_row, what in ((1, "padded"), (3, "packed")):
         rng = setting.random(f"loader_kills {what}")
-        full = data(root, texts_per_row)
+        full = data(root, per_row)
         expected = walk(full, 1, None, LAST_STEP)
         check(full, [step.parts for step in expected], expected[-1].state)
         kills, equal, began = 0, True, time.monotonic()
@@ -168,7 +168,7 @@ def loader_kills(setting: Setting) -> Iterator[Row]:
                 # The later mixture stage is configured only once its first step is reached.
                 staged = len(steps) >= LATER.step
                 count = rng.randint(1, (LAST_STEP if staged else LATER.step) - len(steps))
-                config = data(root, texts_per_row, staged=staged)
+                config = data(root, per_row, staged=staged)
                 last = steps[-1].state if steps else None
                 pause, settings = rng.uniform(0, 0.05), rng.choice(SETTINGS)
                 taken = walk(config, ranks, last, count, pause, **settings)
@@ -179,7 +179,7 @@ def loader_kills(setting: Setting) -> Iterator[Row]:
             equal = equal and [s.ids() for s in steps] == [s.ids() for s in expected]
             equal = equal and steps[-1].state == expected[-1].state  # includes order_digest
         spent = time.monotonic() - began
-        yield Row(f"loading, SIGKILL, {what} texts", kills, kills, 0, equal, spent)
+        yield Row(f"loading, SIGKILL, {what} samples", kills, kills, 0, equal, spent)
 
 
 def write_sets(root: str, late: bool = True) -> None:

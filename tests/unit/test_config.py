@@ -98,6 +98,15 @@ def test_hyphens_stand_for_underscores_and_the_flag_of_deepspeed_is_ignored():
         (["--preset", "demo", "--train.lr", "0"], "train.lr is 0.0; it must be positive"),
         (["--preset", "demo", "--model.kernel", "cuda"], "choose one of torch, compiled, fused"),
         (["--preset", "demo", "--data.dialogue_length", "999"], "texts of 999 tokens"),
+        (["--preset", "demo", "--data.images_per_row", "0"], "images_per_row is 0; it must be"),
+        (
+            [
+                *("--preset", "demo", "--data.images_per_row", "2"),
+                *("--objective.image_candidates", "latents"),
+            ],
+            "data.images_per_row 2 packs samples, of which ranks hold different numbers, but "
+            "objective.image_candidates latents compares them",
+        ),
         (["--preset", "demo", "--data.sources", "a"], "is not name:weight"),
         (
             ["--preset", "demo", "--train.images", "8", "--train.snapshots", "0"],

@@ -14,9 +14,15 @@ from mdm.loss import Loss
 from mdm.model import sequence
 from tests.golden.test_losses import CONFIG, batch
 from tests.unit.test_loss import two_images
-from tests.unit.test_packed_texts import objective, packed
+from tests.unit.test_packed_samples import objective, packed
 
-BATCHES = {"images": batch(0), "dialogue": two_images(), "text": batch(3), "packed": packed()}
+BATCHES = {
+    "images": batch(0),
+    "dialogue": two_images(),
+    "text": batch(3),
+    "packed texts": packed(),
+    "packed images": packed(1),
+}
 
 
 class NoBlockingCopies(TorchDispatchMode):
@@ -42,8 +48,8 @@ def tables_without_values() -> Iterator[None]:
 def test_a_step_never_waits_for_its_device(kind: str) -> None:
     weights = dataclasses.replace(CONFIG.objective, p_self_condition=1.0)
     loss = Loss(dataclasses.replace(CONFIG, objective=weights))
-    if kind == "packed":
-        loss = objective(estimate=1.0)
+    if kind.startswith("packed"):
+        loss = objective(estimate=1.0).train()
     loss = loss.to("meta")
     loss(BATCHES[kind], 0)  # copies the tables
     with NoBlockingCopies():

@@ -39,14 +39,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def data(root: str, texts_per_row: int, staged: bool = True) -> DataConfig:
+def data(root: str, per_row: int, staged: bool = True) -> DataConfig:
     return DataConfig(
         root,
         FIRST,
         24,
         2,
         mixture_stages=(LATER,) if staged else (),
-        texts_per_row=texts_per_row,
+        texts_per_row=per_row,
+        images_per_row=per_row,
         **LENGTHS,
     )
 
@@ -69,7 +70,7 @@ def check(config: DataConfig, steps: list[list[list[str]]], state: dict[str, Any
     for step, parts in enumerate(steps):
         draw = order.draw(step)
         ids = [i for part in parts for i in part]
-        packed = draw.task == "text" and config.texts_per_row > 1
+        packed = mixture.per_row(draw.task) > 1
         assert ids == draw.ids or (packed and sorted(ids) == sorted(draw.ids))
         seen.update(zip(draw.ids, draw.epochs.tolist(), strict=True))
     assert set(seen.values()) == {1}
@@ -86,14 +87,14 @@ def check(config: DataConfig, steps: list[list[list[str]]], state: dict[str, Any
         assert whole <= seen.keys()
 
 
-@pytest.mark.parametrize("texts_per_row", [1, 3])
-def test_killed_and_resumed_runs_have_one_sample_order(root: str, texts_per_row: int) -> None:
-    config = data(root, texts_per_row)
+@pytest.mark.parametrize("per_row", [1, 3])
+def test_killed_and_resumed_runs_have_one_sample_order(root: str, per_row: int) -> None:
+    config = data(root, per_row)
     plan = {"data": to_dict(config), "settings": {}, "ranks": 1, "lost": 0, "state": None}
     expected, final = live(plan | {"steps": STEPS})
     check(config, expected, final)
     assert {"late", "talk"} <= {i.partition(":")[0] for [ids] in expected for i in ids}
-    chance = random.Random(texts_per_row)
+    chance = random.Random(per_row)
     for first in RANKS:
         steps: list[list[list[str]]] = []
         state, ranks = None, first
@@ -101,7 +102,7 @@ def test_killed_and_resumed_runs_have_one_sample_order(root: str, texts_per_row:
             # Before step 14 the run's configuration lacks the mixture stage that begins there.
             room = 14 - len(steps) if len(steps) < 14 else STEPS - len(steps)
             some = min(room, chance.randint(3, 15))
-            known = data(root, texts_per_row, staged=len(steps) >= 14)
+            known = data(root, per_row, staged=len(steps) >= 14)
             plan = {
                 "data": to_dict(known), "settings": chance.choice(SETTINGS), "ranks": ranks,
                 "state": state, "steps": some, "lost": chance.randint(0, 3),
@@ -130,5 +131,7 @@ def test_past_mixture_stages_cannot_be_changed_and_future_ones_can(root: str) ->
         live(onward | {"data": to_dict(other)})
     with pytest.raises(ResumeError, match=r"packing None, this run has .*'texts_per_row': 3"):
         live(onward | {"data": to_dict(data(root, 3))})
+    with pytest.raises(ResumeError, match=r"packing None, this run has .*'images_per_row': 2"):
+        live(onward | {"data": to_dict(replace(data(root, 1), images_per_row=2))})
     with pytest.raises(ResumeError, match="version 1, this run has 2"):
         live(onward | {"data": to_dict(data(root, 1)), "state": state | {"version": 1}})

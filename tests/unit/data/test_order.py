@@ -253,14 +253,17 @@ def test_shares_are_exact_in_each_mixture_stage() -> None:
     assert both == {"digits": 56_000, "emoji": 16_000, "dialogues": 32_000, "extra": 56_000}
 
 
-@pytest.mark.parametrize("texts_per_row", [1, 3])
-def test_the_steps_of_a_sample_are_found_without_drawing_them(texts_per_row: int) -> None:
-    mixture = replace(staged(FIRST, SECOND, THIRD), texts_per_row=texts_per_row)
+@pytest.mark.parametrize(("images_per_row", "texts_per_row"), [(1, 1), (1, 3), (2, 1)])
+def test_the_steps_of_a_sample_are_found_without_drawing_them(
+    images_per_row: int, texts_per_row: int
+) -> None:
+    per_row = {"images_per_row": images_per_row, "texts_per_row": texts_per_row}
+    mixture = replace(staged(FIRST, SECOND, THIRD), **per_row)
     order = SampleOrder(mixture, 3)
     used: dict[str, list[tuple[int, int]]] = {}
     for step in range(120):
         draw = order.draw(step)
-        assert len(draw.ids) == 8 * (texts_per_row if draw.task == "text" else 1)
+        assert len(draw.ids) == 8 * (texts_per_row if draw.task == "text" else images_per_row)
         for sample, epoch in zip(draw.ids, draw.epochs.tolist(), strict=True):
             used.setdefault(sample, []).append((step, epoch))
     for place, source in enumerate(mixture.sources):

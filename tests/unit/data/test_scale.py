@@ -34,10 +34,10 @@ def test_ten_billion_samples_are_opened_drawn_resumed_and_traced_by_arithmetic(
     assert len(set(draw.ids)) == 256
     # Steps drawn together begin in one shuffle pool and may end in the next.
     assert fetched.fetched <= 2 * POOL_PARTS
-    state = json.dumps(resume.state_dict(first, 0, deep, "digest"))
+    state = json.dumps(resume.state_dict(first, {}, deep, "digest"))
 
     second = order(tmp_path)
-    resume.check(json.loads(state), second, 0)
+    resume.check(json.loads(state), second, {})
     assert second.sources[0].layout.manifest.shards.fetched == 0
     there = second.draw(deep)
     assert second.sources[0].layout.manifest.shards.fetched <= 2 * POOL_PARTS

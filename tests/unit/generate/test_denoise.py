@@ -69,6 +69,28 @@ def test_a_sample_does_not_depend_on_its_batch(model, solver):
     assert together.selected.evaluations == 7
 
 
+@pytest.mark.parametrize("selection", [0.0, 1e-3])
+def test_a_model_of_packed_samples_reads_no_padding(model, selection):
+    """A caption with padding gives the image of the caption alone."""
+    how = Sampling(image_steps=5, image_guidance=1.0, selection=selection)
+    tokens = torch.tensor([[7, 5, EOS], [9, EOS, PAD], [EOS, PAD, PAD]])
+    padded = torch.nn.functional.pad(tokens, (0, M - 3), value=PAD)
+
+    def drawn(sample, reads_padding, length):
+        given = padded[sample : sample + 1, :length]
+        one = request("generated", "given", b=1, first=sample, tokens=given)
+        return denoise(
+            model, dataclasses.replace(one, length=length, reads_padding=reads_padding), how
+        ).latents
+
+    together = request("generated", "given", tokens=padded, reads_padding=False)
+    latents = denoise(model, together, how).latents
+    for sample, length in enumerate((3, 2, 1)):
+        alone = drawn(sample, True, length)
+        torch.testing.assert_close(latents[sample : sample + 1], alone, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(drawn(sample, True, M), alone, atol=1e-3)
+
+
 def test_solvers_differ(model):
     latents = [
         denoise(model, request("generated", "absent"), Sampling(image_steps=5, solver=s)).latents

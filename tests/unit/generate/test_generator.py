@@ -71,6 +71,21 @@ def test_weights_trained_with_cuda_kernels_generate_the_same_without(export, gen
     assert torch.equal(fused.class_to_image([0, 1], steps=2), images)
 
 
+def test_weights_trained_on_packed_samples_read_captions_without_padding(export):
+    images = {}
+    for per_row in (1, 2):
+        for length in (8, 12):
+            config = json.loads((export / "config.json").read_text())
+            config["data"] |= {"images_per_row": per_row, "caption_length": length}
+            other = export.parent / f"packed-{per_row}-{length}"
+            shutil.copytree(export, other)
+            (other / "config.json").write_text(json.dumps(config))
+            model = Generator.from_pretrained(other, precision="fp32")
+            images[per_row, length] = model.text_to_image(["one two"], steps=2)
+    torch.testing.assert_close(images[2, 8], images[2, 12], rtol=0, atol=1e-4)
+    assert not torch.allclose(images[1, 8], images[1, 12], rtol=0, atol=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, inside its own compiler
 def test_compiled_blocks_generate_the_same(export, generator):
     eager = generator.class_to_image([0, 1, 2], steps=3)

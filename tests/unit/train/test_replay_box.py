@@ -9,6 +9,7 @@ from mdm.checkpoint.state import RunError
 from mdm.train import replay_box
 from mdm.utils.ranks import World
 from tests.helpers import MemoryLoader, SmallLoss, small_config
+from tests.unit.test_packed_samples import objective, packed, rank_of
 
 
 @pytest.fixture
@@ -49,3 +50,20 @@ def test_a_box_of_an_earlier_version_is_replayed(box, tmp_path):
     folder, _ = replay_box.find_box(tmp_path, 7)
     assert folder == tmp_path / "blackbox" / box.name
     assert losses(folder) == expected
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_packed_samples_are_replayed_one_by_one(tmp_path: Path, images: int) -> None:
+    batch, config = packed(images), small_config(tmp_path, precision="fp32")
+    rows = len(batch.tokens)
+    shares = [rank_of(batch, part, 2) for part in (slice(0, 1), slice(1, rows))]
+    joined = replay_box.join(shares)
+    for name, value in vars(joined).items():
+        expected = getattr(batch, name)
+        equal = torch.equal(value, expected) if torch.is_tensor(value) else value == expected
+        assert equal, name
+    weights = objective().state_dict()
+    box = replay_box.write(tmp_path, config, 7, {"reason": "a spike"}, joined, weights)
+    whole, played = replay_box.replay(box, lambda _: objective())
+    assert [sample.id for sample in played] == list(batch.ids)
+    assert sum(sample.loss for sample in played) / len(batch) == pytest.approx(whole, rel=1e-5)

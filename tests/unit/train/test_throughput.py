@@ -10,6 +10,7 @@ from mdm.presets import DEMO
 from mdm.train.throughput import Throughput, step_flops
 from mdm.utils.ranks import World
 from tests.helpers import MemoryLoader, small_config
+from tests.unit.test_packed_samples import objective, packed
 
 
 def test_the_sequence_length_is_that_of_the_network():
@@ -45,3 +46,15 @@ def test_rates_are_of_all_ranks_and_mfu_of_one(tmp_path):
     assert rates["tflops_per_rank"] == pytest.approx(flops / 2 / 2 / 1e12)
     assert rates["mfu"] == pytest.approx(flops / 2 / 2 / 1e6)
     assert work.rates(1.0)["tokens_per_second"] == 0
+
+
+def test_packed_images_count_by_samples_and_work_by_rows(tmp_path):
+    model = objective().model
+    config = dataclasses.replace(small_config(tmp_path), model=model)
+    work, batch = Throughput(config, World(0, 2)), packed(1)
+    work.add(batch)
+    rates = work.rates(1.0)
+    assert rates["images_per_second"] == 2 * 8
+    rows = 2 * len(batch.tokens)
+    assert rates["tokens_per_second"] == rows * (26 + 4)
+    assert rates["tflops_per_rank"] == pytest.approx(rows / 2 * step_flops(model, 26, 1) / 1e12)
