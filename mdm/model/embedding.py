@@ -104,12 +104,12 @@ class Embed(nn.Module):
         tokens = tokens + self.text_position[:m] + torch.where(given, clean, noised)
         # The time token carries the level of the last image: earlier ones are conditions.
         time = self.time_token + embedded[:, 0] + (0 if images is None else embedded[:, -1])
-        label = self._label(class_ids)
+        class_token, label = self._label(class_ids)
         grids: tuple[Tensor, ...] = ()
         if images is not None:
             grids = self._images(images, embedded[:, 2:] + label.unsqueeze(1), tokens, text.level)
         pads = self.pads.unsqueeze(1).expand(-1, b, -1).unsqueeze(2)  # [4, b, 1, d]
-        x = join((time.unsqueeze(1), label.unsqueeze(1)), tokens, grids, pads.unbind(0))
+        x = join((time.unsqueeze(1), class_token.unsqueeze(1)), tokens, grids, pads.unbind(0))
         if self.modulation is None:
             return Embedded(x, None)
         noised, clean, *by_image = self._modulate(embedded, label.unsqueeze(1)).split(1, 1)
@@ -126,11 +126,11 @@ class Embed(nn.Module):
         Each text's tokens are the same as in its own sequence from `forward`.
         """
         levels = torch.stack([text.level, torch.full_like(text.level, CLEAN)])
-        embedded, label = self.level(levels), self._label(class_ids)
+        embedded, (class_token, label) = self.level(levels), self._label(class_ids)
         kept = self._kept(text.level)[rows.text_of].unsqueeze(-1)
         tokens = self._text(text, kept) + self.text_position[rows.position]
         tokens = tokens + self._by_token(embedded, text, rows)
-        frame = [self.time_token + embedded[0], label]
+        frame = [self.time_token + embedded[0], class_token]
         frame += [pad.expand(len(label), -1) for pad in self.pads[:2]]
         x = self._rows(tokens, frame, rows)
         if self.modulation is None:
@@ -171,10 +171,15 @@ class Embed(nn.Module):
         embedded: Tensor = self.text_in(torch.cat([text.z_t, estimate], -1) * kept)
         return embedded
 
-    def _label(self, class_ids: Tensor) -> Tensor:
+    def _label(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token, and what the label adds to patches and modulation, [..., d] each.
+
+        Without a class the token is the last row and not zeros, where every block's RMSNorm would
+        multiply gradients by 316.
+        """
         null = self.class_embedding.num_embeddings - 1
-        label: Tensor = self.class_embedding(torch.where(class_ids < 0, null, class_ids))
-        return label * (class_ids >= 0).unsqueeze(-1) if self.silent else label
+        token: Tensor = self.class_embedding(torch.where(class_ids < 0, null, class_ids))
+        return token, token * (class_ids >= 0).unsqueeze(-1) if self.silent else token
 
     @staticmethod
     def _by_token(values: Tensor, text: TextInput, rows: TextRows) -> Tensor:

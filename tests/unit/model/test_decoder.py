@@ -247,9 +247,14 @@ def test_what_is_dropped_is_silent(changes):
     dropped = {"images": {"level": torch.full((2, 1), -20.0)}}
     texts = (call(network, one, shown, **dropped).text for shown in (image, noise))
     assert torch.equal(*texts)
-    without = v(one, class_ids=[-1, -1])
-    network.embed.class_embedding.weight[-1] += 1.0  # the row of no class
-    assert torch.equal(v(one, class_ids=[-1, -1]), without)
+    embedded = []  # the token of no class stands at its place and adds nothing to any other
+    network.trunk.register_forward_pre_hook(lambda _, args: embedded.append(args))
+    v(one, class_ids=[-1, -1])
+    network.embed.class_embedding.weight[-1] += 1.0
+    v(one, class_ids=[-1, -1])
+    (x, *_, modulation), (moved, *_, same) = embedded
+    assert torch.equal(modulation, same)
+    assert (moved != x).flatten(2).any(2).tolist() == [[i == 1 for i in range(17)]] * 2
 
 
 @torch.no_grad()
