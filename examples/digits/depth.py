@@ -52,7 +52,7 @@ class Flags:
     n_layer: int = doc(49, "blocks", POSITIVE)
     d_model: int = doc(64, "width of the residual stream", POSITIVE)
     steps: int = doc(200, "optimizer steps of each training", POSITIVE)
-    batch: int = doc(16, "samples per step", POSITIVE)
+    batch: int = doc(8, "samples per step", POSITIVE)
     lr: float = doc(1e-3, "learning rate after a warm-up over a fifth of the steps", POSITIVE)
     seed: int = doc(0, "of weights, data and noise")
 
