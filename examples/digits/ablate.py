@@ -1,12 +1,14 @@
 """Ablations of the model and the loss on the task of `examples/digits/learn.py`, over three seeds.
 
-Each variant trains the preset `learn` briefly on one rank; `jobs` variants train at once. Solvers,
+Each variant trains the preset `learn` briefly on one rank; `jobs` variants train at once. Each is
+evaluated at the guidance at which its images are nearest to the real ones. Solvers,
 numbers of evaluations and the selection of settled tokens are compared on the weights of
 `make learn`, if it has run. Run again, it skips the finished variants.
 """
 
 from mdm.launch.job import job
 
+import dataclasses
 import statistics
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from examples.digits import report as learn_report
 from examples.digits.ablation_tables import runs_table, selection_table, solver_table
 from examples.digits.data import WORDS
-from examples.digits.evaluation import Sampling, evaluate
+from examples.digits.evaluation import Sampling, best_guidance, evaluate
 from examples.digits.learn import Setting, load, prepare, training_job
 from mdm.config import doc
 from mdm.diffusion.sampler import SOLVERS
@@ -40,7 +42,8 @@ VARIANTS = {
     "--objective.image_candidates latents",
     "not silent": "--model.no_silent",
     "no adaLN": "--model.no_adaln",
-    "no text summary": "--model.no_text_summary",
+    "text summary none": "--model.text_summary none",
+    "text summary tokens": "--model.text_summary tokens",
     "text head of rank 16": "--model.text_head latent",
     "no unigram bias": "--objective.no_unigram_bias",
     "self-conditioning 0": "--objective.p_self_condition 0",
@@ -107,7 +110,11 @@ def run_one(flags: Flags, setting: Setting, variant: str, seed: int) -> dict[str
         raise RuntimeError(
             f"{variant}, seed {seed}: training ended with exit code {code}; see {folder}/log.txt"
         )
-    metrics, images, _ = evaluate(load(folder / "train" / "export", setting), setting.ruler, flags)
+    generator = load(folder / "train" / "export", setting)
+    guidance = best_guidance(generator, setting.ruler, flags)
+    sampling = dataclasses.replace(flags, guidance=guidance)
+    metrics, images, _ = evaluate(generator, setting.ruler, sampling)
+    metrics["guidance"] = guidance
     shown = images["drawn"][: len(WORDS)]
     sheet = save_sheet(shown, folder / "images.png", columns=len(shown))
     rows = read_lines(folder / "train" / "metrics.jsonl", {"loss": float})

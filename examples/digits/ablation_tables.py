@@ -14,6 +14,7 @@ from mdm.report.page import tiles
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 COLUMNS = {
+    "guidance": "own guidance",
     "t2i_accuracy": "caption → image",
     "t2i_accuracy_unguided": "not guided",
     "i2t_accuracy": "image → caption",

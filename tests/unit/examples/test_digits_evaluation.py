@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.digits import report as learn_report
-from examples.digits.evaluation import Ruler, Sampling, evaluate
+from examples.digits.evaluation import Ruler, Sampling, best_guidance, evaluate
 from mdm.evaluate.classifier import Classifier
 from tests.unit.conftest import NAMES, WORDS, Digits, Oracle
 
@@ -50,6 +50,17 @@ def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: 
     assert "Loss, all tasks" in page
     assert page.count("data:image/png;base64,") >= 300
     assert str(tmp_path) not in page
+
+
+def test_each_model_has_its_own_best_guidance(ruler: Ruler, monkeypatch) -> None:
+    distances = {0.0: 3.0, 0.25: 2.0, 0.5: 1.5, 1.0: 1.2, 2.0: 1.1, 4.0: 1.3}
+    monkeypatch.setattr(ruler, "measure", lambda drawn: ({"fid64": distances[drawn]}, None))
+
+    class Drawn:
+        def text_to_image(self, prompts, *, guidance, **options):
+            return guidance
+
+    assert best_guidance(Drawn(), ruler, SAMPLING) == 2.0
 
 
 def test_a_model_that_ignores_its_condition_is_at_chance(ruler: Ruler, digits: Digits) -> None:
