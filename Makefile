@@ -6,7 +6,7 @@ export DS_ACCELERATOR ?= cpu
 # a few milliseconds, threads starve each other as soon as another process uses a core.
 export GOMP_SPINCOUNT ?= 5000
 
-.PHONY: setup demo test check format bench learn learn-ablate learn-scenes drill review docs gpu-check clean
+.PHONY: setup demo test check format bench learn learn-ablate learn-depth learn-width learn-scenes drill review docs gpu-check clean
 
 setup: .venv/.ready
 
@@ -43,6 +43,12 @@ learn: setup
 
 learn-ablate: setup
 	$(PY) examples/digits/ablate.py
+
+learn-depth: setup
+	$(PY) examples/digits/depth.py
+
+learn-width: setup
+	$(PY) examples/digits/width.py
 
 learn-scenes: setup
 	$(PY) examples/scenes/learn.py

@@ -34,7 +34,7 @@ CHARTS = {  # the unit, and the metric of real images
 SOLVER_CHARTS = ("t2i_accuracy", "fid64")
 
 
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; all columns but the first are aligned to the right."""
     first, *others = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
     return "\n".join([first, "|---|" + "---:|" * (len(head) - 1), *others])
@@ -51,7 +51,7 @@ def runs_table(runs: Runs) -> str:
         [variant, *(_mean([metrics[column] for metrics in seeds]) for column in COLUMNS)]
         for variant, seeds in runs.items()
     ]
-    return _markdown(["variant", *COLUMNS.values()], rows)
+    return markdown(["variant", *COLUMNS.values()], rows)
 
 
 def solver_table(solvers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -59,7 +59,7 @@ def solver_table(solvers: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     counts = list(next(iter(solvers.values())))
     cell = "{t2i_accuracy:.2f} / {fid64:.2f}".format_map
     rows = [[name, *(cell(by_count[n]) for n in counts)] for name, by_count in solvers.items()]
-    return _markdown(["caption → image / FID, evaluations", *counts], rows)
+    return markdown(["caption → image / FID, evaluations", *counts], rows)
 
 
 def selection_table(selections: Mapping[str, Mapping[str, Any]]) -> str:
@@ -73,7 +73,7 @@ def selection_table(selections: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         for threshold, metrics in selections.items()
     ]
-    return _markdown(["selection below", "caption → image", "FID, 64-d", "time"], rows)
+    return markdown(["selection below", "caption → image", "FID, 64-d", "time"], rows)
 
 
 def section(ablation: Mapping[str, Any], folder: Path) -> dict[str, Any]:

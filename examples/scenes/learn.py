@@ -14,12 +14,12 @@ from pathlib import Path
 
 from examples.demo.run import SERVICES, table
 from examples.demo.stages import JobStage, JobStageError, Runner, command, end_leftovers
-from mdm.config import fingerprint
 from mdm.launch.processes import CPU_ENV
 from mdm.presets import PRESETS
 from mdm.storage.lease import OtherJobError, hold_folder
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.fields import POSITIVE, check_fields, doc, one_of
+from mdm.utils.saved_config import fingerprint
 
 TOKEN = 8  # pixels that a token spans, each way
 TONE_WEIGHT = 16  # of the autoencoder: thin strokes of six hues take more than the usual

@@ -99,7 +99,7 @@ class Embed(nn.Module):
         embedded = self.level(torch.stack(levels, 1))  # [b, 2 + k, d]
 
         def of_tokens(values: Tensor) -> Tensor:
-            """[b, 2 + k, ...] of noised text, clean text and each image -> [r, m, ...]."""
+            """[b, 2 + k, ...] for the noised, the clean and each image -> [r, m, ...]."""
             noised, clean = (spread(values[:, i], sample_of) for i in (0, 1))
             return torch.where(text.prompt.unsqueeze(-1), clean, noised)
 
@@ -114,13 +114,13 @@ class Embed(nn.Module):
         conditions = embedded[:, :2] + label.unsqueeze(1)
         grids: tuple[Tensor, ...] = ()
         if images is not None:
-            # The model is slow to learn a condition that is a few tokens among many: the label, and
-            # the maximum over the text's tokens, which padding does not dilute, are added to every
-            # patch too.
             condition = embedded[:, 2:] + label.unsqueeze(1)
+            # The model is slow to learn a condition that is a few tokens among many: the label,
+            # and the maximum over the text's tokens, which padding does not dilute, are added to
+            # every patch too.
             if self.summary is not None:
-                summarized = tokens if self.summarizes_tokens else latents
-                largest = summarized.amax(1) if rows is None else rows.largest(summarized)
+                pooled = tokens if self.summarizes_tokens else latents
+                largest = pooled.amax(1) if rows is None else rows.largest(pooled)
                 condition = condition + (self.summary(largest) * kept.unsqueeze(-1)).unsqueeze(1)
             if images.at is not None:  # an image takes the position of a text token
                 place = self.text_position[images.at.clamp(min=0)]
@@ -137,8 +137,8 @@ class Embed(nn.Module):
         of_images = [
             t.expand(-1, grid.shape[1], -1) for t, grid in zip(by_image, grids, strict=True)
         ]
-        of_pads = (noised, noised, last, last)
-        return Embedded(x, join_all((noised,) * 2, of_tokens(modulated), of_images, of_pads))
+        frame = (noised,) * 2, (noised, noised, last, last)
+        return Embedded(x, join_all(frame[0], of_tokens(modulated), of_images, frame[1]))
 
     def _images(self, images: ImageInput, condition: Tensor) -> tuple[Tensor, ...]:
         """The tokens of each image, [b, n / k, d], given what its patches share [b, k, d]."""

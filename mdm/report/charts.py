@@ -51,9 +51,18 @@ MARKS = ("|", "d", "x")  # of a row chart's references
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """A new figure of this size in inches and its axes, in the style of all charts."""
+    with _panels(1, 1, width, height) as (figure, (axes,)):
+        yield figure, axes
+
+
+@contextmanager
+def _panels(
+    rows: int, columns: int, width: float, height: float
+) -> Iterator[tuple[Figure, Sequence[Axes]]]:
+    """A new figure of `rows` x `columns` axes of this size in inches each."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure, figure.subplots()
+        figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False).flatten().tolist()
 
 
 def _svg(figure: Figure, title: str) -> Markup:
@@ -148,6 +157,37 @@ def solver_chart(
         _scale_y(axes, [*values, *references.values()])
         axes.grid(axis="y")
         figure.legend(loc="outside right upper", fontsize=7)
+        return _svg(figure, title)
+
+
+def line_panels(
+    panels: Mapping[str, Mapping[str, Mapping[float, float]]],
+    title: str,
+    x_label: str,
+    columns: int,
+    logarithmic: bool = False,
+) -> Markup:
+    """Small multiples: a panel for each name in `panels`, which is {line: {x: y}}.
+
+    All panels have the same lines, of finite values. With `logarithmic`, the horizontal axis is.
+    """
+    rows = -(-len(panels) // columns)
+    with _panels(rows, columns, 3.2, 1.7) as (figure, grid):
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (name, lines) in zip(grid, panels.items(), strict=False):
+            for (label, line), colour in zip(lines.items(), cycle(SERIES), strict=False):
+                xs, ys = zip(*sorted(line.items()), strict=True)
+                marker = "." if len(xs) < 12 else ""
+                axes.plot(xs, ys, marker=marker, color=colour, linewidth=1.2, label=label)
+            if logarithmic:
+                axes.set_xscale("log")
+            axes.set_title(name, fontsize=8, color=SOFT, loc="left")
+            axes.set_xlabel(x_label)
+            _scale_y(axes, [y for line in lines.values() for y in line.values()])
+            axes.grid(axis="y")
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=7)
         return _svg(figure, title)
 
 

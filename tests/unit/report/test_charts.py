@@ -10,12 +10,14 @@ from mdm.report import charts
 
 SVG = "{http://www.w3.org/2000/svg}"
 SOLVERS = {"a": {5: 1.0, 10: 0.1}, "b": {5: 0.5, 10: 0.2}}
+PANELS = {name: {"x": {1: 1.0, 2: 2.0}, "y": {1: 3.0}} for name in ("first", "second", "third")}
 CHARTS: dict[str, Callable[[], str]] = {
     "line": lambda: charts.line_chart([0, 1000, 2000], [3, 2, 1], "<loss>", "nats"),
     "histogram": lambda: charts.histogram({3: 10, 5: 20}, "<lengths>", "tokens", "texts"),
     "solver": lambda: charts.solver_chart(SOLVERS, "<error>", "error", {}),
     "row": lambda: charts.row_chart({"one": [0.5]}, "<share>", "share", {"goal": {"one": 0.7}}),
     "bar": lambda: charts.bar_chart({"one": 3.0}, "<time>", "seconds"),
+    "panels": lambda: charts.line_panels(PANELS, "<norms>", "block", columns=2),
 }
 
 
@@ -52,6 +54,14 @@ def test_axes_are_labelled_with_text():
     assert {"evaluations of the network", "5", "10", "a", "b"} <= texts(CHARTS["solver"]())
     assert {"share", "one", "goal", "value"} <= texts(CHARTS["row"]())
     assert {"seconds", "one", "3"} <= texts(CHARTS["bar"]())
+    assert {"first", "third", "block", "x", "y"} <= texts(CHARTS["panels"]())
+    rates = {"loss": {"x": {1e-3: 2.0, 1e-2: 1.0, 1e-1: 3.0}}}
+    svg = charts.line_panels(rates, "", "rate", columns=1, logarithmic=True)
+    (x, _), (end, _) = line_ends(svg, charts.SERIES[0])
+    middle = re.findall(r"[ML] ([\d.]+) ", svg)
+    assert f"{(x + end) / 2:.3f}"[:-2] in {
+        point[: len(f"{(x + end) / 2:.3f}") - 2] for point in middle
+    }
 
 
 def test_a_loss_over_more_than_a_factor_of_ten_has_a_logarithmic_axis():
