@@ -17,7 +17,7 @@ from tests.unit import test_packed_samples as packed_samples
 
 GLOBAL_BATCH = 6
 STEPS = (0, 1, 3)  # two with images and text, one with text only
-PACKS = [[2, 3, 5], [1], [0, 4]]  # ranks hold different numbers of these samples
+PACKS = [[1], [2, 3, 5], [0, 4]]  # ranks hold different numbers of these samples
 
 
 def make_objective() -> Loss:

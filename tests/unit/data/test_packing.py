@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdm.config import ModelConfig
 from mdm.data import packing
 from mdm.data.loader import Loader
 from mdm.data.mixture import Mixture, Source
@@ -58,12 +59,14 @@ def test_rows_are_filled_from_their_start() -> None:
     assert prompt.sum(1).tolist() == [2, 1, 0]
 
 
+MODEL = ModelConfig(vocab_size=60, image_height=2, image_width=2)  # batches are checked for it
 LENGTH = {False: 40, True: 30}  # of text-only rows, and beside images
 
 
 def load(mixture: Mixture, world: World | None = None, length: int | None = None) -> Loader:
     of_texts, beside_images = (length or LENGTH[images] for images in (False, True))
-    return Loader(mixture, 1, world, caption_length=beside_images, dialogue_length=of_texts)
+    lengths = {"caption_length": beside_images, "dialogue_length": of_texts}
+    return Loader(mixture, 1, world, **lengths, model=MODEL)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["texts", "images"])
