@@ -23,6 +23,7 @@ from mdm.train.workarounds import (
     partition_on_creation,
     set_z3_leaf_modules,
 )
+from mdm.utils.memory import keep_freed_memory
 from mdm.utils.ranks import World
 
 
@@ -48,6 +49,8 @@ def start_ranks(threads: int = 0) -> World:
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // per_node))
     init_distributed()
+    if device_of_rank().type == "cpu":
+        keep_freed_memory()
     return world
 
 
