@@ -19,10 +19,9 @@ from torch import Tensor
 class Scan(torch.autograd.Function):
     """y [b, c, q, h, p] of all chunks and, given a first one, the state after the last, in fp32.
 
-    Autograd would pass several times over [q, q] matrices, more numbers than x has, for the
-    gradient of cs. Two sums over p give it: each term of y_i and S' has a factor exp(cs_i) or
-    exp(cs_q), each use of x_j a factor exp(-cs_j). So it is <y_i, dy_i> - <w_i x_i, d(w_i x_i)>,
-    and <S', dS'> more at the last token.
+    With W_ij the product of a [q, q] weight and its gradient, that of cs_k is the sum of W_kj less
+    that of W_ik: the diagonal, which is largest, cancels exactly. Beyond the chunk, each term of
+    y_i and S' has a factor exp(cs_i) or exp(cs_q), each use of x_j a factor exp(-cs_j).
     """
 
     @staticmethod
@@ -44,7 +43,7 @@ class Scan(torch.autograd.Function):
         scores = _by_group(Bg @ Cg.mT, B)  # of token j for token i
         mixing = _flat(_decay(cs, seq, B) * scores.unsqueeze(3)).to(dtype)
         y = _unbatched(mixing.mT @ written, x)
-        states, final = None, x.new_empty(0)
+        states, across, final = None, None, x.new_empty(0)
         if initial is not None:
             to_end, from_start, carry = _across(cs, seq)
             ended = _grouped(x * (weight * to_end).unsqueeze(-1), B).to(dtype)
@@ -56,15 +55,16 @@ class Scan(torch.autograd.Function):
                 state = carry[:, chunk, :, None, None] * state + added[:, chunk]
             states, final = torch.stack(before, 1), state
             between = Cg @ _grouped_state(states, B).to(dtype).mT
-            y = y + _ungrouped(between, x) * from_start.unsqueeze(-1)
-        ctx.save_for_backward(x, weight, B, C, seq, cs, mixing, y, states, final)
+            across = _ungrouped(between, x) * from_start.unsqueeze(-1)
+            y = y + across
+        ctx.save_for_backward(x, weight, B, C, seq, cs, mixing, across, states, final)
         ctx.dtype = dtype
         return y, final
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of `forward`'s tensors."""
-        x, weight, B, C, seq, cs, mixing, y, states, final = ctx.saved_tensors
+        x, weight, B, C, seq, cs, mixing, across, states, final = ctx.saved_tensors
         dtype = ctx.dtype
         Bg, Cg = (_batched(t).to(dtype) for t in (B, C))
         grad = _batched(grad_y).to(dtype)
@@ -73,6 +73,8 @@ class Scan(torch.autograd.Function):
         decay = _decay(cs, seq, B)
         grad_scores = _flat((decay * grad_mixing.view(decay.shape)).sum(3)).to(dtype)
         grad_B, grad_C = (grad_scores @ Cg).float(), (grad_scores.mT @ Bg).float()
+        product = mixing.float() * grad_mixing.float()  # W of i and j, [.., j, i]
+        grad_cs = (product.sum(1) - product.sum(2)).view(*cs.mT.shape).mT
         grad_end = grad_initial = None
         if states is not None:
             to_end, from_start, carry = _across(cs, seq)
@@ -91,9 +93,10 @@ class Scan(torch.autograd.Function):
             ended = _grouped(x * (weight * to_end).unsqueeze(-1), B).to(dtype)
             grad_B = grad_B + (ended @ grad_added).float()
             grad_ended = _ungrouped(Bg @ grad_added.mT, x)
-            grad_written = grad_written + grad_ended * to_end.unsqueeze(-1)
+            grad_ended = grad_ended * to_end.unsqueeze(-1)
+            grad_written = grad_written + grad_ended
+            grad_cs = grad_cs + (across * grad_y).sum(-1) - weight * (x * grad_ended).sum(-1)
         grad_weight = (x * grad_written).sum(-1)
-        grad_cs = (y * grad_y).sum(-1) - weight * grad_weight
         grad_decay = grad_cs.flip(2).cumsum(2).flip(2)
         if grad_end is not None:
             grad_decay = grad_decay + grad_end.unsqueeze(2)
@@ -178,8 +181,7 @@ def _grouped(x: Tensor, B: Tensor) -> Tensor:
 
 def _ungrouped(x: Tensor, like: Tensor) -> Tensor:
     """[b c g, q, r p] -> [b, c, q, h, p] in fp32."""
-    b, c, q, *_ = like.shape
-    return x.view(b, c, -1, *x.shape[1:]).transpose(2, 3).reshape(like.shape).float()
+    return x.view(*like.shape[:2], -1, *x.shape[1:]).transpose(2, 3).reshape(like.shape).float()
 
 
 def _grouped_state(states: Tensor, B: Tensor) -> Tensor:
