@@ -15,11 +15,11 @@ from mdm.config import Config
 from mdm.train.deepspeed_config import load_deepspeed_config
 from mdm.train.workarounds import (
     NormWatch,
+    PersistentParams,
     deepspeed,
     disable_autocast_cache,
     forget_gradients,
     init_distributed,
-    make_persistent_visible,
     partition_on_creation,
     set_z3_leaf_modules,
 )
@@ -145,8 +145,10 @@ class Engine:
         self._norm = NormWatch(self.zero, self.stage)
         self.device: torch.device = torch.device(self._engine.device)
         self.shards = Shards(self.module, self.zero, self.stage, world)
+        self._persistent: PersistentParams | None = None
         if self.stage == 3:
-            make_persistent_visible(self.zero)
+            self._persistent = PersistentParams(self.zero)
+            self._persistent.gather()
 
     @property
     def grad_norm(self) -> float:
@@ -172,6 +174,8 @@ class Engine:
             group["lr"] = rate
         self._norm.begin(norm_limit)
         self._engine.step()
+        if self._persistent:
+            self._persistent.gather()
 
     @property
     def was_step_applied(self) -> bool:
@@ -190,5 +194,5 @@ class Engine:
     def restored(self, optimizer_steps: int) -> None:
         """Continue from the state that was written into `shards.live()`; all ranks must call."""
         self.shards.adopt(optimizer_steps)
-        if self.stage == 3:
-            make_persistent_visible(self.zero)
+        if self._persistent:
+            self._persistent.gather()
