@@ -120,7 +120,7 @@ def main() -> None:
         bare.backward(bare(batches[i % STEPS], i).total)
         bare.step()
 
-    contestants = {
+    contestants: dict[str, Callable[[int], object]] = {
         "ours": lambda i: take_step(run),
         "bare": bare_step,
         "alone": lambda i: alone(batches[i % STEPS], i),

@@ -157,7 +157,8 @@ def _decay(cs: Tensor, seq: Tensor | None, B: Tensor) -> Tensor:
     heads = _stored(cs.transpose(2, 3).contiguous())
     difference = heads.unsqueeze(-2) - heads.unsqueeze(-1)
     decay = difference.masked_fill(~allowed, float("-inf")).exp()
-    return decay.unflatten(2, (B.shape[3], -1))
+    by_group: Tensor = decay.unflatten(2, (B.shape[3], -1))
+    return by_group
 
 
 def _across(cs: Tensor, seq: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,4 +187,5 @@ def _ungrouped(x: Tensor, like: Tensor) -> Tensor:
 
 def _grouped_state(states: Tensor, B: Tensor) -> Tensor:
     """[b, c, h, p, n] -> [b c g, r p, n]."""
-    return states.unflatten(2, (B.shape[3], -1)).flatten(3, 4).flatten(0, 2)
+    by_group: Tensor = states.unflatten(2, (B.shape[3], -1))
+    return by_group.flatten(3, 4).flatten(0, 2)
