@@ -50,7 +50,7 @@ DEMO = Config(
         checkpoint_every=500,
         snapshots=4,
         gather="trunk",
-        deepspeed="deepspeed_configs/cpu.json",
+        deepspeed="deepspeed_configs/cpu_small_model.json",
     ),
     run_dir="runs/demo/train",
     tokenizer="runs/demo/tokenizer/tokenizer.model",
