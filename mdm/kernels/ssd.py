@@ -103,7 +103,7 @@ def ssd(
 
 
 def _matmul_dtype(device: torch.device) -> torch.dtype:
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return torch.float32
 
