@@ -15,10 +15,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageMetadata, distribution
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 import numpy as np
-from pydoc_data import topics
 from tqdm import tqdm
 
 from examples.demo.data import list_dialogues
@@ -139,13 +139,13 @@ def _dialogues() -> Iterator[Document]:
 
 
 def _licence(metadata: PackageMetadata) -> str:
-    """The licence that a package states: as an expression, a classifier or its first line."""
-    if expression := metadata.get("License-Expression"):
-        return str(expression)
+    """The licence that a package states: as an expression, a classifier or in words."""
+    if "License-Expression" in metadata:
+        return metadata["License-Expression"]
     for line in metadata.get_all("Classifier") or []:
         if line.startswith("License ::"):
             return str(line.rpartition(":: ")[2])
-    return str(metadata.get("License") or "not stated").splitlines()[0]
+    return metadata["License"].splitlines()[0] if "License" in metadata else "not stated"
 
 
 def _hash(text: str) -> int:

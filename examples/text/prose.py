@@ -22,12 +22,13 @@ _WORD = re.compile(r"[A-Za-z']+")
 _NAME = re.compile(r"\w*(?:[_.=/\\<>{}|]|[a-z][A-Z])\w+|\w+\(")  # snake_case, a.b, f(
 _LEGAL = re.compile(r"copyright|warrant|licen[cs]e|liabilit", re.IGNORECASE)
 _RULE = re.compile(r"[-=~^*#+_.\"' ]{3,}")
-_COMMON = frozenset(
-    "a an and are as at be been but by can could do does each for from had has have he her his how i "
-    "if in into is it its may more most must my no not of on one only or other our own same she "
-    "should so some such than that the their them then there these they this those to two was we "
-    "were what when where which while who will with would you your".split()
-)
+_FREQUENT = """
+a an and are as at be been but by can could do does each for from had has have he her his how i if
+in into is it its may more most must my no not of on one only or other our own same she should so
+some such than that the their them then there these they this those to two was we were what when
+where which while who will with would you your
+"""
+_COMMON = frozenset(_FREQUENT.split())
 
 
 def paragraphs(text: str) -> Iterator[str]:

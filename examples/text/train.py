@@ -111,7 +111,7 @@ class Run:
         generator = torch.Generator().manual_seed(config.seed << 32 | step)
         loss = self.model.nats(tokens[index], generator).mean() / tokens.shape[1]
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)

@@ -11,9 +11,9 @@ dW is the same for all tokens, with b dt = (1 - a) dl. The reverse process has t
 and follows the score that the scores s_v of the network imply, so that the KL divergence of the two
 paths is that of their drifts (Girsanov; Song et al. 2021, Theorem 1 and Corollary 1):
 
-    -log p(x) <=  KL(q(z_low | x) || N(0, I))                                            prior
-                + 1/2 int_low^high (1 - a) E|score_x - sum_v s_v score_v|^2 dl           diffusion
-                + E[-sum_i log s_{x_i}(z_high)]                                          reconstruction
+    -log p(x) <=  KL(q(z_low | x) || N(0, I))                                     prior
+                + 1/2 int_low^high (1 - a) E|score_x - sum_v s_v score_v|^2 dl    diffusion
+                + E[-sum_i log s_{x_i}(z_high)]                                   reconstruction
 
     with score_v = -(z_l - sqrt(a) mu_v) / V_v
 
