@@ -6,7 +6,7 @@ export DS_ACCELERATOR ?= cpu
 # a few milliseconds, threads starve each other as soon as another process uses a core.
 export GOMP_SPINCOUNT ?= 5000
 
-.PHONY: setup demo test check format bench learn learn-ablate drill review docs gpu-check clean
+.PHONY: setup demo test check format bench learn learn-ablate learn-text drill review docs gpu-check clean
 
 setup: .venv/.ready
 
@@ -43,6 +43,9 @@ learn: setup
 
 learn-ablate: setup
 	$(PY) examples/digits/ablate.py
+
+learn-text: setup
+	$(PY) examples/text/learn.py
 
 bench: setup
 	$(PY) -m benchmarks

@@ -8,6 +8,9 @@ the output. `unigram` needs no training.
 Shapes: B rows, M tokens, V vocabulary, D d_model.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,6 +23,7 @@ from mdm.model.decoder import Trunk
 from mdm.model.sequence import FRAME, HEAD, Layout, join
 
 ROTARY_BASE = 10_000.0
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def unigram(train: NDArray[np.int64], tokens: NDArray[np.int64], vocab_size: int) -> Tensor:
@@ -82,14 +86,18 @@ class Autoregressive(nn.Module):
         self.width = d_model // heads
 
     @classmethod
-    def of_size(cls, vocab_size: int, d_model: int, n_layer: int, size: int) -> "Autoregressive":
-        """The model whose number of parameters is nearest to `size`, by the width of its MLP."""
-        heads = d_model // 32
-        with torch.device("meta"):
-            least, next_one = (
-                parameters(cls(vocab_size, d_model, n_layer, d_ff, heads)) for d_ff in (0, 1)
-            )
-        return cls(vocab_size, d_model, n_layer, round((size - least) / (next_one - least)), heads)
+    def of_size(cls, config: ModelConfig, size: int) -> "Autoregressive":
+        """The model whose number of parameters is nearest to `size`, by the width of its MLP.
+
+        A layer has more parameters than a Mamba-2 block: it is narrower, and there are fewer.
+        """
+        d_model = 32 * max(config.d_model * 2 // 3 // 32, 1)
+        n_layer = max(config.n_layer * 3 // 4, 1)
+
+        def make(d_ff: int) -> "Autoregressive":
+            return cls(config.vocab_size, d_model, n_layer, d_ff, d_model // 32)
+
+        return _of_size(make, size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Log p [B, M, V] of each next token, given those up to it, i64 [B, M]."""
@@ -101,7 +109,7 @@ class Autoregressive(nn.Module):
         for block in self.blocks:
             x = block(x, rotation)
         logits: Tensor = F.linear(self.norm(x), self.embedding.weight, self.bias)
-        return logits.log_softmax(-1)
+        return logits.float().log_softmax(-1)
 
     def nats(self, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """-log p of each row, [B]; nothing is drawn."""
@@ -126,7 +134,7 @@ class Masked(nn.Module):
     2024).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, d_ff: int) -> None:
         super().__init__()
         d, self.mask = config.d_model, config.vocab_size
         self.config = config
@@ -135,8 +143,15 @@ class Masked(nn.Module):
         self.position = nn.Parameter(torch.randn(config.text_length, d) * 0.02)
         self.frame = nn.Parameter(torch.randn(FRAME, d) * 0.02)
         self.trunk = Trunk(config)
-        self.norm = nn.Parameter(torch.ones(d))
+        self.head = nn.Sequential(
+            nn.RMSNorm(d), nn.Linear(d, d_ff), nn.SiLU(), nn.Linear(d_ff, d), nn.RMSNorm(d)
+        )
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    @classmethod
+    def of_size(cls, config: ModelConfig, size: int) -> "Masked":
+        """The model whose number of parameters is nearest to `size`, by the width of its head."""
+        return _of_size(lambda d_ff: cls(config, d_ff), size)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Log p [B, M, V] of each token, given those of i64 [B, M] that are not `mask`."""
@@ -145,9 +160,9 @@ class Masked(nn.Module):
         frame = self.frame.unsqueeze(1).expand(-1, b, -1).unsqueeze(2).unbind(0)
         layout = Layout.of(self.config, m, 0)
         y = self.trunk(join(frame[:HEAD], x, (), frame[HEAD:]), layout)
-        text, _ = layout.split(F.rms_norm(y, y.shape[-1:], self.norm, eps=1e-5))
-        logits: Tensor = F.linear(text, self.embedding.weight[: self.mask], self.bias)
-        return logits.log_softmax(-1)
+        text, _ = layout.split(y)
+        logits: Tensor = F.linear(self.head(text), self.embedding.weight[: self.mask], self.bias)
+        return logits.float().log_softmax(-1)
 
     def nats(self, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """An unbiased estimate of the negative ELBO of each row, [B]."""
@@ -170,6 +185,13 @@ class Masked(nn.Module):
             p = self(tokens)[torch.arange(b), place].exp()
             tokens[torch.arange(b), place] = torch.multinomial(p, 1, generator=generator)[:, 0]
         return tokens
+
+
+def _of_size(make: Callable[[int], Model], size: int) -> Model:
+    """The model with a hidden layer of the width, at least 1, that comes nearest to `size`."""
+    with torch.device("meta"):
+        least, next_one = (parameters(make(width)) for width in (1, 2))
+    return make(max(1 + round((size - least) / (next_one - least)), 1))
 
 
 def _nll(log_p: Tensor, tokens: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
     python examples/text/train.py --preset learn_text --kind masked
 
-AdamW with the project's learning rate, batch, clipping and averaged weights. An interrupted run
-continues from its last checkpoint and gives the weights of an uninterrupted one.
+AdamW with the project's learning rate, batch, clipping, precision and averaged weights. An
+interrupted run continues from its last checkpoint and gives the weights of an uninterrupted one.
 """
 
 from mdm.launch.job import job
@@ -28,6 +28,7 @@ from mdm.train.loop import learning_rate
 from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import check_fields, one_of
 from mdm.utils.files import append_line, read_json, write_bytes, write_json
+from mdm.utils.precision import autocast, resolve
 
 KINDS = ("autoregressive", "masked")
 CHECKPOINT, WEIGHTS, REPORT, METRICS = "last.pt", "weights.pt", "done.json", "metrics.jsonl"
@@ -56,10 +57,8 @@ def text_parameters(config: Config) -> int:
 def make(kind: str, config: Config) -> Autoregressive | Masked:
     """A baseline as large as the diffusion model of `config`, with weights of its seed."""
     torch.manual_seed(config.seed)
-    model, size = config.model, text_parameters(config)
-    if kind == "masked":
-        return Masked(model)
-    return Autoregressive.of_size(model.vocab_size, model.d_model, model.n_layer, size)
+    of = {"autoregressive": Autoregressive, "masked": Masked}[kind]
+    return of.of_size(config.model, text_parameters(config))
 
 
 def batch_indices(rows: int, batch: int, step: int, seed: int) -> Tensor:
@@ -78,6 +77,7 @@ class Run:
     def __init__(self, model: Autoregressive | Masked, config: Config, folder: Path) -> None:
         self.model, self.config, self.folder = model, config, folder
         self.step, self.seconds = 0, 0.0
+        self.precision = resolve(config.train.precision)
         train = config.train
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -109,7 +109,8 @@ class Run:
         config, train = self.config, self.config.train
         index = batch_indices(len(tokens), config.data.global_batch, step, config.seed)
         generator = torch.Generator().manual_seed(config.seed << 32 | step)
-        loss = self.model.nats(tokens[index], generator).mean() / tokens.shape[1]
+        with autocast(self.precision):
+            loss = self.model.nats(tokens[index], generator).mean() / tokens.shape[1]
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), train.grad_clip)
