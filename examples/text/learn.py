@@ -103,7 +103,7 @@ def run(flags: Flags) -> dict[str, Any]:
     if flags.threads:
         env["OMP_NUM_THREADS"] = str(flags.threads)
     markers = Runner(folder, env).run(stages(flags))
-    return report.write(Path(flags.out), markers, flags.steps, vars(flags))
+    return report.write(Path(flags.out), markers, vars(flags))
 
 
 @job("learn_text", ValueError)

@@ -52,6 +52,7 @@ def is_prose(text: str) -> bool:
         and common >= MIN_COMMON * len(words)
         and len(_NAME.findall(text)) <= len(words) / 12
         and "://" not in text
+        and not _LEGAL.search(text)
     )
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdm.presets import LEARN_TEXT
 from mdm.report.charts import bar_chart, line_chart
 from mdm.report.page import Target, loss_charts, reached, render, target_chart, write_report
 from mdm.utils.files import read_lines
@@ -22,9 +21,7 @@ TARGETS = [
 ]
 
 
-def write(
-    run: Path, markers: Mapping[str, Any], steps: int, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def write(run: Path, markers: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Write both reports into `run`, from the markers of its job stages.
 
     Returns the content of `report.json`.
@@ -32,7 +29,7 @@ def write(
     measured, corpus = markers["measure"]["report"], markers["data"]["report"]
     report = _numbers(measured) | {
         "parameters": measured["parameters"],
-        "tokens_seen": steps * LEARN_TEXT.data.global_batch * corpus["row"],
+        "tokens_seen": markers["train"]["report"]["samples_seen"] * corpus["row"],
         "characters_per_token": corpus["held_out"]["characters_per_token"],
         "held_out_rows": measured["rows"],
         "seconds": {name: marker["seconds"] for name, marker in markers.items()},

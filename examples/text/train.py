@@ -120,7 +120,7 @@ class Run:
         decay = min(train.ema, (1 + step) / (10 + step))  # as `mdm.train.ema.EMA`
         with torch.no_grad():
             torch._foreach_lerp_(self.averages, list(self.model.parameters()), 1 - decay)
-        return float(loss)
+        return float(loss.detach())
 
     def _save(self) -> None:
         buffer = io.BytesIO()
