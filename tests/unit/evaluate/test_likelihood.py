@@ -16,6 +16,7 @@ from mdm.evaluate.likelihood import (
     per_character,
     text_bound,
 )
+from mdm.model.inputs import TextInput
 from mdm.model.mdm import MDM
 
 V, C, M = 6, 4, 8
@@ -86,6 +87,8 @@ def test_prior_is_the_divergence_at_the_noisiest_level() -> None:
     expected = torch.distributions.kl_divergence(latent, standard).sum((1, 2))
     assert float(expected.mean()) > 1
     assert bound.prior.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
+    others = bound.diffusion + bound.reconstruction
+    assert (bound.total - others).tolist() == pytest.approx(expected.tolist(), rel=1e-3)
 
 
 def test_every_wrong_denoiser_gives_more() -> None:
@@ -154,16 +157,20 @@ def test_network_without_knowledge_costs_what_the_closed_form_says() -> None:
     expected = 0.5 * float(integral * (UNIGRAM * spread).sum())
     assert float(bound.diffusion.mean()) / M == pytest.approx(expected, rel=0.02)
     assert float(bound.reconstruction.mean()) / M == pytest.approx(ENTROPY, rel=1e-4)
+    least = expected + ENTROPY
+    assert least < float(bound.total.mean()) / M + 0.02 * expected < least * 1.05
 
 
 def test_network_reads_its_own_estimate_of_the_same_latents() -> None:
     model = tiny_model()
+    means, bias = model.vae.vocabulary()
     z, level = torch.randn(3, M, C), torch.tensor([-3.0, 0.0, 3.0])
     with torch.no_grad():
         once, twice = (network_denoiser(model, flag)(z, level) for flag in (False, True))
-        again = network_denoiser(model, True)(z, level)
+        nothing = torch.zeros(3, M, dtype=torch.bool), once.softmax(-1) @ means
+        again = model.network(TextInput(z, level, *nothing), torch.full((3,), -1)).text
     assert not torch.allclose(once, twice)
-    assert torch.equal(twice, again)
+    assert torch.allclose(twice, again @ means.T + bias)
 
 
 def test_error_of_a_ratio_counts_the_texts_of_a_file_once() -> None:
