@@ -13,11 +13,12 @@ import torch.distributed
 
 from mdm.checkpoint.checkpoints import Checkpoints, Keep
 from mdm.checkpoint.state import TrainState
-from mdm.config import Config, to_dict
+from mdm.config import Config
 from mdm.train.ema import EMA
 from mdm.train.engine import Engine, start_ranks, stop_ranks
 from mdm.train.saver import Saver
 from mdm.utils.ranks import gather_to_all
+from mdm.utils.saved_config import to_dict
 from tests.helpers import MemoryLoader, Mixer, SmallLoss, small_config
 
 ROUNDS = 7

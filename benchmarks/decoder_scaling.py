@@ -17,6 +17,7 @@ import torch
 from benchmarks.timing import THREADS, Result
 from mdm.config import ModelConfig
 from mdm.model.decoder import Decoder
+from mdm.model.inputs import ImageInput, TextInput
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384)  # image tokens; the text adds a dozen
 TEXT = 8
@@ -61,23 +62,19 @@ def point(config: ModelConfig, length: int) -> dict[str, float]:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     network = Decoder(sized(config, length)).eval()
-    step = {
-        "z_txt": torch.randn(1, TEXT, config.latent_dim),
-        "level_txt": torch.zeros(1),
-        "prompt": torch.zeros(1, TEXT, dtype=torch.bool),
-        "class_ids": torch.zeros(1, dtype=torch.long),
-        "z_img": torch.randn(1, length, config.latent_dim),
-        "level_img": torch.zeros(1),
-    }
+    prompt = torch.zeros(1, TEXT, dtype=torch.bool)
+    text = TextInput(torch.randn(1, TEXT, config.latent_dim), torch.zeros(1), prompt)
+    image = ImageInput(torch.randn(1, length, config.latent_dim), torch.zeros(1, 1))
+    step = text, torch.zeros(1, dtype=torch.long), image
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     times: list[float] = []
     with torch.no_grad():
-        network(**step)
+        network(*step)
         peak = resident("VmHWM") - before
         while len(times) < 3 or (sum(times) < 3.0 and len(times) < 30):
             start = time.perf_counter()
-            network(**step)
+            network(*step)
             times.append(time.perf_counter() - start)
     return {"ms": 1e3 * statistics.median(times), "mib": peak / 2**20}
 

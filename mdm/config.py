@@ -2,34 +2,15 @@
 
 import dataclasses
 import difflib
-import hashlib
 import itertools
-import json
 import math
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 from mdm.utils.fields import DECAY, NOT_NEGATIVE, POSITIVE, SHARE, check, check_fields, one_of
 from mdm.utils.fields import doc as doc
 
-T = TypeVar("T")
-
 PRECISIONS = ("auto", "bf16", "fp32")
-
-# Former name -> present one, of configuration keys and of flags. `from_dict` and `rename_keys` read
-# the former ones; for a flag, the command line answers with the present one.
-RENAMED = {
-    "data.stages": "data.mixture_stages",
-    "data.window": "data.shuffle_window",
-    "guard.black_boxes": "guard.replay_boxes",
-    "train.pictures": "train.images",
-    "meet": "rendezvous",  # of supervise.py
-    "pictures": "images",  # of generate.py
-    "stages": "mixture_stages",  # of explain.py, as the next one
-    "window": "shuffle_window",
-}
 
 
 @dataclass(frozen=True)
@@ -63,6 +44,16 @@ class ModelConfig:
     d_ff: int = doc(0, "inner width of its MLP; 0: as large as a Mamba-2 block", NOT_NEGATIVE)
     kernel: str = doc(
         "torch", "compiled: torch.compile; fused: CUDA", one_of("torch", "compiled", "fused")
+    )
+    adaln: bool = doc(
+        True, "noise levels and labels also scale, shift and gate every block (adaLN-single)"
+    )
+    silent: bool = doc(True, "what is dropped adds nothing to the sequence")
+    text_summary: bool = doc(True, "add the maximum over the text's tokens to every patch")
+    text_head: str = doc(
+        "full",
+        "text scores from <h, mu_v>, of rank latent_dim; full: plus weights of each piece",
+        one_of("latent", "full"),
     )
     eq17_logits: bool = doc(False, "add g(t) x Eq. 17 (App.) to text scores; g is learned")
     latent_dim: int = doc(16, "width of one token's latent, both modalities", POSITIVE)
@@ -104,15 +95,35 @@ class ObjectiveConfig:
     eps_image: float = doc(1.0, "weight of the image's noise prediction", NOT_NEGATIVE)
     se_image: float = doc(0.1, "weight of the image's score entropy", NOT_NEGATIVE)
     beta_kl: float = doc(1e-5, "weight of the KL term, beta of Eq. 18", NOT_NEGATIVE)
-    se_trajectory: int = doc(6, "candidates from the token's own noisy trajectory", NOT_NEGATIVE)
-    se_in_batch: int = doc(32, "candidates from other tokens of the batch", NOT_NEGATIVE)
+    image_candidates: str = doc(
+        "noises",
+        "of the image's score entropy: what a grid of noises makes of each number, less their "
+        "density; or latents of the batch and of the trajectory, which bias the prediction",
+        one_of("noises", "latents"),
+    )
+    se_noises: int = doc(32, "candidates of each number, with noises", POSITIVE)
+    se_trajectory: int = doc(
+        6, "candidates from the token's trajectory, with latents", NOT_NEGATIVE
+    )
+    se_in_batch: int = doc(32, "candidates from other samples, with latents", NOT_NEGATIVE)
     p_text_to_image: float = doc(0.3, "share of samples with clean text, noised image", SHARE)
     p_image_to_text: float = doc(0.15, "share of samples with clean image, noised text", SHARE)
     p_image: float = doc(0.2, "share without text: class to image, or unconditional", SHARE)
     p_text: float = doc(0.05, "share without image: unconditional text", SHARE)
     condition_noise: float = doc(0.0, "noise given images up to this share of steps", SHARE)
     p_class: float = doc(0.8, "share of p_image's labelled samples that see their class", SHARE)
-    p_self_condition: float = doc(0.25, "share of steps that also see their last estimate", SHARE)
+    p_self_condition: float = doc(0.25, "share of texts that also see their estimate", SHARE)
+    image_levels: str = doc(
+        "uniform",
+        "noise levels of images: even in t, t = sigmoid(N(0, 1)), or ln sigma ~ N(-1.2, 1.2^2)",
+        one_of("uniform", "logit_normal", "edm"),
+    )
+    image_weight: str = doc(
+        "v",
+        "weight of noise errors: as an error of v, or 1 up to an SNR of 5",
+        one_of("v", "min_snr"),
+    )
+    unigram_bias: bool = doc(True, "text scores start at the unigram of the tokenizer's corpus")
     text_warp: bool = doc(False, "draw text noise levels where the loss changes (CDCD)")
     detach_latents: bool = doc(True, "keep the image diffusion loss from the image encoder")
     normalize_latents: bool = doc(True, "normalize image latents by running mean and variance")
@@ -125,6 +136,11 @@ class ObjectiveConfig:
         check(
             total <= 1.0,
             f"objective's {', '.join(tasks)} add up to {total:g}; at most 1 (the rest noises both)",
+        )
+        check(
+            self.target == "one_hot" or not self.se_image or self.image_candidates == "latents",
+            f"objective.target {self.target} compares latents; set objective.image_candidates "
+            f"latents, not {self.image_candidates}",
         )
 
 
@@ -285,48 +301,6 @@ class Config:
                 not self.train.images or bool(getattr(self, name)),
                 f"train.images is {self.train.images}, but --{name} is missing to draw them",
             )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The nested plain dict of a config, as JSON would hold it."""
-    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
-
-
-def fingerprint(config: Any) -> str:
-    """sha256 over the sorted JSON of a config."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
-
-
-def rename_keys(values: dict[str, Any], section: str = "") -> dict[str, Any]:
-    """The nested dict of a config with former keys under their present names."""
-    renamed = {}
-    for key, value in values.items():
-        present = RENAMED.get(f"{section}{key}", key).rpartition(".")[2]
-        nested = isinstance(value, dict)
-        renamed[present] = rename_keys(value, f"{section}{key}.") if nested else value
-    return renamed
-
-
-def from_dict(cls: type[T], values: dict[str, Any], section: str = "") -> T:
-    """The config that `to_dict` wrote, in this version or a former one.
-
-    Raises ValueError for an unknown key, which the message names, or a wrong value.
-    """
-    hints = typing.get_type_hints(cls)
-    fields: dict[str, Any] = {}
-    for key, value in values.items():
-        name = key if key in hints else RENAMED.get(section + key, key).rpartition(".")[2]
-        check(name in hints, f"unknown key {section + key!r}{suggest(key, hints)}")
-        fields[name] = _from_json(hints[name], value, f"{section}{name}.")
-    return cls(**fields)
-
-
-def _from_json(kind: Any, value: Any, section: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, section)
-    if typing.get_origin(kind) is tuple:
-        return tuple(_from_json(typing.get_args(kind)[0], item, section) for item in value)
-    return value
 
 
 def suggest(word: str, words: Iterable[str]) -> str:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from mdm.config import Config
 from mdm.data.batch import Batch
 from mdm.diffusion import noise, schedule
-from mdm.diffusion.levels import Levels, draw_levels
+from mdm.diffusion.levels import Levels, draw_levels, self_condition_shares
 from mdm.diffusion.score_entropy import (
     energy,
     log_ratio,
     log_ratio_vocabulary,
     log_score_ratio,
+    noise_cross_entropy,
     score_entropy,
 )
 from mdm.diffusion.time_warp import TimeWarp
@@ -30,7 +31,9 @@ from mdm.model.inputs import ImageInput, TextInput
 from mdm.model.mdm import MDM, text_logits
 from mdm.model.sequence import TextRows, Texts, text_rows
 from mdm.model.vae import kl
+from mdm.utils.precision import fp32
 
+MAX_SNR = 5.0  # gamma of min-SNR
 MIN_ALPHA_BAR = 0.05  # caps the weight of almost pure noise
 
 
@@ -86,12 +89,16 @@ class Loss(nn.Module):
     State-dict names are those of `MDM`, whose modules it holds.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, log_unigram: Tensor | None = None) -> None:
+        """With `log_unigram` [V] of the tokenizer's corpus as the text bias at the start."""
         super().__init__()
         self.seed, self.weights, self.model = config.seed, config.objective, config.model
         self.grid = config.model.image_height * config.model.image_width  # tokens of an image
         model = MDM(config.model)
         self.network, self.vae = model.network, model.vae
+        if log_unigram is not None:
+            with torch.no_grad():
+                self.vae.vocabulary.bias.copy_(log_unigram)
         self.network.trunk.checkpointing = config.train.activation_checkpointing
         self.text_warp = TimeWarp(config.model.vocab_size) if self.weights.text_warp else None
 
@@ -103,21 +110,18 @@ class Loss(nn.Module):
             step: the global step.
         """
         levels, text, image = noisy = self.noise_inputs(batch)
-        estimate = None
-        if _self_conditions(step, self.weights.p_self_condition):
-            with torch.no_grad():
-                h = self.predict(noisy).text
-                estimate = text_logits(h, text.means, text.bias).softmax(-1) @ text.means
-        prediction = self.predict(noisy, estimate)
+        prediction = self.predict(noisy, self.estimate(noisy, step))
 
-        se_txt = self.text_loss(prediction.text, text) * _is_noisy(levels.t_txt)  # [B]
+        logits = text_logits(prediction, text.means, text.bias)
+        se_txt = self.text_loss(logits, text) * levels.scores_txt  # [B]
         if self.text_warp is not None and self.training:
             self.text_warp.update(levels.t_txt, se_txt)
         rec_img, kl_term = se_txt.new_zeros(()), text.kl
         eps_img = se_img = se_txt.new_zeros(len(batch))
         if image is not None and prediction.image is not None:
             rec_img, kl_term = image.rec, text.kl + image.kl
-            eps_img, se_img = self.image_loss(prediction.image.float(), image, levels.t_img)
+            terms = self.image_loss(prediction.image.float(), image, levels.t_img)
+            eps_img, se_img = ((term * levels.scores_img).sum(1) for term in terms)
 
         # Means over all samples, not over the noisy ones: ranks then average to the global loss.
         terms = eps_img.mean(), se_img.mean(), text.texts.average(se_txt)
@@ -146,6 +150,21 @@ class Loss(nn.Module):
         image = None if batch.latents is None else self._noise_image(batch, draws, levels.t_img)
         return NoisyInputs(levels, text, image)
 
+    def estimate(self, noisy: NoisyInputs, step: int) -> Tensor | None:
+        """The network's own estimate of the clean texts that it shall see, zeros for the others.
+
+        [R, M, C], or None in a step that computes none.
+        """
+        share, _ = self_condition_shares(self.weights.p_self_condition)
+        if noise.uniform(self.seed, step) >= share:  # the same on every rank
+            return None
+        text = noisy.text
+        with torch.no_grad():
+            logits = text_logits(self.predict(noisy), text.means, text.bias)
+            seen = text.texts.spread(noisy.levels.self_conditions).unsqueeze(-1)
+            with fp32(logits.device):
+                return logits.softmax(-1) @ text.means * seen
+
     def draw_levels(self, uniforms: Tensor, batch: Batch) -> Levels:
         """Noise levels and kept classes from uniforms [B, 8]; see `mdm.diffusion.levels`."""
         images = 0 if batch.latents is None else batch.latents.shape[1] // self.grid
@@ -160,12 +179,8 @@ class Loss(nn.Module):
         prediction: Prediction = self.network(text, noisy.levels.class_ids, image)
         return prediction
 
-    def text_loss(self, h: Tensor, text: NoisyText) -> Tensor:
-        """Score entropy over the whole vocabulary (Eq. 4), a mean outside the prompt, [B].
-
-        `h` [R, M, C] is the decoder's text head.
-        """
-        logits = text_logits(h, text.means, text.bias)
+    def text_loss(self, logits: Tensor, text: NoisyText) -> Tensor:
+        """Score entropy of `logits` [R, M, V] (Eq. 4), a mean outside the prompt, [B]."""
         if self.weights.target == "theorem1":
             with torch.no_grad():  # depends only on z_t and the vocabulary, not on the context
                 abar = text.abar.clamp(max=1 - 1e-6).expand(text.tokens.shape)
@@ -177,12 +192,14 @@ class Loss(nn.Module):
         return text.texts.sums(per_token * weight) / text.texts.sums(weight).clamp(min=1)
 
     def image_loss(self, v: Tensor, image: NoisyImage, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The weighted noise prediction error, and the score entropy over candidates, [B] each.
+        """The weighted noise prediction error, and the score entropy over candidates, [B, I] each.
+
+        Both are means over the tokens and numbers of an image, in nats for each number.
 
         `v` [B, N, C] is the decoder's image head, `t` i64 [B, I].
         """
-        is_noisy, z_t = _is_noisy(t), image.input.z_t
-        # Conditions and dropped images carry no loss; the limits keep them finite.
+        z_t = image.input.z_t
+        # Conditions and dropped images carry no loss; the limits keep theirs finite.
         abar = image.abar.clamp(1e-6, 1 - 1e-6)
         token_abar = self._by_token(abar)
         a = token_abar.unsqueeze(2)
@@ -190,16 +207,29 @@ class Loss(nn.Module):
         # 1/2 |eps - eps_hat|^2 / abar = 1/2 |v - v_hat|^2: without the weight almost nothing is
         # learned where abar is small, which is where the condition shapes an image.
         weight = 1 / abar.clamp(min=MIN_ALPHA_BAR)
+        if self.weights.image_weight == "min_snr":  # Hang et al. 2023: min(SNR, gamma) of z_0
+            weight = (MAX_SNR * (1 - abar) / abar).clamp(max=1.0)
         eps_img = weight * 0.5 * self._by_image((eps_hat - image.eps).square()).mean((2, 3))
-        others = _others(image.z_0, self.weights.se_in_batch)
+        if not self.weights.se_image:
+            se_img = torch.zeros_like(eps_img)
+        elif self.weights.image_candidates == "noises":
+            per_number = noise_cross_entropy(image.eps, eps_hat, self.weights.se_noises)
+            se_img = self._by_image(per_number).mean((2, 3))
+        else:
+            se_img = self._by_image(self._latent_score_entropy(image, t, token_abar, eps_hat))
+            se_img = se_img.mean(2)
+        return eps_img, se_img
+
+    def _latent_score_entropy(
+        self, image: NoisyImage, t: Tensor, abar: Tensor, eps_hat: Tensor
+    ) -> Tensor:
+        """Eq. 4 over other samples' latents and states of the own trajectory, [B, N]."""
+        z_t, others = image.input.z_t, _others(image.z_0, self.weights.se_in_batch)
         candidates = torch.cat([image.z_0.unsqueeze(2), self._trajectory(image, t), others], 2)
-        log_s = log_score_ratio(energy(z_t, candidates, token_abar, eps_hat))
+        log_s = log_score_ratio(energy(z_t, candidates, abar, eps_hat))
         if self.weights.target == "theorem1":
-            log_r = log_score_ratio(log_ratio(z_t, candidates, token_abar))
-            se_img = self._by_image(score_entropy(log_s, log_r)).mean(2)
-        else:  # Eq. 4 with a one-hot target is the cross-entropy
-            se_img = -self._by_image(log_s[..., 0]).mean(2)
-        return (eps_img * is_noisy).sum(1), (se_img * is_noisy).sum(1)
+            return score_entropy(log_s, log_score_ratio(log_ratio(z_t, candidates, abar)))
+        return -log_s[..., 0]  # Eq. 4 with a one-hot target is the cross-entropy
 
     def _noise_text(
         self, batch: Batch, draws: noise.Draws, t: Tensor, rows: TextRows | None
@@ -261,18 +291,8 @@ def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
 
-def _is_noisy(t: Tensor) -> Tensor:
-    """1 at noise levels that carry a loss: neither given nor dropped."""
-    return ((t > 0) & (t < schedule.STEPS)).float()
-
-
 def _log_snr(table: schedule.Schedule, t: Tensor) -> Tensor:
     return table.log_snr(t).clamp(DROPPED, CLEAN)
-
-
-def _self_conditions(step: int, share: float) -> bool:
-    """Whether this global step computes an estimate first; the same on every rank."""
-    return int((step + 1) * share) > int(step * share)
 
 
 def _others(z_0: Tensor, k: int) -> Tensor:

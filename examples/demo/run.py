@@ -25,13 +25,13 @@ from examples.demo.stages import (
     end_leftovers,
     run_supervised,
 )
-from mdm.config import fingerprint
 from mdm.launch.processes import CPU_ENV, die_with_parent
 from mdm.presets import PRESETS
 from mdm.storage.lease import OtherJobError, hold_folder
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.fields import check_fields, doc, one_of
 from mdm.utils.files import DamagedFileError
+from mdm.utils.saved_config import fingerprint
 
 BUCKET = "mdm-demo"
 PYTHON = sys.executable

@@ -21,7 +21,7 @@ from examples.demo.stages import command, run_supervised
 from examples.digits import data as digits
 from examples.digits import report as learn_report
 from examples.digits.evaluation import Ruler, Sampling, evaluate
-from mdm.config import Config, doc, from_dict
+from mdm.config import Config, doc
 from mdm.evaluate import classifier
 from mdm.first_stage.pixel_patches import PixelPatches
 from mdm.first_stage.tokenizer import Tokenizer
@@ -31,6 +31,7 @@ from mdm.launch.processes import CPU_ENV
 from mdm.report.page import target_lines
 from mdm.utils.command_line import fail, parse_cli
 from mdm.utils.files import load_json
+from mdm.utils.saved_config import from_dict
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,13 @@ from torch import Tensor
 from mdm.checkpoint.checkpoints import Checkpoints, Record
 from mdm.checkpoint.snapshot import DamagedError, buffers_key, fetch, read_whole
 from mdm.checkpoint.state import RunError, TrainState
-from mdm.config import Config, from_dict, to_dict
+from mdm.config import Config
 from mdm.data.provenance import Provenance, check_tokenizer
 from mdm.first_stage.tokenizer import read_model
 from mdm.storage import LocalStore
 from mdm.storage.tensor_file import save_tensors
 from mdm.utils.files import DamagedFileError, load_json
+from mdm.utils.saved_config import from_dict, to_dict
 
 log = logging.getLogger(__name__)
 

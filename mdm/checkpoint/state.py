@@ -4,10 +4,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from mdm.config import Config, rename_keys, to_dict
+from mdm.config import Config
 from mdm.utils.exit_codes import GAVE_UP, MISTAKE
-from mdm.utils.precision import AUTO, BF16, resolve
+from mdm.utils.precision import AUTO, resolve
 from mdm.utils.ranks import from_main
+from mdm.utils.saved_config import present_keys, to_dict
 
 # Fields that may change between two attempts at one run: they control its length and reporting,
 # never what a step computes (except that a longer cosine intentionally changes later rates), or
@@ -76,9 +77,7 @@ class TrainState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "TrainState":
         """The state that `to_json` of any version wrote; missing fields get their defaults."""
-        # Before `train.precision` was recorded, every shipped configuration trained in bf16.
-        values = values | {"config": rename_keys(values.get("config", {}))}
-        values["config"].get("train", {}).setdefault("precision", BF16)
+        values = values | {"config": present_keys(values.get("config", {}))}
         known = {f.name for f in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 

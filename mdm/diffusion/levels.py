@@ -40,7 +40,36 @@ class Levels(NamedTuple):
     t_img: Tensor  # i64 [B, I], 0 ... T
     t_txt: Tensor  # i64 [B]
     class_ids: Tensor  # i64 [B], -1 where dropped
+    scores_img: Tensor  # f32 [B, I], 1 where the image's prediction is scored
+    scores_txt: Tensor  # f32 [B], 1 where the text's is
+    self_conditions: Tensor  # bool [B], whether the network shall see its estimate of the text
     conditioning: Tensor  # i64 [B], index into CONDITIONINGS
+
+
+def self_condition_shares(p: float) -> tuple[float, float]:
+    """Shares of the steps that compute estimates, and of their texts that see them: p together.
+
+    An estimate costs a pass of the network for the whole step.
+    """
+    of_texts = max(0.5, p)
+    return p / of_texts, of_texts
+
+
+def image_times(distribution: str, uniforms: Tensor) -> Tensor:
+    """Times t / T in [0, 1] of images, from uniforms of the same shape.
+
+    Args:
+        distribution: `uniform`; `logit_normal`, sigmoid(N(0, 1)) (Esser et al. 2024); or `edm`,
+            ln sigma ~ N(-1.2, 1.2^2) (Karras et al. 2022) on the cosine schedule, where
+            sigma = tan(pi/2 t/T).
+        uniforms: in [0, 1).
+    """
+    if distribution == "uniform":
+        return uniforms
+    normals = torch.special.ndtri(uniforms.double().clamp(1e-6, 1 - 1e-6))
+    if distribution == "logit_normal":
+        return normals.sigmoid().to(uniforms.dtype)
+    return ((1.2 * normals - 1.2).exp().atan() * 2 / torch.pi).to(uniforms.dtype)
 
 
 def draw_levels(
@@ -62,12 +91,15 @@ def draw_levels(
         text_steps: maps uniforms [B] to noise steps of texts; evenly over 1 ... T - 1 by default.
     """
     last = schedule.STEPS
-    task, u_img, u_txt, u_class = uniforms[:, :4].unbind(1)
-    t_img = 1 + (u_img * (last - 1)).long()
+    task, u_img, u_txt, u_class, u_self = uniforms[:, :5].unbind(1)
+    self_conditions = u_self < self_condition_shares(weights.p_self_condition)[1]
+    t_img = 1 + (image_times(weights.image_levels, u_img) * (last - 1)).long().clamp(0, last - 2)
     t_txt = text_steps(u_txt) if text_steps else 1 + (u_txt * (last - 1)).long()
     if not images:
         alone = torch.full_like(class_ids, CONDITIONINGS.index("text_alone"))
-        return Levels(t_img.unsqueeze(1), t_txt, torch.full_like(class_ids, -1), alone)
+        none, ones = torch.full_like(class_ids, -1), torch.ones_like(u_txt)
+        t_img, scores_img = t_img.unsqueeze(1), torch.zeros_like(ones).unsqueeze(1)
+        return Levels(t_img, t_txt, none, scores_img, ones, self_conditions, alone)
     w = weights
     edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text]).cumsum(0)
     edges = edges.to(task.device, non_blocking=True)
@@ -76,12 +108,18 @@ def draw_levels(
     # In small data sets, an image that is always given clean is memorised.
     given = (u_img * (w.condition_noise * last)).long()
     t_img = torch.where(kind == 1, given, torch.where(kind == 3, last, t_img))
-    keep = (kind == 2) & (u_class < w.p_class)
+    # A class may come with a caption when both are noised: joint samples can begin with one.
+    keep = u_class < torch.where(kind == 2, w.p_class, torch.where(kind == 4, w.p_class / 2, 0.0))
+    scores_img = ((kind != 1) & (kind != 3)).float()
+    scores_txt = ((kind != 0) & (kind != 2)).float()
     earlier = torch.where((kind == 2) | (kind == 3), last, 0).unsqueeze(1)
     t_img = torch.cat([earlier.expand(-1, images - 1), t_img.unsqueeze(1)], 1)
+    scores_img = torch.cat(
+        [torch.zeros_like(u_img).unsqueeze(1).expand(-1, images - 1), scores_img.unsqueeze(1)], 1
+    )
     class_ids = torch.where(keep, class_ids, -1)
     indices = torch.tensor([CONDITIONINGS.index(name) for name in _KINDS])
     conditioning = indices.to(kind.device, non_blocking=True)[kind]
     conditioning[(kind == 2) & (class_ids >= 0)] = CONDITIONINGS.index("class_to_image")
     conditioning[(kind == 1) & has_prompt] = CONDITIONINGS.index("answer")
-    return Levels(t_img, t_txt, class_ids, conditioning)
+    return Levels(t_img, t_txt, class_ids, scores_img, scores_txt, self_conditions, conditioning)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 N_UNIFORMS = 8
-IMAGE, TEXT = 1, 2  # separate streams: image noise does not depend on the text's length
+# Separate streams: image noise does not depend on the text's length.
+IMAGE, TEXT, STEP = 1, 2, 3
 
 
 class Draws(NamedTuple):
@@ -64,6 +65,11 @@ def draw(
         torch.from_numpy(image) if n_image else None,
         torch.from_numpy(text),
     )
+
+
+def uniform(seed: int, step: int) -> float:
+    """A uniform in [0, 1) that a whole global step shares."""
+    return float(_generator([seed & 0xFFFFFFFF, step], STEP).random())
 
 
 def _generator(key: list[int], stream: int) -> np.random.Generator:

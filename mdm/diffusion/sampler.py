@@ -20,8 +20,10 @@ SOLVERS = ("dpmpp2m", "eq9", "ddpm")
 LOW, HIGH = -9.0, 7.0  # log-SNR beyond which an evaluation has no effect
 
 
-def log_snr_grid(schedule: Schedule, steps: int) -> Tensor:
+def log_snr_grid(schedule: Schedule, steps: int, noise_share: float = 1.0) -> Tensor:
     """Noise levels of `steps` evaluations, float64 [steps], from noise to data.
+
+    With `noise_share` below 1 it begins at that share of the way from data to noise.
 
     Raises:
         ValueError: fewer than two steps.
@@ -29,7 +31,9 @@ def log_snr_grid(schedule: Schedule, steps: int) -> Tensor:
     if steps < 2:
         raise ValueError(f"sampling takes {steps} steps; a second-order solver needs at least 2")
     first, last = schedule.log_snr_range()
-    return torch.linspace(max(last, LOW), min(first, HIGH), steps, dtype=torch.float64)
+    low, high = max(last, LOW), min(first, HIGH)
+    start = high + noise_share * (low - high)
+    return torch.linspace(start, high, steps, dtype=torch.float64)
 
 
 class DPMSolverPP2M:
@@ -123,7 +127,13 @@ class Ancestral:
 Solver = DPMSolverPP2M | Heun | Ancestral
 
 
-def make_solver(name: str, table: Schedule, steps: int, noise: Callable[[int], Tensor]) -> Solver:
+def make_solver(
+    name: str,
+    table: Schedule,
+    steps: int,
+    noise: Callable[[int], Tensor],
+    noise_share: float = 1.0,
+) -> Solver:
     """A solver with at most `steps` evaluations, whatever its order.
 
     Args:
@@ -131,15 +141,16 @@ def make_solver(name: str, table: Schedule, steps: int, noise: Callable[[int], T
         table: the noise schedule whose range the grid covers.
         steps: evaluations; Heun's rule uses an odd number of them.
         noise: evaluation -> standard normals of z's shape, for `ddpm`.
+        noise_share: as of `log_snr_grid`.
 
     Raises:
         ValueError: too few steps.
     """
     if name == "dpmpp2m":
-        return DPMSolverPP2M(log_snr_grid(table, steps))
+        return DPMSolverPP2M(log_snr_grid(table, steps, noise_share))
     if name == "eq9":
         if steps < 3:
             raise ValueError(f"sampling takes {steps} steps; solver eq9 needs at least 3")
-        return Heun(log_snr_grid(table, (steps + 1) // 2))
+        return Heun(log_snr_grid(table, (steps + 1) // 2, noise_share))
     assert name == "ddpm", name
-    return Ancestral(log_snr_grid(table, steps), noise)
+    return Ancestral(log_snr_grid(table, steps, noise_share), noise)

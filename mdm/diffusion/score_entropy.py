@@ -12,6 +12,10 @@ Its exponential at eps_hat = 0 is the ratio of Theorem 1.
 import torch
 from torch import Tensor
 
+from mdm.utils.precision import fp32
+
+SPREAD = 2.0  # standard deviation of the candidates' noises: the true ones have 1 at most
+
 
 def log_ratio(z_t: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
     """Log p(y) / p(z_t) of Eq. 5, [..., K]."""
@@ -23,7 +27,9 @@ def log_ratio_vocabulary(z_t: Tensor, y: Tensor, alpha_bar: Tensor) -> Tensor:
     _check(z_t, y.expand(*z_t.shape[:-1], *y.shape), alpha_bar, z_t)
     z_t, y = z_t.float(), y.float()
     abar = alpha_bar.float().unsqueeze(-1)
-    squares = abar * y.square().sum(-1) - 2 * abar.sqrt() * (z_t @ y.T)
+    with fp32(z_t.device):
+        products = z_t @ y.T
+    squares = abar * y.square().sum(-1) - 2 * abar.sqrt() * products
     square = z_t.square().sum(-1, keepdim=True)
     return 0.5 * (square - (square + squares) / (1 - abar))
 
@@ -62,6 +68,33 @@ def score_entropy(log_s: Tensor, log_r: Tensor, weight: Tensor | float = 1.0) ->
     # Where r = 0 only s remains: 0 * -inf counts as 0.
     r_log = torch.where(r > 0, r * (log_r.float() - 1 - log_s.float()), torch.zeros_like(r))
     return (weight * (s + r_log)).sum(-1)
+
+
+def noise_cross_entropy(eps: Tensor, eps_hat: Tensor, count: int) -> Tensor:
+    """-log s of the true latent among all latents that a grid of noises makes of z_t, per number.
+
+    The noise eps_k makes the candidate y_k = (z_t - sqrt(1 - abar) eps_k) / sqrt(abar). Each of the
+    d numbers takes `count` values, quantiles of N(0, `SPREAD`^2), or its true one; the softmax over
+    all those candidates is the product of one softmax for each number. It must subtract the log
+    density q that the candidates have: cross-entropy fits f - log q to log p(y | z_t) - log q(y),
+    so without it the least loss is at eps_hat = 0 for candidates drawn from the data. As `count`
+    grows, the cross-entropy becomes 1/2 (eps - eps_hat)^2 plus a constant: both are least at
+    E[eps | z_t], whatever the data.
+
+    Args:
+        eps: the true noise, [...].
+        eps_hat: the predicted noise, [...].
+        count: candidates of each number beside the true one.
+
+    Returns:
+        [...], in nats for each number.
+    """
+    eps, eps_hat = eps.float(), eps_hat.float().unsqueeze(-1)
+    quantiles = (torch.arange(count, device=eps.device) + 0.5) / count
+    noises = SPREAD * torch.special.ndtri(quantiles).expand(*eps.shape, count)
+    noises = torch.cat([eps.unsqueeze(-1), noises], -1)
+    log_density = -0.5 * (noises / SPREAD).square()
+    return -log_score_ratio(-0.5 * (noises - eps_hat).square() - log_density)[..., 0]
 
 
 def _check(z_t: Tensor, y: Tensor, alpha_bar: Tensor, eps_hat: Tensor) -> None:

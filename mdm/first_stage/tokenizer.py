@@ -13,6 +13,8 @@ from itertools import groupby
 from pathlib import Path
 
 import sentencepiece as spm
+import torch
+from torch import Tensor
 
 UNK, PAD, EOS, USER, ASSISTANT = range(5)
 
@@ -159,6 +161,18 @@ class Tokenizer:
         """The prompt for a reply to the last of `turns`."""
         ids, prompt = self.encode_dialogue([*turns, "-"])
         return ids[:prompt]
+
+    def log_unigram(self) -> Tensor:
+        """Log share of each piece in the corpus that the tokenizer was trained on, f32 [V].
+
+        SentencePiece keeps them as scores. Pieces that it does not count get a bound: the marks of
+        ends, turns and layout the commonest piece's, the unknown piece the rarest's.
+        """
+        scores = torch.tensor([self._model.GetScore(token) for token in range(self.vocab_size)])
+        counted = scores < 0
+        scores[~counted] = scores[counted].max()
+        scores[UNK] = scores[counted].min()
+        return scores.log_softmax(0)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text before the first EOS, without PAD, USER and ASSISTANT."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from mdm.diffusion import schedule
 from mdm.diffusion.sampler import Solver, make_solver
 from mdm.first_stage.tokenizer import EOS, PAD
-from mdm.generate.request import GENERATED, GIVEN, Request, Sampling
+from mdm.generate.request import ABSENT, GENERATED, GIVEN, Request, Sampling
 from mdm.generate.selection import Selected, Selection, image_score_entropy, text_score_entropy
 from mdm.model.embedding import CLEAN, DROPPED
 from mdm.model.inputs import ImageInput, TextInput
@@ -65,30 +65,29 @@ class _Track:
     Text may take the path several times, once for each block, each with a solver of its own.
     """
 
-    def __init__(self, mode: str, solvers: list[Solver], start: int = 0) -> None:
-        self.mode, self.solvers, self.start = mode, solvers, start  # no solvers: not generated
+    def __init__(self, mode: str, solvers: list[Solver]) -> None:
+        self.mode, self.solvers = mode, solvers  # no solvers: not generated
         self.round = len(solvers[0].levels) if solvers else 0  # evaluations of a block
-        self.end = start + len(solvers) * self.round
+        self.end = len(solvers) * self.round
 
     def active(self, i: int) -> bool:
         """Whether evaluation i moves it."""
-        return self.start <= i < self.end
+        return i < self.end
 
     def level(self, i: int) -> float:
         """Its log-SNR at evaluation i, as the network reads it."""
         if self.active(i):
-            return float(self.solvers[0].levels[(i - self.start) % self.round])
-        done = self.mode == GIVEN or (self.mode == GENERATED and i >= self.start)
-        return CLEAN if done else DROPPED
+            return float(self.solvers[0].levels[i % self.round])
+        return DROPPED if self.mode == ABSENT else CLEAN
 
     def step(self, i: int, z: Tensor, z_0: Tensor) -> Tensor:
         """Z after evaluation i, given the estimate z_0."""
-        block, inside = divmod(i - self.start, self.round)
+        block, inside = divmod(i, self.round)
         return self.solvers[block].step(inside, z, z_0)
 
     def finished_block(self, i: int) -> int | None:
         """The block whose last evaluation is i."""
-        block, inside = divmod(i - self.start, self.round)
+        block, inside = divmod(i, self.round)
         return block if inside == self.round - 1 else None
 
 
@@ -102,14 +101,15 @@ class _State:
         self.request, self.sampling, self.self_conditions = request, sampling, self_conditions
         self.means, self.bias = self.vae.vocabulary()
         self.noise_img, self.noise_txt = request.noise(0, self.config)
-        self.image = self.noise_img
-        if request.image == GIVEN:
-            assert request.latents is not None
-            self.image = self.vae.normalize_image(self.vae.encode_image(request.latents)[0])
-        both = request.image == request.text == GENERATED
-        delay = round(sampling.text_delay * sampling.image_steps) if both else 0
         self.image_track = _Track(request.image, self._solvers(0))
-        self.text_track = _Track(request.text, self._solvers(1), delay)
+        self.text_track = _Track(request.text, self._solvers(1))
+        self.image = self.noise_img
+        if request.latents is not None:
+            self.image = self.vae.normalize_image(self.vae.encode_image(request.latents)[0])
+        if request.image == GENERATED and request.latents is not None:
+            assert self.noise_img is not None
+            abar = torch.tensor(self.image_track.level(0)).sigmoid()
+            self.image = schedule.noised(self.image, self.noise_img, abar)
         self._set_text()
         b, m = self.prompt.shape
         n = 0 if self.image is None else self.image.shape[1]
@@ -130,7 +130,9 @@ class _State:
         table = (schedule.IMAGE, schedule.TEXT)[modality]
         steps = (sampling.image_steps, sampling.text_steps)[modality]
         passes = (1, sampling.text_blocks)[modality] if mode == GENERATED else 0
-        return [make_solver(sampling.solver, table, steps, noise) for _ in range(passes)]
+        begins = modality == 0 and request.latents is not None
+        share = sampling.image_noise if begins else 1.0
+        return [make_solver(sampling.solver, table, steps, noise, share) for _ in range(passes)]
 
     def _set_text(self) -> None:
         request = self.request
@@ -280,4 +282,4 @@ class _State:
             images = ImageInput(image, level, self.request.image_at, keep_img)
         prediction = self.network(text, class_ids, images)
         v = None if prediction.image is None else prediction.image.float()
-        return v, text_logits(prediction.text, self.means, self.bias)
+        return v, text_logits(prediction, self.means, self.bias)

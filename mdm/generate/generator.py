@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mdm.checkpoint.export import TOKENIZER, read_provenance, write_export
 from mdm.checkpoint.state import TrainState
-from mdm.config import Config, from_dict
+from mdm.config import Config
 from mdm.data.provenance import Provenance, check_tokenizer
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.pixel_patches import PixelPatches
@@ -24,11 +24,12 @@ from mdm.generate.selection import Selected
 from mdm.model.mdm import MDM
 from mdm.utils.files import load_json
 from mdm.utils.precision import AUTO, autocast, resolve
+from mdm.utils.saved_config import from_dict
 
 log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
 IMAGE_MARK = "<image>"  # marks the place of an image in a turn of a dialogue
-TEXT_DELAY = 0.5  # of joint samples: captions follow images better than images captions
+TRAIL = 2  # joint texts take so many times the image's steps: captions follow images better
 
 
 class Options(TypedDict, total=False):
@@ -206,6 +207,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         dialogues: Sequence[Sequence[str]],
         *,
         images: Tensor | None = None,
+        max_new_tokens: int = 0,
         guidance: float = 0.0,
         steps: int = 40,
         seed: int = 0,
@@ -213,19 +215,27 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
     ) -> list[str]:
         """The assistant's next turn in each dialogue (user first, alternating).
 
+        A dialogue that leaves less than `max_new_tokens` for the reply, by default half the length
+        of training texts, loses its beginning.
+
         `images` are first-stage latents [b, k, n, c] of k images for each dialogue. The k-th mark
         `<image>` in a dialogue's turns is the position of its k-th image; images of a dialogue
         without marks have no position.
 
         Raises:
-            ValueError: too many or too few images or marks, with both numbers.
+            ValueError: too many or too few images, marks or tokens, with both numbers.
         """
         data = self.config.data
         length = data.dialogue_length if images is None else data.caption_length
+        room = max_new_tokens or length // 2
+        if not 0 < room < length:
+            raise ValueError(
+                f"max_new_tokens is {room}; texts have {length} tokens, of which a prompt needs one"
+            )
         k = 0 if images is None else images.shape[1]
         if images is not None and len(images) != len(dialogues):
             raise ValueError(f"{len(images)} sets of images for {len(dialogues)} dialogues")
-        prompts = [self._prompt(turns, k, length) for turns in dialogues]
+        prompts = [self._prompt(turns, k, length - room) for turns in dialogues]
         lengths = [len(ids) for ids, _ in prompts]
         request = self._request(
             ABSENT if images is None else GIVEN,
@@ -242,7 +252,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         rows = self._run(request, sampling)[1].tolist()
         return [self.tokenizer.decode(row[n:]) for row, n in zip(rows, lengths, strict=True)]
 
-    def _prompt(self, turns: Sequence[str], k: int, length: int) -> tuple[list[int], list[int]]:
+    def _prompt(self, turns: Sequence[str], k: int, longest: int) -> tuple[list[int], list[int]]:
         """A dialogue's prompt, cut at its beginning, and the positions of its k images."""
         texts: list[str] = []
         places = []
@@ -254,7 +264,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
                 text = f"{text} {part}".strip()
             texts.append(text if rest else turn)
         ids = self.tokenizer.encode_prompt(texts)
-        cut = max(len(ids) - (length - 2), 0)
+        cut = max(len(ids) - longest, 0)
         if places and len(places) != k:
             raise ValueError(
                 f"a dialogue marks {len(places)} places with {IMAGE_MARK} but has {k} images: "
@@ -266,6 +276,10 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         self,
         n: int,
         *,
+        class_ids: Sequence[int] | None = None,
+        dialogues: Sequence[Sequence[str]] | None = None,
+        images: Tensor | None = None,
+        image_noise: float = 0.6,
         guidance: float = 1.0,
         steps: int = 40,
         seed: int = 0,
@@ -273,21 +287,46 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         text_steps: int | None = None,
         **options: Unpack[Options],
     ) -> tuple[Tensor, list[str]]:
-        """`n` images f32 [n, 3, h, w] and their captions, made from noise in one loop.
+        """`n` images f32 [n, 3, h, w] and their texts, made in one loop (Fig. 4).
 
-        Each modality is a condition of the other at every step; the text trails the image.
-        `guidance` and `steps` apply to the image, and to the text unless it has its own.
+        Both move from the start, each a condition of the other at every step; the text takes twice
+        the steps of the image unless it has its own. `guidance` applies to the image, and to the
+        text unless it has its own. Samples may begin with something:
+
+        Args:
+            n: samples.
+            class_ids: a class for each, -1 for none.
+            dialogues: a dialogue for each, as of `reply`: the text is the assistant's next turn.
+            images: first-stage latents [n, N, c] of an image for each, which is noised and denoised
+                into a variation.
+            image_noise: how far it is noised, as a share of the whole way.
+            guidance: weight.
+            steps: evaluations for the image.
+            seed: of all noise.
+            text_guidance: weight.
+            text_steps: evaluations for the text.
+            options: further options.
         """
+        begin: dict[str, Tensor | None] = {"latents": images}
+        if class_ids is not None:
+            begin["class_ids"] = torch.tensor(class_ids, dtype=torch.long)
+        length, lengths = self.config.data.caption_length, [0] * n
+        if dialogues is not None:
+            prompts = [self._prompt(turns, 0, length - length // 2)[0] for turns in dialogues]
+            lengths = [len(ids) for ids in prompts]
+            begin["tokens"] = _padded(prompts, length)
+            begin["prompt"] = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
         sampling = Sampling(
             image_steps=steps,
-            text_steps=steps if text_steps is None else text_steps,
+            text_steps=TRAIL * steps if text_steps is None else text_steps,
             image_guidance=guidance,
             text_guidance=guidance if text_guidance is None else text_guidance,
-            text_delay=TEXT_DELAY,
+            image_noise=image_noise,
             **options,
         )
-        latents, tokens = self._run(self._request(GENERATED, GENERATED, n, seed), sampling)
-        return self._pixels(latents), self._texts(tokens)
+        latents, tokens = self._run(self._request(GENERATED, GENERATED, n, seed, **begin), sampling)
+        rows = zip(tokens.tolist(), lengths, strict=True)
+        return self._pixels(latents), [self.tokenizer.decode(row[start:]) for row, start in rows]
 
     def _request(
         self, image: str, text: str, n: int, seed: int, length: int = 0, **given: Tensor | None

@@ -29,7 +29,8 @@ class Request:
     seed: int
     length: int  # m
     class_ids: Tensor | None = None  # i64 [b], -1 for none
-    latents: Tensor | None = None  # [b, n, c] first-stage latents of given images
+    # [b, n, c] first-stage latents of given images, or of the ones that generated images begin with
+    latents: Tensor | None = None
     image_at: Tensor | None = None  # i64 [b, i], as in `mdm.data.batch.Batch`
     tokens: Tensor | None = None  # i64 [b, m] given text, or text of which `prompt` is given
     prompt: Tensor | None = None  # bool [b, m]
@@ -64,6 +65,12 @@ class Request:
         names = ("tokens", "prompt", "class_ids", "latents", "image_at")
         fields = {name: getattr(filled, name) for name in names}
         check(model, [str(key) for key in self.keys.tolist()], **fields)
+        n = model.image_height * model.image_width
+        if self.image == GENERATED and self.latents is not None and self.latents.shape[1] != n:
+            raise ValueError(
+                f"an image is generated from one image of {n} tokens, not from "
+                f"{self.latents.shape[1]}"
+            )
         return filled
 
     def noise(self, number: int, model: ModelConfig) -> tuple[Tensor | None, Tensor]:
@@ -87,7 +94,7 @@ class Sampling:
     text_guidance: float = 0.0
     interval: tuple[float, float] = (-math.inf, math.inf)  # log-SNR between which guidance acts
     solver: str = "dpmpp2m"
-    text_delay: float = 0.0  # share of the image's steps by which the text trails, if both move
+    image_noise: float = 0.6  # share of the noise that an image to begin with gets
     text_blocks: int = 1  # of tokens, denoised one after the other
     selection: float = 0.0  # nats below which a token has settled; 0 turns selection off
 
@@ -97,8 +104,10 @@ class Sampling:
         for name in ("image_guidance", "text_guidance"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number")
-        if not 0 <= self.text_delay <= 1:
-            raise ValueError(f"text_delay is {self.text_delay}; it is a share between 0 and 1")
+        if not 0 < self.image_noise <= 1:
+            raise ValueError(
+                f"image_noise is {self.image_noise}; it is a share above 0 and at most 1"
+            )
         if self.text_blocks < 1:
             raise ValueError(f"text_blocks is {self.text_blocks}; it must be at least 1")
         if not self.selection >= 0:

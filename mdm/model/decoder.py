@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mdm.config import ModelConfig
+from mdm.model.adaln import MODULATIONS, modulated
 from mdm.model.attention import AttentionBlock
 from mdm.model.compiled import compiled
 from mdm.model.embedding import Embed
 from mdm.model.inputs import ImageInput, TextInput
+from mdm.model.linear import Fp32Linear
 from mdm.model.mamba2 import Mamba2, Weights, mix
 from mdm.model.scan_order import parse_scans
 from mdm.model.sequence import Layout, Order, Patterns, pack_order, scan_order
@@ -27,7 +29,8 @@ class Prediction(NamedTuple):
     """The decoder's outputs for each token."""
 
     image: Tensor | None  # [b, n, c], v = sqrt(abar) eps - sqrt(1 - abar) z_0
-    text: Tensor  # [r, m, c], h: logits over the vocabulary are <h, mu_v> + b_v
+    text: Tensor  # [r, m, c], h of the logits; see `mdm.model.mdm.text_logits`
+    pieces: Tensor | None = None  # f32 [r, m, v], further logits of full rank
 
 
 class _Scan(torch.autograd.Function):
@@ -64,45 +67,69 @@ def _unscan(y: Tensor, inverse: Tensor) -> Tensor:
 
 
 def residual(
-    x: Tensor, norm: Tensor, weights: Weights, scan: Order, seq_idx: Tensor | None, **settings: Any
+    x: Tensor,
+    norm: Tensor,
+    weights: Weights,
+    modulation: Tensor | None,
+    scan: Order,
+    seq_idx: Tensor | None,
+    **settings: Any,
 ) -> Tensor:
     """Add to x [b, l, d] the mean over its scans of Mamba2(RMSNorm(x)), as a pure function.
 
+    `modulation` [..., l, 3 d] shifts and scales what the mixers read, and scales what is added.
     With `seq_idx` [r, w], x is [1, r w, d]: r rows end to end, and no scan crosses their ends.
     """
-    normed = F.rms_norm(x, x.shape[-1:], norm, eps=1e-5)
-    u: Tensor = _Scan.apply(normed, *scan)  # type: ignore[no-untyped-call]
+    normed, gate = modulated(F.rms_norm(x, x.shape[-1:], norm, eps=1e-5), modulation)
+    u: Tensor = _Scan.apply(normed, scan.order, scan.inverse)  # type: ignore[no-untyped-call]
     rows = u if seq_idx is None else u.view(*seq_idx.shape, *u.shape[2:])
     mixed = mix(rows, weights, seq_idx, **settings).view(u.shape)
-    total: Tensor = _Unscan.apply(mixed, *scan)  # type: ignore[no-untyped-call]
-    return x + total / u.shape[2]
+    total: Tensor = _Unscan.apply(mixed, scan.order, scan.inverse)  # type: ignore[no-untyped-call]
+    return x + gate * total / u.shape[2]
 
 
 class Block(nn.Module):
-    """x + the mean over its scans of Mamba2(RMSNorm(x)): a mixer for each scan, in one call."""
+    """x + the mean over its scans of Mamba2(RMSNorm(x)): a mixer for each scan, in one call.
+
+    With adaLN-single (PixArt, Chen et al. 2024), every token's level and label modulate it: one
+    projection serves all blocks, and each adds its own `modulation`.
+    """
 
     def __init__(self, config: ModelConfig, n_scans: int) -> None:
         super().__init__()
+        self.modulation: nn.Parameter | None = None
+        if config.adaln:
+            self.modulation = nn.Parameter(torch.zeros(MODULATIONS * config.d_model))
         self.norm = nn.Parameter(torch.ones(config.d_model))
         self.mixer = Mamba2(config, n_scans)
         self.compiled = config.kernel == "compiled"
         with torch.no_grad():  # branches start small, so that depth does not matter
             self.mixer.out_proj.weight.mul_((2 * config.n_layer) ** -0.5)
 
-    def forward(self, x: Tensor, scan: Order, seq_idx: Tensor | None = None) -> Tensor:
-        """[b, l, d] -> [b, l, d]."""
+    def forward(
+        self,
+        x: Tensor,
+        scan: Order,
+        seq_idx: Tensor | None = None,
+        modulation: Tensor | None = None,
+    ) -> Tensor:
+        """[b, l, d] -> [b, l, d]; see `residual`."""
+        if self.modulation is not None and modulation is not None:
+            modulation = modulation + self.modulation
         # Once for all blocks: they differ in weights, not in shapes. Not for packed rows, whose
         # length changes at every evaluation.
         run = compiled(residual) if self.compiled and seq_idx is None else residual
-        return run(x, self.norm, self.mixer.weights, scan, seq_idx, **self.mixer.settings)
+        weights, settings = self.mixer.weights, self.mixer.settings
+        return run(x, self.norm, weights, modulation, scan, seq_idx, **settings)
 
 
 def block_scans(config: ModelConfig) -> list[Patterns]:
-    """The scans of every block."""
+    """The scans of every block; no two mixers of a block read the same order."""
     image, text = parse_scans(config.scans)
     turns = [(p, text[(p - 1) % len(text)]) for p in image]  # text patterns follow the image's
     if config.scan_mode == "separate":
-        return [(*turns, *((p, p) for p in text))] * config.n_layer
+        others = [(p, q) for p in image for q in text if (p, q) not in turns]
+        return [(*turns, *others[-len(text) :])] * config.n_layer
     return [(turns[i % len(turns)],) for i in range(config.n_layer)]
 
 
@@ -126,23 +153,36 @@ class Trunk(nn.Module):
         self.skips = nn.ModuleList(skips)
         self.checkpointing = False  # recompute each block in the backward pass
 
-    def forward(self, x: Tensor, layout: Layout, keep: Tensor | None = None) -> Tensor:
-        """[b, l, d] -> [b, l, d].
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        keep: Tensor | None = None,
+        modulation: Tensor | None = None,
+    ) -> Tensor:
+        """[b, l, d] -> [b, l, d], modulated by [b, l, 3 d].
 
         Tokens outside `keep` bool [b, l] are returned unchanged and reach no other token: the rest
         of all samples runs as one packed row.
         """
         orders = {scans: scan_order(layout, scans, x.device) for scans in set(self.scans)}
         if keep is None:
-            return self.run(x, orders, None)
+            return self.run(x, orders, None, modulation)
         sample = keep.nonzero()[:, 0].unsqueeze(0)
         packed = {scans: pack_order(order.order, keep) for scans, order in orders.items()}
-        row = self.run(x[keep].unsqueeze(0), packed, sample)
+        kept = None if modulation is None else modulation[keep].unsqueeze(0)
+        row = self.run(x[keep].unsqueeze(0), packed, sample, kept)
         x = x.to(row.dtype, copy=True)
         x[keep] = row[0]
         return x
 
-    def run(self, x: Tensor, orders: dict[Patterns, Order], seq_idx: Tensor | None) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        orders: dict[Patterns, Order],
+        seq_idx: Tensor | None,
+        modulation: Tensor | None = None,
+    ) -> Tensor:
         """[b, l, d] -> [b, l, d]; with `seq_idx`, x is [1, l, d] as in `residual`."""
         first = len(self.blocks) - len(self.skips)
         kept: list[Tensor] = []
@@ -151,10 +191,10 @@ class Trunk(nn.Module):
                 x = x + self.skips[i - first](torch.cat([x, kept.pop()], -1))
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random: there is no generator state to restore.
-                inputs = x, orders[scans], seq_idx
+                inputs = x, orders[scans], seq_idx, modulation
                 x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, orders[scans], seq_idx)
+                x = block(x, orders[scans], seq_idx, modulation)
             if i < len(self.skips):
                 kept.append(x)
         return x
@@ -171,13 +211,18 @@ class Decoder(nn.Module):
         self.norm = nn.Parameter(torch.ones(config.d_model))
         self.image_out = nn.Linear(config.d_model, config.latent_dim)
         self.text_out = nn.Linear(config.d_model, config.latent_dim)
-        nn.init.zeros_(self.image_out.weight)
-        nn.init.zeros_(self.image_out.bias)
-        self.eq17_gain: nn.Linear | None = None
+        heads = [self.image_out, self.text_out]
+        self.piece_out: Fp32Linear | None = None
+        if config.text_head == "full":
+            self.piece_out = Fp32Linear(config.d_model, config.vocab_size, bias=False)
+            nn.init.zeros_(self.piece_out.weight)
+        self.eq17_gain: Fp32Linear | None = None
         if config.eq17_logits:
-            self.eq17_gain = nn.Linear(config.d_model, 1)
-            nn.init.zeros_(self.eq17_gain.weight)
-            nn.init.zeros_(self.eq17_gain.bias)
+            self.eq17_gain = Fp32Linear(config.d_model, 1)
+            heads.append(self.eq17_gain)
+        for head in heads:  # predictions start at their mean, b_v alone for text
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
 
     def forward(
         self, text: TextInput, class_ids: Tensor, images: ImageInput | None = None
@@ -194,8 +239,8 @@ class Decoder(nn.Module):
         """
         grids: list[Tensor] = []
         if (rows := text.rows) is not None:
-            x = self.embed.packed(text, class_ids, rows)
-            x = self.trunk.run(x, rows.orders, rows.seq_idx).squeeze(0)
+            x, modulation = self.embed.packed(text, class_ids, rows)
+            x = self.trunk.run(x, rows.orders, rows.seq_idx, modulation).squeeze(0)
             tokens = x[rows.place.clamp(max=len(x) - 1)]
             tokens = F.rms_norm(tokens, tokens.shape[-1:], self.norm, eps=1e-5)
         else:
@@ -204,7 +249,8 @@ class Decoder(nn.Module):
             keep = None
             if text.keep is not None:
                 keep = layout.mask(text.keep, None if images is None else images.keep)
-            x = self.trunk(self.embed(text, class_ids, images), layout, keep)
+            x, modulation = self.embed(text, class_ids, images)
+            x = self.trunk(x, layout, keep, modulation)
             tokens, grids = layout.split(F.rms_norm(x, x.shape[-1:], self.norm, eps=1e-5))
         h = self.text_out(tokens)
         if self.eq17_gain is not None:
@@ -212,7 +258,8 @@ class Decoder(nn.Module):
             spread = term[:, None] if rows is None else term[rows.text_of]
             h = h + spread.unsqueeze(-1) * text.z_t
         v = torch.cat([self.image_out(grid) for grid in grids], 1) if grids else None
-        return Prediction(v, h)
+        pieces = None if self.piece_out is None else self.piece_out(tokens)
+        return Prediction(v, h, pieces)
 
     def _eq17(self, level: Tensor) -> Tensor:
         """The multiple of z_t that Eq. 17 (App.) with eps_hat = 0 adds to h, [b].

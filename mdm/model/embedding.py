@@ -1,18 +1,31 @@
 """Noisy latents, noise levels and labels to the embedded sequence (Fig. 2 d, e).
 
-Shapes: b samples, m text tokens of r rows, l whole sequence, c latent width.
+Shapes: b samples, m text tokens of r rows, k images a sample, l whole sequence, c latent width,
+d d_model.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdm.config import ModelConfig
+from mdm.model.adaln import MODULATIONS
 from mdm.model.inputs import ImageInput, TextInput
+from mdm.model.linear import Fp32Linear
 from mdm.model.sequence import TextRows, join
 
 CLEAN, DROPPED = 20.0, -20.0  # log-SNR of a clean condition and of pure noise, as the network sees
+PART = 0.5  # root mean square of each summand of a token at the start: none drowns another
+
+
+class Embedded(NamedTuple):
+    """The sequence that the blocks read. A `NamedTuple`: DeepSpeed's ZeRO-3 hooks know those."""
+
+    x: Tensor  # [b, l, d], or [1, r (m + FRAME), d] of packed texts
+    modulation: Tensor | None  # f32 [..., l, 3 d], shift, scale and gate of each token's level
 
 
 class NoiseLevel(nn.Module):
@@ -24,86 +37,155 @@ class NoiseLevel(nn.Module):
         super().__init__()
         frequencies = torch.exp(torch.linspace(math.log(0.02), math.log(2.0), n_frequencies))
         self.register_buffer("frequencies", frequencies)
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * n_frequencies, d_model), nn.SiLU(), nn.Linear(d_model, d_model)
-        )
+        last = Fp32Linear(d_model, d_model)
+        self.mlp = nn.Sequential(Fp32Linear(2 * n_frequencies, d_model), nn.SiLU(), last)
+        with torch.no_grad():
+            size = self(torch.linspace(DROPPED, CLEAN, 100)).square().mean().sqrt()
+            for parameter in last.parameters():
+                parameter.mul_(PART / size)
 
     def forward(self, log_snr: Tensor) -> Tensor:
-        """[...] -> [..., d_model]."""
+        """[...] -> f32 [..., d_model]."""
         phase = log_snr.float().clamp(DROPPED, CLEAN).unsqueeze(-1) * self.frequencies
         embedded: Tensor = self.mlp(torch.cat([phase.sin(), phase.cos()], -1))
         return embedded
 
 
 class Embed(nn.Module):
-    """Noisy latents, noise levels and class labels -> token sequence [b, l, d_model]."""
+    """Noisy latents, noise levels and class labels -> token sequence and its modulation."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, c = config.d_model, config.latent_dim
         n_image = config.image_height * config.image_width
+        self.silent = config.silent
+
+        def learned(*shape: int) -> nn.Parameter:
+            return nn.Parameter(PART * torch.randn(*shape))
+
         self.image_in = nn.Linear(c, d)
         self.text_in = nn.Linear(2 * c, d)  # noisy latent, and last estimate of the clean one
+        for patch in (self.image_in, self.text_in):  # of latents with variance 1
+            nn.init.normal_(patch.weight, std=PART * c**-0.5)
+            nn.init.zeros_(patch.bias)
         self.level = NoiseLevel(d)
-        self.summary = nn.Linear(d, d)
-        nn.init.orthogonal_(self.summary.weight, gain=3.0)  # as large as a label
         self.class_embedding = nn.Embedding(config.n_classes + 1, d)  # the last row: no class
-        self.image_position = nn.Parameter(torch.randn(n_image, d) * 0.02)
-        self.text_position = nn.Parameter(torch.randn(config.text_length, d) * 0.02)
-        self.time_token = nn.Parameter(torch.randn(d) * 0.02)
-        self.pads = nn.Parameter(torch.randn(4, d) * 0.02)  # around the text, around the image
+        nn.init.normal_(self.class_embedding.weight, std=PART)
+        self.image_position = learned(n_image, d)
+        self.text_position = learned(config.text_length, d)
+        self.time_token = learned(d)
+        self.pads = learned(4, d)  # around the text, around the image
+        self.summary: nn.Linear | None = None
+        if config.text_summary:
+            self.summary = nn.Linear(d, d)
+            # Latents and positions differ between tokens, levels do not, and the maximum of m
+            # normals is about sqrt(1.3 ln m).
+            largest = math.sqrt(2 * 1.3 * math.log(config.text_length) + 1)
+            nn.init.orthogonal_(self.summary.weight, gain=1 / largest)
+            nn.init.zeros_(self.summary.bias)
+        self.modulation: Fp32Linear | None = None
+        if config.adaln:
+            self.modulation = Fp32Linear(d, MODULATIONS * d)
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
 
     def forward(
         self, text: TextInput, class_ids: Tensor, images: ImageInput | None = None
-    ) -> Tensor:
-        """The sequence [b, l, d_model]; see `Decoder.forward` for the arguments."""
+    ) -> Embedded:
+        """The sequence; see `Decoder.forward` for the arguments."""
         b, m, _ = text.z_t.shape
         levels = [text.level, torch.full_like(text.level, CLEAN)]
         levels += [] if images is None else images.level.unbind(1)
-        embedded = self.level(torch.stack(levels, 1))  # [b, 2 + images, d]
+        embedded = self.level(torch.stack(levels, 1))  # [b, 2 + k, d]
         noised, clean = embedded[:, 0:1], embedded[:, 1:2]
+        given = text.prompt.unsqueeze(-1)
 
-        tokens = self._text(text) + self.text_position[:m]
-        tokens = tokens + torch.where(text.prompt.unsqueeze(-1), clean, noised)
+        tokens = self._text(text, self._kept(text.level)[:, None, None])
+        tokens = tokens + self.text_position[:m] + torch.where(given, clean, noised)
         # The time token carries the level of the last image: earlier ones are conditions.
         time = self.time_token + embedded[:, 0] + (0 if images is None else embedded[:, -1])
         label = self._label(class_ids)
         grids: tuple[Tensor, ...] = ()
         if images is not None:
-            # The model is slow to learn a condition that is a few tokens among many: the label,
-            # and the maximum over the text's tokens, which padding does not dilute, are added to
-            # every patch too.
-            condition = embedded[:, 2:] + label.unsqueeze(1)
-            condition = condition + self.summary(tokens.amax(1)).unsqueeze(1)
-            if images.at is not None:  # an image takes the position of a text token
-                place = self.text_position[images.at.clamp(min=0)]
-                condition = condition + place * (images.at >= 0).unsqueeze(-1)
-            patches = self.image_in(images.z_t).unflatten(1, (condition.shape[1], -1))
-            grids = (patches + self.image_position + condition.unsqueeze(2)).unbind(1)
+            grids = self._images(images, embedded[:, 2:] + label.unsqueeze(1), tokens, text.level)
         pads = self.pads.unsqueeze(1).expand(-1, b, -1).unsqueeze(2)  # [4, b, 1, d]
-        return join((time.unsqueeze(1), label.unsqueeze(1)), tokens, grids, pads.unbind(0))
+        x = join((time.unsqueeze(1), label.unsqueeze(1)), tokens, grids, pads.unbind(0))
+        if self.modulation is None:
+            return Embedded(x, None)
+        noised, clean, *by_image = self._modulate(embedded, label.unsqueeze(1)).split(1, 1)
+        last = by_image[-1] if by_image else noised
+        of_images = [
+            t.expand(-1, grid.shape[1], -1) for t, grid in zip(by_image, grids, strict=True)
+        ]
+        of_tokens = torch.where(given, clean, noised)
+        return Embedded(x, join((noised,) * 2, of_tokens, of_images, (noised, noised, last, last)))
 
-    def packed(self, text: TextInput, class_ids: Tensor, rows: TextRows) -> Tensor:
-        """The rows of packed texts, one after the other, [1, r (m + 4), d_model].
+    def packed(self, text: TextInput, class_ids: Tensor, rows: TextRows) -> Embedded:
+        """The rows of packed texts, one after the other, [1, r (m + FRAME), d] each.
 
         Each text's tokens are the same as in its own sequence from `forward`.
         """
-        noised, clean = self.level(torch.stack([text.level, torch.full_like(text.level, CLEAN)]))
-        tokens = self._text(text) + self.text_position[rows.position]
-        level = torch.where(text.prompt.unsqueeze(-1), clean[rows.text_of], noised[rows.text_of])
-        frame = [self.time_token + noised, self._label(class_ids)]
-        frame += [pad.expand(len(noised), -1) for pad in self.pads[:2]]
-        tokens = torch.cat([(tokens + level).flatten(0, 1), *frame])
-        x = tokens.new_zeros(rows.seq_idx.numel() + 1, tokens.shape[1])
-        places = torch.cat([rows.place.flatten(), rows.frame.flatten()])
-        return x.index_copy(0, places, tokens)[:-1].unsqueeze(0)
+        levels = torch.stack([text.level, torch.full_like(text.level, CLEAN)])
+        embedded, label = self.level(levels), self._label(class_ids)
+        kept = self._kept(text.level)[rows.text_of].unsqueeze(-1)
+        tokens = self._text(text, kept) + self.text_position[rows.position]
+        tokens = tokens + self._by_token(embedded, text, rows)
+        frame = [self.time_token + embedded[0], label]
+        frame += [pad.expand(len(label), -1) for pad in self.pads[:2]]
+        x = self._rows(tokens, frame, rows)
+        if self.modulation is None:
+            return Embedded(x, None)
+        modulated = self._modulate(embedded, label)
+        of_tokens = self._by_token(modulated, text, rows)
+        return Embedded(x, self._rows(of_tokens, [modulated[0]] * len(frame), rows))
 
-    def _text(self, text: TextInput) -> Tensor:
+    def _images(
+        self, images: ImageInput, condition: Tensor, tokens: Tensor, text_level: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The tokens of each image, [b, n / k, d], given what its patches share [b, k, d]."""
+        # The model is slow to learn a condition that is a few tokens among many: the label, and
+        # the maximum over the text's tokens, which padding does not dilute, are added to every
+        # patch too.
+        if self.summary is not None:
+            summary = self.summary(tokens.amax(1)) * self._kept(text_level).unsqueeze(-1)
+            condition = condition + summary.unsqueeze(1)
+        if images.at is not None:  # an image takes the position of a text token
+            place = self.text_position[images.at.clamp(min=0)]
+            condition = condition + place * (images.at >= 0).unsqueeze(-1)
+        z_t = images.z_t.unflatten(1, (condition.shape[1], -1))
+        patches = self.image_in(z_t * self._kept(images.level)[..., None, None])
+        return tuple((patches + self.image_position + condition.unsqueeze(2)).unbind(1))
+
+    def _modulate(self, level: Tensor, label: Tensor) -> Tensor:
+        """Shift, scale and gate at levels [..., d] and labels [..., d], f32 [..., 3 d]."""
+        assert self.modulation is not None
+        modulated: Tensor = self.modulation(F.silu(level + label.float()))
+        return modulated
+
+    def _kept(self, level: Tensor) -> Tensor:
+        """0 where a modality is dropped, so that it is silent; else 1."""
+        return (level > DROPPED).float() if self.silent else torch.ones_like(level)
+
+    def _text(self, text: TextInput, kept: Tensor) -> Tensor:
         estimate = torch.zeros_like(text.z_t) if text.estimate is None else text.estimate
-        embedded: Tensor = self.text_in(torch.cat([text.z_t, estimate], -1))
+        embedded: Tensor = self.text_in(torch.cat([text.z_t, estimate], -1) * kept)
         return embedded
 
     def _label(self, class_ids: Tensor) -> Tensor:
         null = self.class_embedding.num_embeddings - 1
         label: Tensor = self.class_embedding(torch.where(class_ids < 0, null, class_ids))
-        return label
+        return label * (class_ids >= 0).unsqueeze(-1) if self.silent else label
+
+    @staticmethod
+    def _by_token(values: Tensor, text: TextInput, rows: TextRows) -> Tensor:
+        """Values of packed texts, noised and clean [2, texts, ...], for each token [r, m, ...]."""
+        noised, clean = values[:, rows.text_of]
+        return torch.where(text.prompt.unsqueeze(-1), clean, noised)
+
+    @staticmethod
+    def _rows(tokens: Tensor, frame: list[Tensor], rows: TextRows) -> Tensor:
+        """Tokens [r, m, ...] and frame tokens [texts, ...] each at their places."""
+        values = torch.cat([tokens.flatten(0, 1), *frame])
+        x = values.new_zeros(rows.seq_idx.numel() + 1, values.shape[1])
+        places = torch.cat([rows.place.flatten(), rows.frame.flatten()])
+        return x.index_copy(0, places, values)[:-1].unsqueeze(0)

@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 
 from mdm.config import ModelConfig
-from mdm.model.decoder import Decoder
+from mdm.model.decoder import Decoder, Prediction
 from mdm.model.vae import NoisyLatentVAE
+from mdm.utils.precision import fp32
 
 
 class MDM(nn.Module):
@@ -16,12 +17,17 @@ class MDM(nn.Module):
         self.vae = NoisyLatentVAE(config.latent_dim, config.vocab_size)
 
 
-def text_logits(h: Tensor, means: Tensor, bias: Tensor) -> Tensor:
-    """Logits over the vocabulary, <h, mu_v> + b_v in fp32.
+def text_logits(prediction: Prediction, means: Tensor, bias: Tensor) -> Tensor:
+    """Logits over the vocabulary, <h, mu_v> + w_v x + b_v, f32 [R, M, V] whatever the autocast.
+
+    <h, mu_v> alone has the rank C of a latent: it cannot be equally sure of any two pieces.
 
     Args:
-        h: [..., C] from the decoder's text head.
+        prediction: of the decoder.
         means: [V, C], the vocabulary's latent means.
         bias: [V].
     """
-    return h.float() @ means.T + bias
+    h = prediction.text
+    with fp32(h.device):
+        logits = h.float() @ means.T + bias
+    return logits if prediction.pieces is None else logits + prediction.pieces

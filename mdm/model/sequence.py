@@ -29,6 +29,7 @@ class Order(NamedTuple):
 
     order: Tensor  # i64 [l, s]
     inverse: Tensor  # i64 [l, s]
+    position: Tensor | None = None  # i64 [l], of each token before others were left out
 
 
 class Layout(NamedTuple):
@@ -115,13 +116,13 @@ def join(
 
 
 def pack_order(order: Tensor, keep: Tensor) -> Order:
-    """How each scan of [l, s] reads the row of all tokens that `keep` [b, l] leaves, [t, s] each.
+    """How each scan of [l, s] reads the row of all t tokens that `keep` [b, l] leaves.
 
     Samples stay in turn, so that one `seq_idx` [1, t], the sample of each token, fits every scan.
     """
     place = keep.flatten().cumsum(0).view_as(keep) - 1  # of each kept token in the packed row
     packed = torch.stack([place[:, scan][keep[:, scan]] for scan in order.T], 1)
-    return Order(packed, packed.argsort(0))
+    return Order(packed, packed.argsort(0), keep.nonzero()[:, 1])
 
 
 @lru_cache(maxsize=256)
@@ -143,7 +144,7 @@ class TextRows(NamedTuple):
     place: Tensor  # i64 [r, m], flat, of a token
     frame: Tensor  # i64 [FRAME, k], flat, of time, class and the pads of each text
     seq_idx: Tensor  # i64 [r, m + FRAME], the text; k where there is none
-    orders: dict[Patterns, Order]  # i64 [r (m + FRAME), s] each
+    orders: dict[Patterns, Order]  # of r (m + FRAME) places
 
 
 def text_rows(
@@ -184,7 +185,7 @@ def text_rows(
     keep = layout.mask(torch.arange(m, device=here) < length.unsqueeze(1), None)
 
     def order(scans: Patterns) -> Order:
-        packed, _ = pack_order(scan_order(layout, scans, here).order, keep)
+        packed = pack_order(scan_order(layout, scans, here).order, keep).order
         flat = torch.arange(r * width, device=here).unsqueeze(1).repeat(1, len(scans))
         flat[used] = used[packed]
         return Order(*(t.to(device, non_blocking=True) for t in (flat, flat.argsort(0))))

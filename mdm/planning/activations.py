@@ -21,6 +21,7 @@ from mdm.config import Config, DataConfig
 from mdm.data.batch import Batch
 from mdm.kernels import fused
 from mdm.loss import Loss
+from mdm.model.adaln import MODULATIONS
 from mdm.model.decoder import Trunk
 from mdm.model.sequence import Layout
 from mdm.planning.footprint import Live, saved_activations
@@ -95,9 +96,11 @@ def _trunk(
         Trunk(small)(torch.zeros(1, shape[1], small.d_model), layout)
 
     def run(trunk: nn.Module) -> tuple[Tensor, int]:
-        x = torch.randn(shape, requires_grad=True)
+        x, modulation = torch.randn(shape, requires_grad=True), None
+        if model.adaln:
+            modulation = torch.randn(*shape[:-1], MODULATIONS * shape[-1], requires_grad=True)
         with autocast(precision), saved_activations(trunk) as saved:
-            return trunk(x, layout), saved.bytes
+            return trunk(x, layout, None, modulation), saved.bytes
 
     with (
         FakeTensorMode(allow_non_fake_inputs=True),

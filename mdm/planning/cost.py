@@ -7,6 +7,7 @@ checkpointing computes again.
 from dataclasses import dataclass
 
 from mdm.config import Config
+from mdm.diffusion.levels import self_condition_shares
 from mdm.model.count import trunk_macs
 from mdm.planning.activations import longest
 from mdm.planning.memory_plan import shapes_of
@@ -42,7 +43,7 @@ def estimate(config: Config, cluster: Cluster, samples: int, peak_flops: float) 
     """Time and price of a run of `samples`; `peak_flops` are one GPU's, in FLOP/s."""
     ranks, batch = cluster.world_size, config.data.global_batch
     # A forward pass and twice as much backward; a share of the steps makes an estimate first.
-    passes = 3 + config.objective.p_self_condition
+    passes = 3 + self_condition_shares(config.objective.p_self_condition)[0]
     tokens = flops = 0.0  # of the mean sample, at full length
     for with_image, share in ((True, 1 - cluster.text_share), (False, cluster.text_share)):
         length = longest(config, with_image).length

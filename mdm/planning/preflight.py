@@ -21,10 +21,11 @@ import torch
 import torch.distributed
 
 from mdm.checkpoint.checkpoints import uri_of
-from mdm.config import Config, fingerprint
+from mdm.config import Config
 from mdm.planning.memory_plan import GIB, MemoryPlan, changes_that_fit, plan, shapes_of
 from mdm.storage import StoreError, open_store
 from mdm.utils.ranks import World, gather_to_all
+from mdm.utils.saved_config import fingerprint
 
 PACKAGES = ("torch", "deepspeed", "numpy", "pyarrow", "boto3")
 SLOW = 0.75  # of the median rate: a slower rank delays all others

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from mdm.config import Config, from_dict
+from mdm.config import Config
 from mdm.evaluate import classifier
 from mdm.evaluate.caption import ClassNames
 from mdm.evaluate.heldout import counts, load_encoded, load_images, load_prompts
@@ -26,6 +26,7 @@ from mdm.storage import join
 from mdm.utils import tracking
 from mdm.utils.fields import doc, one_of
 from mdm.utils.files import load_json, read_json, write_json
+from mdm.utils.saved_config import from_dict
 
 SETS = ("digits", "digits-val", "emoji", "emoji-valid")
 # Of the poster, in pixels: a tile, the gap between tiles, a title, and a tile's caption.

@@ -16,7 +16,7 @@ from torch import nn
 
 from mdm.checkpoint.checkpoints import Checkpoints, Keep, uri_of
 from mdm.checkpoint.state import RunError, TrainState, check_resumable, resolve_precision
-from mdm.config import Config, to_dict
+from mdm.config import Config
 from mdm.data.loader import Loader
 from mdm.storage import open_store
 from mdm.train import outcome, recovery
@@ -34,6 +34,7 @@ from mdm.train.writer import only_writer
 from mdm.utils.exit_codes import DONE, GAVE_UP, HALTED
 from mdm.utils.precision import describe
 from mdm.utils.ranks import World, exchange
+from mdm.utils.saved_config import to_dict
 from mdm.utils.tracking import NullTracker
 
 NEVER = -1.0  # a limit that every norm exceeds

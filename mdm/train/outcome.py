@@ -8,7 +8,7 @@ import torch
 from mdm.checkpoint.checkpoints import Checkpoints, Record
 from mdm.checkpoint.export import export_checkpoint, missing_files, write_export
 from mdm.checkpoint.state import RunError, TrainState, flatten
-from mdm.config import Config, fingerprint, to_dict
+from mdm.config import Config
 from mdm.data.provenance import Provenance
 from mdm.storage import StoreError, join
 from mdm.train.run import Run
@@ -17,6 +17,7 @@ from mdm.utils import files
 from mdm.utils.exit_codes import GAVE_UP
 from mdm.utils.progress import EVENTS, METRICS, TRACKING, Progress, adopt_old_journal, unsent_bytes
 from mdm.utils.ranks import World
+from mdm.utils.saved_config import fingerprint, to_dict
 from mdm.utils.tracking import MlflowTracker, NullTracker
 
 DONE = "done.json"

@@ -6,6 +6,7 @@ from mdm.checkpoint.state import RunError
 from mdm.config import Config
 from mdm.data.loader import Loader, build_loader
 from mdm.data.provenance import check_fit
+from mdm.first_stage.tokenizer import Tokenizer
 from mdm.loss import Loss
 from mdm.model.attention import AttentionBlock
 from mdm.model.decoder import Block, Trunk
@@ -35,6 +36,12 @@ def make_loader(config: Config, world: World) -> Loader:
         raise RunError(str(error)) from error
 
 
+def make_loss(config: Config) -> Loss:
+    """The run's loss, whose text bias may begin as the log unigram of the tokenizer's corpus."""
+    begins = config.objective.unigram_bias and config.tokenizer
+    return Loss(config, Tokenizer(config.tokenizer).log_unigram() if begins else None)
+
+
 def pretrain(
     config: Config, world: World, *, resume: str, track: bool, profiled: range, draw: Draw | None
 ) -> int:
@@ -47,7 +54,7 @@ def pretrain(
         return train(
             config,
             world,
-            Loss,
+            make_loss,
             make_loader,
             resume=resume,
             leaf_classes=GATHERED[config.train.gather],

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mdm.checkpoint.state import RunError
-from mdm.config import Config, from_dict, to_dict
+from mdm.config import Config
 from mdm.data.batch import Batch
 from mdm.first_stage.tokenizer import PAD
 from mdm.storage.tensor_file import save_tensors
 from mdm.utils import files
 from mdm.utils.precision import autocast, resolve
+from mdm.utils.saved_config import from_dict, to_dict
 
 SHOWN = 5  # samples
 WEIGHTS = "model.safetensors"

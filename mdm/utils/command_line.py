@@ -19,8 +19,9 @@ import tyro
 from tyro import _errors as errors  # no public hook; pyproject.toml pins the version of tyro
 from tyro.constructors import ConstructorRegistry
 
-from mdm.config import RENAMED, suggest
+from mdm.config import suggest
 from mdm.utils.flags import SPECS, flag_types, key_of, respell
+from mdm.utils.saved_config import RENAMED
 
 T = TypeVar("T")
 

@@ -68,6 +68,12 @@ def describe(precision: str, device_type: str = "cpu") -> str:
     return f"fp32: {kind} " + ("is faster in bf16" if fast else "has no bf16 units")
 
 
+def fp32(device: torch.device) -> torch.autocast:
+    """A context in which products of fp32 tensors are computed in fp32, whatever the autocast."""
+    kind = "cpu" if device.type == "meta" else device.type
+    return torch.autocast(kind, enabled=False)
+
+
 def autocast(precision: str, device_type: str = "cpu") -> torch.autocast:
     """A context in which matrix products are computed in a resolved `precision`.
 

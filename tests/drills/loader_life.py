@@ -10,10 +10,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from mdm.config import DataConfig, from_dict, to_dict
+from mdm.config import DataConfig
 from mdm.data.loader import Loader
 from mdm.data.mixture import open_mixture
 from mdm.utils.ranks import World
+from mdm.utils.saved_config import from_dict, to_dict
 from tests.helpers import ROOT
 from tests.unit.data.elastic_job import LENGTHS
 

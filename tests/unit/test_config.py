@@ -6,21 +6,10 @@ from dataclasses import dataclass
 import pytest
 
 from mdm.checkpoint.state import TrainState, check_resumable
-from mdm.config import (
-    RENAMED,
-    Config,
-    DataConfig,
-    GuardConfig,
-    ModelConfig,
-    TrainConfig,
-    config_of,
-    doc,
-    fingerprint,
-    from_dict,
-    to_dict,
-)
+from mdm.config import Config, DataConfig, GuardConfig, ModelConfig, TrainConfig, config_of, doc
 from mdm.presets import PRESETS
 from mdm.utils.command_line import parse_cli
+from mdm.utils.saved_config import RENAMED, fingerprint, from_dict, to_dict
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from mdm.diffusion.levels import CONDITIONINGS
 from mdm.diffusion.schedule import STEPS
 from mdm.loss import Loss
 from mdm.model.inputs import TextInput
+from mdm.model.mdm import text_logits
 from mdm.train.metrics import sums_by_conditioning
 from tests.golden.test_losses import CONFIG, batch
 
@@ -124,10 +125,11 @@ def test_shares_of_noise_levels():
     }
     for name, mask in shares.items():
         assert mask.float().mean().item() == pytest.approx(getattr(weights, name), abs=0.015), name
-    kept = levels.class_ids >= 0
-    assert not kept[levels.t_txt != STEPS].any()
-    among = kept[levels.t_txt == STEPS].float().mean().item()
-    assert among == pytest.approx(weights.p_class, abs=0.02)
+    kept, alone = levels.class_ids >= 0, levels.t_txt == STEPS
+    both = (levels.t_txt % STEPS > 0) & (levels.t_img[:, 0] % STEPS > 0)
+    assert not kept[~alone & ~both].any()
+    assert kept[alone].float().mean().item() == pytest.approx(weights.p_class, abs=0.02)
+    assert kept[both].float().mean().item() == pytest.approx(weights.p_class / 2, abs=0.02)
     assert not ((levels.t_img[:, 0] == 0) & (levels.t_txt == 0)).any()
 
 
@@ -253,7 +255,9 @@ def accuracy_from_context(target: str, steps: int = 120) -> float:
     torch.manual_seed(0)
     model = dataclasses.replace(CONFIG.model, n_layer=2, dt_min=0.05, dt_max=0.5, a_max=2.0)
     config = dataclasses.replace(
-        CONFIG, model=model, objective=ObjectiveConfig(target=target, p_self_condition=0)
+        CONFIG,
+        model=model,
+        objective=ObjectiveConfig(target=target, image_candidates="latents", p_self_condition=0),
     )
     objective = Loss(config)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2, weight_decay=0)
@@ -267,8 +271,9 @@ def accuracy_from_context(target: str, steps: int = 120) -> float:
         noise = torch.randn(32, LENGTH, 16, generator=torch.Generator().manual_seed(0))
         z_txt = torch.where(question.prompt.unsqueeze(-1), means[question.tokens], noise)
         level = torch.full((32,), schedule.TEXT.log_snr_range()[1])
-        h = objective.network(TextInput(z_txt, level, question.prompt), question.class_ids).text
-        right = (h @ means.T + bias).argmax(-1) == question.tokens
+        text = TextInput(z_txt, level, question.prompt)
+        prediction = objective.network(text, question.class_ids)
+        right = text_logits(prediction, means, bias).argmax(-1) == question.tokens
     return right[~question.prompt].float().mean().item()
 
 

@@ -1,5 +1,6 @@
 """The figures that benchmarks derive from their timings, and that their peers compute the same."""
 
+import dataclasses
 import json
 
 import pytest
@@ -75,3 +76,11 @@ def test_grids_have_the_length_asked_for():
     for length in decoder_scaling.LENGTHS:
         config = decoder_scaling.sized(decoder_scaling.MAMBA, length)
         assert config.image_height * config.image_width == length
+
+
+@pytest.mark.parametrize("name", ["mamba", "transformer"])
+def test_a_denoising_step_of_both_decoders_is_measured(name, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    small = {"d_model": 32, "n_layer": 1, "d_state": 8, "headdim": 16, "chunk_size": 8}
+    config = dataclasses.replace(decoder_scaling.decoders()[name], **small)
+    assert decoder_scaling.point(config, 4)["ms"] > 0

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from mdm.checkpoint.state import RunError, TrainState, check_resumable, flatten, resolve_precision
-from mdm.config import to_dict
+from mdm.utils.saved_config import to_dict
 from tests.helpers import small_config
 
 

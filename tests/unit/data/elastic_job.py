@@ -10,10 +10,11 @@ import signal
 import sys
 from typing import Any
 
-from mdm.config import DataConfig, from_dict
+from mdm.config import DataConfig
 from mdm.data.loader import Loader
 from mdm.data.mixture import open_mixture
 from mdm.utils.ranks import World
+from mdm.utils.saved_config import from_dict
 
 LENGTHS = {"caption_length": 8, "dialogue_length": 30}
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from mdm.config import DataConfig, MixtureStageConfig, SourceConfig, to_dict
+from mdm.config import DataConfig, MixtureStageConfig, SourceConfig
 from mdm.data.mixture import open_mixture
 from mdm.data.order import SampleOrder
 from mdm.data.resume import ResumeError
+from mdm.utils.saved_config import to_dict
 from tests.data_sets import encoded
 from tests.helpers import ROOT
 from tests.unit.data.elastic_job import LENGTHS, live

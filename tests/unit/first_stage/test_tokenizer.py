@@ -1,9 +1,11 @@
 import hashlib
 import itertools
 import random
+from collections import Counter
 
 import pytest
 import sentencepiece as spm
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -169,3 +171,19 @@ def test_wrong_files_are_value_errors(tmp_path):
         )
     with pytest.raises(ValueError, match="make it with pipelines/train_tokenizer"):
         Tokenizer(tmp_path / "plain.model")
+
+
+def test_the_log_unigram_follows_the_corpus(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    corpus = ["sun"] * 800 + ["moon"] * 150 + ["star"] * 50
+    path.write_bytes(train_model(corpus, 16))
+    pieces = Tokenizer(path)
+    log_p = pieces.log_unigram()
+    assert log_p.shape == (16,)
+    assert log_p.logsumexp(0) == pytest.approx(0, abs=1e-5)
+    counts = Counter(itertools.chain.from_iterable(map(pieces.encode, corpus)))
+    used = torch.tensor(list(counts))
+    shares = torch.tensor([float(n) for n in counts.values()])
+    torch.testing.assert_close(log_p[used].softmax(0), shares / shares.sum(), rtol=0, atol=0.05)
+    assert log_p[EOS] == log_p[PAD] == log_p.max() == log_p[counts.most_common(1)[0][0]]
+    assert log_p[UNK] == log_p.min()

@@ -11,6 +11,7 @@ from mdm.config import Config, DataConfig, ModelConfig
 from mdm.first_stage.tokenizer import EOS, PAD
 from mdm.generate import denoise as denoising
 from mdm.generate.request import Request, Sampling
+from mdm.model.embedding import DROPPED
 from mdm.model.mdm import MDM
 
 M, N, VOCAB = 12, 16, 29
@@ -111,16 +112,39 @@ def test_each_modality_has_its_own_guidance(model):
         assert len(calls) == expected
 
 
-def test_text_trails_the_image_by_a_share_of_its_steps(model):
+def test_both_modalities_move_from_the_start_and_the_text_goes_on(model):
     calls = record(model.network)
-    how = Sampling(image_steps=4, text_steps=6, text_delay=0.5)
+    how = Sampling(image_steps=4, text_steps=6)
     drawn = denoise(model, request("generated", "generated"), how)
-    assert drawn.selected.evaluations == len(calls) == 8
+    assert drawn.selected.evaluations == len(calls) == 6
     text = [float(text.level[0]) for text, _, _ in calls]
     image = [float(images.level[0]) for _, _, images in calls]
-    assert text[:3] == [-20, -20, -7]
-    assert image[3:6] == [7, 20, 20]
-    assert text[-1] == 4
+    assert text == pytest.approx([-7, -4.8, -2.6, -0.4, 1.8, 4])
+    assert image == pytest.approx([-9, -11 / 3, 5 / 3, 7, 20, 20])
+
+
+def test_guidance_of_a_joint_sample_acts_at_every_step(model):
+    calls = record(model.network)
+    how = Sampling(image_steps=5, text_steps=5, image_guidance=1.0)
+    denoise(model, request("generated", "generated"), how)
+    pairs = list(zip(calls[::2], calls[1::2], strict=True))
+    assert len(pairs) == 5
+    for (text, _, _), (free, _, _) in pairs:
+        assert not torch.equal(text.level, free.level)
+        assert (free.level == DROPPED).all()
+
+
+def test_an_image_to_begin_with_is_noised_to_its_share(model):
+    calls = record(model.network)
+    latents = torch.randn(3, N, 16)
+    how = Sampling(image_steps=3, text_steps=3, image_noise=0.25)
+    asked = request("generated", "generated", latents=latents)
+    denoise(model, asked, how)
+    assert [float(images.level[0]) for _, _, images in calls] == pytest.approx([3, 5, 7])
+    z_0 = model.vae.normalize_image(model.vae.encode_image(latents)[0])
+    abar = torch.tensor(3.0).sigmoid()
+    eps = asked.noise(0, model.network.config)[0]
+    torch.testing.assert_close(calls[0][2].z_t, abar.sqrt() * z_0 + (1 - abar).sqrt() * eps)
 
 
 def test_only_padding_follows_the_first_eos(model):
@@ -187,11 +211,10 @@ def test_an_image_that_has_settled_needs_no_more_evaluations(model):
 
 def test_no_token_is_dropped_while_the_other_modality_depends_on_it(model):
     calls = record(model.network)
-    how = Sampling(image_steps=9, text_steps=9, text_delay=0.8, selection=1e9)
+    how = Sampling(image_steps=5, text_steps=9, selection=1e9)
     drawn = denoise(model, request("generated", "generated"), how)
-    # The image is above log-SNR 0 from evaluation 5 on; the text is drawn from 7 on.
-    assert (drawn.selected.image == 5).all()
-    assert drawn.selected.text.min() > 6
+    assert (drawn.selected.image == -1).all()
+    assert drawn.selected.text.min() >= 5  # the image has been drawn
     assert all(images.keep is None or images.keep.all() for _, _, images in calls)
     how = Sampling(image_steps=9, text_steps=9, selection=1e9)
     drawn = denoise(model, request("generated", "generated"), how)
@@ -216,7 +239,7 @@ def test_a_tiny_threshold_changes_nothing(model):
 def test_invalid_settings_are_refused_with_the_way_out(model):
     for settings, message in (
         ({"solver": "euler"}, "'euler'; choose one of dpmpp2m"),
-        ({"text_delay": 1.5}, "text_delay is 1.5"),
+        ({"image_noise": 1.5}, "image_noise is 1.5"),
         ({"text_blocks": 0}, "text_blocks is 0"),
         ({"image_guidance": math.inf}, "image_guidance is inf; it must be a finite"),
         ({"selection": -1.0}, "selection is -1.0 nats"),

@@ -8,13 +8,14 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from mdm.config import Config, DataConfig, ModelConfig, to_dict
+from mdm.config import Config, DataConfig, ModelConfig
 from mdm.first_stage import autoencoder
 from mdm.first_stage.tokenizer import train_model
 from mdm.generate import Generator
 from mdm.generate import generator as module
 from mdm.generate.request import Request
 from mdm.loss import Loss
+from mdm.utils.saved_config import to_dict
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -46,6 +47,7 @@ def export(tmp_path_factory):
     )
     objective = Loss(config)
     torch.nn.init.normal_(objective.network.image_out.weight, std=0.02)
+    torch.nn.init.normal_(objective.network.text_out.weight, std=0.1)
     save_file(objective.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(to_dict(config)))
     return folder
@@ -213,10 +215,45 @@ def test_places_of_images_count_tokens(generator):
     assert ids == pieces.encode_prompt(("one", "two", "three"))
     one, two = len(pieces.encode("one")), len(pieces.encode("two"))
     assert places == [1 + one, 1 + one + 1 + two + 1]
-    cut, moved = generator._prompt(turns, 2, len(ids))  # two tokens are left for the reply
+    cut, moved = generator._prompt(turns, 2, len(ids) - 2)
     assert cut == ids[2:]
     assert moved == [at - 2 for at in places]
     assert generator._prompt(("one",), 2, 40)[1] == [-1, -1]
+
+
+def test_a_long_dialogue_leaves_room_for_the_reply(generator, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        generator, "_run", lambda request, _: (shown.append(request.prompt), request.tokens)
+    )
+    long = ("one two three four five six seven eight nine",)  # texts have 12 tokens
+    assert len(generator.tokenizer.encode_prompt(long)) > 11
+    short = len(generator.tokenizer.encode_prompt(("one",)))
+    generator.reply([long, ("one",)])
+    generator.reply([long], max_new_tokens=9)
+    assert [int(n) for prompts in shown for n in prompts.sum(1)] == [6, short, 3]
+    for room in (12, -1):
+        with pytest.raises(ValueError, match=f"max_new_tokens is {room}; texts have 12 tokens"):
+            generator.reply([long], max_new_tokens=room)
+
+
+def test_joint_samples_begin_with_a_class_a_dialogue_or_an_image(generator):
+    latents = torch.randn(2, 16, 16)
+    plain, _ = generator.joint(2, steps=3)
+    for begin in (
+        {"class_ids": [0, 2]},
+        {"dialogues": [("one",), ("two cat",)]},
+        {"images": latents},
+    ):
+        images, texts = generator.joint(2, steps=3, **begin)
+        assert images.shape == plain.shape
+        assert not torch.equal(images, plain), begin
+        assert len(texts) == 2
+    close = generator.joint(2, steps=3, images=latents, image_noise=0.01)[0]
+    wanted = generator.autoencoder.decode(latents, (4, 4))
+    torch.testing.assert_close(close, wanted, rtol=0, atol=0.1)
+    with pytest.raises(ValueError, match="from one image of 16 tokens, not from 32"):
+        generator.joint(2, images=torch.zeros(2, 32, 16))
 
 
 def test_marks_without_images_are_refused(generator):

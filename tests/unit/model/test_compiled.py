@@ -56,16 +56,19 @@ def test_a_compiled_block_has_the_output_and_gradients_of_plain_indexing(monkeyp
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_state": 8, "headdim": 8, "chunk_size": 4}
     block = Block(ModelConfig(**sizes, n_layer=1, n_classes=3, kernel="compiled"), 2)
+    torch.nn.init.normal_(block.modulation)
+    modulation = torch.randn(2, 6, 48)
     order = torch.stack([torch.randperm(6), torch.arange(6)], 1)
     scan = Order(order, order.argsort(0))
     x = torch.randn(2, 6, 16, requires_grad=True)
-    u = rms_norm(x, x.shape[-1:], block.norm, eps=1e-5)[:, order]
+    shift, scale, gate = (modulation + block.modulation).chunk(3, -1)
+    u = (rms_norm(x, x.shape[-1:], block.norm, eps=1e-5) * (1 + scale) + shift)[:, order]
     mixed = mix(u, block.mixer.weights, None, **block.mixer.settings)
-    y = x + sum(mixed[:, scan.inverse[:, k], k] for k in range(2)) / 2
+    y = x + (1 + gate) * sum(mixed[:, scan.inverse[:, k], k] for k in range(2)) / 2
     plain = differentiated(block, y, x)
     compiled.cache_clear()
     try:
-        traced = differentiated(block, block(x, scan), x)
+        traced = differentiated(block, block(x, scan, None, modulation), x)
     finally:
         compiled.cache_clear()
     for name, value in plain.items():

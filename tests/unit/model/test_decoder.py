@@ -35,6 +35,17 @@ SMALL = ModelConfig(
 LAYOUT = Layout(5, 1, (2, 3))  # 17 tokens
 
 
+def trained(config: ModelConfig) -> Decoder:
+    """A decoder in which nothing is zero any more, as at the start."""
+    torch.manual_seed(0)
+    network = Decoder(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return network
+
+
 def call(network: Decoder, z_txt, z_img, class_ids=None, text=None, images=None):
     """One evaluation of two samples at log-SNR 0; `text` and `images` replace input fields."""
     level, prompt = torch.zeros(2), torch.zeros(2, z_txt.shape[1], dtype=torch.bool)
@@ -60,15 +71,15 @@ def call(network: Decoder, z_txt, z_img, class_ids=None, text=None, images=None)
     ],
 )
 def test_every_token_influences_every_other(changes):
-    torch.manual_seed(0)
-    network = Decoder(dataclasses.replace(SMALL, **changes))
-    torch.nn.init.normal_(network.image_out.weight)
+    network = trained(dataclasses.replace(SMALL, **changes))
     z_txt = torch.randn(2, 5, 16, requires_grad=True)
     z_img = torch.randn(2, 6, 16, requires_grad=True)
     prediction = call(network, z_txt, z_img)
     assert prediction.image.shape == z_img.shape
     assert prediction.text.shape == z_txt.shape
-    for output, source in ((prediction.image, z_txt), (prediction.text, z_img)):
+    assert prediction.pieces.shape == (2, 5, 50)
+    outputs = ((prediction.image, z_txt), (prediction.text, z_img), (prediction.pieces, z_img))
+    for output, source in outputs:
         (grad,) = torch.autograd.grad(output[:, 2].sum(), source, retain_graph=True)
         assert (grad.abs().amax(-1) > 0).all()
 
@@ -78,8 +89,8 @@ def test_every_token_influences_every_other(changes):
     [
         ("alternate", "1234/12", [[(1, 1)], [(2, 2)], [(3, 1)], [(4, 2)]]),
         ("alternate", "12/1", [[(1, 1)], [(2, 1)]] * 2),
-        ("separate", "1234/12", [[(1, 1), (2, 2), (3, 1), (4, 2), (1, 1), (2, 2)]] * 4),
-        ("separate", "12/1", [[(1, 1), (2, 1), (1, 1)]] * 4),
+        ("separate", "1234/12", [[(1, 1), (2, 2), (3, 1), (4, 2), (3, 2), (4, 1)]] * 4),
+        ("separate", "12/1", [[(1, 1), (2, 1)]] * 4),
     ],
 )
 def test_scans_of_every_mode(mode, scans, turns):
@@ -101,8 +112,7 @@ def test_text_alone_runs_the_same_parameters():
 
 
 def test_condition_prompt_and_level_change_the_answer():
-    torch.manual_seed(0)
-    network = Decoder(SMALL)
+    network = trained(SMALL)
     z_txt, z_img = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
     base = call(network, z_txt, z_img).text
     changes = [
@@ -128,9 +138,9 @@ def test_the_papers_parameters():
     trunk, whole, network = on_meta(MDM_7B.model)
     mixers = [sum(p.numel() for p in block.mixer.parameters()) for block in network.trunk.blocks]
     assert mixers == [6 * 25_847_232] * 49
-    assert trunk == sum(mixers) + 49 * 2048
+    assert trunk == sum(mixers) + 49 * 4 * 2048  # a norm, and shift, scale and gate
     assert f"{trunk / 1e9:.2f}" == "7.60"
-    assert whole == 7_611_515_552
+    assert whole == 7_689_941_664
 
 
 def test_the_documented_command_prints_the_documented_line():
@@ -182,9 +192,7 @@ def test_long_skips_join_mirrored_blocks():
 
 
 def test_several_images_depend_on_each_other_and_on_their_positions():
-    torch.manual_seed(0)
-    network = Decoder(SMALL)
-    torch.nn.init.normal_(network.image_out.weight)
+    network = trained(SMALL)
     z_txt = torch.randn(2, 5, 16)
     z_img = torch.randn(2, 12, 16, requires_grad=True)
     levels = torch.tensor([[20.0, 0.0], [20.0, 1.0]])
@@ -219,3 +227,85 @@ def test_eq_17_in_the_logits_is_its_energy():
     torch.testing.assert_close(
         (added @ means.T).log_softmax(-1), log_score_ratio(energies), rtol=1e-4, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("changes", [{}, {"decoder": "transformer", "n_heads": 4, "n_kv_heads": 2}])
+@torch.no_grad()
+def test_what_is_dropped_is_silent(changes):
+    network = trained(dataclasses.replace(SMALL, **changes))
+    one, other = torch.randn(2, 2, 5, 16).unbind()
+    image, noise = torch.randn(2, 2, 6, 16).unbind()
+    dropped = {"text": {"level": torch.full((2,), -20.0)}}
+
+    def v(z_txt, **more):
+        return call(network, z_txt, image, **more).image
+
+    assert not torch.allclose(v(one), v(other))
+    assert torch.equal(v(one, **dropped), v(other, **dropped))
+    seen = {"text": dropped["text"] | {"estimate": torch.ones(2, 5, 16)}}
+    assert torch.equal(v(one, **dropped), v(one, **seen))
+    dropped = {"images": {"level": torch.full((2, 1), -20.0)}}
+    texts = (call(network, one, shown, **dropped).text for shown in (image, noise))
+    assert torch.equal(*texts)
+    without = v(one, class_ids=[-1, -1])
+    network.embed.class_embedding.weight[-1] += 1.0  # the row of no class
+    assert torch.equal(v(one, class_ids=[-1, -1]), without)
+
+
+@torch.no_grad()
+def test_the_parts_of_a_token_have_one_size_at_the_start():
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, d_model=256, text_length=64)
+    embed = Decoder(config).embed
+    z_txt, z_img = torch.randn(500, 64, 16), torch.randn(500, 6, 16)
+    levels = torch.linspace(-20, 20, 500)
+    tokens = embed.text_in(torch.cat([z_txt, torch.zeros_like(z_txt)], -1)) + embed.text_position
+    parts = {
+        "patch": embed.image_in(z_img),
+        "text": embed.text_in(torch.cat([z_txt, torch.zeros_like(z_txt)], -1)),
+        "level": embed.level(levels),
+        "label": embed.class_embedding.weight,
+        "summary": embed.summary((tokens + embed.level(levels).unsqueeze(1)).amax(1)),
+        "image position": embed.image_position,
+        "text position": embed.text_position,
+        "time": embed.time_token,
+        "pads": embed.pads,
+    }
+    for name, part in parts.items():
+        assert part.square().mean().sqrt() == pytest.approx(0.5, rel=0.25), name
+
+
+def test_levels_and_labels_modulate_every_token_by_its_own():
+    """The modulation of a token depends on its own level and on the class, and on nothing else."""
+    network = trained(SMALL)
+    z_txt, z_img = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    seen = []
+    network.trunk.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[3]))
+    prompt = torch.zeros(2, 5, dtype=torch.bool)
+    prompt[:, :2] = True
+    call(network, z_txt, z_img, text={"prompt": prompt, "level": torch.tensor([1.0, 2.0])})
+    text, (image,) = LAYOUT.split(seen[0])
+    level = network.embed.level
+    label = network.embed.class_embedding.weight[0]
+
+    def expected(log_snr, label):
+        condition = level(torch.tensor(log_snr)) + label
+        return network.embed.modulation(torch.nn.functional.silu(condition))
+
+    torch.testing.assert_close(text[0, 0], expected(20.0, label))
+    torch.testing.assert_close(text[0, 4], expected(1.0, label))
+    torch.testing.assert_close(text[1, 4], expected(2.0, torch.zeros(32)))
+    torch.testing.assert_close(image[1, 3], expected(0.0, torch.zeros(32)))
+
+
+@torch.no_grad()
+def test_a_zero_modulation_changes_nothing():
+    torch.manual_seed(0)
+    network = Decoder(SMALL)
+    plain = Decoder(dataclasses.replace(SMALL, adaln=False))
+    missing = plain.load_state_dict(network.state_dict(), strict=False)
+    assert not missing.missing_keys
+    for decoder in (network, plain):
+        torch.nn.init.eye_(decoder.image_out.weight)
+    inputs = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
+    torch.testing.assert_close(call(network, *inputs).image, call(plain, *inputs).image)

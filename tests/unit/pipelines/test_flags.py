@@ -3,10 +3,10 @@
 import pytest
 
 from docs.generate import flag_names, jobs
-from mdm.config import RENAMED
 from mdm.presets import PRESETS
 from mdm.utils.command_line import parse_cli
 from mdm.utils.flags import flag_types
+from mdm.utils.saved_config import RENAMED
 
 JOBS = jobs()
 

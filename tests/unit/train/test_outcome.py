@@ -4,9 +4,9 @@ import mlflow
 import pytest
 
 from mdm.checkpoint.state import TrainState
-from mdm.config import fingerprint
 from mdm.train import outcome
 from mdm.utils.progress import Progress
+from mdm.utils.saved_config import fingerprint
 from tests.helpers import small_config
 from tests.unit.utils.test_tracking import log_event, log_metrics, steps_of, write_old_journal
 
