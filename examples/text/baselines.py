@@ -8,6 +8,7 @@ the output. `unigram` needs no training.
 Shapes: B rows, M tokens, V vocabulary, D d_model.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -142,7 +143,7 @@ class Masked(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.position = nn.Parameter(torch.randn(config.text_length, d) * 0.02)
         self.frame = nn.Parameter(torch.randn(FRAME, d) * 0.02)
-        self.trunk = Trunk(config)
+        self.trunk = Trunk(dataclasses.replace(config, adaln=False))  # no level to be told
         self.head = nn.Sequential(
             nn.RMSNorm(d), nn.Linear(d, d_ff), nn.SiLU(), nn.Linear(d_ff, d), nn.RMSNorm(d)
         )

@@ -120,7 +120,7 @@ def cross_entropy(loss: Loss, successors: Tensor, seed: int) -> float:
     z = torch.where(prompt.unsqueeze(-1), means[tokens], noise)
     level = torch.full((ROWS,), schedule.TEXT.log_snr_range()[1])
     none = torch.full((ROWS,), -1)
-    log_p = text_logits(loss.network(TextInput(z, level, prompt), none).text, means, bias)
+    log_p = text_logits(loss.network(TextInput(z, level, prompt), none), means, bias)
     each, length = torch.arange(ROWS), prompt.sum(1)
     after = log_p.log_softmax(-1)[each, length]  # [B, V]
     allowed = successors[tokens[each, length - 1] - FIRST] + FIRST

@@ -18,12 +18,13 @@ from typing import Any
 from examples.demo.stages import JobStage, JobStageError, Runner, command, end_leftovers
 from examples.text import corpus, report
 from examples.text.train import KINDS
-from mdm.config import doc, fingerprint
+from mdm.config import doc
 from mdm.launch.processes import CPU_ENV
 from mdm.presets import PRESETS
 from mdm.report.page import target_lines
 from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import POSITIVE, check_fields
+from mdm.utils.saved_config import fingerprint
 
 PRESET, DONE = "learn_text", "done.json"
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from examples.text import train
 from examples.text.baselines import Autoregressive, Masked, parameters, unigram
 from examples.text.data import ROW, Rows
-from mdm.config import Config, doc, from_dict
+from mdm.config import Config, doc
 from mdm.evaluate.likelihood import latents_of, network_denoiser, per_character, text_bound
 from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer
 from mdm.generate.denoise import denoise
@@ -34,6 +34,7 @@ from mdm.model.mdm import MDM
 from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import POSITIVE, check_fields
 from mdm.utils.files import load_json, write_json
+from mdm.utils.saved_config import from_dict
 
 BATCH = 31  # rows evaluated together
 PARTS = ("prior", "diffusion", "reconstruction")

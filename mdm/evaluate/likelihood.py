@@ -113,7 +113,7 @@ def network_denoiser(model: MDM, self_conditions: bool) -> Denoiser:
         text = TextInput(z, log_snr, prompt)
         class_ids = torch.full((len(z),), -1)
         for last in (False, True) if self_conditions else (True,):
-            logits = text_logits(model.network(text, class_ids).text, means, bias)
+            logits = text_logits(model.network(text, class_ids), means, bias)
             if not last:
                 text = text._replace(estimate=logits.softmax(-1) @ means)
         return logits

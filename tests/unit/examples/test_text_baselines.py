@@ -140,9 +140,9 @@ def test_fork_measures_ln_k_for_a_model_that_knows_the_chain():
         tokens = token_of(text.z_t, means).argmin(-1)
         return table[tokens].roll(1, 1)
 
-    loss.network.forward = lambda text, class_ids: type("P", (), {"text": logits(text, class_ids)})
+    loss.network.forward = logits
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fork, "text_logits", lambda h, means, bias: h)
+        patch.setattr(fork, "text_logits", lambda prediction, means, bias: prediction)
         assert fork.cross_entropy(loss, successors, 2) == pytest.approx(math.log(4), rel=1e-5)
         table[fork.FIRST :, fork.FIRST] = 0.0  # a fifth successor
         assert fork.cross_entropy(loss, successors, 2) > math.log(4) * 1.1
