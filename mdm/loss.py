@@ -120,8 +120,8 @@ class Loss(nn.Module):
         eps_img = se_img = se_txt.new_zeros(len(batch))
         if image is not None and prediction.image is not None:
             rec_img, kl_term = image.rec, text.kl + image.kl
-            terms = self.image_loss(prediction.image.float(), image, levels.t_img)
-            eps_img, se_img = ((term * levels.scores_img).sum(1) for term in terms)
+            by_image = self.image_loss(prediction.image.float(), image, levels.t_img)
+            eps_img, se_img = ((term * levels.scores_img).sum(1) for term in by_image)
 
         # Means over all samples, not over the noisy ones: ranks then average to the global loss.
         terms = eps_img.mean(), se_img.mean(), text.texts.average(se_txt)

@@ -133,6 +133,12 @@ LEARN_TEXT = Config(
     experiment="learn_text",
 )
 
+# A label is a weak condition that captions do not replace: it gets a share of its own.
+_OBJECTIVE = ObjectiveConfig(p_text_to_image=0.3, p_image_to_text=0.15, p_image=0.35, p_class=0.9)
+
+# At 1e-4 the first steps of Adam would move a branch's weights by a tenth each.
+_WARMUP = 5000
+
 # Sources and texts of all presets beyond the demo.
 _DATA = DataConfig(
     root="s3://mdm/encoded",
@@ -149,25 +155,32 @@ _DATA = DataConfig(
 # The paper's parameters: 49 blocks of width 2048 with a mixer for each of six scans.
 MDM_7B = Config(
     model=ModelConfig(scan_mode="separate", kernel="fused"),
+    objective=_OBJECTIVE,
     data=_DATA,
     train=TrainConfig(
-        activation_checkpointing=True, deepspeed="deepspeed_configs/zero3_multinode.json"
+        warmup=_WARMUP,
+        activation_checkpointing=True,
+        deepspeed="deepspeed_configs/zero3_multinode.json",
     ),
 )
 
 # The paper's GFLOPs: the same 49 blocks with one mixer each, scans in turn, and long skips.
 MDM_1B = Config(
-    model=ModelConfig(scan_mode="alternate", long_skip=True, kernel="fused"), data=_DATA
+    model=ModelConfig(scan_mode="alternate", long_skip=True, kernel="fused"),
+    objective=_OBJECTIVE,
+    data=_DATA,
+    train=TrainConfig(warmup=_WARMUP),
 )
 
 # One GPU of 24 GB or more: 0.19 B parameters, weights and averages whole on it.
 DEV_1GPU = Config(
     model=ModelConfig(d_model=1024, n_layer=24, long_skip=True, kernel="fused"),
+    objective=_OBJECTIVE,
     data=dataclasses.replace(_DATA, global_batch=64, dialogue_length=256),
     train=TrainConfig(
         steps=200_000,
         lr=3e-4,
-        warmup=1000,
+        warmup=2000,
         activation_checkpointing=True,
         deepspeed="deepspeed_configs/zero2.json",
     ),

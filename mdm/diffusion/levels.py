@@ -68,8 +68,10 @@ def image_times(distribution: str, uniforms: Tensor) -> Tensor:
         return uniforms
     normals = torch.special.ndtri(uniforms.double().clamp(1e-6, 1 - 1e-6))
     if distribution == "logit_normal":
-        return normals.sigmoid().to(uniforms.dtype)
-    return ((1.2 * normals - 1.2).exp().atan() * 2 / torch.pi).to(uniforms.dtype)
+        times: Tensor = normals.sigmoid()
+    else:
+        times = (1.2 * normals - 1.2).exp().atan() * 2 / torch.pi
+    return times.to(uniforms.dtype)
 
 
 def draw_levels(

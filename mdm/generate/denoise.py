@@ -105,11 +105,11 @@ class _State:
         self.text_track = _Track(request.text, self._solvers(1))
         self.image = self.noise_img
         if request.latents is not None:
-            self.image = self.vae.normalize_image(self.vae.encode_image(request.latents)[0])
-        if request.image == GENERATED and request.latents is not None:
-            assert self.noise_img is not None
+            z_0 = self.vae.normalize_image(self.vae.encode_image(request.latents)[0])
             abar = torch.tensor(self.image_track.level(0)).sigmoid()
-            self.image = schedule.noised(self.image, self.noise_img, abar)
+            self.image = z_0
+            if request.image == GENERATED and self.noise_img is not None:
+                self.image = schedule.noised(z_0, self.noise_img, abar)
         self._set_text()
         b, m = self.prompt.shape
         n = 0 if self.image is None else self.image.shape[1]

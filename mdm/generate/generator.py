@@ -16,9 +16,10 @@ from mdm.config import Config
 from mdm.data.provenance import Provenance, check_tokenizer
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.pixel_patches import PixelPatches
-from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer
+from mdm.first_stage.tokenizer import EOS, Tokenizer
 from mdm.generate.denoise import denoise
 from mdm.generate.loading import load_first_stage, load_model
+from mdm.generate.prompts import dialogue_prompt, padded
 from mdm.generate.request import ABSENT, GENERATED, GIVEN, Request, Sampling
 from mdm.generate.selection import Selected
 from mdm.model.mdm import MDM
@@ -28,7 +29,6 @@ from mdm.utils.saved_config import from_dict
 
 log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
-IMAGE_MARK = "<image>"  # marks the place of an image in a turn of a dialogue
 TRAIL = 2  # joint texts take so many times the image's steps: captions follow images better
 
 
@@ -183,7 +183,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         ids = [self.tokenizer.encode_caption(text) for text in texts]
         if cut := [text for text, i in zip(texts, ids, strict=True) if len(i) >= length]:
             log.warning("%d captions cut to %d tokens, as in training: %r", len(cut), length, cut)
-        tokens = _padded([[*i[: length - 1], EOS] for i in ids], length)
+        tokens = padded([[*i[: length - 1], EOS] for i in ids], length)
         request = self._request(GENERATED, GIVEN, len(texts), seed, tokens=tokens)
         sampling = Sampling(image_steps=steps, image_guidance=guidance, **options)
         return self._pixels(self._run(request, sampling)[0])
@@ -235,7 +235,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         k = 0 if images is None else images.shape[1]
         if images is not None and len(images) != len(dialogues):
             raise ValueError(f"{len(images)} sets of images for {len(dialogues)} dialogues")
-        prompts = [self._prompt(turns, k, length - room) for turns in dialogues]
+        prompts = [dialogue_prompt(self.tokenizer, turns, k, length - room) for turns in dialogues]
         lengths = [len(ids) for ids, _ in prompts]
         request = self._request(
             ABSENT if images is None else GIVEN,
@@ -245,32 +245,12 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             length=length,
             latents=None if images is None else images.flatten(1, 2),
             image_at=None if images is None else torch.tensor([at for _, at in prompts]),
-            tokens=_padded([ids for ids, _ in prompts], length),
+            tokens=padded([ids for ids, _ in prompts], length),
             prompt=torch.arange(length) < torch.tensor(lengths).unsqueeze(1),
         )
         sampling = Sampling(text_steps=steps, text_guidance=guidance, **options)
         rows = self._run(request, sampling)[1].tolist()
         return [self.tokenizer.decode(row[n:]) for row, n in zip(rows, lengths, strict=True)]
-
-    def _prompt(self, turns: Sequence[str], k: int, longest: int) -> tuple[list[int], list[int]]:
-        """A dialogue's prompt, cut at its beginning, and the positions of its k images."""
-        texts: list[str] = []
-        places = []
-        for turn in turns:
-            text, *rest = (part.strip() for part in turn.split(IMAGE_MARK))
-            for part in rest:
-                # Every turn begins with the token of its speaker.
-                places.append(sum(1 + len(self.tokenizer.encode(t)) for t in (*texts, text)))
-                text = f"{text} {part}".strip()
-            texts.append(text if rest else turn)
-        ids = self.tokenizer.encode_prompt(texts)
-        cut = max(len(ids) - longest, 0)
-        if places and len(places) != k:
-            raise ValueError(
-                f"a dialogue marks {len(places)} places with {IMAGE_MARK} but has {k} images: "
-                f"{turns!r}"
-            )
-        return ids[cut:], [max(at - cut, 0) for at in places] or [-1] * k
 
     def joint(
         self,
@@ -307,15 +287,16 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             text_steps: evaluations for the text.
             options: further options.
         """
-        begin: dict[str, Tensor | None] = {"latents": images}
+        classes = tokens = prompt = None
         if class_ids is not None:
-            begin["class_ids"] = torch.tensor(class_ids, dtype=torch.long)
+            classes = torch.tensor(class_ids, dtype=torch.long)
         length, lengths = self.config.data.caption_length, [0] * n
         if dialogues is not None:
-            prompts = [self._prompt(turns, 0, length - length // 2)[0] for turns in dialogues]
+            longest = length - length // 2
+            prompts = [dialogue_prompt(self.tokenizer, d, 0, longest)[0] for d in dialogues]
             lengths = [len(ids) for ids in prompts]
-            begin["tokens"] = _padded(prompts, length)
-            begin["prompt"] = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
+            tokens = padded(prompts, length)
+            prompt = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
         sampling = Sampling(
             image_steps=steps,
             text_steps=TRAIL * steps if text_steps is None else text_steps,
@@ -324,8 +305,10 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             image_noise=image_noise,
             **options,
         )
-        latents, tokens = self._run(self._request(GENERATED, GENERATED, n, seed, **begin), sampling)
-        rows = zip(tokens.tolist(), lengths, strict=True)
+        given = {"latents": images, "class_ids": classes, "tokens": tokens, "prompt": prompt}
+        request = self._request(GENERATED, GENERATED, n, seed, length, **given)
+        latents, drawn = self._run(request, sampling)
+        rows = zip(drawn.tolist(), lengths, strict=True)
         return self._pixels(latents), [self.tokenizer.decode(row[start:]) for row, start in rows]
 
     def _request(
@@ -363,8 +346,3 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
 
     def _texts(self, tokens: Tensor) -> list[str]:
         return [self.tokenizer.decode(row) for row in tokens.tolist()]
-
-
-def _padded(texts: list[list[int]], length: int) -> Tensor:
-    """Token ids i64 [b, length]."""
-    return torch.tensor([ids + [PAD] * (length - len(ids)) for ids in texts])

@@ -9,7 +9,7 @@ from mdm.checkpoint.state import TrainState, check_resumable
 from mdm.config import Config, DataConfig, GuardConfig, ModelConfig, TrainConfig, config_of, doc
 from mdm.presets import PRESETS
 from mdm.utils.command_line import parse_cli
-from mdm.utils.saved_config import RENAMED, fingerprint, from_dict, to_dict
+from mdm.utils.saved_config import FORMER_VALUES, RENAMED, fingerprint, from_dict, to_dict
 
 
 @dataclass(frozen=True)
@@ -249,3 +249,44 @@ def test_a_checkpoint_with_former_keys_continues_and_its_changes_are_found():
     other = dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_window=9))
     with pytest.raises(ValueError, match=r"data\.shuffle_window was 4 and is 9"):
         check_resumable(state, other, "step-1")
+
+
+def without_new_keys(config: Config) -> dict:
+    """The config as a version before `FORMER_VALUES` wrote it."""
+    values = formerly_written(config)
+    for key in FORMER_VALUES:
+        section, _, name = key.partition(".")
+        del values[section][name]
+    return values
+
+
+def test_what_a_former_version_did_without_saving_it_is_filled_in():
+    plain = PRESETS["demo"]
+    former = from_dict(Config, without_new_keys(plain))
+    assert not former.model.adaln
+    assert not former.model.silent
+    assert former.model.text_head == "latent"
+    assert former.objective.image_candidates == "latents"
+    assert former.train.precision == "bf16"
+    state = TrainState.from_json({"config": without_new_keys(plain)})
+    assert state.config == to_dict(former)
+    assert check_resumable(state, former, "step-1") == []
+    with pytest.raises(ValueError, match=r"model\.text_head was 'latent' and is 'full'"):
+        check_resumable(state, plain, "step-1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scan_mode": "separate"}, r"model\.scan_mode separate: two of its six mixers"),
+        ({"decoder": "transformer", "n_heads": 4}, r"model\.decoder transformer: .* rotary"),
+    ],
+)
+def test_weights_that_mean_something_else_now_are_refused(changes, reason):
+    plain = PRESETS["demo"]
+    config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, **changes))
+    assert from_dict(Config, to_dict(config)) == config
+    with pytest.raises(ValueError, match=reason):
+        from_dict(Config, without_new_keys(config))
+    with pytest.raises(ValueError, match=reason):
+        TrainState.from_json({"config": without_new_keys(config)})

@@ -13,6 +13,7 @@ from mdm.first_stage import autoencoder
 from mdm.first_stage.tokenizer import train_model
 from mdm.generate import Generator
 from mdm.generate import generator as module
+from mdm.generate.prompts import dialogue_prompt
 from mdm.generate.request import Request
 from mdm.loss import Loss
 from mdm.utils.saved_config import to_dict
@@ -211,14 +212,14 @@ def test_a_reply_depends_on_images_and_their_positions(generator):
 def test_places_of_images_count_tokens(generator):
     pieces = generator.tokenizer
     turns = ("one <image>", "two", "<image> three")
-    ids, places = generator._prompt(turns, 2, 40)
+    ids, places = dialogue_prompt(pieces, turns, 2, 40)
     assert ids == pieces.encode_prompt(("one", "two", "three"))
     one, two = len(pieces.encode("one")), len(pieces.encode("two"))
     assert places == [1 + one, 1 + one + 1 + two + 1]
-    cut, moved = generator._prompt(turns, 2, len(ids) - 2)
+    cut, moved = dialogue_prompt(pieces, turns, 2, len(ids) - 2)
     assert cut == ids[2:]
     assert moved == [at - 2 for at in places]
-    assert generator._prompt(("one",), 2, 40)[1] == [-1, -1]
+    assert dialogue_prompt(pieces, ("one",), 2, 40)[1] == [-1, -1]
 
 
 def test_a_long_dialogue_leaves_room_for_the_reply(generator, monkeypatch):
