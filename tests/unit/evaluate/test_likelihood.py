@@ -163,6 +163,7 @@ def test_network_without_knowledge_costs_what_the_closed_form_says() -> None:
 
 def test_network_reads_its_own_estimate_of_the_same_latents() -> None:
     model = tiny_model()
+    torch.nn.init.normal_(model.network.text_out.weight)
     means, bias = model.vae.vocabulary()
     z, level = torch.randn(3, M, C), torch.tensor([-3.0, 0.0, 3.0])
     with torch.no_grad():
