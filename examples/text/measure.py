@@ -25,7 +25,13 @@ from examples.text import train
 from examples.text.baselines import Autoregressive, Masked, parameters, unigram
 from examples.text.data import ROW, Rows
 from mdm.config import Config, doc
-from mdm.evaluate.likelihood import latents_of, network_denoiser, per_character, text_bound
+from mdm.evaluate.likelihood import (
+    TextBound,
+    latents_of,
+    network_denoiser,
+    per_character,
+    text_bound,
+)
 from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer
 from mdm.generate.denoise import denoise
 from mdm.generate.loading import load_model
@@ -37,7 +43,6 @@ from mdm.utils.files import load_json, write_json
 from mdm.utils.saved_config import from_dict
 
 BATCH = 31  # rows evaluated together
-PARTS = ("prior", "diffusion", "reconstruction")
 
 # Rows [B, M] that begin with the prompts [B, P].
 Sampler = Callable[[Tensor, int], Tensor]
@@ -74,8 +79,8 @@ def run(flags: Flags) -> dict[str, Any]:
     self_conditions = config.objective.p_self_condition > 0
     baselines = {kind: train.load(kind, config, folder / kind) for kind in train.KINDS}
 
-    nats, parts = diffusion_nats(model, held_out.tokens, self_conditions, flags)
-    paid = {"diffusion": nats}
+    bound = diffusion_bound(model, held_out.tokens, self_conditions, flags)
+    paid = {"diffusion": bound.total.numpy()}
     paid["unigram"] = unigram(seen, held_out.tokens, config.model.vocab_size).numpy()
     for kind, baseline in baselines.items():
         draws = flags.levels if kind == "masked" else 1
@@ -84,10 +89,11 @@ def run(flags: Flags) -> dict[str, Any]:
     for name, values in paid.items():
         value, error = per_character(values, held_out.characters, held_out.files)
         report |= {name: value, f"{name}_se": error}
-    report["parts"] = {
-        name: per_character(values, held_out.characters, held_out.files)[0]
-        for name, values in parts.items()
-    }
+    parts = [bound.prior, *bound.levels.unbind(1), bound.reconstruction]
+    prior, *levels, reconstruction = (
+        per_character(part.numpy(), held_out.characters, held_out.files)[0] for part in parts
+    )
+    report["bound"] = {"prior": prior, "levels": levels, "reconstruction": reconstruction}
     samplers: dict[str, Sampler] = {"diffusion": diffusion_sampler(model, self_conditions, flags)}
     for kind, baseline in baselines.items():
         samplers[kind] = baseline_sampler(baseline, flags.seed)
@@ -100,21 +106,17 @@ def run(flags: Flags) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def diffusion_nats(
+def diffusion_bound(
     model: MDM, tokens: NDArray[np.int64], self_conditions: bool, flags: Flags
-) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
-    """The bound of each row, [R], and its parts."""
+) -> TextBound:
+    """The bound of each row, [R], f64."""
     generator = torch.Generator().manual_seed(flags.seed)
     denoiser, latents = network_denoiser(model, self_conditions), latents_of(model)
     bounds = [
         text_bound(denoiser, latents, part, generator, flags.levels)
         for part in tqdm(torch.from_numpy(tokens).split(BATCH), desc="diffusion", leave=False)
     ]
-    parts = {
-        name: torch.cat([getattr(bound, name) for bound in bounds]).double().numpy()
-        for name in PARTS
-    }
-    return sum(parts.values(), np.zeros(len(tokens))), parts
+    return TextBound(*(torch.cat(part).double() for part in zip(*bounds, strict=True)))
 
 
 @torch.no_grad()

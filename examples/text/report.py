@@ -1,9 +1,13 @@
 """The report of `make learn-text`: `report.json` for programs, `report.html` for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from markupsafe import Markup
+
+from mdm.diffusion import schedule
 from mdm.report.charts import bar_chart, line_chart
 from mdm.report.page import Target, loss_charts, reached, render, target_chart, write_report
 from mdm.utils.files import read_lines
@@ -44,6 +48,7 @@ def write(run: Path, markers: Mapping[str, Any], settings: Mapping[str, Any]) ->
     content = {
         "report": report,
         "bits": [(TITLES[name], report[_key(name)], report[f"{_key(name)}_se"]) for name in TITLES],
+        "levels_chart": _levels_chart(report["bound_by_level"]),
         "chart": bar_chart(bits, "bits per character of held-out text", "bits", "{:.3f}"),
         "targets": rows,
         "target_chart": target_chart(rows),
@@ -74,7 +79,24 @@ def _numbers(measured: Mapping[str, Any]) -> dict[str, Any]:
         numbers[_key(name)], numbers[f"{_key(name)}_se"] = measured[name], measured[f"{name}_se"]
     for name in ("unigram", "masked", "autoregressive"):
         numbers[f"ratio_to_{name}"] = measured["diffusion"] / measured[name]
-    return numbers | {f"bound_{name}": value for name, value in measured["parts"].items()}
+    bound = measured["bound"]
+    return numbers | {
+        "bound_prior": bound["prior"],
+        "bound_diffusion": sum(bound["levels"]),
+        "bound_reconstruction": bound["reconstruction"],
+        "bound_by_level": bound["levels"],  # equal ranges of log-SNR, from noise to data
+    }
+
+
+def _levels_chart(levels: Sequence[float]) -> Markup:
+    """Where between noise and data the bits are paid."""
+    high, low = schedule.TEXT.log_snr_range()
+    edges = np.linspace(low, high, len(levels) + 1)
+    bars = {
+        f"log-SNR {a:.1f} … {b:.1f}": value
+        for a, b, value in zip(edges, edges[1:], levels, strict=False)
+    }
+    return bar_chart(bars, "bits per character by noise level", "bits", "{:.3f}")
 
 
 def _baseline_charts(run: Path) -> list[dict[str, Any]]:

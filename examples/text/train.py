@@ -57,8 +57,10 @@ def text_parameters(config: Config) -> int:
 def make(kind: str, config: Config) -> Autoregressive | Masked:
     """A baseline as large as the diffusion model of `config`, with weights of its seed."""
     torch.manual_seed(config.seed)
-    of = {"autoregressive": Autoregressive, "masked": Masked}[kind]
-    return of.of_size(config.model, text_parameters(config))
+    size = text_parameters(config)
+    if kind == "masked":
+        return Masked.of_size(config.model, size)
+    return Autoregressive.of_size(config.model, size)
 
 
 def batch_indices(rows: int, batch: int, step: int, seed: int) -> Tensor:

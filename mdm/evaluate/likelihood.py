@@ -57,15 +57,20 @@ class Latents(NamedTuple):
 
 
 class TextBound(NamedTuple):
-    """An upper bound of -log p of each text, in nats, and its parts, [B] each."""
+    """An upper bound of -log p of each text, in nats, as a sum of its parts."""
 
-    prior: Tensor
-    diffusion: Tensor
-    reconstruction: Tensor
+    prior: Tensor  # [B]
+    levels: Tensor  # [B, levels], of equally wide ranges of log-SNR, from noise to data
+    reconstruction: Tensor  # [B]
+
+    @property
+    def diffusion(self) -> Tensor:
+        """All levels, [B]."""
+        return self.levels.sum(1)
 
     @property
     def total(self) -> Tensor:
-        """The bound."""
+        """The bound, [B]."""
         return self.prior + self.diffusion + self.reconstruction
 
 
@@ -89,16 +94,16 @@ def text_bound(
     # Evenly spread offsets in random order: texts in a batch help each other.
     b = len(tokens)
     offset = (torch.randperm(b, generator=generator) + torch.rand(b, generator=generator)) / b
-    diffusion = torch.zeros(b)
+    paid = []
     for level in range(levels):
         log_snr = low + (high - low) * (level + offset) / levels
         z = _draw(latents, tokens, log_snr, generator)
         gap = _score_gap(denoiser(z, log_snr), latents, tokens, z, log_snr)
-        diffusion += (high - low) / levels * 0.5 * (-log_snr).sigmoid() * gap
+        paid.append((high - low) / levels * 0.5 * (-log_snr).sigmoid() * gap)
     end = torch.full((b,), high)
     log_s = denoiser(_draw(latents, tokens, end, generator), end).log_softmax(-1)
     reconstruction = -log_s.gather(-1, tokens.unsqueeze(-1)).sum((1, 2))
-    return TextBound(_prior(latents, tokens, low), diffusion, reconstruction)
+    return TextBound(_prior(latents, tokens, low), torch.stack(paid, 1), reconstruction)
 
 
 def network_denoiser(model: MDM, self_conditions: bool) -> Denoiser:

@@ -17,7 +17,7 @@ MEASURED = {
     "diffusion": 2.1, "diffusion_se": 0.02,
     "masked": 2.0, "masked_se": 0.03,
     "autoregressive": 1.5, "autoregressive_se": 0.04,
-    "parts": {"prior": 0.01, "diffusion": 2.0, "reconstruction": 0.09},
+    "bound": {"prior": 0.01, "levels": [0.5, 1.5], "reconstruction": 0.09},
     "parameters": {"diffusion": 10, "masked": 11, "autoregressive": 9},
     "samples": {
         "begun": {"diffusion": ["One <text>."], "masked": [""], "autoregressive": ["Two."]},
@@ -64,6 +64,7 @@ def test_report_states_bits_errors_and_ratios(tmp_path):
     assert content["bits_per_character"] == 2.1
     assert content["bits_per_character_se"] == 0.02
     assert content["ratio_to_autoregressive"] == pytest.approx(1.4)
+    assert content["bound_diffusion"] == 2.0
     assert content["ratio_to_masked"] == 1.05
     assert content["targets"] == {
         "ratio_to_unigram": True, "ratio_to_masked": True, "ratio_to_autoregressive": False,
