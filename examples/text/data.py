@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def _lines(documents: Sequence[Document]) -> list[str]:
     return lines + [" ".join(sorted(ALPHABET - {" "}))] * most
 
 
-@job("text_data", ValueError)
+@job("text_data", ValueError, PackageNotFoundError)
 def main() -> None:
     """Write the data and print its size."""
     flags = parse_cli(Flags, description=__doc__ or "")

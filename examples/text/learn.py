@@ -11,7 +11,7 @@ from mdm.launch.job import job
 import os
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def run(flags: Flags) -> dict[str, Any]:
     return report.write(Path(flags.out), markers, vars(flags))
 
 
-@job("learn_text", ValueError)
+@job("learn_text", ValueError, PackageNotFoundError)
 def main() -> int:
     """Run the job; exit code 1 if a target is missed."""
     flags = parse_cli(Flags, description=__doc__ or "")
