@@ -49,7 +49,12 @@ class ModelConfig:
         True, "noise levels and labels also scale, shift and gate every block (adaLN-single)"
     )
     silent: bool = doc(True, "what is dropped adds nothing to the sequence")
-    text_summary: bool = doc(True, "add the maximum over the text's tokens to every patch")
+    text_summary: str = doc(
+        "latents",
+        "what is added to every patch: the maximum over the text's tokens, before their positions "
+        "and levels are added or after it",
+        one_of("latents", "tokens", "none"),
+    )
     text_head: str = doc(
         "full",
         "text scores from <h, mu_v>, of rank latent_dim; full: plus weights of each piece",

@@ -6,14 +6,16 @@
   generate.py --checkpoint runs/demo/train/export --task reply --input "How are you?"
   generate.py --task reply --input "<image> Which digit is this?" --images a.png
   generate.py --checkpoint runs/demo/train/export --task joint --n 16
+  generate.py --task joint --classes 3 --images a.png --input "Draw a digit, and name it."
   generate.py --checkpoint runs/demo/train/export --selection 0.5 --selection_map map.png
 
 Repeat --input for several inputs; commas also separate classes, and '|' separates texts and
 dialogues. Images are written to --out, one PNG each and a grid; texts are printed. '=>' separates
-the turns of a dialogue, user first; `<image>` marks the place of each of `--images`. A step is one
-evaluation of the network, whatever the solver. `--selection_map` shows which tokens had settled at
-each evaluation: one row per result, one column per evaluation, with settled tokens in orange, those
-of the image above those of the text.
+the turns of a dialogue, user first; `<image>` marks the place of each of `--images`. Joint samples
+may begin with a class, an image or a dialogue, or with one of each. A step is one evaluation of the
+network, whatever the solver. `--selection_map` shows which tokens had settled at each evaluation:
+one row per result, one column per evaluation, with settled tokens in orange, those of the image
+above those of the text.
 """
 
 from mdm.launch.job import job

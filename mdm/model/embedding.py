@@ -25,7 +25,7 @@ class Embedded(NamedTuple):
     """The sequence that the blocks read. A `NamedTuple`: DeepSpeed's ZeRO-3 hooks know those."""
 
     x: Tensor  # [b, l, d], or [1, r (m + FRAME), d] of packed texts
-    modulation: Tensor | None  # f32 [..., l, 3 d], shift, scale and gate of each token's level
+    modulation: Tensor | None  # f32 [..., l, 3 d], shift, scale and gate of each token
 
 
 class NoiseLevel(nn.Module):
@@ -58,7 +58,7 @@ class Embed(nn.Module):
         super().__init__()
         d, c = config.d_model, config.latent_dim
         n_image = config.image_height * config.image_width
-        self.silent = config.silent
+        self.silent, self.summarizes_tokens = config.silent, config.text_summary == "tokens"
 
         def learned(*shape: int) -> nn.Parameter:
             return nn.Parameter(PART * torch.randn(*shape))
@@ -76,11 +76,10 @@ class Embed(nn.Module):
         self.time_token = learned(d)
         self.pads = learned(4, d)  # around the text, around the image
         self.summary: nn.Linear | None = None
-        if config.text_summary:
+        if config.text_summary != "none":
             self.summary = nn.Linear(d, d)
-            # Latents and positions differ between tokens, levels do not, and the maximum of m
-            # normals is about sqrt(1.3 ln m).
-            largest = math.sqrt(2 * 1.3 * math.log(config.text_length) + 1)
+            # The maximum of m normals is about sqrt(1.3 ln m).
+            largest = math.sqrt(1.3 * math.log(max(config.text_length, 4)))
             nn.init.orthogonal_(self.summary.weight, gain=1 / largest)
             nn.init.zeros_(self.summary.bias)
         self.modulation: Fp32Linear | None = None
@@ -100,19 +99,31 @@ class Embed(nn.Module):
         noised, clean = embedded[:, 0:1], embedded[:, 1:2]
         given = text.prompt.unsqueeze(-1)
 
-        tokens = self._text(text, self._kept(text.level)[:, None, None])
-        tokens = tokens + self.text_position[:m] + torch.where(given, clean, noised)
+        latents = self._text(text, self._kept(text.level)[:, None, None])
+        tokens = latents + self.text_position[:m] + torch.where(given, clean, noised)
         # The time token carries the level of the last image: earlier ones are conditions.
         time = self.time_token + embedded[:, 0] + (0 if images is None else embedded[:, -1])
         label = self._label(class_ids)
-        grids: tuple[Tensor, ...] = ()
+        conditions, grids = embedded[:, :2] + label.unsqueeze(1), ()
         if images is not None:
-            grids = self._images(images, embedded[:, 2:] + label.unsqueeze(1), tokens, text.level)
+            # The model is slow to learn a condition that is a few tokens among many: the label, and
+            # the maximum over the text's tokens, which padding does not dilute, are added to every
+            # patch too.
+            condition = embedded[:, 2:] + label.unsqueeze(1)
+            if self.summary is not None:
+                summary = self.summary((tokens if self.summarizes_tokens else latents).amax(1))
+                kept = self._kept(text.level).unsqueeze(-1)
+                condition = condition + (summary * kept).unsqueeze(1)
+            if images.at is not None:  # an image takes the position of a text token
+                place = self.text_position[images.at.clamp(min=0)]
+                condition = condition + place * (images.at >= 0).unsqueeze(-1)
+            grids = self._images(images, condition)
+            conditions = torch.cat([conditions, condition], 1)
         pads = self.pads.unsqueeze(1).expand(-1, b, -1).unsqueeze(2)  # [4, b, 1, d]
         x = join((time.unsqueeze(1), label.unsqueeze(1)), tokens, grids, pads.unbind(0))
         if self.modulation is None:
             return Embedded(x, None)
-        noised, clean, *by_image = self._modulate(embedded, label.unsqueeze(1)).split(1, 1)
+        noised, clean, *by_image = self._modulate(conditions).split(1, 1)
         last = by_image[-1] if by_image else noised
         of_images = [
             t.expand(-1, grid.shape[1], -1) for t, grid in zip(by_image, grids, strict=True)
@@ -135,31 +146,20 @@ class Embed(nn.Module):
         x = self._rows(tokens, frame, rows)
         if self.modulation is None:
             return Embedded(x, None)
-        modulated = self._modulate(embedded, label)
+        modulated = self._modulate(embedded + label)
         of_tokens = self._by_token(modulated, text, rows)
         return Embedded(x, self._rows(of_tokens, [modulated[0]] * len(frame), rows))
 
-    def _images(
-        self, images: ImageInput, condition: Tensor, tokens: Tensor, text_level: Tensor
-    ) -> tuple[Tensor, ...]:
+    def _images(self, images: ImageInput, condition: Tensor) -> tuple[Tensor, ...]:
         """The tokens of each image, [b, n / k, d], given what its patches share [b, k, d]."""
-        # The model is slow to learn a condition that is a few tokens among many: the label, and
-        # the maximum over the text's tokens, which padding does not dilute, are added to every
-        # patch too.
-        if self.summary is not None:
-            summary = self.summary(tokens.amax(1)) * self._kept(text_level).unsqueeze(-1)
-            condition = condition + summary.unsqueeze(1)
-        if images.at is not None:  # an image takes the position of a text token
-            place = self.text_position[images.at.clamp(min=0)]
-            condition = condition + place * (images.at >= 0).unsqueeze(-1)
         z_t = images.z_t.unflatten(1, (condition.shape[1], -1))
         patches = self.image_in(z_t * self._kept(images.level)[..., None, None])
         return tuple((patches + self.image_position + condition.unsqueeze(2)).unbind(1))
 
-    def _modulate(self, level: Tensor, label: Tensor) -> Tensor:
-        """Shift, scale and gate at levels [..., d] and labels [..., d], f32 [..., 3 d]."""
+    def _modulate(self, condition: Tensor) -> Tensor:
+        """Shift, scale and gate under conditions [..., d], f32 [..., 3 d]."""
         assert self.modulation is not None
-        modulated: Tensor = self.modulation(F.silu(level + label.float()))
+        modulated: Tensor = self.modulation(F.silu(condition.float()))
         return modulated
 
     def _kept(self, level: Tensor) -> Tensor:

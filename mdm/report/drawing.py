@@ -28,14 +28,19 @@ class Flags:
     checkpoint: str = doc("runs/demo/train/export", "folder of an export")
     task: str = doc("joint", "what is generated from what", one_of(*TASKS))
     input: tuple[str, ...] = doc((), "class, caption, image file or dialogue; repeat for several")
-    images: tuple[str, ...] = doc((), "image file for all replies; repeat for several")
+    images: tuple[str, ...] = doc(
+        (), "image files: for all replies, or one for each joint sample to begin with"
+    )
+    classes: tuple[int, ...] = doc((), "classes for joint samples to begin with")
+    image_noise: float = doc(0.6, "share of noise that an image to begin with gets")
+    max_new_tokens: int = doc(0, "room for a reply, in tokens; 0 for half a text")
     n: int = doc(1, "results for each input, or in all for joint", POSITIVE)
     guidance: float = doc(3.0, "how strongly images follow their condition; 0 for none")
     text_guidance: float | None = doc(None, "the same of captions; for joint, default --guidance")
     guidance_from: float = doc(-math.inf, "log-SNR below which guidance is off")
     guidance_to: float = doc(math.inf, "log-SNR above which guidance is off")
     steps: int = doc(30, "denoising steps")
-    text_steps: int = doc(0, "denoising steps of texts; 0 for the value of --steps")
+    text_steps: int = doc(0, "denoising steps of texts; 0 for --steps, or twice that for joint")
     text_blocks: int = doc(1, "blocks of tokens, denoised one after the other")
     solver: str = doc("dpmpp2m", ", ".join(SOLVERS))
     selection: float = doc(0.0, "nats below which a token has settled and is dropped; 0 for off")
@@ -50,8 +55,16 @@ class Flags:
         check_fields(self)
         if not self.input and self.task != "joint":
             raise ValueError(f"--task {self.task} needs --input")
-        if self.images and self.task != "reply":
-            raise ValueError(f"--images belong to --task reply, not to {self.task}")
+        if self.images and self.task not in ("reply", "joint"):
+            raise ValueError(f"--images belong to --task reply or joint, not to {self.task}")
+        if self.classes and self.task != "joint":
+            raise ValueError(f"--classes belong to --task joint; {self.task} takes --input")
+        begin = {len(given) for given in (self.input, self.images, self.classes) if given}
+        if self.task == "joint" and len(begin) > 1:
+            raise ValueError(
+                f"joint samples begin with {len(self.input)} dialogues, {len(self.images)} images "
+                f"and {len(self.classes)} classes; give as many of each, or none"
+            )
         if self.selection_map and not self.selection:
             raise ValueError(
                 f"--selection_map {self.selection_map} shows nothing with --selection "
@@ -75,8 +88,7 @@ def generate(generator: Generator, flags: Flags) -> list[str]:
     pixels = None
     match flags.task:
         case "joint":
-            joint = image | {"text_guidance": flags.text_guidance, "text_steps": text_steps}
-            pixels, names = generator.joint(flags.n, **joint)
+            pixels, names = generator.joint(**image, **_joint(generator, flags))
         case "class-to-image":
             pixels = generator.class_to_image([int(item) for item in inputs], **image)
             names = [f"class {item}" for item in inputs]
@@ -88,8 +100,10 @@ def generate(generator: Generator, flags: Flags) -> list[str]:
             images = encode(generator, flags.images) if flags.images else None
             if images is not None:
                 images = images.expand(len(inputs), *images.shape)
-            dialogues = [[turn.strip() for turn in item.split("=>")] for item in inputs]
-            names = generator.reply(dialogues, images=images, **text)
+            dialogues = split_turns(inputs)
+            names = generator.reply(
+                dialogues, images=images, max_new_tokens=flags.max_new_tokens, **text
+            )
     if pixels is None:
         lines = [f"{item}: {reply}" for item, reply in zip(inputs, names, strict=True)]
     else:
@@ -101,6 +115,31 @@ def generate(generator: Generator, flags: Flags) -> list[str]:
         Image.fromarray(draw_map(generator.selected, generator.grid)).save(path)
         lines.append(str(path))
     return lines
+
+
+def _joint(generator: Generator, flags: Flags) -> dict[str, Any]:
+    """Further arguments of `Generator.joint`: `flags.n` samples for each beginning."""
+
+    def repeated(items: Sequence[Any]) -> list[Any]:
+        return [item for item in items for _ in range(flags.n)]
+
+    dialogues = split_turns(repeated(flags.input))
+    images = encode(generator, flags.images) if flags.images else None
+    classes = repeated(flags.classes)
+    return {
+        "n": len(dialogues) or len(classes) or flags.n * max(len(flags.images), 1),
+        "class_ids": classes or None,
+        "dialogues": dialogues or None,
+        "images": None if images is None else images.repeat_interleave(flags.n, 0),
+        "image_noise": flags.image_noise,
+        "text_guidance": flags.text_guidance,
+        "text_steps": flags.text_steps or None,
+    }
+
+
+def split_turns(items: Sequence[str]) -> list[list[str]]:
+    """The turns of dialogues in which `=>` separates them."""
+    return [[turn.strip() for turn in item.split("=>")] for item in items]
 
 
 def split_inputs(flags: Flags) -> list[str]:

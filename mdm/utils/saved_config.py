@@ -28,7 +28,7 @@ RENAMED = {
 FORMER_VALUES = {
     "model.adaln": False,
     "model.silent": False,
-    "model.text_summary": True,
+    "model.text_summary": "tokens",
     "model.text_head": "latent",
     "objective.image_candidates": "latents",
     "train.precision": "bf16",  # in which every shipped configuration trained

@@ -65,6 +65,7 @@ FLAGS = {
     "model.adaln": False,
     "model.silent": False,
     "model.text_head": "latent",
+    "model.text_summary": "tokens",
     "objective.image_candidates": "latents",
 }
 ROLLED_BACK = {

@@ -259,13 +259,14 @@ def test_the_parts_of_a_token_have_one_size_at_the_start():
     embed = Decoder(config).embed
     z_txt, z_img = torch.randn(500, 64, 16), torch.randn(500, 6, 16)
     levels = torch.linspace(-20, 20, 500)
-    tokens = embed.text_in(torch.cat([z_txt, torch.zeros_like(z_txt)], -1)) + embed.text_position
     parts = {
         "patch": embed.image_in(z_img),
         "text": embed.text_in(torch.cat([z_txt, torch.zeros_like(z_txt)], -1)),
         "level": embed.level(levels),
         "label": embed.class_embedding.weight,
-        "summary": embed.summary((tokens + embed.level(levels).unsqueeze(1)).amax(1)),
+        "summary": embed.summary(
+            embed.text_in(torch.cat([z_txt, torch.zeros_like(z_txt)], -1)).amax(1)
+        ),
         "image position": embed.image_position,
         "text position": embed.text_position,
         "time": embed.time_token,
@@ -276,7 +277,7 @@ def test_the_parts_of_a_token_have_one_size_at_the_start():
 
 
 def test_levels_and_labels_modulate_every_token_by_its_own():
-    """The modulation of a token depends on its own level and on the class, and on nothing else."""
+    """A text token's depends on its own level and on the class; a patch's on the text too."""
     network = trained(SMALL)
     z_txt, z_img = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
     seen = []
@@ -295,7 +296,10 @@ def test_levels_and_labels_modulate_every_token_by_its_own():
     torch.testing.assert_close(text[0, 0], expected(20.0, label))
     torch.testing.assert_close(text[0, 4], expected(1.0, label))
     torch.testing.assert_close(text[1, 4], expected(2.0, torch.zeros(32)))
-    torch.testing.assert_close(image[1, 3], expected(0.0, torch.zeros(32)))
+    latents = network.embed.text_in(torch.cat([z_txt, torch.zeros_like(z_txt)], -1))
+    summary = network.embed.summary(latents.amax(1))
+    torch.testing.assert_close(image[0, 3], expected(0.0, label + summary[0]))
+    torch.testing.assert_close(image[1, 3], expected(0.0, summary[1]))
 
 
 @torch.no_grad()

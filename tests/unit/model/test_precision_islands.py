@@ -26,7 +26,7 @@ def test_the_noise_level_and_its_modulation():
     embed = trained(SMALL).embed
     levels = torch.linspace(-20, 20, 41)
     level = in_bf16(embed.level, levels)
-    modulation = in_bf16(embed._modulate, level, torch.zeros_like(level))
+    modulation = in_bf16(embed._modulate, level)
     assert level.dtype == modulation.dtype == torch.float32
     embed.double()
     first, _, last = embed.level.mlp

@@ -18,6 +18,14 @@ def test_a_task_needs_its_input():
         Flags(task="reply")
 
 
-def test_images_belong_to_a_dialogue():
-    with pytest.raises(ValueError, match="--images belong to --task reply, not to joint"):
-        Flags(task="joint", images=("a.png",))
+def test_images_and_classes_belong_to_their_tasks():
+    with pytest.raises(ValueError, match="--images belong to --task reply or joint, not to text-"):
+        Flags(task="text-to-image", input=("a",), images=("a.png",))
+    with pytest.raises(ValueError, match="--classes belong to --task joint; reply takes --input"):
+        Flags(task="reply", input=("a",), classes=(1,))
+
+
+def test_joint_samples_begin_with_as_many_of_each():
+    with pytest.raises(ValueError, match="with 1 dialogues, 0 images and 2 classes; give as many"):
+        Flags(task="joint", input=("a",), classes=(1, 2))
+    assert Flags(task="joint", images=("a.png",), classes=(1,)).classes == (1,)

@@ -83,6 +83,26 @@ def test_joint_generation_has_two_guidances_and_two_step_counts(recorder: Record
     assert (options["steps"], options["text_steps"]) == (5, 8)
 
 
+def test_joint_samples_begin_with_what_is_given(recorder: Recorder, tmp_path: Path):
+    flags = Flags(
+        n=2,
+        input=("Draw => What? => It", "Name"),
+        classes=(4, 5),
+        images=("a.png", "b.png"),
+        image_noise=0.4,
+        out=str(tmp_path),
+    )
+    assert len(generate(recorder, flags)) == 5
+    options = recorder.options
+    assert options["dialogues"] == [["Draw", "What?", "It"]] * 2 + [["Name"]] * 2
+    assert options["class_ids"] == [4, 4, 5, 5]
+    assert options["images"].shape == (4, 4, 8)
+    assert options["image_noise"] == 0.4
+    generate(recorder, Flags(n=3, out=str(tmp_path)))
+    options = recorder.options
+    assert options["text_steps"] is options["images"] is options["class_ids"] is None
+
+
 def test_captions_take_the_settings_of_texts(recorder: Recorder):
     flags = Flags(task="image-to-text", input=("a,1.png", "b.png"), text_guidance=1.5, steps=5)
     assert generate(recorder, flags) == ["a,1.png: text 0", "b.png: text 1"]
@@ -94,7 +114,7 @@ def test_dialogues_are_split_into_turns_and_share_their_images(recorder: Recorde
     assert generate(recorder, flags) == ["Hi => Hello => How?: reply 0", "Bye: reply 1"]
     assert recorder.inputs == [["Hi", "Hello", "How?"], ["Bye"]]
     assert recorder.options["images"].shape == (2, 1, 4, 8)
-    assert recorder.options["guidance"] == 0.0
+    assert (recorder.options["guidance"], recorder.options["max_new_tokens"]) == (0.0, 0)
     generate(recorder, Flags(task="reply", input=("Bye",)))
     assert recorder.options["images"] is None
 
