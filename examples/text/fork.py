@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import trange
 
-from mdm.config import Config, DataConfig, ModelConfig, TrainConfig, doc
+from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig, TrainConfig, doc
 from mdm.data.batch import Batch
 from mdm.diffusion import schedule
 from mdm.loss import Loss
@@ -38,20 +38,34 @@ ROWS = 2048  # to measure on
 
 @dataclass(frozen=True)
 class Flags(Config):
-    """Flags of this job: a configuration, and the seed of chain and weights."""
+    """Flags of this job: a configuration, and the seed of chain and weights.
+
+    A row is a token and its successor: with longer rows most tokens are unknowable at full noise.
+    """
 
     model: ModelConfig = field(
         default_factory=lambda: dataclasses.replace(
-            LEARN_TEXT.model, n_layer=4, vocab_size=VOCAB_SIZE + FIRST, text_length=28
+            LEARN_TEXT.model,
+            d_model=128,
+            n_layer=2,
+            vocab_size=VOCAB_SIZE + FIRST,
+            text_length=2,
+            chunk_size=8,
+            kernel="torch",
         )
+    )
+    objective: ObjectiveConfig = field(
+        default_factory=lambda: ObjectiveConfig(p_self_condition=0.0)
     )
     data: DataConfig = field(
         default_factory=lambda: dataclasses.replace(
-            LEARN_TEXT.data, global_batch=64, caption_length=28, dialogue_length=28
+            LEARN_TEXT.data, global_batch=256, caption_length=2, dialogue_length=2
         )
     )
     train: TrainConfig = field(
-        default_factory=lambda: dataclasses.replace(LEARN_TEXT.train, steps=1000, warmup=50)
+        default_factory=lambda: dataclasses.replace(
+            LEARN_TEXT.train, steps=1000, warmup=50, lr=4e-3
+        )
     )
     limit: float = doc(1.03, "cross-entropy over ln K from which the job fails")
 
