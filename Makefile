@@ -6,7 +6,8 @@ export DS_ACCELERATOR ?= cpu
 # a few milliseconds, threads starve each other as soon as another process uses a core.
 export GOMP_SPINCOUNT ?= 5000
 
-.PHONY: setup demo test check format bench learn learn-ablate learn-depth learn-width learn-scenes drill review docs gpu-check clean
+.PHONY: setup demo test check format bench learn learn-ablate learn-depth learn-width learn-scenes learn-text \
+	drill review docs gpu-check clean
 
 setup: .venv/.ready
 
@@ -52,6 +53,9 @@ learn-width: setup
 
 learn-scenes: setup
 	$(PY) examples/scenes/learn.py
+
+learn-text: setup
+	$(PY) examples/text/learn.py
 
 bench: setup
 	$(PY) -m benchmarks

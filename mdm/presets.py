@@ -50,7 +50,7 @@ DEMO = Config(
         checkpoint_every=500,
         snapshots=4,
         gather="trunk",
-        deepspeed="deepspeed_configs/cpu.json",
+        deepspeed="deepspeed_configs/cpu_small_model.json",
     ),
     run_dir="runs/demo/train",
     tokenizer="runs/demo/tokenizer/tokenizer.model",
@@ -132,6 +132,40 @@ SCENES = Config(
     experiment="scenes",
 )
 
+# English text alone, in full rows: what `make learn-text` trains on two CPU cores.
+LEARN_TEXT = Config(
+    model=dataclasses.replace(
+        DEMO.model,
+        headdim=32,
+        vocab_size=1000,
+        n_classes=1,
+        image_height=1,
+        image_width=1,
+        text_length=124,  # with the four tokens that frame a text 128, two chunks of the scan
+    ),
+    objective=ObjectiveConfig(p_self_condition=0.25),
+    data=DataConfig(
+        root="runs/learn-text/data/encoded",
+        sources=(SourceConfig("text", 1.0),),
+        global_batch=32,
+        shuffle_window=16,
+        caption_length=124,
+        dialogue_length=124,
+    ),
+    train=dataclasses.replace(
+        DEMO.train,
+        steps=2500,
+        lr=2e-3,
+        warmup=200,
+        checkpoint_every=250,
+        snapshots=0,
+        log_every=20,
+    ),
+    run_dir="runs/learn-text/train",
+    tokenizer="runs/learn-text/data/tokenizer.model",
+    experiment="learn_text",
+)
+
 # A label is a weak condition that captions do not replace: it gets a share of its own.
 _OBJECTIVE = ObjectiveConfig(p_text_to_image=0.3, p_image_to_text=0.15, p_image=0.35, p_class=0.9)
 
@@ -191,6 +225,7 @@ PRESETS: dict[str, Config] = {
     "demo": DEMO,
     "learn": LEARN,
     "scenes": SCENES,
+    "learn_text": LEARN_TEXT,
     "dev_1gpu": DEV_1GPU,
     "mdm_1b": MDM_1B,
     "mdm_7b": MDM_7B,

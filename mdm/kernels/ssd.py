@@ -1,10 +1,6 @@
 """The Mamba-2 scan in torch: chunked matrix products, and the recurrence as their reference.
 
-State-space duality (Dao & Gu 2024, Sec. 6): inside a chunk the scan is a masked attention, between
-chunks a short recurrence over states.
-
-Shapes: b batch, l length, h heads, p channels per head, g groups, n state size, c chunks, q tokens
-per chunk.
+Shapes: b batch, l length, h heads, p channels per head, g groups, n state size.
 """
 
 import math
@@ -13,6 +9,8 @@ from typing import TypedDict, Unpack
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mdm.kernels.chunked import Scan, Stored
 
 
 class Options(TypedDict, total=False):
@@ -68,10 +66,21 @@ def ssd(
     Raises:
         ValueError: shapes or dtypes do not match; the message gives both values.
     """
-    options = Options(D=D, z=z, dt_bias=dt_bias, seq_idx=seq_idx, initial_states=initial_states)
-    check(x, dt, A, B, C, chunk_size, **options)
+    # Not collected in an `Options`, which would cut a compiled graph in two.
+    check(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        seq_idx=seq_idx,
+        initial_states=initial_states,
+    )
     dtype, length = x.dtype, x.shape[1]
-    heads_per_group = x.shape[2] // B.shape[2]
     dt = dt.float()
     if dt_bias is not None:
         dt = dt + dt_bias.float()
@@ -82,53 +91,21 @@ def ssd(
     # Padding has dt = 0: it neither decays the state nor adds to it.
     xc, dtc, Bc, Cc = (_chunks(t.float(), q, pad) for t in (x, dt, B, C))
     seq = None if seq_idx is None else _chunk_seq(seq_idx, q, pad)
-    dA_cs = (dtc * A.float()).cumsum(2).transpose(2, 3)  # [b, c, h, q]
-
-    # Inside a chunk: y_i = sum_{j <= i} C_i B_j exp(sum_{j < k <= i} dt_k A) dt_j x_j
-    allowed = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
-    if seq is not None:
-        allowed = allowed & (seq.unsqueeze(-1) == seq.unsqueeze(-2)).unsqueeze(2)
-    decay = (dA_cs.unsqueeze(-1) - dA_cs.unsqueeze(-2)).masked_fill(~allowed, float("-inf")).exp()
-    scores = Cc.transpose(2, 3) @ Bc.permute(0, 1, 3, 4, 2)  # [b, c, g, q, q]
-    xdt = (xc * dtc.unsqueeze(-1)).transpose(2, 3)  # [b, c, h, q, p]
-    mixing = decay.unflatten(2, (B.shape[2], heads_per_group)) * scores.unsqueeze(3)
-    y = mixing.flatten(2, 3) @ xdt
-
-    final = None
-    if xc.shape[1] > 1 or initial_states is not None or return_final_states:
-        Bh, Ch = (t.transpose(2, 3).repeat_interleave(heads_per_group, 2) for t in (Bc, Cc))
-        y_between, final = _between_chunks(xdt, dA_cs, Bh, Ch, seq, initial_states)
-        y = y + y_between
-    y = y.transpose(2, 3).flatten(1, 2)[:, :length]
+    initial = None if initial_states is None else initial_states.float()
+    if initial is None and (xc.shape[1] > 1 or return_final_states):
+        initial = xc.new_zeros(len(x), *x.shape[2:], B.shape[3])
+    y, final = Scan.apply(  # type: ignore[no-untyped-call]
+        xc, dtc, dtc * A.float(), Bc, Cc, seq, initial, _matmul_dtype(x.device)
+    )
+    y = y.flatten(1, 2)[:, :length]
     y = _skip_and_gate(y, x, D, z).to(dtype)
-    if return_final_states:
-        assert final is not None
-        return y, final
-    return y
+    return (y, final) if return_final_states else y
 
 
-def _between_chunks(
-    xdt: Tensor, dA_cs: Tensor, B: Tensor, C: Tensor, seq: Tensor | None, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The contribution of earlier chunks, [b, c, h, q, p], and the last state, [b, h, p, n]."""
-    total = dA_cs[..., -1]  # [b, c, h]
-    to_end = (total.unsqueeze(-1) - dA_cs).exp()
-    from_start = dA_cs.exp()
-    carry = total.exp()
-    if seq is not None:
-        last = seq[..., -1]
-        before = torch.cat([seq[:, :1, 0], last[:, :-1]], 1)  # the sequence of the incoming state
-        to_end = to_end * (seq == last.unsqueeze(-1)).unsqueeze(2)
-        from_start = from_start * (seq == before.unsqueeze(-1)).unsqueeze(2)
-        carry = carry * (last == before).unsqueeze(-1)
-    added = xdt.transpose(-1, -2) @ (B * to_end.unsqueeze(-1))  # [b, c, h, p, n]
-    state = torch.zeros_like(added[:, 0]) if initial is None else initial.float()
-    before_chunk = []
-    for chunk in range(added.shape[1]):
-        before_chunk.append(state)
-        state = carry[:, chunk, :, None, None] * state + added[:, chunk]
-    y = (C * from_start.unsqueeze(-1)) @ torch.stack(before_chunk, 1).transpose(-1, -2)
-    return y, state
+def _matmul_dtype(device: torch.device) -> torch.dtype:
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32
 
 
 def ssd_reference(
@@ -180,7 +157,9 @@ def zoh_scale(dt: Tensor, A: Tensor) -> Tensor:
     """
     dA = dt * A
     small = dA > -1e-4  # the series' next term is below fp32 there
-    return torch.where(small, 1 + dA / 2, torch.expm1(dA) / torch.where(small, -1.0, dA))
+    scale = torch.where(small, 1 + dA / 2, torch.expm1(dA) / torch.where(small, -1.0, dA))
+    stored: Tensor = Stored.apply(scale)  # type: ignore[no-untyped-call]
+    return stored
 
 
 def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:

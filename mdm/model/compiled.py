@@ -19,7 +19,7 @@ _LINKING = 20.0  # seconds after which an incomplete library is no longer being 
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
     """`function`, compiled at its first call with each set of shapes; made once a process."""
     _prepare()
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 @cache

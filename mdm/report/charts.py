@@ -218,11 +218,13 @@ def row_chart(
         return _svg(figure, title)
 
 
-def bar_chart(values: Mapping[str, float], title: str, x_label: str) -> Markup:
-    """A horizontal bar for each name, with its value beside it."""
+def bar_chart(
+    values: Mapping[str, float], title: str, x_label: str, number: str = "{:.0f}"
+) -> Markup:
+    """A horizontal bar for each name, with its value beside it as `number` formats it."""
     with _figure(4.8, 0.5 + 0.2 * len(values)) as (figure, axes):
         bars = axes.barh(list(values), list(values.values()), color=ACCENT, height=0.6)
-        axes.bar_label(bars, fmt="{:.0f}", padding=3)
+        axes.bar_label(bars, fmt=number, padding=3)
         axes.invert_yaxis()
         axes.set(xlabel=x_label)
         axes.grid(axis="x")

@@ -15,14 +15,15 @@ from mdm.config import Config
 from mdm.train.deepspeed_config import load_deepspeed_config
 from mdm.train.workarounds import (
     NormWatch,
+    PersistentParams,
     deepspeed,
     disable_autocast_cache,
     forget_gradients,
     init_distributed,
-    make_persistent_visible,
     partition_on_creation,
     set_z3_leaf_modules,
 )
+from mdm.utils.memory import keep_freed_memory
 from mdm.utils.ranks import World
 
 
@@ -48,6 +49,8 @@ def start_ranks(threads: int = 0) -> World:
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size)))
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // per_node))
     init_distributed()
+    if device_of_rank().type == "cpu":
+        keep_freed_memory()
     return world
 
 
@@ -142,8 +145,10 @@ class Engine:
         self._norm = NormWatch(self.zero, self.stage)
         self.device: torch.device = torch.device(self._engine.device)
         self.shards = Shards(self.module, self.zero, self.stage, world)
+        self._persistent: PersistentParams | None = None
         if self.stage == 3:
-            make_persistent_visible(self.zero)
+            self._persistent = PersistentParams(self.zero)
+            self._persistent.gather()
 
     @property
     def grad_norm(self) -> float:
@@ -169,6 +174,8 @@ class Engine:
             group["lr"] = rate
         self._norm.begin(norm_limit)
         self._engine.step()
+        if self._persistent:
+            self._persistent.gather()
 
     @property
     def was_step_applied(self) -> bool:
@@ -187,5 +194,5 @@ class Engine:
     def restored(self, optimizer_steps: int) -> None:
         """Continue from the state that was written into `shards.live()`; all ranks must call."""
         self.shards.adopt(optimizer_steps)
-        if self.stage == 3:
-            make_persistent_visible(self.zero)
+        if self._persistent:
+            self._persistent.gather()

@@ -24,7 +24,10 @@ _hidden = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-typ
 import deepspeed  # noqa: E402
 from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # noqa: E402
-from deepspeed.runtime.zero.partition_parameters import GatheredParameters  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import (  # noqa: E402
+    GatheredParameters,
+    ZeroParamStatus,
+)
 from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
 
 if _hidden:
@@ -135,10 +138,29 @@ def forget_gradients(optimizer: Any) -> None:
                 flat.grad.zero_()
 
 
-def make_persistent_visible(optimizer: Any) -> None:
-    """Gather ZeRO-3's small, persistent parameters now.
+class PersistentParams:
+    """ZeRO-3's small, persistent parameters, which stay whole from step to step.
 
-    DeepSpeed 0.19.8 keeps them gathered only from their first use inside a hook on, but a module's
-    table may be read outside `forward`.
+    DeepSpeed 0.19.8 gathers each in a collective of its own after a step. After loading it leaves
+    whole what was whole, with the values of before. In a step whose order of modules is new, as
+    after one of another task, it releases and gathers them with every module.
     """
-    optimizer.checkpoint_event_epilogue()
+
+    def __init__(self, optimizer: Any) -> None:
+        self._params = list(optimizer.persistent_parameters)
+        optimizer.persistent_parameters = []  # it need not gather them as well
+        for param in self._params:
+            param.is_external_param = True  # no module releases it
+
+    def gather(self) -> None:
+        """Make them whole from their partitions, in one collective; all ranks must call."""
+        if not self._params:
+            return
+        group = self._params[0].ds_process_group
+        own = torch.cat([p.ds_tensor for p in self._params])
+        parts = own.new_empty(torch.distributed.get_world_size(group), own.numel())
+        torch.distributed.all_gather_into_tensor(parts.view(-1), own, group)
+        sizes = [p.ds_tensor.ds_numel for p in self._params]
+        for param, part in zip(self._params, parts.split(sizes, 1), strict=True):
+            param.data = part.reshape(-1)[: param.ds_numel].view(param.ds_shape)
+            param.ds_status = ZeroParamStatus.AVAILABLE

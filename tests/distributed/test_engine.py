@@ -9,7 +9,13 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize(
     ("config", "ranks"),
-    [("cpu.json", 2), ("zero3.json", 3), ("zero2.json", 2), ("zero3_multinode.json", 2)],
+    [
+        ("cpu.json", 2),
+        ("cpu_small_model.json", 2),
+        ("zero3.json", 3),
+        ("zero2.json", 2),
+        ("zero3_multinode.json", 2),
+    ],
 )
 def test_sharded_weights_ema_and_skipped_steps_equal_their_gathered_reference(
     config, ranks, tmp_path

@@ -107,12 +107,12 @@ DECAYS = (
     *("class_embedding.weight", "in_proj.weight", "conv1d.weight", "out_proj.weight"),
     *("skips.0.weight", "image_out.weight", "text_out.weight", "eq17_gain.weight"),
     *("image_mean.weight", "image_log_sigma.weight", "image_decoder.weight", "vocabulary.weight"),
-    *("text_log_sigma.weight", "text_decoder.weight"),
+    *("text_log_sigma.weight", "text_decoder.weight", "piece_out.weight", "modulation.weight"),
     *(f"{part}_proj.weight" for part in ("q", "k", "v", "o", "gate", "up", "down")),
 )
 DOES_NOT = (
     *("bias", "A_log", "D", "dt_bias", "mixer.norm.weight", "norm", "mlp_norm"),
-    *("image_position", "text_position", "time_token", "pads"),
+    *("image_position", "text_position", "time_token", "pads", "modulation"),
 )
 
 
