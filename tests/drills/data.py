@@ -421,6 +421,8 @@ def added_mid_run(setting: Setting) -> Row:
         "SEED": str(SEED),
         "GLOBAL_BATCH": str(config.global_batch),
         "SHUFFLE_WINDOW": str(config.shuffle_window),
+        "IMAGES_PER_ROW": str(config.images_per_row),
+        "TEXTS_PER_ROW": str(config.texts_per_row),
     }
     output = execute("add_a_data_set_mid_run.md", variables)
     before, _, first = output.partition(f"step {LATER.step}: ")
