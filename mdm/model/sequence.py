@@ -19,6 +19,7 @@ from mdm.model.scan_order import Scan, image_scan, text_scan
 
 HEAD = 2  # time and class tokens
 PADS = 2  # before and after each segment
+FRAME = HEAD + PADS  # places that a text takes beside its tokens
 TEXT = HEAD + 1  # where the text begins
 
 Patterns = tuple[tuple[int, int], ...]  # (image pattern, text pattern) of each scan of a block
@@ -52,7 +53,7 @@ class Layout(NamedTuple):
     @property
     def length(self) -> int:
         """Tokens of the whole sequence."""
-        return HEAD + PADS + self.text + self.images * (self.image + PADS)
+        return FRAME + self.text + self.images * (self.image + PADS)
 
     def scan(self, image: int, text: int) -> Scan:
         """The order of the whole sequence, and its inverse, i64 [l] each.
