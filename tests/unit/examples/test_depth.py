@@ -87,7 +87,9 @@ def test_every_arrangement_is_trained_and_kept(tmp_path: Path, monkeypatch) -> N
     flags = depth.Flags(out=str(tmp_path), n_layer=2, d_model=32, steps=2, batch=2)
     depth.write_data(tmp_path / "data")
     for _ in range(2):  # the second time, nothing is trained
-        results = {name: depth.measure(flags, name, tmp_path / "data") for name in depth.ARRANGEMENTS}
+        results = {
+            name: depth.measure(flags, name, tmp_path / "data") for name in depth.ARRANGEMENTS
+        }
     assert [(c.model.scan_mode, c.model.long_skip) for c in configs] == [
         ("separate", False),
         ("separate", True),

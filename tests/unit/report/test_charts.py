@@ -59,7 +59,9 @@ def test_axes_are_labelled_with_text():
     svg = charts.line_panels(rates, "", "rate", columns=1, logarithmic=True)
     (x, _), (end, _) = line_ends(svg, charts.SERIES[0])
     middle = re.findall(r"[ML] ([\d.]+) ", svg)
-    assert f"{(x + end) / 2:.3f}"[:-2] in {point[: len(f"{(x + end) / 2:.3f}") - 2] for point in middle}
+    assert f"{(x + end) / 2:.3f}"[:-2] in {
+        point[: len(f"{(x + end) / 2:.3f}") - 2] for point in middle
+    }
 
 
 def test_a_loss_over_more_than_a_factor_of_ten_has_a_logarithmic_axis():
