@@ -63,7 +63,7 @@ def test_norms_are_those_of_autograd(loss: Loss) -> None:
 
 
 def test_a_ratio_above_its_bound_is_named() -> None:
-    flat = dict.fromkeys(depth.QUANTITIES, [1.0, 2.0])
+    flat = {key: [1.0, 2.0] for key in depth.QUANTITIES}
     results = {"separate": {"start": flat, "end": flat | {"stream": [3.0, 30.0]}}}
     (line,) = depth.exceeded(depth.spreads(results))
     assert line == "separate, end: stream after the block, RMS: largest / smallest 10, bound 4"
