@@ -28,7 +28,7 @@ from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import POSITIVE, check_fields
 from mdm.utils.files import read_json, write_json
 
-ARRANGEMENTS = {
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
     f"{mode}{', long skips' if skip else ''}": {"scan_mode": mode, "long_skip": skip}
     for mode in ("separate", "alternate")
     for skip in (False, True)
@@ -103,17 +103,18 @@ def measure(flags: Flags, name: str, data: Path) -> dict[str, Any]:
     settings = vars(flags)
     if (former := read_json(path, {"flags": dict})) and former["flags"] == settings:
         return former
-    model = {"n_layer": flags.n_layer, "d_model": flags.d_model, "d_state": 16}
+    size = {"n_layer": flags.n_layer, "d_model": flags.d_model, "d_state": 16}
     train = {"steps": flags.steps, "lr": flags.lr, "warmup": flags.steps // 5, "decay": "constant"}
-    model |= ARRANGEMENTS[name]
-    config = short_config(data, model, train, batch=flags.batch, seed=flags.seed)
+    config = short_config(
+        data, size | ARRANGEMENTS[name], train, batch=flags.batch, seed=flags.seed
+    )
     with ShortRun(config) as run:
         probe = next(run.loader)
         losses = [run.take_step()]
         start = norms(run.loss, probe)
         for _ in tqdm(range(flags.steps - 1), desc=name, unit="step"):
             losses.append(run.take_step())
-        result = {"start": start, "end": norms(run.loss, probe)}
+        result: dict[str, Any] = {"start": start, "end": norms(run.loss, probe)}
     last = losses[-max(1, len(losses) // 10) :]
     result |= {"loss": sum(last) / len(last), "flags": settings}
     write_json(path, result)
@@ -163,7 +164,7 @@ def table(results: Mapping[str, Mapping[str, Any]], n_layer: int) -> str:
 
 def chart(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Every quantity at both times by depth, a line for each arrangement, as SVG."""
-    panels = {
+    panels: dict[str, dict[str, dict[float, float]]] = {
         f"{title}, {time}": {
             name: dict(enumerate(result[time][key], start=1)) for name, result in results.items()
         }

@@ -63,7 +63,7 @@ class Law(NamedTuple):
 
     def rate(self, width: int) -> float:
         """The best rate at `width`."""
-        return math.exp(self.intercept) * width**-self.alpha
+        return float(math.exp(self.intercept) * width**-self.alpha)
 
 
 def best_rate(losses: Losses) -> float:

@@ -136,8 +136,10 @@ def block_scans(config: ModelConfig) -> list[Patterns]:
 class Trunk(nn.Module):
     """The blocks; with `alternate` block i reads in scan i, with `separate` each in all scans.
 
-    With long skips the last blocks also read the first ones: block n - 1 - i reads x + W [x, x_i],
-    where x_i is the output of block i and W starts at zero.
+    With long skips the last blocks also read the first ones: block n - 1 - i reads
+    x + s W [norm(x), norm(x_i)], where x_i is the output of block i, W starts at zero, and
+    s = (2 n)^-1/2 as in a block. Reading x itself, each W would multiply the stream and its
+    gradient, which then grow exponentially with depth.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -150,7 +152,7 @@ class Trunk(nn.Module):
         skips = [nn.Linear(2 * width, width, bias=False) for _ in range(joined)]
         for skip in skips:
             nn.init.zeros_(skip.weight)
-        self.skips = nn.ModuleList(skips)
+        self.skips, self.skip_scale = nn.ModuleList(skips), (2 * config.n_layer) ** -0.5
         self.checkpointing = False  # recompute each block in the backward pass
 
     def forward(
@@ -188,7 +190,8 @@ class Trunk(nn.Module):
         kept: list[Tensor] = []
         for i, (block, scans) in enumerate(zip(self.blocks, self.scans, strict=True)):
             if i >= first:
-                x = x + self.skips[i - first](torch.cat([x, kept.pop()], -1))
+                read = [F.rms_norm(t, t.shape[-1:], eps=1e-5) for t in (x, kept.pop())]
+                x = x + self.skip_scale * self.skips[i - first](torch.cat(read, -1))
             if self.checkpointing and torch.is_grad_enabled():
                 # Nothing in a block is random: there is no generator state to restore.
                 inputs = x, orders[scans], seq_idx, modulation

@@ -38,6 +38,7 @@ FORMER_VALUES = {
 REFUSED = {
     "scan_mode": ("separate", "two of its six mixers read other orders now"),
     "decoder": ("transformer", "attention has rotary positions now"),
+    "long_skip": (True, "long skips read normalised streams now"),
 }
 
 

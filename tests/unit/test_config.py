@@ -289,6 +289,7 @@ def test_what_a_former_version_did_without_saving_it_is_filled_in():
     [
         ({"scan_mode": "separate"}, r"model\.scan_mode separate: two of its six mixers"),
         ({"decoder": "transformer", "n_heads": 4}, r"model\.decoder transformer: .* rotary"),
+        ({"long_skip": True}, r"model\.long_skip True: long skips read normalised streams now"),
     ],
 )
 def test_weights_that_mean_something_else_now_are_refused(changes, reason):

@@ -40,7 +40,7 @@ def test_a_block_without_output_adds_nothing(loss: Loss) -> None:
 
 def test_norms_are_those_of_autograd(loss: Loss) -> None:
     network, outputs = loss.network, []
-    with torch.no_grad():  # the last block then reads x + (x_0 / 2), and adds to that
+    with torch.no_grad():  # the last block then reads x + s norm(x_0) / 2, and adds to that
         network.trunk.skips[0].weight[:, 32:] = 0.5 * torch.eye(32)
     measured = depth.norms(loss, batch(0))
     assert loss.training
@@ -50,7 +50,8 @@ def test_norms_are_those_of_autograd(loss: Loss) -> None:
         block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
     total = loss.eval()(batch(0), 0).total
     first, second, third = outputs
-    added = third - (second + first / 2)
+    read = second + torch.nn.functional.rms_norm(first, (32,), eps=1e-5) / 2 / 6**0.5
+    added = third - read
     size = first.numel() ** 0.5
     assert measured["stream"] == pytest.approx([float(x.detach().norm()) / size for x in outputs])
     assert measured["branch"][2] == pytest.approx(float(added.detach().norm()) / size, rel=1e-4)

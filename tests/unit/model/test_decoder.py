@@ -186,8 +186,13 @@ def test_long_skips_join_mirrored_blocks():
     first = run(0, x)
     second = run(1, first)
     y = run(2, second)
-    y = run(3, y + skips[0](torch.cat([y, second], -1)))
-    y = run(4, y + skips[1](torch.cat([y, first], -1)))
+
+    def skip(i, y, early):
+        pair = [t / (t.square().mean(-1, keepdim=True) + 1e-5).sqrt() for t in (y, early)]
+        return y + skips[i](torch.cat(pair, -1)) / 10**0.5
+
+    y = run(3, skip(0, y, second))
+    y = run(4, skip(1, y, first))
     torch.testing.assert_close(skipping(x, LAYOUT), y)
 
 

@@ -20,8 +20,10 @@ NOT_GIVEN = [0.0, DROPPED, CLEAN, DROPPED]
 CLASSES = [0, -1, -1, -1]
 
 
-def streams(config: ModelConfig) -> list[Tensor]:
-    """The stream before the first block and after each, with gradients of the outputs' mean.
+def streams(config: ModelConfig, skip: float = 0.0) -> list[Tensor]:
+    """The stream before the first block and after each, with gradients of the outputs' sum.
+
+    Skips are `skip` times the identity in both of the streams that they read.
 
     The four samples give and drop text, image and class in different ways.
     """
@@ -29,6 +31,9 @@ def streams(config: ModelConfig) -> list[Tensor]:
     network = Decoder(config)
     torch.nn.init.normal_(network.image_out.weight)  # at the start no gradient passes the heads
     torch.nn.init.normal_(network.text_out.weight)
+    with torch.no_grad():
+        for linear in network.trunk.skips:
+            linear.weight.copy_(skip * torch.eye(config.d_model).repeat(1, 2))
     seen: list[Tensor] = []
 
     def watch(x: Tensor) -> None:
@@ -67,3 +72,12 @@ def test_the_stream_and_its_gradient_keep_their_size_at_49_blocks(mode, long_ski
     # Of each token too: one token's gradient can drown all others when their norm is clipped.
     by_token = torch.stack([rms(x.grad) for x in seen[:25]])
     assert (by_token.amax(0) / gradients[0] < 3).all()
+
+
+def test_long_skips_that_have_grown_do_not_multiply():
+    """24 skips of weight .1 that read the stream itself would multiply its end by 1.2^24."""
+    config = dataclasses.replace(NARROW, scan_mode="alternate", long_skip=True)
+    seen = streams(config, skip=0.1)
+    assert 1.2 < rms(seen[-1]).mean() / rms(seen[0]).mean() < 2
+    gradients = torch.stack([x.grad.square().mean().sqrt() for x in seen])
+    assert gradients.max() / gradients.min() < 3
