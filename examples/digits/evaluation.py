@@ -27,7 +27,7 @@ JOINT = 3  # times as many pairs as held-out images: their agreement differs mos
 class Sampling:
     """How images and captions are generated."""
 
-    guidance: float = doc(0.2, "guidance weight of images")
+    guidance: float = doc(0.3, "guidance weight of images")
     joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
     steps: int = doc(20, "solver steps")
     solver: str = doc("dpmpp2m", f"of images: one of {', '.join(SOLVERS)}")
