@@ -24,7 +24,10 @@ HELPERS = {
     "checkpoint_job",
     "engine_overhead_job",
     "loading",
+    "loader_contestant",
     "loader_job",
+    "loader_others",
+    "loader_ours",
     "loader_samples",
 }
 OUT = Path("runs/bench")
