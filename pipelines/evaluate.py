@@ -2,8 +2,8 @@
 
 `python pipelines/evaluate.py --checkpoint runs/demo/train/export --data s3://mdm-demo/encoded`
 
-`--data` holds the encoded data sets `digits`, `digits-val`, `emoji` and `emoji-valid`. The job
-writes `metrics.json`, `evaluation.json` and the sheets into `--out`.
+`--data` holds the encoded data sets `digits` and `digits-val`. The job writes `metrics.json`,
+`evaluation.json` and the sheets into `--out`.
 """
 
 from mdm.launch.job import job

@@ -6,11 +6,14 @@ from typing import Any
 
 from PIL import Image
 
+from examples.demo import poster
+from examples.scenes import report as scenes_report
 from mdm.report.charts import bar_chart
 from mdm.report.image_grid import Sheet, cut_sheet
 from mdm.report.page import (
     Target,
     data_uri,
+    load_sheets,
     loss_charts,
     reached,
     render,
@@ -20,6 +23,15 @@ from mdm.report.page import (
 )
 from mdm.utils.files import load_json
 
+ENOUGH = {  # of GenEval's tasks and captions, in the demo's time
+    "geneval_single": 0.8,
+    "geneval_colours": 0.7,
+    "geneval_two": 0.3,
+    "geneval_counting": None,
+    "geneval_position": 0.4,
+    "geneval_attribution": 0.2,
+    "caption_accuracy": 0.5,
+}
 CEILING = ("classifier_accuracy_reconstructed", "ceiling: real digits through the autoencoder")
 REAL = "real images against real images, same n"
 TARGETS = (
@@ -76,23 +88,39 @@ def _stage(marker: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(run: Path, order: Sequence[str]) -> dict[str, Any]:
-    """Write `report.json` and `report.html` into `run`, from its files and job stages in `order`.
+    """Write `report.json`, `report.html` and `poster.png`, from the files and job stages of `run`.
 
     Returns the content of `report.json`: metrics and totals, then targets and job stages. Raises
     FileNotFoundError, which names the missing file.
     """
     folder = run / "evaluation"
     evaluation = _read(folder / "evaluation.json")
+    of_scenes = load_sheets(run / "scenes")
+    scenes = _read(run / "scenes" / "metrics.json")
     stages = {name: _stage(_read(run / "stages" / f"{name}.json")) for name in order}
     seconds = {stage["title"]: stage["seconds"] for stage in stages.values()}
     with Image.open(run / "autoencoder" / "reconstructions.png") as image:
         reconstructions = data_uri(image.convert("RGB"))
-    metrics = evaluation["metrics"]
-    targets = [target.row(metrics) for target in TARGETS]
+    metrics = evaluation["metrics"] | {k: v for k, v in scenes.items() if k != "seconds"}
+    every = [*TARGETS, *scenes_report.targets(scenes, ENOUGH)]
+    targets = [target.row(metrics) for target in every]
+    rows = [
+        (section.title, poster.section_tiles(section, place, content))
+        for sections, place, content in (
+            (poster.DIGITS, folder, evaluation),
+            (poster.SCENES, run / "scenes", of_scenes),
+            (poster.JOINT, folder, evaluation),
+        )
+        for section in sections
+    ]
+    poster.poster(rows).save(run / "poster.png", optimize=True)
     content = evaluation | {
         "targets": targets,
         "target_chart": target_chart(targets),
+        "metrics": metrics,
         "tiles": tiles(evaluation["sheets"], evaluation["labels"], folder),
+        "scenes": tiles(of_scenes["sheets"], of_scenes["labels"], run / "scenes"),
+        "tasks": scenes_report.TASKS,
         "snapshots": [
             shot | {"tiles": [data_uri(p) for p in cut_sheet(Sheet(**shot["sheet"]), folder)]}
             for shot in evaluation["snapshots"]

@@ -22,6 +22,7 @@ from examples.demo.stages import (
     JobStageError,
     Runner,
     command,
+    encode_stage,
     end_leftovers,
     run_supervised,
 )
@@ -34,6 +35,22 @@ from mdm.utils.files import DamagedFileError
 from mdm.utils.saved_config import fingerprint
 
 BUCKET = "mdm-demo"
+SCENES = {"journeydb": "journeydb", "coco": "coco", "vqav2": "coco", "llava": "llava"}  # folders
+AUTOENCODER_STEPS = 900
+TONE_WEIGHT = 16  # of the autoencoder: thin strokes of six hues take more than the usual
+PROMPTS = 100  # of each of GenEval's tasks
+SHOWN = [  # what snapshots of the training are asked to draw
+    "a red zero",
+    "a yellow one on the left",
+    "a three in green at the top",
+    "a blue four",
+    "a pink five at the bottom",
+    "two sixes",
+    "four green sevens",
+    "a red nine left of a blue six",
+    "a yellow two above a cyan eight",
+    "a pink eight and a green seven",
+]
 PYTHON = sys.executable
 SERVICES = {  # the exported variables of each
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"),
@@ -62,26 +79,28 @@ def stages(flags: Flags) -> list[JobStage]:
     """The job stages of the demo in their order."""
     out, preset = flags.out, PRESETS["demo"]
     data, tokenizer, autoencoder = f"{out}/data", f"{out}/tokenizer", f"{out}/autoencoder"
-    judge, run_dir, evaluation = f"{out}/classifier", f"{out}/train", f"{out}/evaluation"
+    classifier, judge = f"{out}/classifier", f"{out}/judge"
+    run_dir, evaluation = f"{out}/train", f"{out}/evaluation"
     encoded = f"s3://{BUCKET}/encoded" if flags.store == "s3" else f"{out}/encoded"
-    digits, emoji = f"imagenet={data}/digits", f"journeydb={data}/emoji"
+    digits, scenes = f"imagenet={data}/digits", f"journeydb={data}/journeydb"
+    named = [f"{name}={data}/{folder}" for name, folder in SCENES.items()]
     first_stage = {"tokenizer": f"{tokenizer}/tokenizer.model", "autoencoder": autoencoder}
     store = ["s3"] if flags.store == "s3" else []
     # The store first: Ray's workers have its environment.
     encoding_needs = store if os.environ.get("RAY_ADDRESS") else [*store, "ray"]
     untracked = {} if flags.tracking else {"no_tracking": True}
 
-    def encode(dataset: str, name: str, split: str, target: str) -> JobStage:
-        source = {"dataset": dataset, "root": f"{data}/{name}", "split": split}
-        lengths = {"text_length": preset.model.text_length}
-        outputs = {"out": f"{encoded}/{target}", "report": f"{out}/reports/encode-{target}.json"}
-        return JobStage(
-            f"encode-{target}",
-            f"Encode {name}, {split}",
-            command("pipelines/encode.py", **source, **first_stage, **lengths, **outputs),
-            outputs=list(outputs.values()),
+    def encode(dataset: str, folder: str, split: str, target: str) -> JobStage:
+        return encode_stage(
+            dataset,
+            f"{data}/{folder}",
+            split,
+            f"{encoded}/{target}",
+            f"{out}/reports/encode-{target}.json",
             needs=encoding_needs,
-            report=Path(outputs["report"]),
+            near_duplicates=dataset not in SCENES,  # scenes of one caption are alike, all wanted
+            **first_stage,
+            text_length=preset.model.text_length,
         )
 
     def stage(name: str, title: str, words: list[str], out: str, report: str = "") -> JobStage:
@@ -93,26 +112,41 @@ def stages(flags: Flags) -> list[JobStage]:
     write_data = command("examples/demo/data.py", out=data)
     train_tokenizer = command(
         "pipelines/train_tokenizer.py",
-        datasets=[digits, emoji, f"ultrachat={data}/dialogues"],
+        datasets=[digits, *named, f"ultrachat={data}/dialogues"],
         out=tokenizer,
         vocab_size=preset.model.vocab_size,
     )
     train_vae = command(
-        "pipelines/train_autoencoder.py", datasets=[digits, emoji], out=autoencoder, steps=600
+        "pipelines/train_autoencoder.py",
+        datasets=[digits, scenes],
+        out=autoencoder,
+        steps=AUTOENCODER_STEPS,
+        tone_weight=TONE_WEIGHT,
     )
-    classes = {"classes": digits, "others": emoji}
-    train_judge = command(
-        "pipelines/train_classifier.py", **classes, autoencoder=autoencoder, out=judge
+    classes = {"classes": digits, "others": scenes}
+    train_classifier = command(
+        "pipelines/train_classifier.py", **classes, autoencoder=autoencoder, out=classifier
     )
+    seen = {"data": data, "autoencoder": autoencoder}
+    train_judge = command("examples/scenes/train_judge.py", **seen, out=judge, prompts=PROMPTS)
     training = {"preset": "demo", "data.root": encoded, "run_dir": run_dir}
     pretrain = command("pipelines/pretrain.py", **training, **first_stage, **untracked)[1:]
     launcher = [str(Path(PYTHON).parent / "deepspeed"), "--num_accelerators", str(flags.ranks)]
     train = [*launcher, *pretrain, *flags.train_flags.split()]
     weights = {"checkpoint": f"{run_dir}/export", "snapshots": f"{run_dir}/snapshots"}
-    real = {"data": encoded, "raw": data, "judge": judge}
-    drawn = {"n": flags.n, "out": evaluation}
+    real = {"data": encoded, "raw": data, "judge": classifier}
+    drawn = {"n": flags.n, "texts": SHOWN, "out": evaluation}
     evaluate = command(
         "pipelines/evaluate.py", **weights, **real, **first_stage, **drawn, **untracked
+    )
+    evaluate_scenes = command(
+        "examples/scenes/evaluate.py",
+        checkpoint=f"{run_dir}/export",
+        **seen,
+        judge=judge,
+        prompts=PROMPTS,
+        out=f"{out}/scenes",
+        no_joint=True,  # the other evaluation has it
     )
     return [
         stage("data", "Write the published data sets", write_data, data),
@@ -120,14 +154,19 @@ def stages(flags: Flags) -> list[JobStage]:
         stage("autoencoder", "Train the autoencoder", train_vae, autoencoder, "autoencoder.json"),
         encode("imagenet", "digits", "train", "digits"),
         encode("imagenet", "digits", "val", "digits-val"),
-        encode("journeydb", "emoji", "train", "emoji"),
-        encode("journeydb", "emoji", "valid", "emoji-valid"),
+        *(encode(name, folder, "train", name) for name, folder in SCENES.items()),
         encode("ultrachat", "dialogues", "train", "dialogues"),
         stage(
-            "classifier", "Train the independent classifier", train_judge, judge, "classifier.json"
+            "classifier",
+            "Train the classifier of digits",
+            train_classifier,
+            classifier,
+            "classifier.json",
         ),
+        stage("judge", "Train the judge of scenes", train_judge, judge, "judge.json"),
         stage("train", "Train the model", train, run_dir, "done.json"),
-        stage("evaluate", "Evaluate", evaluate, evaluation, "metrics.json"),
+        stage("evaluate", "Evaluate digits and dialogues", evaluate, evaluation, "metrics.json"),
+        stage("scenes", "Evaluate scenes", evaluate_scenes, f"{out}/scenes", "metrics.json"),
     ]
 
 

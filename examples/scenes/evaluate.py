@@ -39,6 +39,7 @@ class Flags(Sampling):
     autoencoder: str = doc("runs/learn-scenes/autoencoder", "folder of the frozen autoencoder")
     out: str = doc("runs/learn-scenes/evaluation", "folder to write")
     prompts: int = doc(200, "prompts of each of GenEval's tasks", POSITIVE)
+    joint: bool = doc(True, "draw images and captions together too")
     precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
 
     def __post_init__(self) -> None:
@@ -58,7 +59,7 @@ def run(flags: Flags) -> dict[str, float]:
         precision=flags.precision,
         local_files_only=True,
     )
-    result = evaluate(model, task, flags)
+    result = evaluate(model, task, flags, flags.joint)
     save_tiles(result.images, result.labels, out, SHOWN)
     metrics = result.metrics | {"seconds": time.perf_counter() - began}
     write_json(out / "metrics.json", metrics)

@@ -5,218 +5,28 @@ ceiling (the judge's view of real held-out scenes after the autoencoder, read in
 model's). Shapes: n images, S pixels a side, N image tokens, C latent width.
 """
 
-import itertools
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from examples.digits.evaluation import Sampling
 from examples.scenes import geneval
+from examples.scenes.bounds import bounds
 from examples.scenes.grammar import (
-    COLOURS,
     DIGITS,
     KINDS,
-    PLURALS,
-    Caption,
     Item,
-    Question,
-    Thing,
-    dialogues,
     is_right,
-    questions,
 )
-from examples.scenes.judge import Judge
-from examples.scenes.scene import Scene, draw, generator
+from examples.scenes.setting import Setting, Turns, share, shuffled
 from mdm.evaluate.suite import Label
 from mdm.generate import Generator
 
-SHUFFLES = 20
 REPLY_ROOM = 5  # tokens of the longest reply with its end
-_THINGS = [Thing(d, c) for d, c in itertools.product(range(len(DIGITS)), COLOURS)]
-Turns = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A held-out scene with what is said about it: by its number in `Setting.scenes`."""
-
-    scene: int
-    question: Question
-    answer: str
-
-
-@dataclass(frozen=True)
-class Majority:
-    """The commonest answer in the training set, to each kind of question and in each turn."""
-
-    answers: Mapping[str, str]
-    replies: Mapping[str, str]
-
-    @classmethod
-    def of(cls, answers: Iterable[tuple[str, str]], talks: Iterable[Turns]) -> "Majority":
-        """From training answers with the kinds of their questions, and training dialogues."""
-        pairs = (pair for turns in talks for pair in exchanges(turns))
-        return cls(_commonest(answers), _commonest((pattern(q), reply) for q, reply in pairs))
-
-
-def _commonest(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for kind, answer in pairs:
-        counts[kind][answer] += 1
-    # The first by alphabet among equally frequent ones.
-    return {kind: min(c, key=lambda a: (-c[a], a)) for kind, c in counts.items()}
-
-
-def exchanges(turns: Turns) -> list[tuple[str, str]]:
-    """The questions of a dialogue with their replies."""
-    return list(zip(turns[::2], turns[1::2], strict=True))
-
-
-def pattern(question: str) -> str:
-    """A question with its digits left out: "what colour is the *?"."""
-    for word in (*PLURALS, *DIGITS):
-        question = question.replace(f"the {word}", "the *")
-    return question
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The held-out task: scenes and what is asked about them, prompts, and the judge."""
-
-    judge: Judge
-    encode: Callable[[Tensor], Tensor]  # pixels f32 [n, 3, S, S] → latents [n, N, C]
-    decode: Callable[[Tensor], Tensor]  # latents → pixels
-    scenes: Sequence[Scene]
-    captions: Sequence[str]  # a true one of each scene
-    asked: Sequence[Asked]
-    talks: Sequence[Turns]  # of each scene
-    prompts: Mapping[str, Sequence[Caption]]  # of each of GenEval's tasks
-    majority: Majority
-    seed: int = 0
-
-    @cached_property
-    def pixels(self) -> Tensor:
-        """The scenes' images, f32 [n, 3, S, S] in [0, 1]."""
-        return to_pixels(self.scenes)
-
-    @cached_property
-    def latents(self) -> Tensor:
-        """Of the scenes' images, f32 [n, N, C]."""
-        return self.encode(self.pixels)
-
-    @cached_property
-    def real(self) -> dict[str, Tensor]:
-        """For each of GenEval's tasks, real images that are what its prompts ask for."""
-        size = len(self.scenes[0].pixels)
-        return {
-            task: to_pixels(
-                [
-                    draw(prompt, generator(self.seed, 7, geneval.TASKS.index(task), i), size, True)
-                    for i, prompt in enumerate(prompts)
-                ]
-            )
-            for task, prompts in self.prompts.items()
-        }
-
-    @cached_property
-    def seen(self) -> list[list[Item]]:
-        """What the judge sees in the scenes after the autoencoder."""
-        return self.judge.see(self.decode(self.latents))
-
-
-def to_pixels(scenes: Sequence[Scene]) -> Tensor:
-    """The images of scenes as f32 [n, 3, S, S] in [0, 1]."""
-    images = np.stack([scene.pixels for scene in scenes])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-
-
-def share(right: Iterable[bool]) -> float:
-    """The share of True."""
-    return float(np.mean(list(right)))
-
-
-def shuffled(score: Callable[[list[int]], float], number: int, seed: int) -> float:
-    """The mean score of a number of texts in other orders."""
-    rng = np.random.default_rng(seed)
-    return float(np.mean([score(rng.permutation(number).tolist()) for _ in range(SHUFFLES)]))
-
-
-def answer_of(question: str, items: Sequence[Item]) -> str:
-    """The answer that a scene of these items gives; "" where the question has none."""
-    readable = [item for item in items if item.digit >= 0]
-    if not 1 <= len(readable) <= 4:
-        return ""
-    known = {asked.text: answer for asked, answer in questions(readable, _THINGS)}
-    return known.get(question, "")
-
-
-def replies_of(turns: Turns, items: Sequence[Item]) -> Turns:
-    """The replies of a scene of these items to the questions in `turns`; () if it has none."""
-    readable = [item for item in items if item.digit >= 0]
-    if not 1 <= len(readable) <= 4:
-        return ()
-    return next((t[1::2] for t in dialogues(readable) if t[::2] == turns[::2]), ())
-
-
-def bounds(setting: Setting) -> dict[str, float]:
-    """Floors and ceilings of every share, which do not depend on the model."""
-    metrics: dict[str, float] = {}
-    for task, prompts in setting.prompts.items():
-        images = setting.real[task]
-        again = setting.judge.see(setting.decode(setting.encode(images)))
-
-        def score(order: list[int], task: str = task, seen: Any = again) -> float:
-            asked = setting.prompts[task]
-            return geneval.accuracy(task, [asked[i] for i in order], seen)
-
-        metrics[f"geneval_{task}_real"] = geneval.accuracy(task, prompts, setting.judge.see(images))
-        metrics[f"geneval_{task}_ceiling"] = geneval.accuracy(task, prompts, again)
-        metrics[f"geneval_{task}_floor"] = shuffled(score, len(prompts), setting.seed)
-    items = [scene.items for scene in setting.scenes]
-    captions, asked = setting.captions, setting.asked
-
-    def caption_score(order: list[int]) -> float:
-        return share(is_right(captions[i], own) for i, own in zip(order, items, strict=True))
-
-    def answer_score(order: list[int]) -> float:
-        # Within the kinds of questions: a colour is no answer to "how many".
-        by_kind = {k: [a.answer for a in asked if a.question.kind == k] for k in KINDS}
-        ranked = sorted(range(len(asked)), key=lambda i: order[i])
-        given = {i: by_kind[asked[i].question.kind].pop() for i in ranked}
-        return share(given[i] == a.answer for i, a in enumerate(asked))
-
-    metrics |= {
-        "caption_accuracy_floor": shuffled(caption_score, len(items), setting.seed),
-        "caption_accuracy_ceiling": share(map(is_right, captions, setting.seen)),
-        "vqa_accuracy_floor": shuffled(answer_score, len(asked), setting.seed),
-        "vqa_accuracy_ceiling": share(
-            answer_of(a.question.text, setting.seen[a.scene]) == a.answer for a in asked
-        ),
-        "vqa_majority": share(
-            setting.majority.answers.get(a.question.kind) == a.answer for a in asked
-        ),
-        "dialogue_accuracy_ceiling": _dialogue_ceiling(setting),
-        "dialogue_majority": share(
-            setting.majority.replies.get(pattern(question)) == reply
-            for turns in setting.talks
-            for question, reply in exchanges(turns)
-        ),
-    }
-    return metrics
-
-
-def _dialogue_ceiling(setting: Setting) -> float:
-    right: list[bool] = []
-    for turns, seen in zip(setting.talks, setting.seen, strict=True):
-        truth, read = turns[1::2], replies_of(turns, seen)
-        right += [a == b for a, b in zip(truth, read or [""] * len(truth), strict=True)]
-    return share(right)
 
 
 @dataclass
@@ -228,7 +38,7 @@ class Result:
     labels: dict[str, list[Label]]
 
 
-def evaluate(model: Generator, setting: Setting, sampling: Sampling) -> Result:
+def evaluate(model: Generator, setting: Setting, sampling: Sampling, joint: bool = True) -> Result:
     """Every share of the model with its floor and ceiling, and what it generated."""
     result = Result(bounds(setting), {}, {})
     image: dict[str, Any] = {
@@ -254,7 +64,8 @@ def evaluate(model: Generator, setting: Setting, sampling: Sampling) -> Result:
     _describe(model, setting, text, result)
     _answer(model, setting, text, result)
     _reply(model, setting, text, result)
-    _join(model, setting, text | {"guidance": sampling.joint_guidance}, result)
+    if joint:
+        _join(model, setting, text | {"guidance": sampling.joint_guidance}, result)
     result.images["real"] = setting.decode(setting.latents)
     result.labels["real"] = [
         Label(caption, describe(items), is_right(caption, items))

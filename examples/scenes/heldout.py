@@ -2,28 +2,27 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from examples.published import MARKER
 from examples.scenes import geneval, judge
-from examples.scenes.data import CAPTIONS, QUESTIONS, Flags, asked, captions, scenes, texts_rng
-from examples.scenes.evaluation import Asked, Majority, Setting, Turns
+from examples.scenes.data import (
+    CAPTIONS,
+    QUESTIONS,
+    Flags,
+    asked,
+    captions,
+    scenes,
+    texts_rng,
+    written_with,
+)
 from examples.scenes.grammar import KINDS, dialogues
 from examples.scenes.judge import Judge
 from examples.scenes.scene import generator
+from examples.scenes.setting import Asked, Majority, Setting, Turns
 from mdm import sources
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.sources.record import RawRecord
-from mdm.utils.files import load_json
 
 JUDGE_SCENES = 5000  # training scenes whose digits the judge's classifier reads
-
-
-def data_flags(folder: Path) -> Flags:
-    """The flags that the data in this folder were written with."""
-    request: dict[str, Any] = load_json(folder / MARKER, {"request": dict})["request"]
-    flags = {k: v for k, v in request.items() if k not in ("version", "packages")}
-    return Flags(**flags, out=str(folder))
 
 
 def train_judge(flags: Flags) -> Judge:
@@ -52,7 +51,7 @@ def majority(folder: Path) -> Majority:
 
 def setting(folder: Path, seen_by: Judge, first_stage: Autoencoder, prompts: int) -> Setting:
     """The held-out scenes of the published data in `folder`, with `prompts` for each task."""
-    flags = data_flags(folder)
+    flags = written_with(folder)
     number = flags.heldout
     drawn = dict(scenes(flags, "coco", True, number))
     said, questions, talks = [], list[Asked](), []

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.demo.run import SERVICES, table
-from examples.demo.stages import JobStage, JobStageError, Runner, command, end_leftovers
+from examples.demo.stages import (
+    JobStage,
+    JobStageError,
+    Runner,
+    command,
+    encode_stage,
+    end_leftovers,
+)
 from mdm.launch.processes import CPU_ENV
 from mdm.presets import PRESETS
 from mdm.storage.lease import OtherJobError, hold_folder
@@ -57,21 +64,17 @@ def stages(flags: Flags) -> list[JobStage]:
         )
 
     def encode(name: str, folder: str) -> JobStage:
-        target, report = f"{out}/encoded/{name}", f"{out}/reports/encode-{name}.json"
-        words = command(
-            "pipelines/encode.py",
-            dataset=name,
-            root=f"{data}/{folder}",
-            split="train",
+        return encode_stage(
+            name,
+            f"{data}/{folder}",
+            "train",
+            f"{out}/encoded/{name}",
+            f"{out}/reports/encode-{name}.json",
+            needs=("ray",),
+            near_duplicates=False,  # many scenes of one caption are alike, and all are wanted
             **first_stage,
             text_length=preset.data.caption_length,
-            out=target,
-            report=report,
         )
-        # Many scenes of one caption are alike, and all are wanted.
-        words.append("--no_near_duplicates")
-        title, outputs = f"Encode {name}", [target, report]
-        return JobStage(f"encode-{name}", title, words, (), outputs, ("ray",), Path(report))
 
     write_data = command("examples/scenes/data.py", out=data, size=flags.size)
     train_tokenizer = command(

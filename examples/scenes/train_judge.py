@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.scenes import heldout
-from examples.scenes.evaluation import bounds
+from examples.scenes.bounds import bounds
+from examples.scenes.data import written_with
 from mdm.evaluate import classifier
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.utils.command_line import parse_cli
@@ -36,7 +37,7 @@ class Flags:
 def run(flags: Flags) -> dict[str, float]:
     """Train, measure and save; returns what was measured."""
     data, out = Path(flags.data), Path(flags.out)
-    judge = heldout.train_judge(heldout.data_flags(data))
+    judge = heldout.train_judge(written_with(data))
     first_stage = Autoencoder.load(flags.autoencoder)
     report = bounds(heldout.setting(data, judge, first_stage, flags.prompts))
     classifier.save(judge.reader, out, {})

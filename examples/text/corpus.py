@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from examples.demo.data import list_dialogues
+from examples.dialogues import list_dialogues
 from examples.text.prose import ALPHABET, paragraphs
 from mdm.preprocess import similar
 from mdm.sources.record import RawRecord

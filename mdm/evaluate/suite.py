@@ -54,8 +54,6 @@ class DemoData:
     heldout: Encoded  # encoded held-out images of the classes
     real: Images  # held-out images of the classes, as published
     decode: Callable[[Tensor], Tensor]  # latents [n, N, C] → pixels [n, 3, H, W]
-    others_train: Encoded  # encoded training images of other things
-    others_heldout: Encoded
     prompts: tuple[tuple[str, ...], ...]  # dialogues whose last turn needs a reply
 
 
@@ -97,7 +95,6 @@ def run_demo(
         "text to image": suite.text_to_image,
         "image to text": suite.image_to_text,
         "image and text": suite.joint,
-        "other images": suite.other_images,
         "replies": suite.replies,
     }
     with tqdm(parts.items(), desc="evaluate", unit="part") as bar:
@@ -248,18 +245,6 @@ class _Suite:
             is_counted = names.concerns(text) or class_id < self.n_classes
             labels.append(Label(text, "", names.named(text) == class_id if is_counted else None))
         self._show("joint", pixels[:40], labels)
-
-    def other_images(self) -> None:
-        """Images of other things, drawn from names and captioned: trained on, and held out."""
-        for name in ("others_train", "others_heldout"):
-            rows: Encoded = getattr(self.data, name)
-            picked = rows.take(torch.linspace(0, len(rows) - 1, min(20, len(rows))).long())
-            self._show(name, self._draw(picked.texts), [Label(text) for text in picked.texts])
-            captions = self._caption(picked.latents)
-            labels = [Label(c, t, c == t) for c, t in zip(captions, picked.texts, strict=True)]
-            self._show(f"{name}_real", self.data.decode(picked.latents), labels)
-            exact = sum(bool(label.right) for label in labels)
-            self.metrics[f"{name}_exact_captions"] = exact / len(picked)
 
     def replies(self) -> None:
         """Replies to the prompts, for people to read."""

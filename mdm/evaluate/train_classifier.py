@@ -21,7 +21,7 @@ class Flags:
 
     classes: str = doc("imagenet=runs/demo/data/digits", "labelled data set: name=folder")
     others: tuple[str, ...] = doc(
-        ("journeydb=runs/demo/data/emoji",),
+        ("journeydb=runs/demo/data/journeydb",),
         "images of no class: name=folder, repeated for each data set; '' for none",
     )
     autoencoder: str = doc("runs/demo/autoencoder", "folder of the frozen autoencoder")

@@ -41,7 +41,7 @@ class TrainAutoencoderConfig:
     """Flags."""
 
     datasets: tuple[str, ...] = doc(
-        ("imagenet=runs/demo/data/digits", "journeydb=runs/demo/data/emoji"),
+        ("imagenet=runs/demo/data/digits", "journeydb=runs/demo/data/journeydb"),
         "name=folder; repeat it for each data set; sets without images do not belong here",
     )
     out: str = doc("runs/demo/autoencoder", "folder to write; replaced as a whole")

@@ -24,7 +24,7 @@ class TrainTokenizerConfig:
     datasets: tuple[str, ...] = doc(
         (
             "imagenet=runs/demo/data/digits",
-            "journeydb=runs/demo/data/emoji",
+            "journeydb=runs/demo/data/journeydb",
             "ultrachat=runs/demo/data/dialogues",
         ),
         "name=folder; repeat it for each data set; their training splits make the corpus",

@@ -2,42 +2,29 @@
 
 import dataclasses
 import re
-import textwrap
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from mdm.config import Config
 from mdm.evaluate import classifier
 from mdm.evaluate.caption import ClassNames
 from mdm.evaluate.heldout import counts, load_encoded, load_images, load_prompts
-from mdm.evaluate.suite import DemoData, Label, Settings, run_demo, snapshot
+from mdm.evaluate.suite import DemoData, Settings, run_demo, snapshot
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.tokenizer import Tokenizer
 from mdm.generate import Generator
-from mdm.report.image_grid import Sheet, cut_sheet, save_sheet, save_sheets
+from mdm.report.image_grid import save_sheet, save_sheets
 from mdm.storage import join
 from mdm.utils import tracking
 from mdm.utils.fields import doc, one_of
 from mdm.utils.files import load_json, read_json, write_json
 from mdm.utils.saved_config import from_dict
 
-SETS = ("digits", "digits-val", "emoji", "emoji-valid")
-# Of the poster, in pixels: a tile, the gap between tiles, a title, and a tile's caption.
-TILE, GAP, COLUMNS = 72, 8, 10
-TITLE, CAPTION = 26, 30
-INK, GREY = (25, 25, 30), (110, 110, 118)
-SECTIONS = (  # title, sheet and rows
-    ("class to image", "class_to_image", 3),
-    ("text to image", "others_train", 2),
-    ("image and text at once, from noise", "joint", 2),
-)
+SETS = ("digits", "digits-val")
 
 
 @dataclass(frozen=True)
@@ -55,6 +42,9 @@ class Flags(Settings):
     out: str = doc("runs/demo/evaluation", "folder to write")
     tracking: bool = doc(True, "log to MLflow, below the training run")
     prompts: int = doc(8, "dialogues to answer")
+    texts: tuple[str, ...] = doc(
+        (), "what the snapshots draw, repeated for each text; the names of the classes if none"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,8 +67,6 @@ def load_data(flags: Flags, autoencoder: Autoencoder) -> tuple[DemoData, dict[st
         heldout=sets["digits-val"],
         real=load_images("imagenet", raw / "digits", "val", autoencoder.image_size),
         decode=autoencoder.decode,
-        others_train=sets["emoji"],
-        others_heldout=sets["emoji-valid"],
         prompts=load_prompts(raw / "dialogues", "test", flags.prompts),
     )
     return data, counted
@@ -113,8 +101,8 @@ def run(flags: Flags) -> dict[str, Any]:
     settings = Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)})
     result = run_demo(model, judge, data, settings)
     sheets = save_sheets(result.images, out, columns=10)
-    n_classes, texts, snapshots = len(data.names), data.others_train.texts, []
-    texts = tuple(texts[i] for i in torch.linspace(0, len(texts) - 1, n_classes).long().tolist())
+    n_classes, snapshots = len(data.names), []
+    texts = flags.texts or tuple(names[0] for names in data.names.names)
     files = Path(flags.snapshots).glob("step-*/model.safetensors") if flags.snapshots else ()
     for folder in tqdm(sorted(f.parent for f in files), desc="over training", unit="snapshot"):
         images, accuracy = snapshot(load(folder), judge, texts, settings)
@@ -135,7 +123,6 @@ def run(flags: Flags) -> dict[str, Any]:
         "counts": counted,
     }
     write_json(out / "evaluation.json", evaluation)
-    poster(sheets, result.labels, out).save(out / "readme.png", optimize=True)
     write_json(out / "metrics.json", report)
     if flags.tracking:
         log(flags, report, snapshots)
@@ -157,26 +144,3 @@ def log(flags: Flags, report: dict[str, Any], snapshots: list[dict[str, Any]]) -
         metrics=[*metrics, (numbers, report["samples_seen"])],
         artifacts={"evaluation": str(Path(flags.out).absolute())},
     )
-
-
-def poster(
-    sheets: Mapping[str, Sheet], labels: Mapping[str, Sequence[Label]], folder: Path
-) -> Image.Image:
-    """One image of the results: those of the `sheets` in `folder` that have a section."""
-    captions = {name: [label.text for label in row] for name, row in labels.items()}
-    heights = {name: TILE + GAP + CAPTION * any(row) for name, row in captions.items()}
-    height = sum(TITLE + rows * heights[name] for _, name, rows in SECTIONS)
-    canvas = Image.new("RGB", (COLUMNS * (TILE + GAP) + GAP, height + GAP), "white")
-    pen, y = ImageDraw.Draw(canvas), 0
-    small, large = ImageFont.load_default(10), ImageFont.load_default(14)
-    for title, name, rows in SECTIONS:
-        pen.text((GAP, y + 6), title, fill=INK, font=large)
-        row_height = heights[name]
-        for i, tile in enumerate(cut_sheet(sheets[name], folder)[: rows * COLUMNS]):
-            left, top = GAP + i % COLUMNS * (TILE + GAP), y + TITLE + i // COLUMNS * row_height
-            canvas.paste(tile.resize((TILE, TILE), Image.Resampling.LANCZOS), (left, top))
-            if i < len(captions[name]) and row_height > TILE + GAP:
-                lines = textwrap.wrap(captions[name][i], 14)[:2] or ["(no text)"]
-                pen.text((left, top + TILE + 2), "\n".join(lines), fill=GREY, font=small)
-        y += TITLE + rows * row_height
-    return canvas

@@ -130,9 +130,14 @@ def save_tiles(
     write_json(folder / SHEETS, content)
 
 
+def load_sheets(folder: Path) -> dict[str, Any]:
+    """What `save_tiles` wrote beside its sheets: `sheets` and `labels`, both by name."""
+    return load_json(folder / SHEETS, {"sheets": dict, "labels": dict})
+
+
 def load_tiles(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The tiles that `save_tiles` wrote into `folder`."""
-    content = load_json(folder / SHEETS, {"sheets": dict, "labels": dict})
+    content = load_sheets(folder)
     return tiles(content["sheets"], content["labels"], folder)
 
 

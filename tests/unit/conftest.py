@@ -69,8 +69,6 @@ def demo_data(digits: Digits) -> DemoData:
         digits.encoded("heldout"),
         digits.heldout,
         decode,
-        others_train=digits.encoded("spare"),
-        others_heldout=digits.encoded("heldout"),
         prompts=(("hello",), ("how are you?", "fine", "good")),
     )
 

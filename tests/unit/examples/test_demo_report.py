@@ -5,13 +5,16 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from examples.demo import report
+from examples.demo import poster, report
+from examples.scenes import report as scenes_report
 from mdm.evaluate.classifier import Classifier
-from mdm.evaluate.suite import DemoData, Settings, run_demo, snapshot
+from mdm.evaluate.suite import DemoData, Label, Settings, run_demo, snapshot
 from mdm.report.image_grid import save_sheet, save_sheets
+from mdm.report.page import save_tiles
 from tests.unit.conftest import Digits, Oracle
 
 ORDER = ("encode-digits", "train", "evaluate")
@@ -20,6 +23,20 @@ ORDER = ("encode-digits", "train", "evaluate")
 def dump(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
+
+
+def dump_scenes(folder: Path, digits: Digits) -> None:
+    """The evaluation of scenes: images of digits, every other text right."""
+    names = (*scenes_report.TASKS, "captions", "answers", "dialogues", "real")
+    labels = [Label(f"text {i}", "truth", i % 2 == 0) for i in range(12)]
+    images = dict.fromkeys(names, digits.spare.pixels[:12])
+    save_tiles(images, dict.fromkeys(names, labels), folder, 12)
+    shares = dict.fromkeys((f"geneval_{task}" for task in scenes_report.TASKS), 0.5)
+    shares |= {"caption_accuracy": 0.75}
+    bounds = {f"{name}_{end}": 0.9 for name in shares for end in ("floor", "ceiling")}
+    answers = {"vqa_accuracy": 0.6, "vqa_majority": 0.3}
+    dialogues = {"dialogue_accuracy": 0.6, "dialogue_majority": 0.4}
+    dump(folder / "metrics.json", shares | bounds | answers | dialogues | {"seconds": 1.0})
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +66,7 @@ def run(
         | {"snapshots": shots, "settings": vars(settings), "samples_seen": 19_200}
         | {"counts": {"digits": {"examples": 3990, "quarantined: truncated image": 7}}},
     )
+    dump_scenes(run / "scenes", digits)
     lines = []
     for step in range(10, 301, 10):
         falling = 3.0 * math.exp(-step / 90) + 0.3 + 0.1 * math.sin(7 * step)
@@ -98,6 +116,10 @@ def test_json_has_metrics_and_totals_at_the_top(run: Path, page: str) -> None:
     assert plain["peak_rss_gib"] == 3.5
     assert plain["samples_per_second"] == 401.0
     assert plain["targets"]["class2image_accuracy"] is True
+    assert plain["geneval_two"] == 0.5
+    wanted = {"two": True, "colours": False, "position": True, "attribution": True}
+    assert {task: plain["targets"][f"geneval_{task}"] for task in wanted} == wanted
+    assert plain["targets"]["vqa_accuracy"] is True
     assert list(plain["stages"]) == list(ORDER)
 
 
@@ -137,6 +159,15 @@ def test_page_shows_counts_sources_and_escapes_what_a_model_wrote(page: str) -> 
     assert "&lt;b&gt;hello&lt;/b&gt;" in page
     assert "<b>hello</b>" not in page
     assert page.count("<svg") == 7  # five losses, the targets, the job stages
+
+
+def test_the_poster_has_a_row_for_each_way_to_generate(run: Path, page: str) -> None:
+    with Image.open(run / "poster.png") as image:
+        red, green, _ = np.moveaxis(np.asarray(image.convert("RGB"), np.int64), -1, 0)
+        rows = 2 + 2 + 1 + 1 + 1
+        height = 5 * poster.TITLE + rows * (poster.TILE + poster.GAP) + 5 * poster.TEXT
+        assert image.size == (10 * (poster.TILE + poster.GAP) + poster.GAP, height + poster.GAP)
+    assert (red - green > 50).any()  # what the judges find wrong; the images are grey
 
 
 def test_a_missing_job_stage_is_named(run: Path) -> None:

@@ -22,12 +22,15 @@ def test_a_command_repeats_a_flag_for_each_item_of_a_list():
 def test_flags_reach_their_job_stages(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     default = {stage.name: stage for stage in stages(Flags())}
-    assert list(default["encode-emoji"].needs) == ["s3", "ray"]  # Ray inherits the store's address
+    assert list(default["encode-journeydb"].needs) == [
+        "s3",
+        "ray",
+    ]  # Ray inherits the store's address
     assert "--tracking" not in default["train"].command
     flags = Flags(store="file", tracking=False, ranks=4, n=7, train_flags="--train.steps 30")
     changed = {stage.name: stage for stage in stages(flags)}
-    assert list(changed["encode-emoji"].needs) == ["ray"]
-    assert changed["encode-emoji"].outputs[0] == "runs/demo/encoded/emoji"
+    assert list(changed["encode-journeydb"].needs) == ["ray"]
+    assert changed["encode-journeydb"].outputs[0] == "runs/demo/encoded/journeydb"
     train, evaluate = " ".join(changed["train"].command), " ".join(changed["evaluate"].command)
     assert "--num_accelerators 4 pipelines/pretrain.py --preset demo" in train
     assert train.endswith("--no_tracking --train.steps 30")

@@ -14,8 +14,8 @@ from PIL import Image
 from examples.published import MARKER
 from examples.scenes import data, heldout
 from examples.scenes import scene as module
+from examples.scenes.bounds import answer_of, replies_of
 from examples.scenes.data import Flags, captions, scenes, texts_rng
-from examples.scenes.evaluation import answer_of, replies_of
 from examples.scenes.grammar import KINDS, is_right, parse
 from examples.scenes.judge import locate
 from examples.scenes.scene import (
@@ -82,7 +82,7 @@ def test_the_readers_accept_every_layout(written):
 
 
 def test_images_of_records_show_their_scenes(written):
-    flags = heldout.data_flags(written)
+    flags = data.written_with(written)
     assert flags.coco == SIZES["coco"]
     drawn = dict(scenes(flags, "coco", False, SIZES["coco"]))
     for record in records("coco", written / "coco", "train"):

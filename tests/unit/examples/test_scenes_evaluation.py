@@ -9,11 +9,12 @@ from torch import Tensor
 
 from examples.digits.evaluation import Sampling
 from examples.scenes import evaluation, geneval
+from examples.scenes.bounds import answer_of, replies_of
 from examples.scenes.data import Flags, asked, captions, scenes, texts_rng
-from examples.scenes.evaluation import Asked, Majority, Setting, answer_of, replies_of
 from examples.scenes.grammar import Caption, Item, Thing, dialogues, parse
 from examples.scenes.judge import Judge
 from examples.scenes.scene import draw, generator
+from examples.scenes.setting import Asked, Majority, Setting
 
 N = 60
 SAMPLING = Sampling(steps=2)

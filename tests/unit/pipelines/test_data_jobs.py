@@ -7,9 +7,12 @@ import torch
 from PIL import Image
 
 from examples.demo import data as demo_data
+from examples.dialogues import write_dialogues
+from examples.emoji import data as emoji_data
 from examples.published import MARKER
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.tokenizer import Tokenizer
+from mdm.sources import journeydb
 from pipelines import train_autoencoder, train_tokenizer
 
 
@@ -27,7 +30,8 @@ def test_demo_data_are_the_same_bytes_again_and_left_alone_when_done(demo, tmp_p
     assert demo_data.write(tmp_path / "again", 60) == report
     assert (tmp_path / "again" / MARKER).stat().st_mtime_ns == stamp
     other = demo_data.write(tmp_path / "again", 50)
-    assert other["sets"]["emoji"]["sha256"] != report["sets"]["emoji"]["sha256"]
+    for name in ("digits", "journeydb", "coco", "dialogues"):
+        assert other["sets"][name]["sha256"] != report["sets"][name]["sha256"]
 
 
 def test_interrupted_demo_data_are_finished(demo, tmp_path):
@@ -37,7 +41,7 @@ def test_interrupted_demo_data_are_finished(demo, tmp_path):
 
 
 def test_emoji_hold_out_keeps_one_activity_together():
-    by_name = {e.name: e.held_out for e in demo_data.list_emoji()}
+    by_name = {e.name: e.held_out for e in emoji_data.list_emoji()}
     assert len(by_name) > 1500
     assert 40 < sum(by_name.values()) < 160
     assert not [n for n in by_name if "skin tone" in n]
@@ -48,7 +52,7 @@ def test_emoji_hold_out_keeps_one_activity_together():
 
 
 def test_questions_do_not_straddle_the_split(tmp_path):
-    demo_data.write_dialogues(tmp_path / "d", 0)
+    write_dialogues(tmp_path / "d", 0)
     asked = {}
     for split in ("train", "test"):
         rows = (tmp_path / "d" / f"{split}_0.jsonl").read_text().splitlines()
@@ -57,21 +61,34 @@ def test_questions_do_not_straddle_the_split(tmp_path):
     assert not asked["train"] & asked["test"]
 
 
-def test_images_are_dark_on_white(demo):
+def test_digits_are_bright_on_black(demo):
     path = next((demo / "digits" / "train" / "n00000003").iterdir())
     digit = Image.open(io.BytesIO(path.read_bytes()))
     assert (digit.size, digit.mode) == ((32, 32), "RGB")
-    assert digit.getpixel((0, 0)) > (240, 240, 240)
-    with tarfile.open(demo / "emoji" / "data" / "train" / "imgs" / "000.tgz") as tar:
+    assert digit.getpixel((0, 0)) < (15, 15, 15)
+    assert max(high for _, high in digit.getextrema()) > 200
+
+
+def test_emoji_are_on_white_and_named(tmp_path, capsys):
+    flags = ["--out", str(tmp_path), "--limit", "25", "--size", "48"]
+    assert emoji_data.main(flags) == 0
+    assert "emoji: {'train':" in capsys.readouterr().out
+    root = tmp_path / "emoji"
+    with tarfile.open(root / "data" / "train" / "imgs" / "000.tgz") as tar:
         info = tar.getmembers()[0]
-        emoji = Image.open(io.BytesIO(tar.extractfile(info).read()))
+        image = Image.open(io.BytesIO(tar.extractfile(info).read()))
     assert info.mtime == 0
-    assert (emoji.size, emoji.mode) == ((72, 72), "RGB")
-    assert emoji.getpixel((0, 0)) > (240, 240, 240)
+    assert (image.size, image.mode) == ((48, 48), "RGB")
+    assert image.getpixel((0, 0)) > (240, 240, 240)
+    units = [unit for split in ("train", "valid") for unit in journeydb.units(root, split)]
+    records = [record for unit in units for record in journeydb.read(unit)]
+    names = {emoji.name for emoji in emoji_data.list_emoji()}
+    assert len(records) == 25
+    assert {record.text for record in records} <= names
 
 
 def test_tokenizer_job(demo, tmp_path):
-    data = f"imagenet={demo}/digits,journeydb={demo}/emoji,ultrachat={demo}/dialogues"
+    data = f"imagenet={demo}/digits,journeydb={demo}/journeydb,ultrachat={demo}/dialogues"
     flags = ["--datasets", data, "--vocab_size", "200"]
     for name in "ab":
         assert train_tokenizer.main([*flags, "--out", str(tmp_path / name)]) == 0
@@ -90,14 +107,14 @@ def test_tokenizer_job(demo, tmp_path):
 
 def test_autoencoder_job(demo, tmp_path):
     out = tmp_path / "ae"
-    data = f"imagenet={demo}/digits,journeydb={demo}/emoji"
+    data = f"imagenet={demo}/digits,journeydb={demo}/journeydb"
     flags = ["--datasets", data, "--out", str(out), "--steps", "3", "--batch", "4"]
     assert train_autoencoder.main(flags) == 0
     assert train_autoencoder.main(flags) == 0  # replaces what is there
     report = json.loads((out / "autoencoder.json").read_text())
     autoencoder = Autoencoder.load(out)
     assert report["sha256"] == autoencoder.sha256
-    assert set(report["psnr"]) == {"digits", "emoji"}
+    assert set(report["psnr"]) == {"digits", "journeydb"}
     assert report["train_images"]["digits"] == 50
     assert autoencoder.encode(torch.rand(2, 3, 32, 32)).shape == (2, 16, 16)
     with Image.open(out / "reconstructions.png") as image:
@@ -110,7 +127,7 @@ def test_autoencoder_job(demo, tmp_path):
     [
         (train_tokenizer, ["--datasets", "laion=."], "unknown dataset 'laion'"),
         (train_tokenizer, ["--datasets", "imagenet=/gone"], "no folder /gone"),
-        (train_tokenizer, ["--datasets", "imagenet={demo}/emoji"], "no class names"),
+        (train_tokenizer, ["--datasets", "imagenet={demo}/journeydb"], "no class names"),
         (
             train_tokenizer,
             ["--datasets", "ultrachat={demo}/dialogues", "--vocab_size", "9999"],

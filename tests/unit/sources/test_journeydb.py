@@ -23,15 +23,15 @@ def write_set(root, annotations, archives):
         write_tgz(root / f"data/train/imgs/{name}.tgz", members)
 
 
-def test_emoji_of_the_demo_are_read_with_captions(demo):
-    units = journeydb.units(demo / "emoji", "train")
-    assert [u.files[0][-7:] for u in units] == [f"00{i}.tgz" for i in range(5)]
-    records = read_all(demo / "emoji") + read_all(demo / "emoji", "valid")
-    assert len(records) == 60
+def test_scenes_of_the_demo_are_read_with_captions(demo):
+    (unit,) = journeydb.units(demo / "journeydb", "train")
+    assert unit.files[0].endswith("000.tgz")
+    records = read_all(demo / "journeydb") + read_all(demo / "journeydb", "valid")
+    assert len(records) == 120
     assert all(isinstance(r, RawRecord) for r in records)
     assert all(r.image[:2] == b"\xff\xd8" for r in records)
-    assert len({r.id for r in records}) == 60
-    assert sorted(journeydb.texts(demo / "emoji", "train")) == sorted(
+    assert len({r.id for r in records}) == 120
+    assert sorted(journeydb.texts(demo / "journeydb", "train")) == sorted(
         r.text for r in records if r.split == "train"
     )
 
@@ -93,11 +93,11 @@ def test_every_problem_is_reported_once_with_its_reason(tmp_path):
 
 
 def test_a_truncated_archive_reports_its_missing_images(demo, tmp_path):
-    (unit, *_) = journeydb.units(demo / "emoji", "train")
+    (unit, *_) = journeydb.units(demo / "journeydb", "train")
     whole = [r.id for r in journeydb.read(unit)]
     for name in (ANNOTATIONS["train"], unit.files[0]):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        data = (demo / "emoji" / name).read_bytes()
+        data = (demo / "journeydb" / name).read_bytes()
         (tmp_path / name).write_bytes(data if "anno" in name else data[: len(data) // 2])
     (unit,) = journeydb.units(tmp_path, "train")
     records = list(journeydb.read(unit))

@@ -1,0 +1,1 @@
+"""Emoji with their names: a data set for one GPU."""
