@@ -24,7 +24,7 @@ def lines_of_refusal(*args: str, ranks: int = 2) -> list[str]:
 def test_an_unknown_preset_is_refused_with_a_suggestion():
     assert lines_of_refusal("--preset", "dmeo") == [
         "pretrain.py: unknown preset 'dmeo'; did you mean 'demo'? "
-        "(presets: demo, learn, learn_text, dev_1gpu, mdm_1b, mdm_7b)"
+        "(presets: demo, learn, scenes, learn_text, dev_1gpu, mdm_1b, mdm_7b)"
     ]
 
 
