@@ -45,8 +45,9 @@ def flags() -> dict[str, set[str]]:
 
 def blocks(text: str) -> list[str]:
     """The command lines of all fenced blocks, continued lines joined."""
-    found = re.findall(r"^```(?:bash|slurm|kubernetes)?\n(.*?)^```", text, re.M | re.S)
-    return [line for block in found for line in block.replace("\\\n", " ").splitlines()]
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    lines = [block for name, block in found if name in ("", "bash", "slurm", "kubernetes")]
+    return [line for block in lines for line in block.replace("\\\n", " ").splitlines()]
 
 
 def commands(line: str) -> list[tuple[str, list[str]]]:
