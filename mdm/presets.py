@@ -4,13 +4,13 @@ import dataclasses
 
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig, SourceConfig, TrainConfig
 
-# Two CPU cores, about ten minutes: digits, emoji and dialogues at 32 x 32 pixels.
+# Two CPU cores, about twelve minutes: digits, scenes of digits and dialogues at 32 x 32 pixels.
 DEMO = Config(
     model=ModelConfig(
-        d_model=192,
-        n_layer=8,
+        d_model=128,
+        n_layer=6,
         d_state=32,
-        headdim=64,
+        headdim=32,
         expand=1,  # a wide stream costs little beside the elementwise work of the inner width
         chunk_size=64,
         dt_min=0.03,
@@ -25,29 +25,33 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.34,
-        p_image=0.2,
-        p_image_to_text=0.18,
+        p_text_to_image=0.42,
+        p_image_to_text=0.28,  # captions, answers and replies
+        p_image=0.16,
+        p_text=0.02,
         p_class=0.9,
         p_self_condition=0.1,
     ),
     data=DataConfig(
         sources=(
-            SourceConfig("digits", 0.75),
-            SourceConfig("emoji", 0.17),
-            SourceConfig("dialogues", 0.08),
+            SourceConfig("digits", 0.22),
+            SourceConfig("journeydb", 0.42),
+            SourceConfig("coco", 0.12),
+            SourceConfig("vqav2", 0.14),
+            SourceConfig("llava", 0.05),
+            SourceConfig("dialogues", 0.05),
         ),
-        global_batch=64,
-        caption_length=10,
-        dialogue_length=28,  # with its two pads as long as a caption and an image
+        global_batch=128,
+        caption_length=22,  # the last two exchanges of a dialogue about an image
+        dialogue_length=28,
     ),
     train=TrainConfig(
-        steps=2900,
-        lr=2e-3,
+        steps=3500,
+        lr=4e-3,
         warmup=100,
         decay="cosine",
         ema=0.998,
-        checkpoint_every=500,
+        checkpoint_every=1000,
         snapshots=4,
         gather="trunk",
         deepspeed="deepspeed_configs/cpu_small_model.json",
@@ -62,8 +66,7 @@ DEMO = Config(
 LEARN = Config(
     model=dataclasses.replace(
         DEMO.model,
-        d_model=128,
-        headdim=32,
+        n_layer=8,
         vocab_size=96,
         image_height=2,
         image_width=2,
@@ -88,6 +91,7 @@ LEARN = Config(
     train=dataclasses.replace(
         DEMO.train,
         steps=9000,
+        lr=2e-3,
         warmup=200,
         ema=0.999,
         checkpoint_every=2000,
@@ -102,7 +106,7 @@ LEARN = Config(
 # Scenes of coloured digits with captions, questions and dialogues: what `make learn-scenes` trains
 # on two CPU cores in under an hour.
 SCENES = Config(
-    model=dataclasses.replace(DEMO.model, text_length=22),
+    model=dataclasses.replace(DEMO.model, n_layer=8, text_length=22),
     objective=ObjectiveConfig(
         p_text_to_image=0.42,
         p_image_to_text=0.32,  # captions, answers and replies
@@ -119,12 +123,12 @@ SCENES = Config(
             SourceConfig("vqav2", 0.25),
             SourceConfig("llava", 0.1),
         ),
-        global_batch=64,
+        global_batch=128,
         caption_length=22,  # the last two exchanges of a dialogue
         dialogue_length=22,
     ),
     train=dataclasses.replace(
-        DEMO.train, steps=11_000, warmup=200, ema=0.999, checkpoint_every=2000, snapshots=0
+        DEMO.train, steps=9000, warmup=200, ema=0.999, checkpoint_every=1500, snapshots=0
     ),
     run_dir="runs/learn-scenes/train",
     tokenizer="runs/learn-scenes/tokenizer/tokenizer.model",
@@ -136,8 +140,8 @@ SCENES = Config(
 LEARN_TEXT = Config(
     model=dataclasses.replace(
         DEMO.model,
-        headdim=32,
-        vocab_size=1000,
+        d_model=192,
+        n_layer=8,
         n_classes=1,
         image_height=1,
         image_width=1,

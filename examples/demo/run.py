@@ -36,15 +36,15 @@ from mdm.utils.saved_config import fingerprint
 
 BUCKET = "mdm-demo"
 SCENES = {"journeydb": "journeydb", "coco": "coco", "vqav2": "coco", "llava": "llava"}  # folders
-AUTOENCODER_STEPS = 900
+AUTOENCODER_STEPS = 1000
 TONE_WEIGHT = 16  # of the autoencoder: thin strokes of six hues take more than the usual
 PROMPTS = 100  # of each of GenEval's tasks
 SHOWN = [  # what snapshots of the training are asked to draw
     "a red zero",
-    "a yellow one on the left",
-    "a three in green at the top",
+    "a yellow one at the top left",
+    "a three in green",
     "a blue four",
-    "a pink five at the bottom",
+    "a pink five at the bottom right",
     "two sixes",
     "four green sevens",
     "a red nine left of a blue six",
@@ -118,7 +118,7 @@ def stages(flags: Flags) -> list[JobStage]:
     )
     train_vae = command(
         "pipelines/train_autoencoder.py",
-        datasets=[digits, scenes],
+        datasets=[digits, *(item for item in named if not item.startswith("vqav2="))],
         out=autoencoder,
         steps=AUTOENCODER_STEPS,
         tone_weight=TONE_WEIGHT,

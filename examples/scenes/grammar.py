@@ -3,7 +3,7 @@
     caption  = thing [place] | thing relation thing | thing "and" thing | count [colour] digits
     thing    = ("a" | "an") [colour] digit ["in" colour]
     relation = "left of" | "right of" | "above" | "below"
-    place    = "on the left" | "on the right" | "at the top" | "at the bottom" | "in the middle"
+    place    = "at the" ("top" | "bottom") ("left" | "right")
 
 A caption speaks of every digit of its scene, so that a wrong number of digits makes it wrong.
 Places are shares of the image's sides, from its upper left corner.
@@ -21,13 +21,11 @@ COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 PLACES = {
-    "left": "on the left",
-    "right": "on the right",
-    "top": "at the top",
-    "bottom": "at the bottom",
-    "middle": "in the middle",
+    "top left": "at the top left",
+    "top right": "at the top right",
+    "bottom left": "at the bottom left",
+    "bottom right": "at the bottom right",
 }
-MIDDLE = 0.13  # from the centre, within which a digit is in the middle
 # GenEval's relative position: an offset counts beyond this share of both sizes, and a direction
 # holds where it makes up half of the offset that is left.
 SLACK, HALF = 0.1, 0.5
@@ -47,13 +45,8 @@ class Item:
 
     @property
     def place(self) -> str:
-        """Where in the image it is: a key of `PLACES`."""
-        dx, dy = self.x - 0.5, self.y - 0.5
-        if max(abs(dx), abs(dy)) < MIDDLE:
-            return "middle"
-        if abs(dx) > abs(dy):
-            return "left" if dx < 0 else "right"
-        return "top" if dy < 0 else "bottom"
+        """The quarter of the image that it is in: a key of `PLACES`."""
+        return f"{'top' if self.y < 0.5 else 'bottom'} {'left' if self.x < 0.5 else 'right'}"
 
 
 def relations(one: Item, other: Item) -> set[str]:

@@ -18,7 +18,6 @@ from examples.published import mnist
 from examples.scenes.grammar import (
     COLOURS,
     DIGITS,
-    OPPOSITE,
     PLACES,
     RELATIONS,
     Caption,
@@ -30,14 +29,11 @@ Pixels = NDArray[np.uint8]
 TRAIN_DIGITS = 400  # images of each digit; the other 100 are for held-out scenes alone
 UNIT = 32  # all sizes and places below are pixels of an image with sides of this length
 SIZES = (13, 14)  # longest side of a digit
-CELLS = ((0, 15), (17, 32))  # of two digits side by side, or one above the other
-CENTRE = (7, 25)  # of a digit that is on neither side
-MOVES = 2  # from the middle of its cell, either way
+CELLS = ((0, 15), (17, 32))  # of a digit in a quarter of the image, from its sides
+MOVES = 1  # from the middle of its cell, either way
 FAINT = 60  # of 255: ink at a digit's edge that is not counted in its size
 HUES = dict(zip(COLOURS, (0, 55, 120, 180, 228, 310), strict=True))  # degrees
 HUE_RANGE = 6  # by which a colour varies either way
-BLACK = 0.6  # share of scenes on black; the others are on a dark colour
-DARKEST = 40  # brightest channel of a dark background
 
 
 def held_out_colour(digit: int, colour: str) -> bool:
@@ -128,8 +124,7 @@ def draw(caption: Caption, rng: np.random.Generator, size: int, held_out: bool) 
 
 
 def _drawn(caption: Caption, rng: np.random.Generator, size: int, held_out: bool) -> Scene:
-    background = np.zeros(3) if rng.random() < BLACK else rng.integers(0, DARKEST, 3)
-    canvas = np.broadcast_to(background, (size, size, 3)).astype(np.float64)
+    canvas = np.zeros((size, size, 3))
     scale, items = size / UNIT, []
     names = [thing for thing in caption.things for _ in range(thing.count)]
     for thing, cell in zip(names, _cells(caption, rng), strict=True):
@@ -157,24 +152,18 @@ def _drawn(caption: Caption, rng: np.random.Generator, size: int, held_out: bool
 def _cells(caption: Caption, rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
     """Where each digit may be: left, top, right, bottom."""
     (a, b), (c, d) = CELLS
-    corners = [(a, a, b, b), (c, a, d, b), (a, c, b, d), (c, c, d, d)]
-    e, f = CENTRE
-    sides = {
-        "left": (a, e, b, f),
-        "right": (c, e, d, f),
-        "top": (e, a, f, b),
-        "bottom": (e, c, f, d),
-        "middle": (e, e, f, f),
-    }
-    opposite = {"left of": ("left", "right"), "above": ("top", "bottom")}
+    quarters = [(a, a, b, b), (c, a, d, b), (a, c, b, d), (c, c, d, d)]  # as in PLACES
     if caption.place:
-        return [sides[caption.place]]
+        return [quarters[tuple(PLACES).index(caption.place)]]
     if caption.relation:
-        reverse = caption.relation not in opposite
-        pair = opposite[OPPOSITE[caption.relation] if reverse else caption.relation]
-        return [sides[side] for side in (reversed(pair) if reverse else pair)]
-    picked = rng.permutation(len(corners))[: caption.things[0].count]
-    return [corners[int(i)] for i in picked]
+        row_or_column = int(rng.integers(2))
+        if caption.relation in ("left of", "right of"):
+            pair = quarters[2 * row_or_column : 2 * row_or_column + 2]
+        else:
+            pair = quarters[row_or_column::2]
+        return pair if caption.relation in ("left of", "above") else pair[::-1]
+    picked = rng.permutation(len(quarters))[: caption.things[0].count]
+    return [quarters[int(i)] for i in picked]
 
 
 def _place(rng: np.random.Generator, scale: float, low: int, high: int, length: int) -> int:

@@ -12,9 +12,9 @@ def item(digit: int, colour: str, x: float = 0.5, y: float = 0.5) -> Item:
     return Item(digit, colour, x, y, 0.3, 0.4)
 
 
-SEVEN_AND_TWO = (item(7, "red", 0.25), item(2, "blue", 0.75))
+SEVEN_AND_TWO = (item(7, "red", 0.25, 0.3), item(2, "blue", 0.75, 0.3))
 THREES = (item(3, "green", 0.25, 0.25), item(3, "green", 0.75, 0.25))
-NINE = (item(9, "yellow", 0.5, 0.8),)
+NINE = (item(9, "yellow", 0.3, 0.8),)
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ NINE = (item(9, "yellow", 0.5, 0.8),)
         (THREES, "two threes"),
         (NINE, "a yellow nine"),
         (NINE, "a nine in yellow"),
-        (NINE, "a nine at the bottom"),
-        ((item(8, "red"),), "an eight in the middle"),
+        (NINE, "a nine at the bottom left"),
+        ((item(8, "red", 0.7, 0.2),), "an eight at the top right"),
     ],
 )
 def test_true_captions_are_right(scene, caption):
@@ -53,8 +53,9 @@ def test_true_captions_are_right(scene, caption):
         (THREES, "three green threes"),  # count
         (THREES, "two green fives"),
         (THREES, "a green three"),
-        (NINE, "a nine at the top"),  # place
-        (NINE, "a nine in the middle"),
+        (NINE, "a nine at the top left"),  # place
+        (NINE, "a nine at the bottom right"),
+        (NINE, "a nine at the bottom"),
         (NINE, "an nine"),  # article
     ],
 )
@@ -70,7 +71,7 @@ def test_parsing_returns_what_was_written():
         Caption((Thing(3, "green", 2),)),
         Caption((Thing(6, "pink", 4),)),
         Caption((Thing(8, "cyan", colour_last=True),)),
-        Caption((Thing(2, "blue"),), place="middle"),
+        Caption((Thing(2, "blue"),), place="bottom right"),
     ]
     for caption in wholes:
         for variant in caption.variants():
@@ -107,8 +108,8 @@ def test_questions_have_the_answers_that_the_scene_gives():
         "how many digits?": "two",
         "what colour is the seven?": "red",
         "what colour is the two?": "blue",
-        "where is the seven?": "left",
-        "where is the two?": "right",
+        "where is the seven?": "top left",
+        "where is the two?": "top right",
         "how many sevens?": "one",
         "how many twos?": "one",
         "what digit is red?": "seven",
@@ -139,9 +140,9 @@ def test_dialogues_speak_of_what_was_said_before():
         "and the two?",
         "blue",
         "where is it?",
-        "right",
+        "top right",
     )
-    assert dialogues(NINE)[0][-1] == "bottom"
+    assert dialogues(NINE)[0][-1] == "bottom left"
     assert dialogues(THREES)[0] == (
         "how many digits?",
         "two",
