@@ -25,21 +25,21 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.42,
-        p_image_to_text=0.28,  # captions, answers and replies
-        p_image=0.16,
-        p_text=0.02,
+        p_text_to_image=0.6,  # what is learned last
+        p_image_to_text=0.2,  # captions, answers and replies
+        p_image=0.12,
+        p_text=0.01,
         p_class=0.9,
         p_self_condition=0.1,
     ),
     data=DataConfig(
         sources=(
-            SourceConfig("digits", 0.22),
-            SourceConfig("journeydb", 0.42),
-            SourceConfig("coco", 0.12),
-            SourceConfig("vqav2", 0.14),
-            SourceConfig("llava", 0.05),
-            SourceConfig("dialogues", 0.05),
+            SourceConfig("digits", 0.18),
+            SourceConfig("journeydb", 0.52),
+            SourceConfig("coco", 0.06),
+            SourceConfig("vqav2", 0.12),
+            SourceConfig("llava", 0.06),
+            SourceConfig("dialogues", 0.06),
         ),
         global_batch=128,
         caption_length=22,  # the last two exchanges of a dialogue about an image

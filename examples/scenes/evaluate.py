@@ -17,6 +17,7 @@ from examples.digits.evaluation import Sampling
 from examples.scenes import heldout
 from examples.scenes.evaluation import evaluate
 from examples.scenes.judge import Judge
+from mdm.diffusion.sampler import SOLVERS
 from mdm.evaluate import classifier
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.generate import Generator
@@ -32,7 +33,8 @@ SHOWN = 60  # tiles of a sheet
 class Flags(Sampling):
     """Flags of this job."""
 
-    guidance: float = doc(1.0, "guidance weight of images")
+    guidance: float = doc(3.0, "guidance weight of images")
+    solver: str = doc("ddpm", f"of images: one of {', '.join(SOLVERS)}")
     checkpoint: str = doc("runs/learn-scenes/train/export", "folder of exported weights")
     data: str = doc("runs/learn-scenes/data", "folder of the published scenes")
     judge: str = doc("runs/learn-scenes/judge", "folder of the judge's classifier")
