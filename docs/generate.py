@@ -187,7 +187,7 @@ def configuration_page() -> str:
     ]
     lines += ["## What each preset changes", "", "An empty cell is the default."]
     lines += table(["field", "default", *(f"`{name}`" for name in values)], rows)
-    renamed = importlib.import_module(f"{PACKAGE}.config").RENAMED
+    renamed = importlib.import_module(f"{PACKAGE}.utils.saved_config").RENAMED
     lines += ["## Former names", "", "Files that contain a former key are read; a former flag is"]
     lines += ["refused with the present one."]
     lines += table(["former", "present"], [[f"`{a}`", f"`{b}`"] for a, b in renamed.items()])

@@ -287,7 +287,7 @@ def test_the_parts_of_a_token_have_one_size_at_the_start():
 
 
 def test_levels_and_labels_modulate_every_token_by_its_own():
-    """A text token's depends on its level and the class; a patch's on the text and its place too."""
+    """A text token's depends on its level and class; a patch's on the text and its place too."""
     network = trained(SMALL)
     z_txt, z_img = torch.randn(2, 5, 16), torch.randn(2, 6, 16)
     seen = []
