@@ -34,7 +34,6 @@ from mdm.model.vae import kl
 from mdm.utils.precision import fp32
 
 MAX_SNR = 5.0  # gamma of min-SNR
-MIN_ALPHA_BAR = 0.05  # caps the weight of almost pure noise
 
 
 class LossTerms(NamedTuple):
@@ -209,12 +208,12 @@ class Loss(nn.Module):
         token_abar = self._by_token(abar)
         a = token_abar.unsqueeze(2)
         eps_hat = a.sqrt() * v + (1 - a).sqrt() * z_t
-        # 1/2 |eps - eps_hat|^2 / abar = 1/2 |v - v_hat|^2: without the weight almost nothing is
-        # learned where abar is small, which is where the condition shapes an image.
-        weight = 1 / abar.clamp(min=MIN_ALPHA_BAR)
+        # |eps - eps_hat|^2 / abar = |v - v_hat|^2: without the weight almost nothing is learned
+        # where abar is small, which is where the condition shapes an image.
+        v_true = a.sqrt() * image.eps - (1 - a).sqrt() * image.z_0
+        eps_img = 0.5 * self._by_image((v - v_true).square()).mean((2, 3))
         if self.weights.image_weight == "min_snr":  # Hang et al. 2023: min(SNR, gamma) of z_0
-            weight = (MAX_SNR * (1 - abar) / abar).clamp(max=1.0)
-        eps_img = weight * 0.5 * self._by_image((eps_hat - image.eps).square()).mean((2, 3))
+            eps_img = eps_img * (MAX_SNR * (1 - abar)).clamp(max=abar)
         if not self.weights.se_image:
             se_img = torch.zeros_like(eps_img)
         elif self.weights.image_candidates == "noises":

@@ -61,6 +61,12 @@ FLAGS = {
     "tokenizer": "tokenizer.model",
     "autoencoder": "autoencoder",
     "guard.replay_boxes": 2,
+    # That version's preset.
+    "objective.p_text_to_image": 0.34,
+    "objective.p_image_to_text": 0.18,
+    "objective.p_image": 0.2,
+    "objective.p_text": 0.05,
+    "train.lr": 2e-3,
     # What that version did, and this one does otherwise by default.
     "model.adaln": False,
     "model.silent": False,

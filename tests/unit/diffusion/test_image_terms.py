@@ -82,3 +82,20 @@ def test_candidates_among_latents_bias_the_prediction(step):
     assert noise_term == pytest.approx(1, abs=0.03)
     assert abs(score_entropy - 1) > 0.08
     assert abs(total - 1) > 0.04
+
+
+@pytest.mark.parametrize("step", [1, 300, 700, 950, 999])
+@pytest.mark.parametrize("weight", ["v", "min_snr"])
+def test_the_noise_term_is_the_v_error_up_to_the_purest_noise(weight, step):
+    """Where abar is small a condition decides what is drawn: no level may lose its weight."""
+    loss = Loss(dataclasses.replace(CONFIG, objective=ObjectiveConfig(image_weight=weight)))
+    z_0, eps = torch.full((1, 1, 16), 2.0), torch.full((1, 1, 16), 0.5)
+    t = torch.full((1, 1), step)
+    abar, zero = schedule.IMAGE.alpha_bar(t), torch.zeros(())
+    a = float(abar)
+    z_t = schedule.noised(z_0, eps, abar[0, 0])
+    image = NoisyImage(ImageInput(z_t, torch.zeros_like(abar)), z_0, eps, abar, zero, zero)
+    v = 0.5 * a**0.5 - 2.0 * (1 - a) ** 0.5  # of z_0 and eps
+    noise_term, _ = loss.image_loss(torch.full((1, 1, 16), v + 0.3), image, t)
+    largest = min(5 * (1 - a), a) if weight == "min_snr" else 1.0  # gamma is 5
+    assert noise_term.item() == pytest.approx(0.5 * 0.3**2 * largest, rel=1e-3)
