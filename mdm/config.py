@@ -125,8 +125,8 @@ class ObjectiveConfig:
     )
     image_weight: str = doc(
         "v",
-        "weight of noise errors: as an error of v, or 1 up to an SNR of 5",
-        one_of("v", "min_snr"),
+        "weight of noise errors: 1 / abar, as an error of v; at most 20; or 1 up to an SNR of 5",
+        one_of("v", "v_capped", "min_snr"),
     )
     unigram_bias: bool = doc(True, "text scores start at the unigram of the tokenizer's corpus")
     text_warp: bool = doc(False, "draw text noise levels where the loss changes (CDCD)")

@@ -34,6 +34,7 @@ from mdm.model.vae import kl
 from mdm.utils.precision import fp32
 
 MAX_SNR = 5.0  # gamma of min-SNR
+CAP = 20.0  # of the weight 1 / abar of noise errors, with image_weight v_capped
 
 
 class LossTerms(NamedTuple):
@@ -214,6 +215,8 @@ class Loss(nn.Module):
         eps_img = 0.5 * self._by_image((v - v_true).square()).mean((2, 3))
         if self.weights.image_weight == "min_snr":  # Hang et al. 2023: min(SNR, gamma) of z_0
             eps_img = eps_img * (MAX_SNR * (1 - abar)).clamp(max=abar)
+        elif self.weights.image_weight == "v_capped":
+            eps_img = eps_img * (CAP * abar).clamp(max=1.0)
         if not self.weights.se_image:
             se_img = torch.zeros_like(eps_img)
         elif self.weights.image_candidates == "noises":

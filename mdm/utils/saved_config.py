@@ -31,6 +31,7 @@ FORMER_VALUES = {
     "model.text_summary": "tokens",
     "model.text_head": "latent",
     "objective.image_candidates": "latents",
+    "objective.image_weight": "v_capped",
     "train.precision": "bf16",  # in which every shipped configuration trained
 }
 

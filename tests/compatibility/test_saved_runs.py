@@ -73,6 +73,7 @@ FLAGS = {
     "model.text_head": "latent",
     "model.text_summary": "tokens",
     "objective.image_candidates": "latents",
+    "objective.image_weight": "v_capped",
 }
 ROLLED_BACK = {
     "train.lr": 0.2,

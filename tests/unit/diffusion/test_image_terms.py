@@ -85,7 +85,7 @@ def test_candidates_among_latents_bias_the_prediction(step):
 
 
 @pytest.mark.parametrize("step", [1, 300, 700, 950, 999])
-@pytest.mark.parametrize("weight", ["v", "min_snr"])
+@pytest.mark.parametrize("weight", ["v", "min_snr", "v_capped"])
 def test_the_noise_term_is_the_v_error_up_to_the_purest_noise(weight, step):
     """Where abar is small a condition decides what is drawn: no level may lose its weight."""
     loss = Loss(dataclasses.replace(CONFIG, objective=ObjectiveConfig(image_weight=weight)))
@@ -97,5 +97,5 @@ def test_the_noise_term_is_the_v_error_up_to_the_purest_noise(weight, step):
     image = NoisyImage(ImageInput(z_t, torch.zeros_like(abar)), z_0, eps, abar, zero, zero)
     v = 0.5 * a**0.5 - 2.0 * (1 - a) ** 0.5  # of z_0 and eps
     noise_term, _ = loss.image_loss(torch.full((1, 1, 16), v + 0.3), image, t)
-    largest = min(5 * (1 - a), a) if weight == "min_snr" else 1.0  # gamma is 5
-    assert noise_term.item() == pytest.approx(0.5 * 0.3**2 * largest, rel=1e-3)
+    by_weight = {"v": 1.0, "min_snr": min(5 * (1 - a), a), "v_capped": min(20 * a, 1.0)}
+    assert noise_term.item() == pytest.approx(0.5 * 0.3**2 * by_weight[weight], rel=1e-3)
