@@ -113,6 +113,9 @@ class ObjectiveConfig:
     se_in_batch: int = doc(32, "candidates from other samples, with latents", NOT_NEGATIVE)
     p_text_to_image: float = doc(0.3, "share of samples with clean text, noised image", SHARE)
     p_image_to_text: float = doc(0.15, "share of samples with clean image, noised text", SHARE)
+    answer_prompts: bool = doc(
+        True, "questions about an image are answered; false: images are drawn from them too"
+    )
     p_image: float = doc(0.2, "share without text: class to image, or unconditional", SHARE)
     p_text: float = doc(0.05, "share without image: unconditional text", SHARE)
     condition_noise: float = doc(0.0, "noise given images up to this share of steps", SHARE)

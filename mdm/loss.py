@@ -174,8 +174,11 @@ class Loss(nn.Module):
         """Noise levels and kept classes from uniforms [B, 8]; see `mdm.diffusion.levels`."""
         images = 0 if batch.latents is None else batch.latents.shape[1] // self.grid
         steps = None if self.text_warp is None else self.text_warp.steps
-        has_prompt = _samples(batch).sums(batch.prompt.long()) > 0
-        return draw_levels(self.weights, uniforms, images, batch.class_ids, has_prompt, steps)
+        length = _samples(batch).sums(batch.prompt.long())  # of the prompt
+        asks = length > 0
+        if batch.image_at is not None:  # an image in the reply is not what the prompt asks about
+            asks &= batch.image_at[:, -1] < length
+        return draw_levels(self.weights, uniforms, images, batch.class_ids, asks, steps)
 
     def predict(self, noisy: NoisyInputs, estimate: Tensor | None = None) -> Prediction:
         """The decoder's prediction, given its last `estimate` of the clean text [R, M, C]."""

@@ -25,9 +25,9 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.6,  # what is learned last
-        p_image_to_text=0.2,  # captions, answers and replies
-        p_image=0.12,
+        p_text_to_image=0.74,  # what is learned last; questions are answered instead
+        p_image_to_text=0.1,
+        p_image=0.1,
         p_text=0.01,
         p_class=0.9,
         p_self_condition=0.1,
@@ -108,10 +108,10 @@ LEARN = Config(
 SCENES = Config(
     model=dataclasses.replace(DEMO.model, n_layer=8, text_length=22),
     objective=ObjectiveConfig(
-        p_text_to_image=0.42,
-        p_image_to_text=0.32,  # captions, answers and replies
-        p_image=0.08,
-        p_text=0.03,
+        p_text_to_image=0.7,
+        p_image_to_text=0.12,
+        p_image=0.06,
+        p_text=0.02,
         p_class=0.0,
         p_self_condition=0.1,
     ),

@@ -79,7 +79,7 @@ def draw_levels(
     uniforms: Tensor,
     images: int,
     class_ids: Tensor,
-    has_prompt: Tensor,
+    asks: Tensor,
     text_steps: Callable[[Tensor], Tensor] | None = None,
 ) -> Levels:
     """Noise levels and kept classes of a batch.
@@ -89,7 +89,8 @@ def draw_levels(
         uniforms: [B, 8] in [0, 1).
         images: images a sample; 0 for text alone.
         class_ids: i64 [B], -1 without a class.
-        has_prompt: bool [B], whether a sample's text begins with a prompt; unused without images.
+        asks: bool [B], whether a sample's text begins with a question about its last image, which
+            is answered, and not drawn from; unused without images.
         text_steps: maps uniforms [B] to noise steps of texts; evenly over 1 ... T - 1 by default.
     """
     last = schedule.STEPS
@@ -106,6 +107,8 @@ def draw_levels(
     edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text]).cumsum(0)
     edges = edges.to(task.device, non_blocking=True)
     kind = torch.bucketize(task.contiguous(), edges, right=True)
+    if w.answer_prompts:  # "is there a red seven? no" is no caption of what shall be drawn
+        kind = torch.where(asks & (kind == 0), 1, kind)
     t_txt = torch.where(kind == 0, 0, torch.where(kind == 2, last, t_txt))
     # In small data sets, an image that is always given clean is memorised.
     given = (u_img * (w.condition_noise * last)).long()
@@ -123,5 +126,5 @@ def draw_levels(
     indices = torch.tensor([CONDITIONINGS.index(name) for name in _KINDS])
     conditioning = indices.to(kind.device, non_blocking=True)[kind]
     conditioning[(kind == 2) & (class_ids >= 0)] = CONDITIONINGS.index("class_to_image")
-    conditioning[(kind == 1) & has_prompt] = CONDITIONINGS.index("answer")
+    conditioning[(kind == 1) & asks] = CONDITIONINGS.index("answer")
     return Levels(t_img, t_txt, class_ids, scores_img, scores_txt, self_conditions, conditioning)

@@ -30,6 +30,7 @@ FORMER_VALUES = {
     "model.silent": False,
     "model.text_summary": "tokens",
     "model.text_head": "latent",
+    "objective.answer_prompts": False,
     "objective.image_candidates": "latents",
     "objective.image_weight": "v_capped",
     "train.precision": "bf16",  # in which every shipped configuration trained

@@ -72,6 +72,7 @@ FLAGS = {
     "model.silent": False,
     "model.text_head": "latent",
     "model.text_summary": "tokens",
+    "objective.answer_prompts": False,
     "objective.image_candidates": "latents",
     "objective.image_weight": "v_capped",
 }

@@ -158,6 +158,7 @@ def test_earlier_images_of_a_dialogue_are_given_or_dropped(objective):
         class_ids=torch.zeros(n, dtype=torch.long),
         latents=torch.zeros(n, 8, 16),
         prompt=torch.zeros(n, 1, dtype=torch.bool),
+        image_at=None,
     )
     uniforms = torch.rand(n, 8, generator=torch.Generator().manual_seed(0))
     levels = objective.draw_levels(uniforms, whole)
@@ -167,6 +168,27 @@ def test_earlier_images_of_a_dialogue_are_given_or_dropped(objective):
     assert ((last > 0) & (last < STEPS) & (former == 0)).any()
     one = dataclasses.replace(whole, latents=torch.zeros(n, 4, 16))
     assert torch.equal(objective.draw_levels(uniforms, one).t_img[:, 0], last)
+
+
+def test_questions_are_answered_and_not_drawn_from():
+    """Unless the image stands in the reply, behind the prompt of two tokens."""
+    n = 8
+    prompt = torch.zeros(n, 6, dtype=torch.bool)
+    prompt[::2, :2] = True
+    at = torch.tensor([-1, 1, 2, 5]).repeat_interleave(2).unsqueeze(1)
+    mixed = dataclasses.replace(batch(0), prompt=prompt, image_at=at)
+    uniforms = torch.full((n, 8), 0.5)
+    shares = {"p_text_to_image": 1.0, "p_image_to_text": 0.0, "p_image": 0.0, "p_text": 0.0}
+    levels = with_objective(**shares).draw_levels(uniforms, mixed)
+    names = [CONDITIONINGS[i] for i in levels.conditioning]
+    drawn, answered = "text_to_image", "answer"
+    assert names == [answered, drawn, answered, drawn, drawn, drawn, drawn, drawn]
+    is_answered = torch.tensor([name == answered for name in names])
+    assert torch.equal(levels.t_txt > 0, is_answered)
+    assert torch.equal(levels.t_img[:, 0] == 0, is_answered)
+    assert torch.equal(levels.scores_txt > 0, is_answered)
+    every = with_objective(**shares, answer_prompts=False).draw_levels(uniforms, mixed)
+    assert {CONDITIONINGS[i] for i in every.conditioning} == {drawn}
 
 
 def test_a_dialogue_with_images_trains(objective):
