@@ -14,7 +14,7 @@ from examples.scenes.data import Flags, asked, captions, scenes, texts_rng
 from examples.scenes.grammar import Caption, Item, Thing, dialogues, parse
 from examples.scenes.judge import Judge
 from examples.scenes.scene import draw, generator
-from examples.scenes.setting import Asked, Majority, Setting
+from examples.scenes.setting import Asked, Majority, Setting, share, shuffled, to_pixels
 
 N = 60
 SAMPLING = Sampling(steps=2)
@@ -60,7 +60,7 @@ class Perfect:
     def text_to_image(self, texts: list[str], **options: object) -> Tensor:
         prompts = [parse(texts[0] if self.blind else text) for text in texts]
         drawn = [draw(p, generator(1, i), 32, True) for i, p in enumerate(prompts)]
-        return evaluation.to_pixels(drawn)
+        return to_pixels(drawn)
 
     def image_to_text(self, latents: Tensor, **options: object) -> list[str]:
         return [self.setting.captions[self.scene_of(row)] for row in latents]
@@ -80,7 +80,7 @@ class Perfect:
         if self.blind:
             return self.setting.pixels, prompts
         drawn = [draw(parse(p), generator(2, i), 32, True) for i, p in enumerate(prompts)]
-        return evaluation.to_pixels(drawn), prompts
+        return to_pixels(drawn), prompts
 
 
 def test_a_perfect_model_reaches_the_ceilings(setting):
@@ -115,7 +115,7 @@ def test_a_model_that_ignores_its_condition_is_at_the_floors(setting):
 
 
 def item(digit: int, colour: str, x: float) -> Item:
-    return Item(digit, colour, x, 0.5, 0.3, 0.4)
+    return Item(digit, colour, x, 0.3, 0.3, 0.4)
 
 
 def test_answers_of_what_the_judge_sees():
@@ -128,7 +128,7 @@ def test_answers_of_what_the_judge_sees():
     assert answer_of("how many digits?", [*seen, item(-1, "red", 0.5)]) == "two"
     assert answer_of("how many digits?", []) == ""
     turns = ("what colour is the seven?", "?", "and the two?", "?", "where is it?", "?")
-    assert replies_of(turns, seen) == ("red", "blue", "right")
+    assert replies_of(turns, seen) == ("red", "blue", "top right")
     assert replies_of(turns, seen[:1]) == ()
     assert replies_of(turns, [*seen, item(3, "red", 0.5)]) == ()
     assert replies_of(turns, []) == ()
@@ -154,7 +154,7 @@ def test_wrong_images_lose_their_task_and_no_other(setting):
             )
             asked_for = Caption(things, "right of" if swap_places else "left of")
             drawn.append(draw(asked_for, generator(3, i), 32, True))
-        return setting.judge.see(evaluation.to_pixels(drawn))
+        return setting.judge.see(to_pixels(drawn))
 
     position = [Caption((Thing(a), Thing(b)), "left of") for a, _, b, _ in pairs]
     bound = [Caption((Thing(a, one), Thing(b, other))) for a, one, b, other in pairs]
@@ -171,10 +171,10 @@ def test_wrong_images_lose_their_task_and_no_other(setting):
 
 
 def test_shares_and_shuffles():
-    assert evaluation.share([True, False, True, True]) == 0.75
-    score = evaluation.shuffled(lambda order: np.mean(np.arange(50) == order), 50, seed=0)
+    assert share([True, False, True, True]) == 0.75
+    score = shuffled(lambda order: np.mean(np.arange(50) == order), 50, seed=0)
     assert score < 0.1
     assert torch.equal(
-        evaluation.to_pixels([SimpleNamespace(pixels=np.full((2, 2, 3), 255, np.uint8))]),
+        to_pixels([SimpleNamespace(pixels=np.full((2, 2, 3), 255, np.uint8))]),
         torch.ones(1, 3, 2, 2),
     )
