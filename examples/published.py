@@ -63,6 +63,12 @@ def listing_sha256(root: Path) -> str:
     return digest.hexdigest()
 
 
+def print_sets(report: Mapping[str, Any]) -> None:
+    """A line for each set of a marker: its records and licence."""
+    for name, source in report["sets"].items():
+        print(f"{name}: {source['records']} ({source['license']})")
+
+
 def write_sets(
     out: Path,
     request: Mapping[str, Any],

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from examples.published import jpeg, mnist, write_sets
+from examples.published import jpeg, mnist, print_sets, write_sets
 from examples.scenes import data as scenes
 from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import NOT_NEGATIVE, check_fields, doc
@@ -74,14 +74,17 @@ def write_digits(root: Path, limit: int) -> dict[str, int]:
 
 def write(out: Path, limit: int) -> dict[str, Any]:
     """Write the missing sets; returns the content of the marker, which is written last."""
-    most = limit or max(SCENES.journeydb, SCENES.coco, SCENES.llava, SCENES.heldout)
+
+    def most(number: int) -> int:
+        return min(limit or number, number)
+
     drawn = dataclasses.replace(
         SCENES,
         out=str(out),
-        journeydb=min(most, SCENES.journeydb),
-        coco=min(most, SCENES.coco),
-        llava=min(most, SCENES.llava),
-        heldout=min(most, SCENES.heldout),
+        journeydb=most(SCENES.journeydb),
+        coco=most(SCENES.coco),
+        llava=most(SCENES.llava),
+        heldout=most(SCENES.heldout),
     )
     request = {
         "version": VERSION,
@@ -97,9 +100,7 @@ def write(out: Path, limit: int) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Write the data sets and print their sizes."""
     flags = parse_cli(Flags, argv, description=__doc__ or "")
-    report = write(Path(flags.out), flags.limit)
-    for name, source in report["sets"].items():
-        print(f"{name}: {source['records']} ({source['license']})")
+    print_sets(write(Path(flags.out), flags.limit))
 
 
 if __name__ == "__main__":

@@ -91,6 +91,8 @@ def stages(flags: Flags) -> list[JobStage]:
     untracked = {} if flags.tracking else {"no_tracking": True}
 
     def encode(dataset: str, folder: str, split: str, target: str) -> JobStage:
+        # A dialogue beyond its length loses its first turns here, and its reply in the loader.
+        lengths = preset.data.caption_length, preset.data.dialogue_length
         return encode_stage(
             dataset,
             f"{data}/{folder}",
@@ -100,7 +102,7 @@ def stages(flags: Flags) -> list[JobStage]:
             needs=encoding_needs,
             near_duplicates=dataset not in SCENES,  # scenes of one caption are alike, all wanted
             **first_stage,
-            text_length=preset.model.text_length,
+            text_length=lengths[dataset == "ultrachat"],
         )
 
     def stage(name: str, title: str, words: list[str], out: str, report: str = "") -> JobStage:
@@ -144,7 +146,6 @@ def stages(flags: Flags) -> list[JobStage]:
         checkpoint=f"{run_dir}/export",
         **seen,
         judge=judge,
-        prompts=PROMPTS,
         out=f"{out}/scenes",
         no_joint=True,  # the other evaluation has it
     )

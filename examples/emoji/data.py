@@ -20,7 +20,7 @@ import resvg_py
 from PIL import Image
 from tqdm import tqdm
 
-from examples.published import hash_text, jpeg, json_lines, write_sets, write_tgz
+from examples.published import hash_text, jpeg, json_lines, print_sets, write_sets, write_tgz
 from mdm.sources.journeydb import ANNOTATIONS
 from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import NOT_NEGATIVE, POSITIVE, check_fields, doc
@@ -131,9 +131,7 @@ def write(flags: Flags) -> dict[str, Any]:
 @job("emoji_data")
 def main(argv: list[str] | None = None) -> None:
     """Write the data set and print its size."""
-    report = write(parse_cli(Flags, argv, description=__doc__ or ""))
-    for name, source in report["sets"].items():
-        print(f"{name}: {source['records']} ({source['license']})")
+    print_sets(write(parse_cli(Flags, argv, description=__doc__ or "")))
 
 
 if __name__ == "__main__":

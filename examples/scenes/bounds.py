@@ -1,4 +1,8 @@
-"""Floors and ceilings of every share, which do not depend on the model."""
+"""Floors and ceilings of every share, which do not depend on the model.
+
+A floor is the judge's or the truth's score for shuffled texts, a ceiling the judge's view of real
+held-out scenes after the autoencoder, read in place of the model's.
+"""
 
 import itertools
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from examples import dialogues as plain_dialogues
-from examples.published import MARKER, jpeg, json_lines, write_sets, write_tgz
+from examples.published import MARKER, jpeg, json_lines, print_sets, write_sets, write_tgz
 from examples.scenes.grammar import COLOURS, DIGITS, Question, Thing, dialogues, questions
 from examples.scenes.scene import (
     Scene,
@@ -246,9 +246,7 @@ def write(flags: Flags) -> dict[str, Any]:
 @job("scenes_data", ValueError)
 def main(argv: list[str] | None = None) -> None:
     """Write the data sets and print their sizes."""
-    report = write(parse_cli(Flags, argv, description=__doc__ or ""))
-    for name, source in report["sets"].items():
-        print(f"{name}: {source['records']} ({source['license']})")
+    print_sets(write(parse_cli(Flags, argv, description=__doc__ or "")))
 
 
 if __name__ == "__main__":

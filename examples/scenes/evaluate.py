@@ -23,8 +23,8 @@ from mdm.first_stage.autoencoder import Autoencoder
 from mdm.generate import Generator
 from mdm.report.page import save_tiles
 from mdm.utils.command_line import parse_cli
-from mdm.utils.fields import POSITIVE, check_fields, doc
-from mdm.utils.files import write_json
+from mdm.utils.fields import check_fields, doc
+from mdm.utils.files import load_json, write_json
 
 SHOWN = 60  # tiles of a sheet
 
@@ -40,7 +40,6 @@ class Flags(Sampling):
     judge: str = doc("runs/learn-scenes/judge", "folder of the judge's classifier")
     autoencoder: str = doc("runs/learn-scenes/autoencoder", "folder of the frozen autoencoder")
     out: str = doc("runs/learn-scenes/evaluation", "folder to write")
-    prompts: int = doc(200, "prompts of each of GenEval's tasks", POSITIVE)
     joint: bool = doc(True, "draw images and captions together too")
     precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
 
@@ -53,7 +52,8 @@ def run(flags: Flags) -> dict[str, float]:
     began, out = time.perf_counter(), Path(flags.out)
     judge = Judge(classifier.load(Path(flags.judge)))
     first_stage = Autoencoder.load(flags.autoencoder)
-    task = heldout.setting(Path(flags.data), judge, first_stage, flags.prompts)
+    bounds = load_json(Path(flags.judge) / "judge.json", {"prompts": int})
+    task = heldout.setting(Path(flags.data), judge, first_stage, bounds["prompts"])
     model = Generator.from_pretrained(
         flags.checkpoint,
         autoencoder=flags.autoencoder,
@@ -63,7 +63,7 @@ def run(flags: Flags) -> dict[str, float]:
     )
     result = evaluate(model, task, flags, flags.joint)
     save_tiles(result.images, result.labels, out, SHOWN)
-    metrics = result.metrics | {"seconds": time.perf_counter() - began}
+    metrics = bounds | result.metrics | {"seconds": time.perf_counter() - began}
     write_json(out / "metrics.json", metrics)
     return metrics
 

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.demo.run import SERVICES, table
+from examples.demo.run import SCENES, SERVICES, TONE_WEIGHT, table
 from examples.demo.stages import (
     JobStage,
     JobStageError,
@@ -29,8 +29,6 @@ from mdm.utils.fields import POSITIVE, check_fields, doc, one_of
 from mdm.utils.saved_config import fingerprint
 
 TOKEN = 8  # pixels that a token spans, each way
-TONE_WEIGHT = 16  # of the autoencoder: thin strokes of six hues take more than the usual
-ENCODED = {"journeydb": "journeydb", "coco": "coco", "vqav2": "coco", "llava": "llava"}  # folders
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def stages(flags: Flags) -> list[JobStage]:
     data, judge, run_dir = f"{out}/data", f"{out}/judge", f"{out}/train"
     tokenizer, autoencoder = f"{out}/tokenizer", f"{out}/autoencoder"
     first_stage = {"tokenizer": f"{tokenizer}/tokenizer.model", "autoencoder": autoencoder}
-    named = [f"{name}={data}/{folder}" for name, folder in ENCODED.items()]
+    named = [f"{name}={data}/{folder}" for name, folder in SCENES.items()]
 
     def stage(name: str, title: str, words: list[str], out: str, report: str = "") -> JobStage:
         inputs = [fingerprint(preset)] if name == "train" else []
@@ -114,7 +112,7 @@ def stages(flags: Flags) -> list[JobStage]:
         stage("tokenizer", "Train the tokenizer", train_tokenizer, tokenizer),
         stage("autoencoder", "Train the autoencoder", train_vae, autoencoder, "autoencoder.json"),
         stage("judge", "Train the judge, measure its ceilings", train_judge, judge, "judge.json"),
-        *(encode(name, folder) for name, folder in ENCODED.items()),
+        *(encode(name, folder) for name, folder in SCENES.items()),
         stage(
             "train",
             "Train the model",

@@ -1,7 +1,7 @@
 """Trains the judge on real training scenes, and measures it on held-out ones.
 
 `judge.json` says what it measures: on real images (`_real`), after the autoencoder (`_ceiling`),
-and for shuffled texts (`_floor`).
+and for shuffled texts (`_floor`). The evaluation of a model stands beside it, on the same prompts.
 """
 
 from mdm.launch.job import job
@@ -40,6 +40,7 @@ def run(flags: Flags) -> dict[str, float]:
     judge = heldout.train_judge(written_with(data))
     first_stage = Autoencoder.load(flags.autoencoder)
     report = bounds(heldout.setting(data, judge, first_stage, flags.prompts))
+    report["prompts"] = flags.prompts
     classifier.save(judge.reader, out, {})
     write_json(out / "judge.json", report)
     return report

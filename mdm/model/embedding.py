@@ -113,7 +113,6 @@ class Embed(nn.Module):
         class_token, label = self._label(class_ids)
         conditions = embedded[:, :2] + label.unsqueeze(1)
         grids: tuple[Tensor, ...] = ()
-        of_images: tuple[Tensor, ...] = ()
         if images is not None:
             condition = embedded[:, 2:] + label.unsqueeze(1)
             # The model is slow to learn a condition that is a few tokens among many: the label,
@@ -126,12 +125,8 @@ class Embed(nn.Module):
             if images.at is not None:  # an image takes the position of a text token
                 place = self.text_position[images.at.clamp(min=0)]
                 condition = condition + place * (images.at >= 0).unsqueeze(-1)
-            by_patch = self.image_position + condition.unsqueeze(2)  # [b, k, n / k, d]
-            grids = self._images(images, by_patch)
+            grids = self._images(images, condition)
             conditions = torch.cat([conditions, condition], 1)
-            if self.modulation is not None:
-                # With the place of each patch, so that a text can say what is where.
-                of_images = self._modulate(by_patch).unbind(1)
         pads = self.pads.unsqueeze(1).expand(-1, len(label), -1).unsqueeze(2)  # [4, b, 1, d]
         x = join_all((time.unsqueeze(1), class_token.unsqueeze(1)), tokens, grids, pads.unbind(0))
         if self.modulation is None:
@@ -139,14 +134,17 @@ class Embed(nn.Module):
         modulated = self._modulate(conditions)
         noised, _, *by_image = modulated.split(1, 1)
         last = by_image[-1] if by_image else noised
+        of_images = [
+            t.expand(-1, grid.shape[1], -1) for t, grid in zip(by_image, grids, strict=True)
+        ]
         frame = (noised,) * 2, (noised, noised, last, last)
         return Embedded(x, join_all(frame[0], of_tokens(modulated), of_images, frame[1]))
 
-    def _images(self, images: ImageInput, by_patch: Tensor) -> tuple[Tensor, ...]:
-        """The tokens of each image, [b, n / k, d], given what else they hold [b, k, n / k, d]."""
-        z_t = images.z_t.unflatten(1, (by_patch.shape[1], -1))
+    def _images(self, images: ImageInput, condition: Tensor) -> tuple[Tensor, ...]:
+        """The tokens of each image, [b, n / k, d], given what its patches share [b, k, d]."""
+        z_t = images.z_t.unflatten(1, (condition.shape[1], -1))
         patches = self.image_in(z_t * self._kept(images.level)[..., None, None])
-        return tuple((patches + by_patch).unbind(1))
+        return tuple((patches + self.image_position + condition.unsqueeze(2)).unbind(1))
 
     def _modulate(self, condition: Tensor) -> Tensor:
         """Shift, scale and gate under conditions [..., d], f32 [..., 3 d]."""

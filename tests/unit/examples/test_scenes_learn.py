@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.demo.run import SCENES
 from examples.scenes import data, geneval, report
-from examples.scenes.learn import ENCODED, Flags, stages
+from examples.scenes.learn import Flags, stages
 from mdm.evaluate.suite import Label
 from mdm.presets import PRESETS
 from mdm.report.page import save_tiles
@@ -15,9 +16,9 @@ from mdm.report.page import save_tiles
 
 def test_every_encoded_set_is_in_the_preset_and_as_long_as_its_texts():
     preset = PRESETS["scenes"]
-    assert {source.name for source in preset.data.sources} == set(ENCODED)
+    assert {source.name for source in preset.data.sources} == set(SCENES)
     by_name = {stage.name: stage for stage in stages(Flags(out="o", size="64", ranks=3))}
-    for name in ENCODED:
+    for name in SCENES:
         words = " ".join(by_name[f"encode-{name}"].command)
         assert f"--text_length {preset.data.caption_length}" in words
         assert "--no_near_duplicates" in words
