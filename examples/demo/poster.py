@@ -29,17 +29,17 @@ class Section:
     number: int
 
 
-DIGITS = (Section("a class → an image", ("class_to_image",), 20),)
+DIGITS = (Section("class to image", ("class_to_image",), 20),)
 SCENES = (
     Section(
-        "a caption → an image, of combinations that no training image shows",
+        "caption to image: combinations that no training image shows",
         ("colours", "counting", "position", "attribution"),
         5,
     ),
-    Section("an image → its caption", ("captions",), 10),
-    Section("an image and a question → the answer", ("answers",), 10),
+    Section("image to caption", ("captions",), 10),
+    Section("image and question to answer", ("answers",), 10),
 )
-JOINT = (Section("noise → an image and its caption at once", ("joint",), 10),)
+JOINT = (Section("noise to image and caption at once", ("joint",), 10),)
 Tile = tuple[Image.Image, Mapping[str, Any]]
 
 

@@ -167,6 +167,8 @@ def test_the_poster_has_a_row_for_each_way_to_generate(run: Path, page: str) -> 
         rows = 2 + 2 + 1 + 1 + 1
         height = 5 * poster.TITLE + rows * (poster.TILE + poster.GAP) + 5 * poster.TEXT
         assert image.size == (10 * (poster.TILE + poster.GAP) + poster.GAP, height + poster.GAP)
+    sections = (*poster.DIGITS, *poster.SCENES, *poster.JOINT)
+    assert all(section.title.isascii() for section in sections), "the font has no other letters"
     assert (red - green > 50).any()  # what the judges find wrong; the images are grey
 
 
