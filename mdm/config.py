@@ -50,7 +50,7 @@ class ModelConfig:
     )
     silent: bool = doc(True, "what is dropped adds nothing to the sequence")
     text_summary: str = doc(
-        "latents",
+        "none",
         "what is added to every patch: the maximum over the text's tokens, before their positions "
         "and levels are added or after it",
         one_of("latents", "tokens", "none"),
@@ -97,8 +97,13 @@ class ObjectiveConfig:
         one_of("one_hot", "theorem1"),
     )
     lambda_se: float = doc(1.0, "weight of the score entropy, lambda of Eq. 18", NOT_NEGATIVE)
-    eps_image: float = doc(1.0, "weight of the image's noise prediction", NOT_NEGATIVE)
-    se_image: float = doc(0.1, "weight of the image's score entropy", NOT_NEGATIVE)
+    eps_image: float = doc(
+        16.0,
+        "weight of the image's noise prediction, a mean over a token's numbers; latent_dim: their "
+        "sum, in nats for each token as for text",
+        NOT_NEGATIVE,
+    )
+    se_image: float = doc(1.0, "weight of the image's score entropy", NOT_NEGATIVE)
     beta_kl: float = doc(1e-5, "weight of the KL term, beta of Eq. 18", NOT_NEGATIVE)
     image_candidates: str = doc(
         "noises",
@@ -125,6 +130,9 @@ class ObjectiveConfig:
         "uniform",
         "noise levels of images: even in t, t = sigmoid(N(0, 1)), or ln sigma ~ N(-1.2, 1.2^2)",
         one_of("uniform", "logit_normal", "edm"),
+    )
+    image_shift: float = doc(
+        1.0, "s: times t / T of images become s t / (1 + (s - 1) t); above 1: more noise", POSITIVE
     )
     image_weight: str = doc(
         "v",

@@ -9,7 +9,7 @@ DEMO = Config(
     model=ModelConfig(
         d_model=128,
         n_layer=6,
-        d_state=32,
+        d_state=64,
         headdim=32,
         expand=1,  # a wide stream costs little beside the elementwise work of the inner width
         chunk_size=64,
@@ -31,6 +31,7 @@ DEMO = Config(
         p_text=0.01,
         p_class=0.9,
         p_self_condition=0.1,
+        image_shift=3.0,  # texts shape an image at the upper half of the noise levels
     ),
     data=DataConfig(
         sources=(
@@ -46,8 +47,9 @@ DEMO = Config(
         dialogue_length=28,
     ),
     train=TrainConfig(
-        steps=3500,
+        steps=3000,
         lr=4e-3,
+        beta2=0.99,
         warmup=100,
         decay="cosine",
         ema=0.998,
@@ -67,6 +69,7 @@ LEARN = Config(
     model=dataclasses.replace(
         DEMO.model,
         n_layer=8,
+        d_state=32,
         vocab_size=96,
         image_height=2,
         image_width=2,
@@ -92,6 +95,7 @@ LEARN = Config(
         DEMO.train,
         steps=9000,
         lr=2e-3,
+        beta2=0.95,
         warmup=200,
         ema=0.999,
         checkpoint_every=2000,
@@ -114,6 +118,7 @@ SCENES = Config(
         p_text=0.02,
         p_class=0.0,
         p_self_condition=0.1,
+        image_shift=3.0,
     ),
     data=DataConfig(
         root="runs/learn-scenes/encoded",
@@ -142,6 +147,7 @@ LEARN_TEXT = Config(
         DEMO.model,
         d_model=192,
         n_layer=8,
+        d_state=32,
         n_classes=1,
         image_height=1,
         image_width=1,
@@ -160,6 +166,7 @@ LEARN_TEXT = Config(
         DEMO.train,
         steps=2500,
         lr=2e-3,
+        beta2=0.95,
         warmup=200,
         checkpoint_every=250,
         snapshots=0,

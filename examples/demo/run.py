@@ -127,7 +127,11 @@ def stages(flags: Flags) -> list[JobStage]:
     )
     classes = {"classes": digits, "others": scenes}
     train_classifier = command(
-        "pipelines/train_classifier.py", **classes, autoencoder=autoencoder, out=classifier
+        "pipelines/train_classifier.py",
+        **classes,
+        autoencoder=autoencoder,
+        out=classifier,
+        epochs=4,
     )
     seen = {"data": data, "autoencoder": autoencoder}
     train_judge = command("examples/scenes/train_judge.py", **seen, out=judge, prompts=PROMPTS)

@@ -36,13 +36,14 @@ from mdm.utils.files import read_json, read_lines, write_json
 
 VARIANTS = {
     "as shipped": "",
+    "image weights of 1": "--objective.eps_image 1 --objective.se_image 0.1",
     "score entropy 0": "--objective.se_image 0",
     "score entropy as printed": "--objective.image_candidates latents",
     "target of Theorem 1": "--objective.target theorem1 --objective.eps_image 0 "
     "--objective.image_candidates latents",
     "not silent": "--model.no_silent",
     "no adaLN": "--model.no_adaln",
-    "text summary none": "--model.text_summary none",
+    "text summary latents": "--model.text_summary latents",
     "text summary tokens": "--model.text_summary tokens",
     "text head of rank 16": "--model.text_head latent",
     "no unigram bias": "--objective.no_unigram_bias",
@@ -51,6 +52,7 @@ VARIANTS = {
     "latents not detached": "--objective.no_detach_latents --objective.no_normalize_latents",
     "levels logit-normal": "--objective.image_levels logit_normal",
     "levels of EDM": "--objective.image_levels edm",
+    "levels shifted by 3": "--objective.image_shift 3",
     "weight min-SNR": "--objective.image_weight min_snr",
     "beta 0": "--objective.beta_kl 0",
     "beta 1e-3": "--objective.beta_kl 1e-3",

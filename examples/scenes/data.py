@@ -38,7 +38,7 @@ from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import POSITIVE, check_fields, doc, one_of
 from mdm.utils.files import load_json
 
-VERSION = 2  # of the content; part of the marker, so that older folders are written again
+VERSION = 3  # of the content; part of the marker, so that older folders are written again
 SETS = ("journeydb", "coco", "llava")
 CAPTIONS, QUESTIONS = 2, 3  # of an image of coco
 ARCHIVE = 2000  # images in an archive of journeydb
@@ -113,7 +113,8 @@ def write_journeydb(root: Path, flags: Flags) -> dict[str, int]:
             archive = f"{i // ARCHIVE:03d}"
             path = f"./{archive}/{uuid.uuid5(NAMESPACE, f'{split} {i}')}.jpg"
             rng = texts_rng(flags, "journeydb", held_out, i)
-            said = captions(scene, rng, 1)[0]
+            # As in JourneyDB, many captions say all: what belongs together is learned from them.
+            said = captions(scene, rng, 1)[0] if rng.integers(3) else str(scene.caption)
             prompt = f"{scene.caption}, handwritten digits"
             rows.append({"img_path": path, "prompt": prompt, "Task2": {"Caption": said}})
             files.setdefault(archive, []).append((path[2:], _image(scene)))

@@ -217,7 +217,7 @@ class Judge:
         return [list(itertools.islice(items, len(regions))) for regions in found]
 
 
-def train(scenes: Iterable[Scene], seed: int = 0, epochs: int = 8) -> Judge:
+def train(scenes: Iterable[Scene], seed: int = 0, epochs: int = 5) -> Judge:
     """A judge whose classifier has read the digits of real training scenes.
 
     It also learns what is none: parts of digits, and two digits in one place.

@@ -81,7 +81,7 @@ def draw_things(rng: np.random.Generator, held_out: bool) -> Caption:
         kind = int(rng.integers(20))
         digits = [int(d) for d in rng.permutation(len(DIGITS))[:2]]
         colours = [COLOURS[int(c)] for c in rng.integers(len(COLOURS), size=2)]
-        if kind < 8:
+        if kind < 5:
             place = tuple(PLACES)[int(rng.integers(len(PLACES)))]
             caption = Caption((Thing(digits[0], colours[0]),), place=place)
         elif kind < 15:

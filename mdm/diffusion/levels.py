@@ -55,7 +55,7 @@ def self_condition_shares(p: float) -> tuple[float, float]:
     return p / of_texts, of_texts
 
 
-def image_times(distribution: str, uniforms: Tensor) -> Tensor:
+def image_times(distribution: str, uniforms: Tensor, shift: float = 1.0) -> Tensor:
     """Times t / T in [0, 1] of images, from uniforms of the same shape.
 
     Args:
@@ -63,14 +63,17 @@ def image_times(distribution: str, uniforms: Tensor) -> Tensor:
             ln sigma ~ N(-1.2, 1.2^2) (Karras et al. 2022) on the cosine schedule, where
             sigma = tan(pi/2 t/T).
         uniforms: in [0, 1).
+        shift: s of t -> s t / (1 + (s - 1) t), which favours noise above 1 (Esser et al. 2024).
     """
-    if distribution == "uniform":
-        return uniforms
-    normals = torch.special.ndtri(uniforms.double().clamp(1e-6, 1 - 1e-6))
-    if distribution == "logit_normal":
-        times: Tensor = normals.sigmoid()
-    else:
-        times = (1.2 * normals - 1.2).exp().atan() * 2 / torch.pi
+    times = uniforms
+    if distribution != "uniform":
+        normals = torch.special.ndtri(uniforms.double().clamp(1e-6, 1 - 1e-6))
+        if distribution == "logit_normal":
+            times = normals.sigmoid()
+        else:
+            times = (1.2 * normals - 1.2).exp().atan() * 2 / torch.pi
+    if shift != 1.0:
+        times = shift * times / (1 + (shift - 1) * times)
     return times.to(uniforms.dtype)
 
 
@@ -96,7 +99,8 @@ def draw_levels(
     last = schedule.STEPS
     task, u_img, u_txt, u_class, u_self = uniforms[:, :5].unbind(1)
     self_conditions = u_self < self_condition_shares(weights.p_self_condition)[1]
-    t_img = 1 + (image_times(weights.image_levels, u_img) * (last - 1)).long().clamp(0, last - 2)
+    times = image_times(weights.image_levels, u_img, weights.image_shift)
+    t_img = 1 + (times * (last - 1)).long().clamp(0, last - 2)
     t_txt = text_steps(u_txt) if text_steps else 1 + (u_txt * (last - 1)).long()
     if not images:
         alone = torch.full_like(class_ids, CONDITIONINGS.index("text_alone"))

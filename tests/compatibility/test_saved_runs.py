@@ -66,6 +66,7 @@ FLAGS = {
     "objective.p_image_to_text": 0.18,
     "objective.p_image": 0.2,
     "objective.p_text": 0.05,
+    "objective.image_shift": 1.0,
     "train.lr": 2e-3,
     # What that version did, and this one does otherwise by default.
     "model.adaln": False,
@@ -75,6 +76,8 @@ FLAGS = {
     "objective.answer_prompts": False,
     "objective.image_candidates": "latents",
     "objective.image_weight": "v_capped",
+    "objective.eps_image": 1.0,
+    "objective.se_image": 0.1,
 }
 ROLLED_BACK = {
     "train.lr": 0.2,

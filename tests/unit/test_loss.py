@@ -133,6 +133,17 @@ def test_shares_of_noise_levels():
     assert not ((levels.t_img[:, 0] == 0) & (levels.t_txt == 0)).any()
 
 
+def test_shift_of_image_times():
+    """s t / (1 + (s - 1) t), Eq. 23 of Esser et al. 2024, by hand."""
+    whole = dataclasses.replace(batch(0), latents=torch.zeros(8, 4, 16))
+    uniforms = torch.full((8, 8), 0.99)
+    uniforms[:, 1] = torch.tensor([0.0, 0.25, 0.5, 0.75] * 2)
+    for shift, times in ((3.0, (0.0, 0.5, 0.75, 0.9)), (1.0, (0.0, 0.25, 0.5, 0.75))):
+        t_img = with_objective(image_shift=shift).draw_levels(uniforms, whole).t_img[:, 0]
+        expected = [1 + int(t * (STEPS - 1)) for t in times * 2]
+        assert t_img.tolist() == pytest.approx(expected, abs=1)
+
+
 def with_objective(**changes) -> Loss:
     torch.manual_seed(0)
     weights = dataclasses.replace(CONFIG.objective, **changes)

@@ -29,6 +29,7 @@ SMALL = ModelConfig(
     image_height=2,
     image_width=3,
     text_length=5,
+    text_summary="latents",
 )
 
 
