@@ -115,9 +115,9 @@ class Embed(nn.Module):
         grids: tuple[Tensor, ...] = ()
         if images is not None:
             condition = embedded[:, 2:] + label.unsqueeze(1)
-            # The model is slow to learn a condition that is one token among many: the label is added
-            # to every patch too. So can be the maximum over the text's tokens, which padding does
-            # not dilute; it tells which words there are, but not which belong together.
+            # A condition that is one token among many is learned late: the label is added to every
+            # patch too. So can be the maximum over the text's tokens, which padding does not
+            # dilute; it tells which words there are, but not which belong together.
             if self.summary is not None:
                 pooled = tokens if self.summarizes_tokens else latents
                 largest = pooled.amax(1) if rows is None else rows.largest(pooled)
