@@ -25,8 +25,8 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.74,  # what is learned last; questions are answered instead
-        p_image_to_text=0.1,
+        p_text_to_image=0.62,  # what is learned last; questions are answered instead
+        p_image_to_text=0.2,
         p_image=0.1,
         p_text=0.01,
         p_class=0.9,
@@ -35,9 +35,9 @@ DEMO = Config(
     ),
     data=DataConfig(
         sources=(
-            SourceConfig("digits", 0.18),
-            SourceConfig("journeydb", 0.52),
-            SourceConfig("coco", 0.06),
+            SourceConfig("digits", 0.1),
+            SourceConfig("journeydb", 0.58),
+            SourceConfig("coco", 0.08),
             SourceConfig("vqav2", 0.12),
             SourceConfig("llava", 0.06),
             SourceConfig("dialogues", 0.06),

@@ -113,8 +113,7 @@ def write_journeydb(root: Path, flags: Flags) -> dict[str, int]:
             archive = f"{i // ARCHIVE:03d}"
             path = f"./{archive}/{uuid.uuid5(NAMESPACE, f'{split} {i}')}.jpg"
             rng = texts_rng(flags, "journeydb", held_out, i)
-            # As in JourneyDB, many captions say all: what belongs together is learned from them.
-            said = captions(scene, rng, 1)[0] if rng.integers(3) else str(scene.caption)
+            said = captions(scene, rng, 1)[0]
             prompt = f"{scene.caption}, handwritten digits"
             rows.append({"img_path": path, "prompt": prompt, "Task2": {"Caption": said}})
             files.setdefault(archive, []).append((path[2:], _image(scene)))

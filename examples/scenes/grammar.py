@@ -107,11 +107,15 @@ class Caption:
         return replace(self, things=things)
 
     def variants(self) -> list["Caption"]:
-        """All captions that say this or a part of it, about every digit of the scene."""
+        """All captions that say this or a part of it, about every digit of the scene.
+
+        Two things without a relation are named as they are read, from the left or the top.
+        """
         whole = [self]
         if self.relation:
             turned = Caption(self.things[::-1], OPPOSITE[self.relation])
-            whole += [turned, replace(self, relation=""), replace(turned, relation="")]
+            first_is_named_first = self.relation in ("left of", "above")
+            whole += [turned, replace(self if first_is_named_first else turned, relation="")]
         elif self.place:
             thing = self.things[0]
             whole += [replace(self, place=""), Caption((replace(thing, colour_last=True),))]

@@ -175,7 +175,8 @@ def test_names_of_sources_may_hold_commas_colons_and_semicolons():
 
 
 def test_help_names_every_field_with_its_type_text_and_value(capsys):
-    for argv, steps in ((["--help"], TrainConfig().steps), (["--help", "--preset", "demo"], PRESETS["demo"].train.steps)):
+    demo = PRESETS["demo"].train.steps
+    for argv, steps in ((["--help"], TrainConfig().steps), (["--help", "--preset", "demo"], demo)):
         with pytest.raises(SystemExit) as ended:
             parse_cli(Flags, argv, presets=PRESETS, description="What it does.")
         assert ended.value.code == 0
