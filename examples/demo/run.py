@@ -38,6 +38,7 @@ BUCKET = "mdm-demo"
 SCENES = {"journeydb": "journeydb", "coco": "coco", "vqav2": "coco", "llava": "llava"}  # folders
 AUTOENCODER_STEPS = 1000
 TONE_WEIGHT = 16  # of the autoencoder: thin strokes of six hues take more than the usual
+GUIDANCE = 1.0  # of images of digits: with more they are surer and less varied
 PROMPTS = 100  # of each of GenEval's tasks
 SHOWN = [  # what snapshots of the training are asked to draw
     "a red zero",
@@ -69,7 +70,7 @@ class Flags:
     ranks: int = doc(2, "training processes")
     tracking: bool = doc(True, "log to MLflow; false: nothing is written for it")
     train_flags: str = doc("", "more flags for the training job, separated by spaces")
-    n: int = doc(500, "images of each kind that the evaluation draws")
+    n: int = doc(300, "images of each kind that the evaluation draws")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -141,9 +142,10 @@ def stages(flags: Flags) -> list[JobStage]:
     train = [*launcher, *pretrain, *flags.train_flags.split()]
     weights = {"checkpoint": f"{run_dir}/export", "snapshots": f"{run_dir}/snapshots"}
     real = {"data": encoded, "raw": data, "judge": classifier}
-    drawn = {"n": flags.n, "texts": SHOWN, "out": evaluation}
+    drawn = {"n": flags.n, "guidance": GUIDANCE, "joint_guidance": GUIDANCE}
+    shown = {"texts": SHOWN, "out": evaluation}
     evaluate = command(
-        "pipelines/evaluate.py", **weights, **real, **first_stage, **drawn, **untracked
+        "pipelines/evaluate.py", **weights, **real, **first_stage, **drawn, **shown, **untracked
     )
     evaluate_scenes = command(
         "examples/scenes/evaluate.py",

@@ -90,13 +90,17 @@ def take_steps(config: Config, world) -> tuple[list[float], list[torch.Tensor]]:
         assert engine.was_step_applied
         ema.update(engine.shards.partitions())
         losses.append(float(loss.detach()))
-    checked = STATES if engine.stage == 3 else ("gradients", "optimizer", "ema")
+    checked = STATES if engine.stage == 3 else ("optimizer", "ema")
     rows = {name: (held[name], memory_plan.device(name)) for name in checked}
     if engine.stage == 3:  # an upper bound, but a tight one
         limit = memory_plan.device("gathered") + memory_plan.device("persistent")
         assert 0.7 * limit < gathered.bytes <= limit, (gathered.bytes, limit)
     else:
         rows["parameters"] = held["whole"], memory_plan.device("parameters")
+        # Stage 2 keeps the gradient of the parameter that the end of a rank's share cuts whole.
+        share = memory_plan.device("gradients")
+        cut = max(p.numel() for p in engine.module.parameters())
+        assert share <= held["gradients"] <= 1.1 * share + 4 * cut, (held["gradients"], share, cut)
     activations = memory_plan.device("activations") + memory_plan.device("heads")
     rows["activations"] = saved.bytes, activations
     logging.warning("stage %s: %s", engine.stage, rows)
