@@ -28,6 +28,7 @@ from mdm.loss import Loss
 from mdm.model.inputs import TextInput
 from mdm.model.mdm import text_logits
 from mdm.presets import LEARN_TEXT
+from mdm.train.ema import EMA
 from mdm.train.loop import learning_rate
 from mdm.utils.command_line import parse_cli
 
@@ -52,6 +53,7 @@ class Flags(Config):
             text_length=2,
             chunk_size=8,
             kernel="torch",
+            eq17_logits=True,
         )
     )
     objective: ObjectiveConfig = field(
@@ -59,12 +61,12 @@ class Flags(Config):
     )
     data: DataConfig = field(
         default_factory=lambda: dataclasses.replace(
-            LEARN_TEXT.data, global_batch=256, caption_length=2, dialogue_length=2
+            LEARN_TEXT.data, global_batch=1024, caption_length=2, dialogue_length=2
         )
     )
     train: TrainConfig = field(
         default_factory=lambda: dataclasses.replace(
-            LEARN_TEXT.train, steps=1000, warmup=50, lr=4e-3
+            LEARN_TEXT.train, steps=1000, warmup=50, lr=4e-3, ema=0.99
         )
     )
     limit: float = doc(1.03, "cross-entropy over ln K from which the job fails")
@@ -91,11 +93,13 @@ def prompts(b: int, m: int, generator: torch.Generator) -> Tensor:
 
 
 def train(config: Config, successors: Tensor) -> Loss:
-    """The model after the steps of `config` on ever new rows of the chain."""
+    """The averaged model after the steps of `config` on ever new rows of the chain."""
     torch.manual_seed(config.seed)
     loss, b, m = Loss(config), config.data.global_batch, config.model.text_length
     settings = config.train
-    optimizer = torch.optim.AdamW(loss.parameters(), betas=(settings.beta1, settings.beta2))
+    parameters = list(loss.parameters())
+    optimizer = torch.optim.AdamW(parameters, betas=(settings.beta1, settings.beta2))
+    average = EMA([p.detach() for p in parameters], settings.ema)
     generator = torch.Generator().manual_seed(config.seed + 1)
     with trange(settings.steps, desc="steps") as steps:
         for step in steps:
@@ -111,12 +115,16 @@ def train(config: Config, successors: Tensor) -> Loss:
             total = loss(batch, step).total
             optimizer.zero_grad()
             total.backward()
-            nn.utils.clip_grad_norm_(loss.parameters(), settings.grad_clip)
+            nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
                 group["weight_decay"] = settings.weight_decay
             optimizer.step()
+            average.update([p.detach() for p in parameters])
             steps.set_postfix_str(f"{total.detach():.3f}")
+    with torch.no_grad():
+        for parameter, averaged in zip(parameters, average.shadows["ema"], strict=True):
+            parameter.copy_(averaged)
     return loss.eval()
 
 
