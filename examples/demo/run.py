@@ -93,7 +93,7 @@ def stages(flags: Flags) -> list[JobStage]:
 
     def encode(dataset: str, folder: str, split: str, target: str) -> JobStage:
         # A dialogue beyond its length loses its first turns here, and its reply in the loader.
-        lengths = preset.data.caption_length, preset.data.dialogue_length
+        alone = dataset == "ultrachat"
         return encode_stage(
             dataset,
             f"{data}/{folder}",
@@ -103,7 +103,7 @@ def stages(flags: Flags) -> list[JobStage]:
             needs=encoding_needs,
             near_duplicates=dataset not in SCENES,  # scenes of one caption are alike, all wanted
             **first_stage,
-            text_length=lengths[dataset == "ultrachat"],
+            text_length=preset.data.dialogue_length if alone else preset.data.caption_length,
         )
 
     def stage(name: str, title: str, words: list[str], out: str, report: str = "") -> JobStage:
@@ -142,10 +142,17 @@ def stages(flags: Flags) -> list[JobStage]:
     train = [*launcher, *pretrain, *flags.train_flags.split()]
     weights = {"checkpoint": f"{run_dir}/export", "snapshots": f"{run_dir}/snapshots"}
     real = {"data": encoded, "raw": data, "judge": classifier}
-    drawn = {"n": flags.n, "guidance": GUIDANCE, "joint_guidance": GUIDANCE}
-    shown = {"texts": SHOWN, "out": evaluation}
     evaluate = command(
-        "pipelines/evaluate.py", **weights, **real, **first_stage, **drawn, **shown, **untracked
+        "pipelines/evaluate.py",
+        **weights,
+        **real,
+        **first_stage,
+        n=flags.n,
+        guidance=GUIDANCE,
+        joint_guidance=GUIDANCE,
+        texts=SHOWN,
+        out=evaluation,
+        **untracked,
     )
     evaluate_scenes = command(
         "examples/scenes/evaluate.py",

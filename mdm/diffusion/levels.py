@@ -72,9 +72,7 @@ def image_times(distribution: str, uniforms: Tensor, shift: float = 1.0) -> Tens
             times = normals.sigmoid()
         else:
             times = (1.2 * normals - 1.2).exp().atan() * 2 / torch.pi
-    if shift != 1.0:
-        times = shift * times / (1 + (shift - 1) * times)
-    return times.to(uniforms.dtype)
+    return (shift * times / (1 + (shift - 1) * times)).to(uniforms.dtype)
 
 
 def draw_levels(
