@@ -1,5 +1,6 @@
 """The baselines of `make learn-text`: exact likelihoods, an unbiased bound, exact resumption."""
 
+import dataclasses
 import itertools
 import math
 
@@ -146,3 +147,24 @@ def test_fork_measures_ln_k_for_a_model_that_knows_the_chain():
         assert fork.cross_entropy(loss, successors, 2) == pytest.approx(math.log(4), rel=1e-5)
         table[fork.FIRST :, fork.FIRST] = 0.0  # a fifth successor
         assert fork.cross_entropy(loss, successors, 2) > math.log(4) * 1.1
+
+
+def test_fork_returns_averaged_weights():
+    """After two steps by hand: w0 / 10 + 9 w1 / 10, then 2 / 11 of that and 9 / 11 of w2."""
+    flags = fork.Flags()
+    model = dataclasses.replace(flags.model, d_model=32)
+    data = dataclasses.replace(flags.data, global_batch=8)
+    successors = fork.chain(torch.Generator().manual_seed(0))
+
+    def weights(steps: int, ema: float) -> torch.Tensor:
+        settings = dataclasses.replace(flags.train, steps=steps, ema=ema, decay="constant")
+        config = dataclasses.replace(flags, model=model, data=data, train=settings)
+        return fork.train(config, successors).network.embed.text_in.weight.detach()
+
+    one, two = weights(1, 0.0), weights(2, 0.0)  # an average that forgets at once
+    torch.manual_seed(flags.seed)
+    untrained = fork.Loss(dataclasses.replace(flags, model=model))
+    start = untrained.network.embed.text_in.weight.detach()
+    expected = 2 / 11 * (start / 10 + 9 / 10 * one) + 9 / 11 * two
+    torch.testing.assert_close(weights(2, 0.99), expected)
+    assert not torch.allclose(expected, two)
