@@ -229,7 +229,7 @@ def dialogues(items: Sequence[Item]) -> list[tuple[str, ...]]:
     first = items[0]
     total = ("how many digits?", COUNTS[len(items)])
     if len(items) == 1:
-        where = ("and where is it?", first.place)
+        where = ("where is it?", first.place)
         digit = ("what digit is it?", DIGITS[first.digit])
         colour = ("in what colour?", first.colour)
         what = ("what is it?", str(Thing(first.digit, first.colour)))
@@ -243,7 +243,7 @@ def dialogues(items: Sequence[Item]) -> list[tuple[str, ...]]:
         colour = (f"what colour is the {DIGITS[one.digit]}?", one.colour)
         second = (f"and the {DIGITS[other.digit]}?", other.colour)
         talks.append((*colour, *second, "where is it?", other.place))
-        what = (f"what is {PLACES[one.place]}?", str(Thing(one.digit, one.colour)))
-        rest = ("and the other?", str(Thing(other.digit, other.colour)))
+        what = (f"what is {one.place}?", str(Thing(one.digit, one.colour)))
+        rest = ("the other?", str(Thing(other.digit, other.colour)))
         talks.append((*total, *what, *rest))
     return talks
