@@ -46,7 +46,8 @@ def _explain(event: errors.ParseErrorEvent, types: Mapping[str, Any]) -> None:
         names = ", ".join(missing.arg.display_name() for missing in event.missing_arguments)
         message = f"required: {names}"
     elif isinstance(event, errors.BadValue):
-        message = f"{event.argument.display_name()} needs a value"
+        name = event.argument.display_name()
+        message = f"{name} needs a value; write {name}=VALUE if it begins with a dash"
     elif isinstance(event, errors.InstantiationFailure):
         message = " ".join(event.message.split())
         if event.argument:  # of the reasons why no type of a union fits, the first

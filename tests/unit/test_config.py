@@ -77,7 +77,7 @@ def test_hyphens_stand_for_underscores_and_the_flag_of_deepspeed_is_ignored():
         (["--preset", "demo2"], "unknown preset 'demo2'; did you mean 'demo'?"),
         (["--preset", "demo", "--train.lrr", "1"], "unknown flag --train.lrr; did you mean"),
         (["--preset", "demo", "--train.steps", "many"], "--train.steps takes INT: invalid literal"),
-        (["--preset", "demo", "--train.steps"], "--train.steps needs a value"),
+        (["--preset", "demo", "--train.steps"], "needs a value; write --train.steps=VALUE if"),
         (["--preset", "demo", "--plan", "maybe"], "unexpected argument 'maybe'"),
         (["--preset", "demo", "stray"], "unexpected argument 'stray'"),
         (["--preset", "demo", "--train.steps", "0"], "train.steps is 0; it must be positive"),
