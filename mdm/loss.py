@@ -6,9 +6,11 @@ unless samples are packed), C latent width, V vocabulary, K candidates.
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mdm.config import Config
@@ -89,7 +91,7 @@ class Loss(nn.Module):
     State-dict names are those of `MDM`, whose modules it holds.
     """
 
-    def __init__(self, config: Config, log_unigram: Tensor | None = None) -> None:
+    def __init__(self, config: Config, log_unigram: NDArray[np.float32] | None = None) -> None:
         """With `log_unigram` [V] of the tokenizer's corpus as the text bias at the start."""
         super().__init__()
         self.seed, self.weights, self.model = config.seed, config.objective, config.model
@@ -98,7 +100,7 @@ class Loss(nn.Module):
         self.network, self.vae = model.network, model.vae
         if log_unigram is not None:
             with torch.no_grad():
-                self.vae.vocabulary.bias.copy_(log_unigram)
+                self.vae.vocabulary.bias.copy_(torch.from_numpy(log_unigram))
         self.network.trunk.checkpointing = config.train.activation_checkpointing
         self.text_warp = TimeWarp(config.model.vocab_size) if self.weights.text_warp else None
 

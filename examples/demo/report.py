@@ -16,11 +16,11 @@ from mdm.report.page import (
     load_sheets,
     loss_charts,
     reached,
-    render,
     target_chart,
     tiles,
     write_report,
 )
+from mdm.report.render import render
 from mdm.utils.files import load_json
 
 ENOUGH = {  # of GenEval's tasks and captions, in the demo's time

@@ -13,11 +13,11 @@ from mdm.report.page import (
     load_tiles,
     loss_charts,
     reached,
-    render,
     save_tiles,
     target_chart,
     write_report,
 )
+from mdm.report.render import render
 from mdm.utils.files import read_json
 
 SHOWN = 100  # tiles of a sheet

@@ -10,10 +10,10 @@ from mdm.report.page import (
     load_tiles,
     loss_charts,
     reached,
-    render,
     target_chart,
     write_report,
 )
+from mdm.report.render import render
 from mdm.utils.files import load_json
 
 CEILING = "ceiling: real scenes after the autoencoder, read by the judge"

@@ -9,7 +9,8 @@ from markupsafe import Markup
 
 from mdm.diffusion import schedule
 from mdm.report.charts import bar_chart, line_chart
-from mdm.report.page import Target, loss_charts, reached, render, target_chart, write_report
+from mdm.report.page import Target, loss_charts, reached, target_chart, write_report
+from mdm.report.render import render
 from mdm.utils.files import read_lines
 
 TITLES = {

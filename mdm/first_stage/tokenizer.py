@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import sentencepiece as spm
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 UNK, PAD, EOS, USER, ASSISTANT = range(5)
 
@@ -162,17 +162,19 @@ class Tokenizer:
         ids, prompt = self.encode_dialogue([*turns, "-"])
         return ids[:prompt]
 
-    def log_unigram(self) -> Tensor:
+    def log_unigram(self) -> NDArray[np.float32]:
         """Log share of each piece in the corpus that the tokenizer was trained on, f32 [V].
 
         SentencePiece keeps them as scores. Pieces that it does not count get a bound: the marks of
         ends, turns and layout the commonest piece's, the unknown piece the rarest's.
         """
-        scores = torch.tensor([self._model.GetScore(token) for token in range(self.vocab_size)])
+        scores = np.array([self._model.GetScore(token) for token in range(self.vocab_size)])
         counted = scores < 0
-        scores[~counted] = scores[counted].max()
+        highest = scores[counted].max()
+        scores[~counted] = highest
         scores[UNK] = scores[counted].min()
-        return scores.log_softmax(0)
+        total = highest + np.log(np.exp(scores - highest).sum())
+        return (scores - total).astype(np.float32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text before the first EOS, without PAD, USER and ASSISTANT."""

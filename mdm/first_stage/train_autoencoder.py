@@ -32,7 +32,7 @@ from mdm.utils.precision import autocast, describe, resolve
 
 HELD_OUT = 20  # one image in so many, of sets that publish no held-out split
 EDGE_WEIGHT = 0.5  # of differences of neighbouring pixels: L1 alone blurs strokes
-_MAX_HELD_OUT = 1000  # held-out images of a set that are measured
+_MEASURED = 1000  # images of a set that statistics and quality are taken of
 _COLUMNS = 16  # of the grid of reconstructions
 
 
@@ -199,7 +199,7 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
         parts = (None, None) if other else (False, True)
         train_sets[key], bad_train = load_images(name, root, split, size, config.images, parts[0])
         heldout_sets[key], bad_heldout = load_images(
-            name, root, other or split, size, _MAX_HELD_OUT, parts[1]
+            name, root, other or split, size, _MEASURED, parts[1]
         )
         bad += bad_train + bad_heldout if other else bad_train
     loaded = time.perf_counter()
@@ -207,7 +207,8 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
     tqdm.write(f"precision: {describe(precision)}", file=sys.stderr)
     history = fit(model, train_sets, config)
     trained = time.perf_counter()
-    mean, std = channel_statistics(model, torch.cat(list(train_sets.values())))
+    measured = [images[:_MEASURED] for images in train_sets.values()]
+    mean, std = channel_statistics(model, torch.cat(measured))
 
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)

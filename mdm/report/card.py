@@ -9,7 +9,7 @@ from markupsafe import Markup
 from mdm.preprocess.publish import unknown_warning
 from mdm.preprocess.receipt import CardSample
 from mdm.report.charts import histogram
-from mdm.report.page import render
+from mdm.report.render import render
 
 
 def card_page(card: Mapping[str, Any], samples: Sequence[CardSample]) -> str:

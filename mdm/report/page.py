@@ -1,7 +1,4 @@
-"""What all report pages share: targets, loss charts, embedded images, the template.
-
-A page is one file: images, charts and styles are in it, and it loads nothing over the network.
-"""
+"""What the reports of runs share: targets, loss charts, embedded images."""
 
 import base64
 import io
@@ -12,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
@@ -163,30 +159,6 @@ def loss_charts(metrics_file: Path) -> list[dict[str, Any]]:
             last = fmean(y[-max(1, len(y) // 20) :])
             charts.append({"title": title, "svg": svg, "last": last})
     return charts
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if 0 < abs(value) < 0.01 else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def render(template: Path, content: Mapping[str, Any]) -> str:
-    """The page of `template`, which may extend those of this folder; texts are escaped."""
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    env.filters |= {"number": _number, "duration": _duration}
-    return env.get_template(template.name).render(**content)
 
 
 def write_report(run: Path, page: str, report: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from examples.digits.ablation_tables import (
     solver_table,
 )
 from mdm.report.image_grid import save_sheet
-from mdm.report.page import render
+from mdm.report.render import render
 from tests.helpers import ROOT
 
 TEMPLATE = ROOT / "examples/digits/report.html.j2"

@@ -178,7 +178,7 @@ def test_the_log_unigram_follows_the_corpus(tmp_path):
     corpus = ["sun"] * 800 + ["moon"] * 150 + ["star"] * 50
     path.write_bytes(train_model(corpus, 16))
     pieces = Tokenizer(path)
-    log_p = pieces.log_unigram()
+    log_p = torch.from_numpy(pieces.log_unigram())
     assert log_p.shape == (16,)
     assert log_p.logsumexp(0) == pytest.approx(0, abs=1e-5)
     counts = Counter(itertools.chain.from_iterable(map(pieces.encode, corpus)))

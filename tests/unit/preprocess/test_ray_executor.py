@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,3 +32,10 @@ def test_encoders_are_added_if_the_remaining_work_is_worth_it(
         encoder._add_encoders()
         assert len(encoder._encoders) == (1 if now == 100 else expected)
         now += 10
+
+
+def test_the_job_and_its_workers_without_a_network_start_without_torch() -> None:
+    # An import of torch takes longer than many a data set, in each of Ray's processes.
+    code = "import sys, pipelines.encode; print({'torch', 'diffusers'} & sys.modules.keys())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.strip() == "set()", run.stderr
