@@ -38,7 +38,7 @@ from mdm.utils.command_line import parse_cli
 from mdm.utils.fields import POSITIVE, check_fields, doc, one_of
 from mdm.utils.files import load_json
 
-VERSION = 3  # of the content; part of the marker, so that older folders are written again
+VERSION = 4  # of the content; part of the marker, so that older folders are written again
 SETS = ("journeydb", "coco", "llava")
 CAPTIONS, QUESTIONS = 2, 3  # of an image of coco
 ARCHIVE = 2000  # images in an archive of journeydb

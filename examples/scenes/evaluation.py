@@ -24,7 +24,7 @@ from examples.scenes.setting import Setting, Turns, share, shuffled
 from mdm.evaluate.suite import Label
 from mdm.generate import Generator
 
-REPLY_ROOM = 5  # tokens of the longest reply with its end
+REPLY_ROOM = 4  # tokens of the longest reply with its end
 
 
 @dataclass

@@ -227,9 +227,9 @@ def questions(items: Sequence[Item], others: Sequence[Thing] = ()) -> list[tuple
 def dialogues(items: Sequence[Item]) -> list[tuple[str, ...]]:
     """Dialogues of several turns about a scene, whose later questions rest on earlier turns."""
     first = items[0]
-    total = ("how many digits?", COUNTS[len(items)])
+    total = ("how many?", COUNTS[len(items)])
     if len(items) == 1:
-        where = ("where is it?", first.place)
+        where = ("where?", first.place)
         digit = ("what digit is it?", DIGITS[first.digit])
         colour = ("in what colour?", first.colour)
         what = ("what is it?", str(Thing(first.digit, first.colour)))
@@ -241,9 +241,9 @@ def dialogues(items: Sequence[Item]) -> list[tuple[str, ...]]:
     talks: list[tuple[str, ...]] = []
     for one, other in itertools.permutations(items):
         colour = (f"what colour is the {DIGITS[one.digit]}?", one.colour)
-        second = (f"and the {DIGITS[other.digit]}?", other.colour)
-        talks.append((*colour, *second, "where is it?", other.place))
-        what = (f"what is {one.place}?", str(Thing(one.digit, one.colour)))
+        second = (f"the {DIGITS[other.digit]}?", other.colour)
+        talks.append((*colour, *second, "where?", other.place))
+        what = (f"{one.place}?", str(Thing(one.digit, one.colour)))
         rest = ("the other?", str(Thing(other.digit, other.colour)))
         talks.append((*total, *what, *rest))
     return talks

@@ -44,6 +44,13 @@ def _load(datasets: Sequence[str], split: int, size: int) -> list[Images]:
     ]
 
 
+def _thinned(sets: Sequence[Images], number: int) -> list[Images]:
+    """About `number` images in all, as many of each set, evenly taken."""
+    share = -(-number // len(sets))
+    picks = [torch.linspace(0, len(s) - 1, min(share, len(s))).long() for s in sets]
+    return [Images(s.pixels[p], s.labels[p]) for s, p in zip(sets, picks, strict=True)]
+
+
 def run(flags: Flags) -> dict[str, float]:
     """Train the classifier, measure it, save it to `flags.out`, and return the report."""
     began = time.perf_counter()
@@ -53,6 +60,8 @@ def run(flags: Flags) -> dict[str, float]:
     others = _load(flags.others, 0, size) if flags.others else []
     n_classes = int(train.labels.max()) + 1
     loaded = time.perf_counter()
+    if others:  # half as many as there are of the classes are enough
+        others = _thinned(others, len(train) // 2)
     pixels = torch.cat([train.pixels, *(o.pixels for o in others)])
     labels = torch.cat([train.labels, *(torch.full_like(o.labels, -1) for o in others)])
     net = classifier.train(pixels, labels, n_classes, epochs=flags.epochs, seed=flags.seed)
