@@ -25,9 +25,9 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.62,  # what is learned last; questions are answered instead
-        p_image_to_text=0.2,
-        p_image=0.06,
+        p_text_to_image=0.55,  # what is learned last; questions are answered instead
+        p_image_to_text=0.26,
+        p_image=0.05,
         p_text=0.01,
         p_class=0.9,
         p_self_condition=0.1,
@@ -35,8 +35,8 @@ DEMO = Config(
     ),
     data=DataConfig(
         sources=(
-            SourceConfig("digits", 0.1),
-            SourceConfig("journeydb", 0.58),
+            SourceConfig("digits", 0.14),
+            SourceConfig("journeydb", 0.54),
             SourceConfig("coco", 0.08),
             SourceConfig("vqav2", 0.12),
             SourceConfig("llava", 0.06),

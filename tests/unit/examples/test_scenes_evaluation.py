@@ -128,7 +128,7 @@ def test_answers_of_what_the_judge_sees():
     assert answer_of("what colour is the nine?", seen) == ""
     assert answer_of("how many digits?", [*seen, item(-1, "red", 0.5)]) == "two"
     assert answer_of("how many digits?", []) == ""
-    turns = ("what colour is the seven?", "?", "and the two?", "?", "where is it?", "?")
+    turns = ("what colour is the seven?", "?", "the two?", "?", "where?", "?")
     assert replies_of(turns, seen) == ("red", "blue", "top right")
     assert replies_of(turns, seen[:1]) == ()
     assert replies_of(turns, [*seen, item(3, "red", 0.5)]) == ()

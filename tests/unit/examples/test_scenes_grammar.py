@@ -144,14 +144,14 @@ def test_dialogues_speak_of_what_was_said_before():
     assert dialogues(SEVEN_AND_TWO)[0] == (
         "what colour is the seven?",
         "red",
-        "and the two?",
+        "the two?",
         "blue",
-        "where is it?",
+        "where?",
         "top right",
     )
     assert dialogues(NINE)[0][-1] == "bottom left"
     assert dialogues(THREES)[0] == (
-        "how many digits?",
+        "how many?",
         "two",
         "which ones?",
         "threes",
