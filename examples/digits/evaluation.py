@@ -28,6 +28,7 @@ class Sampling:
     """How images and captions are generated."""
 
     guidance: float = doc(0.3, "guidance weight of images")
+    text_guidance: float = doc(1.0, "guidance weight of captions and replies")
     joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
     steps: int = doc(20, "solver steps")
     solver: str = doc("dpmpp2m", f"of images: one of {', '.join(SOLVERS)}")
@@ -119,7 +120,9 @@ def evaluate(
     )
     metrics, seen = ruler.measure(drawn)
     metrics |= {f"{name}_unguided": value for name, value in ruler.measure(unguided)[0].items()}
-    captions = generator.image_to_text(ruler.latents, guidance=0.0, seed=seed, **text)
+    captions = generator.image_to_text(
+        ruler.latents, guidance=sampling.text_guidance, seed=seed, **text
+    )
     n, classes = len(ruler.labels), ruler.labels.tolist()
     pairs = JOINT * n
     joint, joint_captions = generator.joint(

@@ -46,6 +46,7 @@ def evaluate(model: Generator, setting: Setting, sampling: Sampling, joint: bool
         "seed": setting.seed,
     }
     text: dict[str, Any] = {
+        "guidance": sampling.text_guidance,
         "steps": 2 * sampling.steps,
         "solver": sampling.text_solver,
         "seed": setting.seed,
@@ -80,7 +81,7 @@ def describe(items: Sequence[Item]) -> str:
 
 def _describe(model: Generator, setting: Setting, text: dict[str, Any], result: Result) -> None:
     """Captions of the held-out scenes."""
-    said = model.image_to_text(setting.latents, guidance=0.0, **text)
+    said = model.image_to_text(setting.latents, **text)
     right = [is_right(t, scene.items) for t, scene in zip(said, setting.scenes, strict=True)]
     result.metrics["caption_accuracy"] = share(right)
     result.images["captions"] = setting.pixels
