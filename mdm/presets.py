@@ -43,7 +43,7 @@ DEMO = Config(
             SourceConfig("dialogues", 0.06),
         ),
         global_batch=128,
-        caption_length=18,  # the last two exchanges of a dialogue about an image
+        caption_length=17,  # the last two exchanges of a dialogue about an image
         dialogue_length=28,
     ),
     train=TrainConfig(
@@ -110,7 +110,7 @@ LEARN = Config(
 # Scenes of coloured digits with captions, questions and dialogues: what `make learn-scenes` trains
 # on two CPU cores in under an hour.
 SCENES = Config(
-    model=dataclasses.replace(DEMO.model, n_layer=8, text_length=18),
+    model=dataclasses.replace(DEMO.model, n_layer=8, text_length=17),
     objective=ObjectiveConfig(
         p_text_to_image=0.62,
         p_image_to_text=0.2,
@@ -129,8 +129,8 @@ SCENES = Config(
             SourceConfig("llava", 0.1),
         ),
         global_batch=128,
-        caption_length=18,  # the last two exchanges of a dialogue
-        dialogue_length=18,
+        caption_length=17,  # the last two exchanges of a dialogue
+        dialogue_length=17,
     ),
     train=dataclasses.replace(
         DEMO.train, steps=9000, warmup=200, ema=0.999, checkpoint_every=1500, snapshots=0

@@ -80,6 +80,7 @@ def stages(flags: Flags) -> list[JobStage]:
         datasets=[*named, f"ultrachat={data}/dialogues"],
         out=tokenizer,
         vocab_size=preset.model.vocab_size,
+        repeats=True,  # whole words for the few that all scenes are described in
     )
     train_vae = command(
         "pipelines/train_autoencoder.py",

@@ -1,4 +1,4 @@
-"""The tokenizer's corpus (Appendix D): the texts of all sets, cleaned, unique, shuffled and split.
+"""The tokenizer's corpus (Appendix D): the texts of all sets, cleaned, shuffled and split.
 
 Lines are distributed over a few hundred files by their hash, so duplicates end up in the same file,
 and the files in order, each sorted by hash, are one fixed shuffle. Only one file is held in memory,
@@ -35,11 +35,11 @@ class Corpus:
             yield from (line.rstrip("\n") for line in lines)
 
 
-def build(texts: Iterable[str], folder: Path) -> Corpus:
+def build(texts: Iterable[str], folder: Path, repeats: bool = False) -> Corpus:
     """Clean, deduplicate, shuffle and split `texts` into `folder`.
 
     Lines shorter than MIN_CHARACTERS, without a letter or digit, or repeated in any case are
-    dropped and counted by reason.
+    dropped and counted by reason. With `repeats`, those repeated are kept.
     """
     corpus = Corpus(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def build(texts: Iterable[str], folder: Path) -> Corpus:
         for part in parts:
             seen: set[int] = set()
             for key, line in sorted((_hash(line), line) for line in corpus.lines(part.name)):
-                if key in seen:
+                if key in seen and not repeats:
                     corpus.dropped["duplicate"] += 1
                     continue
                 seen.add(key)

@@ -8,7 +8,8 @@ restores the layout of any text.
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def train_model(lines: Iterable[str], vocab_size: int, *, layout: bool = True) -
     spm.set_random_generator_seed(0)
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=_with_whole_words(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="unigram",
@@ -71,6 +72,20 @@ def train_model(lines: Iterable[str], vocab_size: int, *, layout: bool = True) -
     except (RuntimeError, OSError) as error:
         raise ValueError(_explain(str(error), vocab_size, len(controls))) from None
     return model.getvalue()
+
+
+def _with_whole_words(lines: Iterable[str]) -> Iterator[str]:
+    """The lines, and then every repeated word once more, with a comma.
+
+    SentencePiece considers as pieces what two different words share. Without the second form, a
+    word that begins no other one is cut up, however common: "above" into "abo", as in "about", and
+    "ve".
+    """
+    counts = Counter[str]()
+    for line in lines:
+        counts.update(line.split())
+        yield line
+    yield from (f"{word}," for word, count in sorted(counts.items()) if count > 1)
 
 
 def _explain(message: str, vocab_size: int, controls: int) -> str:

@@ -31,6 +31,7 @@ class TrainTokenizerConfig:
     )
     out: str = doc("runs/demo/tokenizer", "folder for tokenizer.model and tokenizer.json")
     vocab_size: int = doc(32_000, "pieces, the special ones among them")
+    repeats: bool = doc(False, "count a repeated text every time: for few words used often")
 
     def __post_init__(self) -> None:
         if self.vocab_size < 8:
@@ -67,7 +68,7 @@ def train(config: TrainTokenizerConfig) -> dict[str, Any]:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".corpus-") as folder:
-        cleaned = corpus.build(texts(config.datasets), Path(folder))
+        cleaned = corpus.build(texts(config.datasets), Path(folder), config.repeats)
         if not cleaned.train_lines:
             raise ValueError(f"{' '.join(config.datasets)}: no usable text for a tokenizer")
         model = train_model(cleaned.lines("train.txt"), config.vocab_size)

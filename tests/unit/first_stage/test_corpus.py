@@ -29,6 +29,14 @@ def test_dropped_lines_are_counted_by_reason(tmp_path):
     assert made.read == len(texts)
 
 
+def test_repeated_lines_are_kept_on_request(tmp_path):
+    texts = ["one", "ONE", "two words", "two words", "x"]
+    made = corpus.build(texts, tmp_path / "e", repeats=True)
+    lines = [*made.lines("train.txt"), *made.lines("held_out.txt")]
+    assert sorted(lines) == ["ONE", "one", "two words", "two words"]
+    assert made.dropped == {"shorter than 2 characters": 1}
+
+
 def test_long_texts_are_cut_between_words_without_loss(tmp_path):
     text = " ".join(f"wörd{i}" for i in range(2000)) + " " + "".join(f"é{i}" for i in range(2000))
     made = corpus.build([text], tmp_path / "d")
