@@ -32,6 +32,7 @@ _LAYOUT = {
     "<8 spaces>": "        ",
     "<lower block>": "\u2581",
 }
+_MOST_WORDS = 1_000_000  # different ones that are counted
 _MIN_LAYOUT_VOCAB = 48  # pieces; a smaller vocabulary has no room for these
 # Unicode's other spaces, which SentencePiece's normalization turns into a space.
 _SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
@@ -75,17 +76,17 @@ def train_model(lines: Iterable[str], vocab_size: int, *, layout: bool = True) -
 
 
 def _with_whole_words(lines: Iterable[str]) -> Iterator[str]:
-    """The lines, and then every repeated word once more, with a comma.
+    """The lines, and then every repeated word with its last letter doubled.
 
     SentencePiece considers as pieces what two different words share. Without the second form, a
     word that begins no other one is cut up, however common: "above" into "abo", as in "about", and
-    "ve".
+    "ve". Lines are shuffled, so that their first million words hold the common ones.
     """
     counts = Counter[str]()
     for line in lines:
-        counts.update(line.split())
+        counts.update(word for word in line.split() if len(counts) < _MOST_WORDS or word in counts)
         yield line
-    yield from (f"{word}," for word, count in sorted(counts.items()) if count > 1)
+    yield from (word + word[-1] for word, count in sorted(counts.items()) if count > 1)
 
 
 def _explain(message: str, vocab_size: int, controls: int) -> str:

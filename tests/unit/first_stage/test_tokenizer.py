@@ -173,13 +173,21 @@ def test_wrong_files_are_value_errors(tmp_path):
         Tokenizer(tmp_path / "plain.model")
 
 
+def test_a_common_word_is_one_piece_though_no_other_word_begins_with_it(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    words = ["above", "about", "abode", "bottom", "bottle", "five", "live", "give"]
+    path.write_bytes(train_model([" ".join(words)] * 50 + ["abandon", "botch", "fig"], 30))
+    pieces = Tokenizer(path)
+    assert [len(pieces.encode(word)) for word in words] == [1] * len(words)
+
+
 def test_the_log_unigram_follows_the_corpus(tmp_path):
     path = tmp_path / "tokenizer.model"
     corpus = ["sun"] * 800 + ["moon"] * 150 + ["star"] * 50
-    path.write_bytes(train_model(corpus, 16))
+    path.write_bytes(train_model(corpus, 17))
     pieces = Tokenizer(path)
     log_p = torch.from_numpy(pieces.log_unigram())
-    assert log_p.shape == (16,)
+    assert log_p.shape == (17,)
     assert log_p.logsumexp(0) == pytest.approx(0, abs=1e-5)
     counts = Counter(itertools.chain.from_iterable(map(pieces.encode, corpus)))
     used = torch.tensor(list(counts))
