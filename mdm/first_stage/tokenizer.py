@@ -47,8 +47,8 @@ def train_model(lines: Iterable[str], vocab_size: int, *, layout: bool = True) -
 
     Without `layout`, or with fewer than 48 pieces, line breaks, tabs and runs of spaces have no
     pieces and are encoded as one space: short captions do not need them. The settings are those of
-    Appendix D, except for the seed and the special pieces. The same lines in the same order give
-    the same bytes. Raises ValueError if the corpus cannot support the vocabulary.
+    Appendix D, except for the seed, the special pieces and whole words. The same lines in the same
+    order give the same bytes. Raises ValueError if the corpus cannot support the vocabulary.
     """
     model = io.BytesIO()
     controls = [*_CONTROLS, *(_LAYOUT if layout and vocab_size >= _MIN_LAYOUT_VOCAB else ())]
