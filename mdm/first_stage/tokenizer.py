@@ -184,13 +184,15 @@ class Tokenizer:
         SentencePiece keeps them as scores. Pieces that it does not count get a bound: the marks of
         ends, turns and layout the commonest piece's, the unknown piece the rarest's.
         """
-        scores = np.array([self._model.GetScore(token) for token in range(self.vocab_size)])
+        every = [self._model.GetScore(token) for token in range(self.vocab_size)]
+        scores: NDArray[np.float64] = np.array(every)
         counted = scores < 0
         highest = scores[counted].max()
         scores[~counted] = highest
         scores[UNK] = scores[counted].min()
-        total = highest + np.log(np.exp(scores - highest).sum())
-        return (scores - total).astype(np.float32)
+        total = float(highest + np.log(np.exp(scores - highest).sum()))
+        log_shares: NDArray[np.float32] = (scores - total).astype(np.float32)
+        return log_shares
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text before the first EOS, without PAD, USER and ASSISTANT."""
