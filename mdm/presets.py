@@ -25,8 +25,8 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.55,  # what is learned last; questions are answered instead
-        p_image_to_text=0.26,
+        p_text_to_image=0.6,  # what is learned last; questions are answered instead
+        p_image_to_text=0.22,
         p_image=0.05,
         p_text=0.01,
         p_class=0.9,
@@ -35,8 +35,8 @@ DEMO = Config(
     ),
     data=DataConfig(
         sources=(
-            SourceConfig("digits", 0.14),
-            SourceConfig("journeydb", 0.54),
+            SourceConfig("digits", 0.12),
+            SourceConfig("journeydb", 0.56),
             SourceConfig("coco", 0.08),
             SourceConfig("vqav2", 0.12),
             SourceConfig("llava", 0.06),
@@ -47,7 +47,7 @@ DEMO = Config(
         dialogue_length=28,
     ),
     train=TrainConfig(
-        steps=3000,
+        steps=3500,
         lr=4e-3,
         beta2=0.99,
         warmup=100,
