@@ -166,6 +166,11 @@ def channel_statistics(model: nn.Module, images: Tensor) -> tuple[list[float], l
     return mean.tolist(), std.tolist()
 
 
+def evenly(images: Tensor, most: int) -> Tensor:
+    """At most so many images, from the first to the last: sets may be sorted by class."""
+    return images[torch.linspace(0, len(images) - 1, min(most, len(images))).long()]
+
+
 def psnr(output: Tensor, target: Tensor) -> float:
     """Peak signal-to-noise ratio in dB, the mean over images f32 [n, 3, H, W] in [0, 1]."""
     error = functional.mse_loss(output, target, reduction="none").mean((1, 2, 3))
@@ -207,7 +212,7 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
     tqdm.write(f"precision: {describe(precision)}", file=sys.stderr)
     history = fit(model, train_sets, config)
     trained = time.perf_counter()
-    measured = [images[:_MEASURED] for images in train_sets.values()]
+    measured = [evenly(images, _MEASURED) for images in train_sets.values()]
     mean, std = channel_statistics(model, torch.cat(measured))
 
     out = Path(config.out)
@@ -220,8 +225,7 @@ def train(config: TrainAutoencoderConfig) -> dict[str, Any]:
         for key, images in heldout_sets.items():
             real, output = images.float() / 255, autoencoder.decode(autoencoder.encode(images))
             quality[key] = round(psnr(output, real), 2)
-            picks = torch.linspace(0, len(real) - 1, min(_COLUMNS, len(real))).long()
-            shown.append((real[picks], output[picks]))
+            shown.append((evenly(real, _COLUMNS), evenly(output, _COLUMNS)))
         grid_image(shown).save(partial / "reconstructions.png")
         report = {
             "sha256": autoencoder.sha256,

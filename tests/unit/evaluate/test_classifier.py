@@ -6,7 +6,9 @@ import torch
 
 from mdm.evaluate import classifier
 from mdm.evaluate.classifier import Classifier
+from mdm.evaluate.heldout import Images
 from mdm.evaluate.image import agreement
+from mdm.evaluate.train_classifier import _thinned
 from tests.unit.conftest import Digits
 
 
@@ -45,3 +47,10 @@ def test_a_saved_classifier_loads_and_its_report_is_beside_it(
     assert (a == b).all()
     with pytest.raises(FileNotFoundError, match="train_classifier"):
         classifier.load(tmp_path / "none")
+
+
+def test_other_images_are_thinned_evenly_to_equal_shares_of_the_sets():
+    sets = [Images(torch.zeros(n, 3, 2, 2), torch.arange(n)) for n in (9, 2)]
+    first, second = _thinned(sets, 5)
+    assert first.labels.tolist() == [0, 4, 8]
+    assert second.labels.tolist() == [0, 1]

@@ -8,6 +8,7 @@ from mdm.first_stage.folder import WEIGHTS
 from mdm.first_stage.train_autoencoder import (
     TrainAutoencoderConfig,
     channel_statistics,
+    evenly,
     fit,
     psnr,
     reconstruction_loss,
@@ -166,3 +167,8 @@ def test_a_wrong_tone_costs_its_square_times_the_weight():
     output = target + 0.5  # no edges
     costs = [reconstruction_loss(output, target, w).item() for w in (0.0, 16.0)]
     assert costs == pytest.approx([0.5, 0.5 + 16 * 0.25])
+
+
+def test_the_images_that_are_measured_reach_from_the_first_to_the_last():
+    assert evenly(torch.arange(9), 3).tolist() == [0, 4, 8]
+    assert evenly(torch.arange(2), 3).tolist() == [0, 1]
