@@ -134,6 +134,7 @@ class ObjectiveConfig:
     image_shift: float = doc(
         1.0, "s: times t / T of images become s t / (1 + (s - 1) t); above 1: more noise", POSITIVE
     )
+    text_shift: float = doc(1.0, "the same of texts", POSITIVE)
     image_weight: str = doc(
         "v",
         "weight of noise errors: 1 / abar, as an error of v; at most 20; or 1 up to an SNR of 5",
@@ -152,6 +153,11 @@ class ObjectiveConfig:
         check(
             total <= 1.0,
             f"objective's {', '.join(tasks)} add up to {total:g}; at most 1 (the rest noises both)",
+        )
+        check(
+            not self.text_warp or self.text_shift == 1.0,
+            f"objective.text_warp learns where to draw levels; set objective.text_shift 1, not "
+            f"{self.text_shift:g}",
         )
         check(
             self.target == "one_hot" or not self.se_image or self.image_candidates == "latents",

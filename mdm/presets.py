@@ -32,6 +32,7 @@ DEMO = Config(
         p_class=0.9,
         p_self_condition=0.1,
         image_shift=3.0,  # texts shape an image at the upper half of the noise levels
+        text_shift=3.0,  # at the lower third every piece of a text is obvious
     ),
     data=DataConfig(
         sources=(
@@ -119,6 +120,7 @@ SCENES = Config(
         p_class=0.0,
         p_self_condition=0.1,
         image_shift=3.0,
+        text_shift=3.0,
     ),
     data=DataConfig(
         root="runs/learn-scenes/encoded",

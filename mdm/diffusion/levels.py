@@ -55,6 +55,14 @@ def self_condition_shares(p: float) -> tuple[float, float]:
     return p / of_texts, of_texts
 
 
+def shifted(times: Tensor, shift: float) -> Tensor:
+    """Times t / T in [0, 1] -> s t / (1 + (s - 1) t); s = `shift` above 1 favours noise.
+
+    Eq. 23 of Esser et al. 2024.
+    """
+    return shift * times / (1 + (shift - 1) * times)
+
+
 def image_times(distribution: str, uniforms: Tensor, shift: float = 1.0) -> Tensor:
     """Times t / T in [0, 1] of images, from uniforms of the same shape.
 
@@ -63,7 +71,7 @@ def image_times(distribution: str, uniforms: Tensor, shift: float = 1.0) -> Tens
             ln sigma ~ N(-1.2, 1.2^2) (Karras et al. 2022) on the cosine schedule, where
             sigma = tan(pi/2 t/T).
         uniforms: in [0, 1).
-        shift: s of t -> s t / (1 + (s - 1) t), which favours noise above 1 (Esser et al. 2024).
+        shift: as of `shifted`.
     """
     times = uniforms
     if distribution != "uniform":
@@ -72,7 +80,7 @@ def image_times(distribution: str, uniforms: Tensor, shift: float = 1.0) -> Tens
             times = normals.sigmoid()
         else:
             times = (1.2 * normals - 1.2).exp().atan() * 2 / torch.pi
-    return (shift * times / (1 + (shift - 1) * times)).to(uniforms.dtype)
+    return shifted(times, shift).to(uniforms.dtype)
 
 
 def draw_levels(
@@ -92,14 +100,18 @@ def draw_levels(
         class_ids: i64 [B], -1 without a class.
         asks: bool [B], whether a sample's text begins with a question about its last image, which
             is answered, and not drawn from; unused without images.
-        text_steps: maps uniforms [B] to noise steps of texts; evenly over 1 ... T - 1 by default.
+        text_steps: maps uniforms [B] to noise steps of texts; by default evenly over 1 ... T - 1,
+            moved by `weights.text_shift`.
     """
     last = schedule.STEPS
     task, u_img, u_txt, u_class, u_self = uniforms[:, :5].unbind(1)
     self_conditions = u_self < self_condition_shares(weights.p_self_condition)[1]
     times = image_times(weights.image_levels, u_img, weights.image_shift)
     t_img = 1 + (times * (last - 1)).long().clamp(0, last - 2)
-    t_txt = text_steps(u_txt) if text_steps else 1 + (u_txt * (last - 1)).long()
+    if text_steps:
+        t_txt = text_steps(u_txt)
+    else:
+        t_txt = 1 + (shifted(u_txt, weights.text_shift) * (last - 1)).long().clamp(0, last - 2)
     if not images:
         alone = torch.full_like(class_ids, CONDITIONINGS.index("text_alone"))
         none, ones = torch.full_like(class_ids, -1), torch.ones_like(u_txt)

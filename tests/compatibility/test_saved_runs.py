@@ -67,6 +67,7 @@ FLAGS = {
     "objective.p_image": 0.2,
     "objective.p_text": 0.05,
     "objective.image_shift": 1.0,
+    "objective.text_shift": 1.0,
     "train.lr": 2e-3,
     "train.beta2": 0.95,
     # What that version did, and this one does otherwise by default.

@@ -133,15 +133,19 @@ def test_shares_of_noise_levels():
     assert not ((levels.t_img[:, 0] == 0) & (levels.t_txt == 0)).any()
 
 
-def test_shift_of_image_times():
-    """s t / (1 + (s - 1) t), Eq. 23 of Esser et al. 2024, by hand."""
+SHIFTED = {1.0: (0.0, 0.25, 0.5, 0.75), 3.0: (0.0, 0.5, 0.75, 0.9)}
+"""s t / (1 + (s - 1) t), Eq. 23 of Esser et al. 2024, of the times of s = 1, by hand."""
+
+
+@pytest.mark.parametrize(("image", "text"), [(1.0, 1.0), (3.0, 1.0), (1.0, 3.0)])
+def test_shift_of_times(image, text):
     whole = dataclasses.replace(batch(0), latents=torch.zeros(8, 4, 16))
-    uniforms = torch.full((8, 8), 0.99)
-    uniforms[:, 1] = torch.tensor([0.0, 0.25, 0.5, 0.75] * 2)
-    for shift, times in ((3.0, (0.0, 0.5, 0.75, 0.9)), (1.0, (0.0, 0.25, 0.5, 0.75))):
-        t_img = with_objective(image_shift=shift).draw_levels(uniforms, whole).t_img[:, 0]
-        expected = [1 + int(t * (STEPS - 1)) for t in times * 2]
-        assert t_img.tolist() == pytest.approx(expected, abs=1)
+    uniforms = torch.full((8, 8), 0.99)  # both are noised
+    uniforms[:, 1] = uniforms[:, 2] = torch.tensor(SHIFTED[1.0] * 2)
+    levels = with_objective(image_shift=image, text_shift=text).draw_levels(uniforms, whole)
+    for steps, shift in ((levels.t_img[:, 0], image), (levels.t_txt, text)):
+        expected = [1 + int(t * (STEPS - 1)) for t in SHIFTED[shift] * 2]
+        assert steps.tolist() == pytest.approx(expected, abs=1)
 
 
 def with_objective(**changes) -> Loss:
