@@ -83,6 +83,7 @@ LEARN = Config(
         p_class=0.0,
         condition_noise=0.2,
         p_self_condition=0.1,
+        text_shift=3.0,
     ),
     data=DataConfig(
         root="runs/learn/data/encoded",

@@ -27,7 +27,7 @@ JOINT = 3  # times as many pairs as held-out images: their agreement differs mos
 class Sampling:
     """How images and captions are generated."""
 
-    guidance: float = doc(0.3, "guidance weight of images")
+    guidance: float = doc(0.15, "guidance weight of images")
     text_guidance: float = doc(0.0, "guidance weight of captions and replies")
     joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
     steps: int = doc(20, "solver steps")
