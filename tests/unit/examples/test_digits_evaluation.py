@@ -27,7 +27,7 @@ def ruler(digits: Digits, judge: Classifier) -> Ruler:
     )
 
 
-def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: Path) -> None:
+def test_real_images_reach_the_targets(ruler: Ruler, digits: Digits, tmp_path: Path) -> None:
     metrics, images, labels = evaluate(Oracle(digits), ruler, SAMPLING)
     assert metrics["t2i_accuracy"] > 0.9
     assert metrics["i2t_accuracy"] == 1.0
@@ -42,7 +42,8 @@ def test_real_images_reach_every_target(ruler: Ruler, digits: Digits, tmp_path: 
     run = {"samples_seen": 3, "wall_seconds": 1.0, "samples_per_second": 3.0}
     report = learn_report.write(tmp_path, metrics | run, images, labels, vars(SAMPLING))
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    wanted = {"class_share_min", "class_share_max", "recall", "fid64", "joint_agreement"}
+    # Not recall: these images are drawn with replacement, and the repeated ones cover nothing new.
+    wanted = {"class_share_min", "class_share_max", "fid64", "joint_agreement"}
     assert wanted <= {name for name, ok in report["targets"].items() if ok}
     page = (tmp_path / "report.html").read_text()
     for title in ("Does it learn?", "Targets", "Captions of held-out images", "Loss"):
