@@ -53,6 +53,8 @@ VARIANTS = {
     "levels logit-normal": "--objective.image_levels logit_normal",
     "levels of EDM": "--objective.image_levels edm",
     "levels shifted by 3": "--objective.image_shift 3",
+    "text levels even": "--objective.text_shift 1",
+    "text levels learned": "--objective.text_shift 1 --objective.text_warp",
     "weight min-SNR": "--objective.image_weight min_snr",
     "beta 0": "--objective.beta_kl 0",
     "beta 1e-3": "--objective.beta_kl 1e-3",
