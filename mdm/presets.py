@@ -84,6 +84,8 @@ LEARN = Config(
         condition_noise=0.2,
         p_self_condition=0.1,
         text_shift=3.0,
+        eps_image=4.0,  # more would leave even training images partly misread
+        se_image=0.25,
     ),
     data=DataConfig(
         root="runs/learn/data/encoded",
@@ -114,22 +116,24 @@ LEARN = Config(
 SCENES = Config(
     model=dataclasses.replace(DEMO.model, n_layer=8, text_length=17),
     objective=ObjectiveConfig(
-        p_text_to_image=0.62,
-        p_image_to_text=0.2,
-        p_image=0.06,
-        p_text=0.02,
+        p_text_to_image=0.55,
+        p_image_to_text=0.3,
+        p_image=0.05,
+        p_text=0.01,
         p_class=0.0,
         p_self_condition=0.1,
         image_shift=3.0,
         text_shift=3.0,
+        eps_image=8.0,
+        se_image=0.5,
     ),
     data=DataConfig(
         root="runs/learn-scenes/encoded",
         sources=(
-            SourceConfig("journeydb", 0.45),
-            SourceConfig("coco", 0.2),
-            SourceConfig("vqav2", 0.25),
-            SourceConfig("llava", 0.1),
+            SourceConfig("journeydb", 0.5),
+            SourceConfig("coco", 0.24),
+            SourceConfig("vqav2", 0.18),
+            SourceConfig("llava", 0.08),
         ),
         global_batch=128,
         caption_length=17,  # the last two exchanges of a dialogue

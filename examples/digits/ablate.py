@@ -36,7 +36,8 @@ from mdm.utils.files import read_json, read_lines, write_json
 
 VARIANTS = {
     "as shipped": "",
-    "image weights of 1": "--objective.eps_image 1 --objective.se_image 0.1",
+    "image weights of 16": "--objective.eps_image 16 --objective.se_image 1",
+    "image weights of 1": "--objective.eps_image 1 --objective.se_image 0.06",
     "score entropy 0": "--objective.se_image 0",
     "score entropy as printed": "--objective.image_candidates latents",
     "target of Theorem 1": "--objective.target theorem1 --objective.eps_image 0 "

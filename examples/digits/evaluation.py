@@ -28,7 +28,7 @@ class Sampling:
     """How images and captions are generated."""
 
     guidance: float = doc(0.15, "guidance weight of images")
-    text_guidance: float = doc(0.0, "guidance weight of captions and replies")
+    text_guidance: float = doc(1.0, "guidance weight of captions and replies")
     joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
     steps: int = doc(20, "solver steps")
     solver: str = doc("dpmpp2m", f"of images: one of {', '.join(SOLVERS)}")
