@@ -75,6 +75,7 @@ class Flags(Sampling):
     """Flags of this job."""
 
     out: str = doc("runs/learn/ablate", "folder for everything it writes")
+    joint_steps: int = doc(40, "solver steps of images and captions drawn together")
     variants: str = doc("", "names of variants, separated by commas; all by default")
     seeds: int = doc(3, "seeds of each variant")
     train_steps: int = doc(1000, "optimizer steps of each variant")

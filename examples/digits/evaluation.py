@@ -30,7 +30,8 @@ class Sampling:
     guidance: float = doc(0.15, "guidance weight of images")
     text_guidance: float = doc(1.0, "guidance weight of captions and replies")
     joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
-    steps: int = doc(20, "solver steps")
+    steps: int = doc(20, "solver steps; twice as many for captions")
+    joint_steps: int = doc(100, "solver steps of images and captions drawn together")
     solver: str = doc("dpmpp2m", f"of images: one of {', '.join(SOLVERS)}")
     text_solver: str = doc("ddpm", "of captions, and of images drawn with their captions")
 
@@ -125,8 +126,9 @@ def evaluate(
     )
     n, classes = len(ruler.labels), ruler.labels.tolist()
     pairs = JOINT * n
+    together = text | {"steps": sampling.joint_steps}
     joint, joint_captions = generator.joint(
-        pairs, guidance=sampling.joint_guidance, seed=seed, **text
+        pairs, guidance=sampling.joint_guidance, seed=seed, **together
     )
     joint_seen = ruler.judge.judge(joint)[0]
     named = np.array([names.named(caption) for caption in joint_captions])

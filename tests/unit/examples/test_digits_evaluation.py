@@ -10,7 +10,7 @@ from examples.digits.evaluation import Ruler, Sampling, best_guidance, evaluate
 from mdm.evaluate.classifier import Classifier
 from tests.unit.conftest import NAMES, WORDS, Digits, Oracle
 
-SAMPLING = Sampling(guidance=1.0, steps=4, solver="ddpm")
+SAMPLING = Sampling(guidance=1.0, steps=4, joint_steps=8, solver="ddpm")
 
 
 @pytest.fixture(scope="module")
