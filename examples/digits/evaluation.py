@@ -30,7 +30,7 @@ class Sampling:
     guidance: float = doc(0.15, "guidance weight of images")
     text_guidance: float = doc(1.0, "guidance weight of captions and replies")
     joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
-    steps: int = doc(20, "solver steps; twice as many for captions")
+    steps: int = doc(20, "solver steps")
     joint_steps: int = doc(100, "solver steps of images and captions drawn together")
     solver: str = doc("dpmpp2m", f"of images: one of {', '.join(SOLVERS)}")
     text_solver: str = doc("ddpm", "of captions, and of images drawn with their captions")
@@ -114,7 +114,7 @@ def evaluate(
     """
     wanted, names = ruler.wanted.numpy(), ruler.names
     image_options: dict[str, Any] = {"steps": sampling.steps, "solver": sampling.solver}
-    text: dict[str, Any] = {"steps": 2 * sampling.steps, "solver": sampling.text_solver}
+    text: dict[str, Any] = {"steps": sampling.steps, "solver": sampling.text_solver}
     drawn, unguided = (
         generator.text_to_image(ruler.prompts, guidance=weight, seed=seed, **image_options)
         for weight in (sampling.guidance, 0.0)
