@@ -20,7 +20,7 @@ from mdm.evaluate.suite import Label
 from mdm.generate import Generator
 
 GUIDANCES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-JOINT = 3  # times as many pairs as held-out images: their agreement differs most between seeds
+DRAWS = 3  # captions of each held-out image, and as many pairs: they differ most between seeds
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,14 @@ def evaluate(
     )
     metrics, seen = ruler.measure(drawn)
     metrics |= {f"{name}_unguided": value for name, value in ruler.measure(unguided)[0].items()}
+    n, classes = len(ruler.labels), DRAWS * ruler.labels.tolist()
     captions = generator.image_to_text(
-        ruler.latents, guidance=sampling.text_guidance, seed=seed, **text
+        ruler.latents.repeat(DRAWS, 1, 1), guidance=sampling.text_guidance, seed=seed, **text
     )
-    n, classes = len(ruler.labels), ruler.labels.tolist()
-    pairs = JOINT * n
-    together = text | {"steps": sampling.joint_steps}
+    pairs = len(captions)
+    text["steps"] = sampling.joint_steps
     joint, joint_captions = generator.joint(
-        pairs, guidance=sampling.joint_guidance, seed=seed, **together
+        pairs, guidance=sampling.joint_guidance, seed=seed, **text
     )
     joint_seen = ruler.judge.judge(joint)[0]
     named = np.array([names.named(caption) for caption in joint_captions])
@@ -144,7 +144,7 @@ def evaluate(
         "drawn": map(Label, ruler.prompts, [""] * n, (seen == wanted).tolist()),
         "described": [
             Label(caption, names.names[c][0], names.named(caption) == c)
-            for caption, c in zip(captions, classes, strict=True)
+            for caption, c in zip(captions[:n], classes[:n], strict=True)
         ],
         "joint": map(Label, joint_captions, [""] * pairs, (named == joint_seen).tolist()),
     }

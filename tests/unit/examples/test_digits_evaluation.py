@@ -69,3 +69,23 @@ def test_a_model_that_ignores_its_condition_is_at_chance(ruler: Ruler, digits: D
     assert metrics["t2i_accuracy"] < 0.2
     assert metrics["i2t_accuracy"] < 0.2
     assert metrics["fid64"] < 2 * metrics["fid64_floor"], "its images are as real as any"
+
+
+def test_all_captions_of_an_image_count_and_pairs_have_their_own_steps(ruler, digits) -> None:
+    steps = {}
+
+    class OneDrawWrong(Oracle):
+        def image_to_text(self, latents, **options):
+            steps["captions"] = options["steps"]
+            texts = super().image_to_text(latents, **options)
+            texts[len(ruler.labels) : 2 * len(ruler.labels)] = [""] * len(ruler.labels)
+            return texts
+
+        def joint(self, n, **options):
+            steps["pairs"] = options["steps"]
+            return super().joint(n, **options)
+
+    metrics, images, labels = evaluate(OneDrawWrong(digits), ruler, SAMPLING)
+    assert metrics["i2t_accuracy"] == pytest.approx(2 / 3)
+    assert steps == {"captions": SAMPLING.steps, "pairs": SAMPLING.joint_steps}
+    assert len(labels["described"]) == len(images["described"])
