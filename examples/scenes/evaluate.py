@@ -23,7 +23,7 @@ from mdm.first_stage.autoencoder import Autoencoder
 from mdm.generate import Generator
 from mdm.report.page import save_tiles
 from mdm.utils.command_line import parse_cli
-from mdm.utils.fields import check_fields, doc
+from mdm.utils.fields import POSITIVE, check_fields, doc
 from mdm.utils.files import load_json, write_json
 
 SHOWN = 60  # tiles of a sheet
@@ -34,7 +34,12 @@ class Flags(Sampling):
     """Flags of this job."""
 
     guidance: float = doc(3.0, "guidance weight of images")
+    text_guidance: float = doc(0.0, "guidance weight of captions, answers and replies")
+    joint_steps: int = doc(40, "solver steps of images and captions drawn together")
     solver: str = doc("ddpm", f"of images: one of {', '.join(SOLVERS)}")
+    candidates: int = doc(
+        5, "captions, answers and replies drawn; the most typical counts", POSITIVE
+    )
     checkpoint: str = doc("runs/learn-scenes/train/export", "folder of exported weights")
     data: str = doc("runs/learn-scenes/data", "folder of the published scenes")
     judge: str = doc("runs/learn-scenes/judge", "folder of the judge's classifier")
@@ -61,7 +66,7 @@ def run(flags: Flags) -> dict[str, float]:
         precision=flags.precision,
         local_files_only=True,
     )
-    result = evaluate(model, task, flags, flags.joint)
+    result = evaluate(model, task, flags, flags.candidates, flags.joint)
     save_tiles(result.images, result.labels, out, SHOWN)
     metrics = bounds | result.metrics | {"seconds": time.perf_counter() - began}
     write_json(out / "metrics.json", metrics)

@@ -36,8 +36,17 @@ class Result:
     labels: dict[str, list[Label]]
 
 
-def evaluate(model: Generator, setting: Setting, sampling: Sampling, joint: bool = True) -> Result:
-    """Every share of the model, and what it generated."""
+def evaluate(
+    model: Generator,
+    setting: Setting,
+    sampling: Sampling,
+    candidates: int = 1,
+    joint: bool = True,
+) -> Result:
+    """Every share of the model, and what it generated.
+
+    Of `candidates` captions, answers and replies, the most typical one counts.
+    """
     result = Result({}, {}, {})
     image: dict[str, Any] = {
         "guidance": sampling.guidance,
@@ -47,7 +56,8 @@ def evaluate(model: Generator, setting: Setting, sampling: Sampling, joint: bool
     }
     text: dict[str, Any] = {
         "guidance": sampling.text_guidance,
-        "steps": 2 * sampling.steps,
+        "candidates": candidates,
+        "steps": sampling.steps,
         "solver": sampling.text_solver,
         "seed": setting.seed,
     }
@@ -64,7 +74,13 @@ def evaluate(model: Generator, setting: Setting, sampling: Sampling, joint: bool
     _answer(model, setting, text, result)
     _reply(model, setting, text, result)
     if joint:
-        _join(model, setting, text | {"guidance": sampling.joint_guidance}, result)
+        both = {
+            "guidance": sampling.joint_guidance,
+            "steps": sampling.joint_steps,
+            "solver": sampling.text_solver,
+            "seed": setting.seed,
+        }
+        _join(model, setting, both, result)
     result.images["real"] = setting.decode(setting.latents)
     result.labels["real"] = [
         Label(caption, describe(items), is_right(caption, items))

@@ -30,6 +30,11 @@ class Settings:
     solver: str = doc("ddpm", f"one of {', '.join(SOLVERS)}")
     guidance: float = doc(3.0, "guidance weight w of (1 + w) cond - w uncond, images")
     text_guidance: float = doc(1.0, "guidance weight for captions")
+    candidates: int = doc(
+        1,
+        "captions and replies drawn for each image or dialogue; the most typical counts",
+        POSITIVE,
+    )
     joint_guidance: float = doc(2.0, "guidance weight of images drawn with their captions")
     steps: int = doc(20, "solver steps of an image", POSITIVE)
     text_steps: int = doc(20, "solver steps of a text", POSITIVE)
@@ -111,7 +116,9 @@ class _Suite:
         self.generator, self.classifier = generator, classifier
         self.data, self.settings = data, settings
         self.image_options = settings.options(settings.steps)
-        self.text_options = settings.options(settings.text_steps)
+        self.text_options = settings.options(settings.text_steps) | {
+            "candidates": settings.candidates
+        }
         self.result = DemoResult()
         self.metrics = self.result.metrics
         self.n_classes = len(data.names)

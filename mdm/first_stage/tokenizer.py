@@ -10,7 +10,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -194,16 +194,15 @@ class Tokenizer:
         log_shares: NDArray[np.float32] = (scores - total).astype(np.float32)
         return log_shares
 
+    def text_ids(self, ids: Iterable[int]) -> list[int]:
+        """The tokens before the first EOS, without PAD, USER and ASSISTANT."""
+        before = takewhile(lambda token: token != EOS, ids)
+        return [int(token) for token in before if token not in (PAD, USER, ASSISTANT)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text before the first EOS, without PAD, USER and ASSISTANT."""
-        kept: list[int] = []
-        for token in ids:
-            if token == EOS:
-                break
-            if token not in (PAD, USER, ASSISTANT):
-                kept.append(int(token))
         parts: list[str] = []
-        for is_layout, run in groupby(kept, self._layout.__contains__):
+        for is_layout, run in groupby(self.text_ids(ids), self._layout.__contains__):
             if is_layout:
                 parts += (self._layout[token] for token in run)
             else:

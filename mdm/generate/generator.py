@@ -1,5 +1,6 @@
 """Generation from exported weights: one method for each task."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from mdm.data.provenance import Provenance, check_tokenizer
 from mdm.first_stage.autoencoder import Autoencoder
 from mdm.first_stage.pixel_patches import PixelPatches
 from mdm.first_stage.tokenizer import EOS, Tokenizer
+from mdm.generate.candidates import KEY_STRIDE, most_typical
 from mdm.generate.denoise import denoise
 from mdm.generate.loading import load_first_stage, load_model
 from mdm.generate.prompts import dialogue_prompt, padded
@@ -194,15 +196,20 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         *,
         max_new_tokens: int = 0,
         guidance: float = 0.0,
+        candidates: int = 1,
         steps: int = 20,
         seed: int = 0,
         **options: Unpack[Options],
     ) -> list[str]:
-        """Captions, as long as in training at most, of latents [b, n, c] (`Autoencoder.encode`)."""
+        """Captions, as long as in training at most, of latents [b, n, c] (`Autoencoder.encode`).
+
+        Of several `candidates` for each image, the most typical one is returned; see
+        `mdm.generate.candidates`. The first of them is the one that is drawn alone.
+        """
         n = len(latents)
         request = self._request(GIVEN, GENERATED, n, seed, max_new_tokens, latents=latents)
         sampling = Sampling(text_steps=steps, text_guidance=guidance, **options)
-        return [self.tokenizer.decode(row) for row in self._run(request, sampling)[1].tolist()]
+        return self._texts(request, sampling, [0] * n, candidates)
 
     def reply(
         self,
@@ -211,11 +218,14 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         images: Tensor | None = None,
         max_new_tokens: int = 0,
         guidance: float = 0.0,
+        candidates: int = 1,
         steps: int = 40,
         seed: int = 0,
         **options: Unpack[Options],
     ) -> list[str]:
         """The assistant's next turn in each dialogue (user first, alternating).
+
+        Of several `candidates` for each, the most typical one, as of `image_to_text`.
 
         A dialogue that leaves less than `max_new_tokens` for the reply, by default half the length
         of training texts, loses its beginning.
@@ -251,8 +261,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             prompt=torch.arange(length) < torch.tensor(lengths).unsqueeze(1),
         )
         sampling = Sampling(text_steps=steps, text_guidance=guidance, **options)
-        rows = self._run(request, sampling)[1].tolist()
-        return [self.tokenizer.decode(row[n:]) for row, n in zip(rows, lengths, strict=True)]
+        return self._texts(request, sampling, lengths, candidates)
 
     def joint(
         self,
@@ -321,6 +330,27 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         length = length or self.config.data.caption_length
         reads = self.config.data.images_per_row == 1  # packed samples have no padding
         return Request(image, text, torch.arange(n), seed, length, **given, reads_padding=reads)
+
+    def _texts(
+        self, request: Request, sampling: Sampling, starts: Sequence[int], candidates: int
+    ) -> list[str]:
+        """What follows token `starts` of each sample, in the most typical of its `candidates`."""
+        if candidates < 1:
+            raise ValueError(f"candidates is {candidates}; at least 1 is needed")
+        n = len(request.keys)
+        numbers = torch.arange(candidates).repeat(n)
+        repeated = request.take(torch.arange(n).repeat_interleave(candidates))
+        repeated = dataclasses.replace(repeated, keys=repeated.keys + numbers * KEY_STRIDE)
+        rows = self._run(repeated, sampling)[1].tolist()
+        chosen = []
+        for i, start in enumerate(starts):
+            drawn = rows[i * candidates : (i + 1) * candidates]
+            texts = [self.tokenizer.text_ids(row[start:]) for row in drawn]
+            chosen.append(i * candidates + most_typical(texts))
+        assert self.selected is not None
+        self.selected = self.selected.take(torch.tensor(chosen))
+        ends = zip(chosen, starts, strict=True)
+        return [self.tokenizer.decode(rows[row][start:]) for row, start in ends]
 
     def _run(self, request: Request, sampling: Sampling) -> tuple[Tensor, Tensor]:
         """First-stage latents [b, n, c], empty without images, and tokens i64 [b, m]."""

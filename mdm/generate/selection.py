@@ -36,6 +36,11 @@ class Selected(NamedTuple):
         evaluations = max(part.evaluations for part in parts)
         return cls(torch.cat(images)[:n] if images else None, text, evaluations)
 
+    def take(self, index: Tensor) -> "Selected":
+        """The samples at `index` i64 [...]."""
+        image = None if self.image is None else self.image[index]
+        return Selected(image, self.text[index], self.evaluations)
+
 
 def image_score_entropy(z_0: Tensor, last: Tensor, log_snr: float) -> Tensor:
     """Score entropy of image estimates [b, n, c] against the last ones, in nats a token, [b, n].

@@ -39,6 +39,9 @@ class Flags:
     n: int = doc(1, "results for each input, or in all for joint", POSITIVE)
     guidance: float = doc(3.0, "how strongly images follow their condition; 0 for none")
     text_guidance: float | None = doc(None, "the same of captions; for joint, default --guidance")
+    candidates: int = doc(
+        1, "captions or replies drawn for each result, the most typical of which it is", POSITIVE
+    )
     guidance_from: float = doc(-math.inf, "log-SNR below which guidance is off")
     guidance_to: float = doc(math.inf, "log-SNR above which guidance is off")
     steps: int = doc(30, "denoising steps")
@@ -61,6 +64,11 @@ class Flags:
             raise ValueError(f"--images belong to --task reply or joint, not to {self.task}")
         if self.classes and self.task != "joint":
             raise ValueError(f"--classes belong to --task joint; {self.task} takes --input")
+        if self.candidates > 1 and self.task not in ("image-to-text", "reply"):
+            raise ValueError(
+                f"--candidates {self.candidates} belongs to --task image-to-text or reply, not to "
+                f"{self.task}"
+            )
         begin = {len(given) for given in (self.input, self.images, self.classes) if given}
         if self.task == "joint" and len(begin) > 1:
             raise ValueError(
@@ -85,7 +93,11 @@ def generate(generator: Generator, flags: Flags) -> list[str]:
     }
     image = common | {"guidance": flags.guidance, "steps": flags.steps}
     text_steps = flags.text_steps or flags.steps
-    text = common | {"guidance": flags.text_guidance or 0.0, "steps": text_steps}
+    text = common | {
+        "guidance": flags.text_guidance or 0.0,
+        "steps": text_steps,
+        "candidates": flags.candidates,
+    }
     inputs = [item for item in split_inputs(flags) for _ in range(flags.n)]
     pixels = None
     match flags.task:

@@ -110,14 +110,27 @@ class Oracle:
         )
 
     def image_to_text(
-        self, latents: Tensor, *, guidance: float, steps: int, seed: int, solver: str
+        self,
+        latents: Tensor,
+        *,
+        guidance: float,
+        candidates: int,
+        steps: int,
+        seed: int,
+        solver: str,
     ) -> list[str]:
         if self.ignores_requests:
             return ["digit one"] * len(latents)
         return [f"digit {WORDS[self.known[tuple(row)]]}" for row in latents.flatten(1).tolist()]
 
     def reply(
-        self, turns: list[tuple[str, ...]], *, steps: int, seed: int, solver: str
+        self,
+        turns: list[tuple[str, ...]],
+        *,
+        candidates: int,
+        steps: int,
+        seed: int,
+        solver: str,
     ) -> list[str]:
         return [f"<b>{turn[-1]}</b>" for turn in turns]
 

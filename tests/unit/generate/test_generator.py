@@ -172,6 +172,35 @@ def test_results_do_not_depend_on_the_batch_size(generator, monkeypatch, solver)
     assert generator.selected.text.shape[0] == 3
 
 
+@pytest.mark.parametrize("task", ["captions", "replies"])
+def test_the_most_typical_of_several_candidates_is_returned(generator, monkeypatch, task):
+    """A typical one of random weights means nothing: what is compared and returned is tested."""
+    latents = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def draw(**options: int) -> list[str]:
+        if task == "captions":
+            return generator.image_to_text(latents, steps=3, **options)
+        return generator.reply([("one cat",), ("one", "two", "three")], steps=3, **options)
+
+    compared = []
+    for at in range(3):
+        seen = []
+        monkeypatch.setattr(
+            module, "most_typical", lambda texts, a=at, s=seen: s.append(texts) or a
+        )
+        texts = draw(candidates=3)
+        assert [generator.tokenizer.decode(row[at]) for row in seen] == texts
+        assert generator.selected.text.shape[0] == 2
+        compared.append(seen)
+    assert compared[0] == compared[1] == compared[2]
+    monkeypatch.undo()
+    first, others = [row[0] for row in compared[0]], [row[1:] for row in compared[0]]
+    assert [generator.tokenizer.decode(ids) for ids in first] == draw()
+    assert all(one not in rest for one, rest in zip(first, others, strict=True))
+    with pytest.raises(ValueError, match="candidates is 0; at least 1 is needed"):
+        draw(candidates=0)
+
+
 def test_long_captions_are_cut_with_a_warning(generator, caplog):
     long = "one two three four five six seven eight nine"
     assert generator.text_to_image([long], steps=3).shape == (1, 3, 16, 16)
@@ -239,12 +268,12 @@ def test_places_of_images_count_tokens(generator):
 
 def test_captions_have_the_room_that_is_asked_for(generator, monkeypatch):
     lengths = []
-
-    def run(request, _):
-        lengths.append(request.length)
-        return None, torch.zeros(1, 1, dtype=torch.long)
-
-    monkeypatch.setattr(generator, "_run", run)
+    run = generator._run
+    monkeypatch.setattr(
+        generator,
+        "_run",
+        lambda request, how: (lengths.append(request.length), run(request, how))[1],
+    )
     generator.image_to_text(torch.zeros(1, 16, 16))
     generator.image_to_text(torch.zeros(1, 16, 16), max_new_tokens=3)
     assert lengths == [generator.config.data.caption_length, 3]
@@ -252,8 +281,9 @@ def test_captions_have_the_room_that_is_asked_for(generator, monkeypatch):
 
 def test_a_long_dialogue_leaves_room_for_the_reply(generator, monkeypatch):
     shown = []
+    run = generator._run
     monkeypatch.setattr(
-        generator, "_run", lambda request, _: (shown.append(request.prompt), request.tokens)
+        generator, "_run", lambda request, how: (shown.append(request.prompt), run(request, how))[1]
     )
     long = ("one two three four five six seven eight nine",)  # texts have 12 tokens
     assert len(generator.tokenizer.encode_prompt(long)) > 11
