@@ -25,23 +25,25 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.6,  # what is learned last; questions are answered instead
-        p_image_to_text=0.22,
+        p_text_to_image=0.54,  # what is learned last; questions are answered instead
+        p_image_to_text=0.3,
         p_image=0.05,
         p_text=0.01,
         p_class=0.9,
         p_self_condition=0.1,
         image_shift=3.0,  # texts shape an image at the upper half of the noise levels
         text_shift=3.0,  # at the lower third every piece of a text is obvious
+        eps_image=8.0,
+        se_image=0.5,
     ),
     data=DataConfig(
         sources=(
             SourceConfig("digits", 0.12),
-            SourceConfig("journeydb", 0.56),
-            SourceConfig("coco", 0.08),
-            SourceConfig("vqav2", 0.12),
-            SourceConfig("llava", 0.06),
-            SourceConfig("dialogues", 0.06),
+            SourceConfig("journeydb", 0.61),
+            SourceConfig("coco", 0.1),
+            SourceConfig("vqav2", 0.08),
+            SourceConfig("llava", 0.04),
+            SourceConfig("dialogues", 0.05),
         ),
         global_batch=128,
         caption_length=17,  # the last two exchanges of a dialogue about an image
@@ -115,18 +117,7 @@ LEARN = Config(
 # on two CPU cores in under an hour.
 SCENES = Config(
     model=dataclasses.replace(DEMO.model, n_layer=8, text_length=17),
-    objective=ObjectiveConfig(
-        p_text_to_image=0.55,
-        p_image_to_text=0.3,
-        p_image=0.05,
-        p_text=0.01,
-        p_class=0.0,
-        p_self_condition=0.1,
-        image_shift=3.0,
-        text_shift=3.0,
-        eps_image=8.0,
-        se_image=0.5,
-    ),
+    objective=dataclasses.replace(DEMO.objective, p_text_to_image=0.55, p_class=0.0),
     data=DataConfig(
         root="runs/learn-scenes/encoded",
         sources=(

@@ -39,7 +39,7 @@ SCENES = {"journeydb": "journeydb", "coco": "coco", "vqav2": "coco", "llava": "l
 AUTOENCODER_STEPS = 1000
 TONE_WEIGHT = 16  # of the autoencoder: thin strokes of six hues take more than the usual
 GUIDANCE = 1.0  # of images of digits: with more they are surer and less varied
-PROMPTS = 100  # of each of GenEval's tasks
+CANDIDATES = 5  # captions drawn of each image, of which the most typical counts
 SHOWN = [  # what snapshots of the training are asked to draw
     "a red zero",
     "a yellow one at the top left",
@@ -136,7 +136,7 @@ def stages(flags: Flags) -> list[JobStage]:
         epochs=4,
     )
     seen = {"data": data, "autoencoder": autoencoder}
-    train_judge = command("examples/scenes/train_judge.py", **seen, out=judge, prompts=PROMPTS)
+    train_judge = command("examples/scenes/train_judge.py", **seen, out=judge)
     training = {"preset": "demo", "data.root": encoded, "run_dir": run_dir}
     pretrain = command("pipelines/pretrain.py", **training, **first_stage, **untracked)[1:]
     launcher = [str(Path(PYTHON).parent / "deepspeed"), "--num_accelerators", str(flags.ranks)]
@@ -151,6 +151,7 @@ def stages(flags: Flags) -> list[JobStage]:
         n=flags.n,
         guidance=GUIDANCE,
         joint_guidance=GUIDANCE,
+        candidates=CANDIDATES,
         texts=SHOWN,
         out=evaluation,
         **untracked,
