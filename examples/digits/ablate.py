@@ -119,7 +119,8 @@ def run_one(flags: Flags, setting: Setting, variant: str, seed: int) -> dict[str
     generator = load(folder / "train" / "export", setting)
     guidance = best_guidance(generator, setting.ruler, flags)
     sampling = dataclasses.replace(flags, guidance=guidance)
-    metrics, images, _ = evaluate(generator, setting.ruler, sampling)
+    # Variants differ by more than one draw of captions and pairs errs, which take the longest.
+    metrics, images, _ = evaluate(generator, setting.ruler, sampling, draws=1)
     metrics["guidance"] = guidance
     shown = images["drawn"][: len(WORDS)]
     sheet = save_sheet(shown, folder / "images.png", columns=len(shown))

@@ -104,12 +104,12 @@ def best_guidance(generator: Generator, ruler: Ruler, sampling: Sampling, seed: 
 
 
 def evaluate(
-    generator: Generator, ruler: Ruler, sampling: Sampling, seed: int = 0
+    generator: Generator, ruler: Ruler, sampling: Sampling, seed: int = 0, draws: int = DRAWS
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, list[Label]]]:
     """Evaluate `generator` on the task of `ruler`.
 
     As many images of each class are generated as are held out, so that every distance is between
-    equally many images. Returns the metrics with their floors, images f32 [n, 3, H, W] by name, and
+    equally many images; `draws` times as many captions and pairs. Returns the metrics with their floors, images f32 [n, 3, H, W] by name, and
     the labels of the images.
     """
     wanted, names = ruler.wanted.numpy(), ruler.names
@@ -121,9 +121,9 @@ def evaluate(
     )
     metrics, seen = ruler.measure(drawn)
     metrics |= {f"{name}_unguided": value for name, value in ruler.measure(unguided)[0].items()}
-    n, classes = len(ruler.labels), DRAWS * ruler.labels.tolist()
+    n, classes = len(ruler.labels), draws * ruler.labels.tolist()
     captions = generator.image_to_text(
-        ruler.latents.repeat(DRAWS, 1, 1), guidance=sampling.text_guidance, seed=seed, **text
+        ruler.latents.repeat(draws, 1, 1), guidance=sampling.text_guidance, seed=seed, **text
     )
     pairs = len(captions)
     text["steps"] = sampling.joint_steps
