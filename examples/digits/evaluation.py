@@ -109,8 +109,8 @@ def evaluate(
     """Evaluate `generator` on the task of `ruler`.
 
     As many images of each class are generated as are held out, so that every distance is between
-    equally many images; `draws` times as many captions and pairs. Returns the metrics with their floors, images f32 [n, 3, H, W] by name, and
-    the labels of the images.
+    equally many images; `draws` times as many captions and pairs. Returns the metrics with their
+    floors, images f32 [n, 3, H, W] by name, and the labels of the images.
     """
     wanted, names = ruler.wanted.numpy(), ruler.names
     image_options: dict[str, Any] = {"steps": sampling.steps, "solver": sampling.solver}
