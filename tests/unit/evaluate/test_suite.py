@@ -55,6 +55,24 @@ def test_a_perfect_generator_scores_the_floors(
     assert result.replies[1]["turns"] == ["how are you?", "fine", "good"]
 
 
+def test_captions_and_replies_are_the_most_typical_of_the_candidates(
+    digits: Digits, judge: Classifier, demo_data: DemoData
+) -> None:
+    candidates = {}
+
+    class Recording(Oracle):
+        def image_to_text(self, latents, **options):
+            candidates["captions"] = options["candidates"]
+            return super().image_to_text(latents, **options)
+
+        def reply(self, turns, **options):
+            candidates["replies"] = options["candidates"]
+            return super().reply(turns, **options)
+
+    run_demo(Recording(digits), judge, demo_data, Settings(n=20, candidates=3))
+    assert candidates == {"captions": 3, "replies": 3}
+
+
 def test_a_generator_that_ignores_its_condition_scores_chance(
     digits: Digits, judge: Classifier, demo_data: DemoData
 ) -> None:

@@ -104,6 +104,31 @@ def test_a_perfect_model_reaches_the_ceilings(setting):
     assert metrics["vqa_majority"] < 0.8
 
 
+def test_texts_are_the_most_typical_of_the_candidates_and_pairs_have_their_own_steps(setting):
+    options = {}
+
+    class Recording(Perfect):
+        def image_to_text(self, latents, **given):
+            options["captions"] = given
+            return super().image_to_text(latents, **given)
+
+        def reply(self, turns, **given):
+            options["answers" if "answers" not in options else "replies"] = given
+            return super().reply(turns, **given)
+
+        def joint(self, n, **given):
+            options["pairs"] = given
+            return super().joint(n, **given)
+
+    sampling = Sampling(steps=2, text_guidance=0.5, joint_guidance=2.0, joint_steps=7)
+    evaluation.evaluate(Recording(setting), setting, sampling, candidates=3)
+    for name in ("captions", "answers", "replies"):
+        given = options[name]
+        assert (given["candidates"], given["guidance"], given["steps"]) == (3, 0.5, 2), name
+    assert (options["pairs"]["guidance"], options["pairs"]["steps"]) == (2.0, 7)
+    assert "candidates" not in options["pairs"]
+
+
 def test_a_model_that_ignores_its_condition_is_at_the_floors(setting):
     result = evaluation.evaluate(Perfect(setting, blind=True), setting, SAMPLING)
     metrics = result.metrics
