@@ -25,16 +25,14 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.54,  # what is learned last; questions are answered instead
-        p_image_to_text=0.3,
+        p_text_to_image=0.52,  # what is learned last; questions are answered instead
+        p_image_to_text=0.33,
         p_image=0.05,
         p_text=0.01,
         p_class=0.9,
         p_self_condition=0.1,
         image_shift=3.0,  # texts shape an image at the upper half of the noise levels
         text_shift=3.0,  # at the lower third every piece of a text is obvious
-        eps_image=8.0,
-        se_image=0.5,
     ),
     data=DataConfig(
         sources=(
@@ -117,7 +115,14 @@ LEARN = Config(
 # on two CPU cores in under an hour.
 SCENES = Config(
     model=dataclasses.replace(DEMO.model, n_layer=8, text_length=17),
-    objective=dataclasses.replace(DEMO.objective, p_text_to_image=0.55, p_class=0.0),
+    objective=dataclasses.replace(
+        DEMO.objective,
+        p_text_to_image=0.55,
+        p_image_to_text=0.3,
+        p_class=0.0,
+        eps_image=8.0,
+        se_image=0.5,
+    ),
     data=DataConfig(
         root="runs/learn-scenes/encoded",
         sources=(
