@@ -112,7 +112,7 @@ LEARN = Config(
 )
 
 # Scenes of coloured digits with captions, questions and dialogues: what `make learn-scenes` trains
-# on two CPU cores in under an hour.
+# on two CPU cores.
 SCENES = Config(
     model=dataclasses.replace(DEMO.model, n_layer=8, text_length=17),
     objective=dataclasses.replace(

@@ -40,7 +40,7 @@ class Flags:
     guidance: float = doc(3.0, "how strongly images follow their condition; 0 for none")
     text_guidance: float | None = doc(None, "the same of captions; for joint, default --guidance")
     candidates: int = doc(
-        1, "captions or replies drawn for each result, the most typical of which it is", POSITIVE
+        1, "captions or replies drawn for each result; the most typical is returned", POSITIVE
     )
     guidance_from: float = doc(-math.inf, "log-SNR below which guidance is off")
     guidance_to: float = doc(math.inf, "log-SNR above which guidance is off")
