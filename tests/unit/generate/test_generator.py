@@ -177,10 +177,12 @@ def test_the_most_typical_of_several_candidates_is_returned(generator, monkeypat
     """A typical one of random weights means nothing: what is compared and returned is tested."""
     latents = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(1))
 
-    def draw(**options: int) -> list[str]:
+    dialogues = [("one cat",), ("one", "two", "three")]
+
+    def draw(n: int = 2, **options: int) -> list[str]:
         if task == "captions":
-            return generator.image_to_text(latents, steps=3, **options)
-        return generator.reply([("one cat",), ("one", "two", "three")], steps=3, **options)
+            return generator.image_to_text(latents[:n], steps=3, **options)
+        return generator.reply(dialogues[:n], steps=3, **options)
 
     compared = []
     for at in range(3):
@@ -193,6 +195,10 @@ def test_the_most_typical_of_several_candidates_is_returned(generator, monkeypat
         assert generator.selected.text.shape[0] == 2
         compared.append(seen)
     assert compared[0] == compared[1] == compared[2]
+    seen = []
+    monkeypatch.setattr(module, "most_typical", lambda texts: seen.append(texts) or 0)
+    draw(1, candidates=3)
+    assert seen == compared[0][:1], "candidates of other samples"
     monkeypatch.undo()
     first, others = [row[0] for row in compared[0]], [row[1:] for row in compared[0]]
     assert [generator.tokenizer.decode(ids) for ids in first] == draw()
