@@ -126,6 +126,12 @@ class ObjectiveConfig:
     condition_noise: float = doc(0.0, "noise given images up to this share of steps", SHARE)
     p_class: float = doc(0.8, "share of p_image's labelled samples that see their class", SHARE)
     p_self_condition: float = doc(0.25, "share of texts that also see their estimate", SHARE)
+    p_prefix: float = doc(
+        0.0,
+        "share of replies and captions whose beginning is given, of random length, so that they "
+        "can be drawn in text_blocks",
+        SHARE,
+    )
     image_levels: str = doc(
         "uniform",
         "noise levels of images: even in t, t = sigmoid(N(0, 1)), or ln sigma ~ N(-1.2, 1.2^2)",

@@ -151,7 +151,7 @@ class Loss(nn.Module):
         batch = batch.to(device)
         samples = _samples(batch)
         levels = self.draw_levels(draws.uniforms, batch)
-        text = self._noise_text(batch, draws, levels.t_txt, samples, rows)
+        text = self._noise_text(batch, draws, levels, samples, rows)
         image = None
         if batch.latents is not None:
             image = self._noise_image(batch.latents, batch.image_at, draws, levels.t_img, samples)
@@ -244,9 +244,16 @@ class Loss(nn.Module):
         return -log_s[..., 0]  # Eq. 4 with a one-hot target is the cross-entropy
 
     def _noise_text(
-        self, batch: Batch, draws: noise.Draws, t: Tensor, samples: Samples, rows: Rows | None
+        self,
+        batch: Batch,
+        draws: noise.Draws,
+        levels: Levels,
+        samples: Samples,
+        rows: Rows | None,
     ) -> NoisyText:
+        t = levels.t_txt
         prompt = batch.prompt & samples.spread(t < schedule.STEPS)
+        prompt = prompt | _prefix(batch, levels.prefix, samples)
         means, bias = self.vae.vocabulary()
         mean = means[batch.tokens]
         sigma = self.vae.text_sigma(mean)
@@ -312,6 +319,17 @@ def _cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def _samples(batch: Batch) -> Samples:
     return Samples(batch.text_of, len(batch), batch.average_over)
+
+
+def _prefix(batch: Batch, share: Tensor, samples: Samples) -> Tensor:
+    """The beginnings of texts after their prompts, `share` [B] of their tokens, bool [R, M].
+
+    The last token of a text, at least, is left to predict.
+    """
+    reply = (~batch.prompt & (batch.tokens != PAD) & (samples.spread(share) > 0)).long()
+    given = (share * samples.sums(reply)).long()
+    given = torch.minimum(given, samples.sums(reply) - 1)
+    return (reply > 0) & (samples.sums_before(reply) < samples.spread(given))
 
 
 def _log_snr(table: schedule.Schedule, t: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class Levels(NamedTuple):
     scores_img: Tensor  # f32 [B, I], 1 where the image's prediction is scored
     scores_txt: Tensor  # f32 [B], 1 where the text's is
     self_conditions: Tensor  # bool [B], whether the network shall see its estimate of the text
+    prefix: Tensor  # f32 [B], share of the text after its prompt that is given too
     conditioning: Tensor  # i64 [B], index into CONDITIONINGS
 
 
@@ -104,8 +105,9 @@ def draw_levels(
             moved by `weights.text_shift`.
     """
     last = schedule.STEPS
-    task, u_img, u_txt, u_class, u_self = uniforms[:, :5].unbind(1)
+    task, u_img, u_txt, u_class, u_self, u_prefix, length = uniforms[:, :7].unbind(1)
     self_conditions = u_self < self_condition_shares(weights.p_self_condition)[1]
+    prefix = torch.where(u_prefix < weights.p_prefix, length, 0.0)
     times = image_times(weights.image_levels, u_img, weights.image_shift)
     t_img = 1 + (times * (last - 1)).long().clamp(0, last - 2)
     if text_steps:
@@ -116,7 +118,7 @@ def draw_levels(
         alone = torch.full_like(class_ids, CONDITIONINGS.index("text_alone"))
         none, ones = torch.full_like(class_ids, -1), torch.ones_like(u_txt)
         t_img, scores_img = t_img.unsqueeze(1), torch.zeros_like(ones).unsqueeze(1)
-        return Levels(t_img, t_txt, none, scores_img, ones, self_conditions, alone)
+        return Levels(t_img, t_txt, none, scores_img, ones, self_conditions, prefix, alone)
     w = weights
     edges = torch.tensor([w.p_text_to_image, w.p_image_to_text, w.p_image, w.p_text]).cumsum(0)
     edges = edges.to(task.device, non_blocking=True)
@@ -141,4 +143,7 @@ def draw_levels(
     conditioning = indices.to(kind.device, non_blocking=True)[kind]
     conditioning[(kind == 2) & (class_ids >= 0)] = CONDITIONINGS.index("class_to_image")
     conditioning[(kind == 1) & asks] = CONDITIONINGS.index("answer")
-    return Levels(t_img, t_txt, class_ids, scores_img, scores_txt, self_conditions, conditioning)
+    prefix = torch.where((kind == 1) | (kind == 3), prefix, 0.0)
+    return Levels(
+        t_img, t_txt, class_ids, scores_img, scores_txt, self_conditions, prefix, conditioning
+    )

@@ -257,6 +257,15 @@ class Samples:
         zeros = values.new_zeros(self.count + 1)
         return zeros.index_add(0, self.sample_of.flatten(), values.flatten())[:-1]
 
+    def sums_before(self, values: Tensor) -> Tensor:
+        """[r, m] -> [r, m], of counts: over the earlier text tokens of the same sample."""
+        sums = values.cumsum(1) - values
+        if self.sample_of is None:
+            return sums
+        most = sums.new_full((self.count + 1,), torch.iinfo(sums.dtype).max)
+        first = most.scatter_reduce(0, self.sample_of.flatten(), sums.flatten(), "amin")
+        return sums - first[self.sample_of]
+
     def average(self, values: Tensor) -> Tensor:
         """[k, ...] -> the mean over samples [...]."""
         return values.mean(0) if self.sample_of is None else values.sum(0) / self.average_over

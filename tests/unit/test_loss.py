@@ -1,6 +1,7 @@
 """The loss: which terms carry gradients, how noise levels are drawn, no hidden randomness."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from mdm.data.batch import Batch
 from mdm.diffusion import schedule
 from mdm.diffusion.levels import CONDITIONINGS
 from mdm.diffusion.schedule import STEPS
+from mdm.first_stage.tokenizer import EOS, PAD
 from mdm.loss import Loss
 from mdm.model.inputs import TextInput
 from mdm.model.mdm import text_logits
+from mdm.model.sequence import Samples
 from mdm.train.metrics import sums_by_conditioning
 from tests.golden.test_losses import CONFIG, batch
 
@@ -62,6 +65,50 @@ def test_prompt_tokens_are_not_predicted(objective):
     text = batch(3)
     everything = dataclasses.replace(text, prompt=torch.ones_like(text.prompt))
     assert objective(everything, 3).se_txt == 0
+
+
+def test_a_prefix_is_given_of_captions_and_of_replies():
+    """Clean, like a prompt, for a share of the texts; its length is even from none to all but one.
+
+    Tokens: a prompt of two, a reply of six with its end, two of padding.
+    """
+    n = 6000
+    objective = with_objective(
+        p_text_to_image=0.1, p_image_to_text=0.4, p_image=0.1, p_text=0.2, p_prefix=0.5
+    )
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 11, EOS, PAD, PAD]]).expand(n, -1)
+    texts = Batch(
+        ids=tuple(f"a:{i}" for i in range(n)),
+        keys=torch.arange(n),
+        epochs=torch.zeros(n, dtype=torch.long),
+        class_ids=torch.full((n,), -1),
+        tokens=tokens,
+        prompt=(torch.arange(10) < 2).expand(n, -1),
+        latents=torch.zeros(n, 4, 16),
+    )
+    noisy = objective.noise_inputs(texts)
+    prompt, kinds = noisy.text.input.prompt, noisy.levels.conditioning
+    given = prompt[:, 2:].sum(1)
+    for name in ("answer", "text_alone"):
+        mine = kinds == CONDITIONINGS.index(name)
+        shares = torch.bincount(given[mine], minlength=6) / mine.sum()
+        expected = torch.tensor([0.5 + 0.5 / 6, *[0.5 / 6] * 5])
+        torch.testing.assert_close(shares, expected, atol=0.04, rtol=0)
+        assert torch.equal(prompt[mine, 2:].sum(1), prompt[mine, 2:].cumprod(1).sum(1)), "a gap"
+    others = kinds == CONDITIONINGS.index("both")
+    assert others.any()
+    assert not given[others].any()
+    clean = noisy.text.means[tokens]
+    z_t = noisy.text.input.z_t
+    error = (z_t - clean).abs().amax(-1)
+    largest = objective.vae.text_sigma(clean).amax() * 6
+    assert error[:, 2:][prompt[:, 2:]].max() < largest
+    logits = torch.zeros(n, 10, CONFIG.model.vocab_size)
+    logits[:, 2:5] = torch.randn(3, CONFIG.model.vocab_size)  # matter only if they are noised
+    loss = objective.text_loss(logits, noisy.text, Samples(None, n, n))
+    even = math.log(CONFIG.model.vocab_size)
+    torch.testing.assert_close(loss[given >= 3], torch.full((int((given >= 3).sum()),), even))
+    assert (loss[given < 3] - even).abs().min() > 1e-3
 
 
 def test_losses_by_conditioning_add_up_to_the_losses(objective):

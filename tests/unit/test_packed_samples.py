@@ -41,6 +41,7 @@ def objective(**settings) -> Loss:
         p_image=0.2,
         p_text=0.1,
         p_self_condition=settings.pop("estimate", 0.0),
+        p_prefix=settings.pop("p_prefix", 0.0),
         text_warp=settings.pop("text_warp", False),
     )
     torch.manual_seed(0)
@@ -107,11 +108,13 @@ def packed(images: int = 0, packs: list[list[int]] | None = None) -> Batch:
         (0, {"scan_mode": "separate"}),
         (0, {"decoder": "transformer", "n_layer": 2}),
         (0, {"long_skip": True, "estimate": 1.0}),
+        (0, {"p_prefix": 1.0, "n_layer": 2}),
         (0, {"target": "theorem1", "n_layer": 2}),
         (1, {}),
         (1, {"scan_mode": "separate", "n_layer": 2}),
         (1, {"decoder": "transformer", "n_layer": 2}),
         (1, {"long_skip": True, "estimate": 1.0}),
+        (1, {"p_prefix": 1.0, "n_layer": 2}),
         (1, {"target": "theorem1", "n_layer": 2}),
         (1, {"adaln": False, "silent": False, "text_summary": "none", "n_layer": 2}),
         (1, {"text_summary": "tokens", "text_head": "latent", "n_layer": 2}),
