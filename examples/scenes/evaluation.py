@@ -57,7 +57,6 @@ def evaluate(
     text: dict[str, Any] = {
         "guidance": sampling.text_guidance,
         "candidates": candidates,
-        "steps": sampling.steps,
         "solver": sampling.text_solver,
         "seed": setting.seed,
     }

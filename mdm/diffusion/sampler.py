@@ -26,10 +26,10 @@ def log_snr_grid(schedule: Schedule, steps: int, noise_share: float = 1.0) -> Te
     With `noise_share` below 1 it begins at that share of the way from data to noise.
 
     Raises:
-        ValueError: fewer than two steps.
+        ValueError: no steps.
     """
-    if steps < 2:
-        raise ValueError(f"sampling takes {steps} steps; a second-order solver needs at least 2")
+    if steps < 1:
+        raise ValueError(f"sampling takes {steps} steps; at least 1 is needed")
     first, last = schedule.log_snr_range()
     low, high = max(last, LOW), min(first, HIGH)
     start = high + noise_share * (low - high)

@@ -37,7 +37,6 @@ class Settings:
     )
     joint_guidance: float = doc(2.0, "guidance weight of images drawn with their captions")
     steps: int = doc(20, "solver steps of an image", POSITIVE)
-    text_steps: int = doc(20, "solver steps of a text", POSITIVE)
     joint_steps: int = doc(40, "solver steps of each where both are drawn")
     precision: str = doc("auto", "of matrix products: bf16, fp32, or what this CPU is fast in")
     seed: int = doc(0, "of everything drawn here")
@@ -116,8 +115,10 @@ class _Suite:
         self.generator, self.classifier = generator, classifier
         self.data, self.settings = data, settings
         self.image_options = settings.options(settings.steps)
-        self.text_options = settings.options(settings.text_steps) | {
-            "candidates": settings.candidates
+        self.text_options = {
+            "candidates": settings.candidates,
+            "seed": settings.seed,
+            "solver": settings.solver,
         }
         self.result = DemoResult()
         self.metrics = self.result.metrics

@@ -101,6 +101,7 @@ class _State:
         self.request, self.sampling, self.self_conditions = request, sampling, self_conditions
         self.means, self.bias = self.vae.vocabulary()
         self.noise_img, self.noise_txt = request.noise(0, self.config)
+        self._set_text()
         self.image_track = _Track(request.image, self._solvers(0))
         self.text_track = _Track(request.text, self._solvers(1))
         self.image = self.noise_img
@@ -110,7 +111,6 @@ class _State:
             self.image = z_0
             if request.image == GENERATED and self.noise_img is not None:
                 self.image = schedule.noised(z_0, self.noise_img, abar)
-        self._set_text()
         self.rows = None if request.reads_padding or request.text != GIVEN else self._rows()
         b, m = self.prompt.shape
         n = 0 if self.image is None else self.image.shape[1]
@@ -130,7 +130,7 @@ class _State:
         mode = (request.image, request.text)[modality]
         table = (schedule.IMAGE, schedule.TEXT)[modality]
         steps = (sampling.image_steps, sampling.text_steps)[modality]
-        passes = (1, sampling.text_blocks)[modality] if mode == GENERATED else 0
+        passes = (1, self.blocks)[modality] if mode == GENERATED else 0
         begins = modality == 0 and request.latents is not None
         share = sampling.image_noise if begins else 1.0
         return [make_solver(sampling.solver, table, steps, noise, share) for _ in range(passes)]
@@ -144,7 +144,9 @@ class _State:
         self.known = request.tokens  # where `prompt`
         free = ~self.given
         rank, count = free.cumsum(1) - 1, free.sum(1, keepdim=True).clamp(min=1)
-        self.block = torch.where(free, rank * self.sampling.text_blocks // count, -1)
+        blocks = self.sampling.text_blocks
+        self.blocks = blocks or int(count.max())
+        self.block = torch.where(free, rank * blocks // count if blocks else rank, -1)
         self._restart_text()
 
     def _images(self) -> int:

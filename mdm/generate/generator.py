@@ -31,6 +31,7 @@ from mdm.utils.saved_config import from_dict
 
 log = logging.getLogger(__name__)
 BATCH = 100  # samples denoised together
+TEXT_STEPS = 20  # of a block of text
 TRAIL = 2  # joint texts take so many times the image's steps: captions follow images better
 
 
@@ -39,7 +40,6 @@ class Options(TypedDict, total=False):
 
     solver: str
     interval: tuple[float, float]
-    text_blocks: int
     selection: float
 
 
@@ -197,18 +197,24 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         max_new_tokens: int = 0,
         guidance: float = 0.0,
         candidates: int = 1,
-        steps: int = 20,
+        text_blocks: int | None = None,
+        steps: int | None = None,
         seed: int = 0,
         **options: Unpack[Options],
     ) -> list[str]:
         """Captions, as long as in training at most, of latents [b, n, c] (`Autoencoder.encode`).
+
+        `text_blocks` parts of a text are drawn one after the other, each in `steps`. With 0, each
+        token is a part, drawn in one step unless there are more `steps`; that is the default for a
+        model that was trained to continue texts (`objective.p_prefix`). Otherwise a text is drawn
+        whole, in 20 steps.
 
         Of several `candidates` for each image, the most typical one is returned; see
         `mdm.generate.candidates`. The first of them is the one that is drawn alone.
         """
         n = len(latents)
         request = self._request(GIVEN, GENERATED, n, seed, max_new_tokens, latents=latents)
-        sampling = Sampling(text_steps=steps, text_guidance=guidance, **options)
+        sampling = self._text_sampling(text_blocks, steps, guidance, options)
         return self._texts(request, sampling, [0] * n, candidates)
 
     def reply(
@@ -219,13 +225,14 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         max_new_tokens: int = 0,
         guidance: float = 0.0,
         candidates: int = 1,
-        steps: int = 40,
+        text_blocks: int | None = None,
+        steps: int | None = None,
         seed: int = 0,
         **options: Unpack[Options],
     ) -> list[str]:
         """The assistant's next turn in each dialogue (user first, alternating).
 
-        Of several `candidates` for each, the most typical one, as of `image_to_text`.
+        `text_blocks`, `steps` and `candidates` are as of `image_to_text`.
 
         A dialogue that leaves less than `max_new_tokens` for the reply, by default half the length
         of training texts, loses its beginning.
@@ -260,7 +267,7 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
             tokens=padded([ids for ids, _ in prompts], length),
             prompt=torch.arange(length) < torch.tensor(lengths).unsqueeze(1),
         )
-        sampling = Sampling(text_steps=steps, text_guidance=guidance, **options)
+        sampling = self._text_sampling(text_blocks, steps, guidance, options)
         return self._texts(request, sampling, lengths, candidates)
 
     def joint(
@@ -330,6 +337,18 @@ class Generator(ModelHubMixin, library_name="mdm", license="apache-2.0"):
         length = length or self.config.data.caption_length
         reads = self.config.data.images_per_row == 1  # packed samples have no padding
         return Request(image, text, torch.arange(n), seed, length, **given, reads_padding=reads)
+
+    def _text_sampling(
+        self, text_blocks: int | None, steps: int | None, guidance: float, options: Options
+    ) -> Sampling:
+        """How captions and replies are drawn, by default as the model was trained."""
+        if text_blocks is None:
+            text_blocks = 0 if self.config.objective.p_prefix else 1
+        if steps is None:
+            steps = TEXT_STEPS if text_blocks else 1
+        return Sampling(
+            text_steps=steps, text_guidance=guidance, text_blocks=text_blocks, **options
+        )
 
     def _texts(
         self, request: Request, sampling: Sampling, starts: Sequence[int], candidates: int

@@ -96,7 +96,7 @@ class Sampling:
     interval: tuple[float, float] = (-math.inf, math.inf)  # log-SNR between which guidance acts
     solver: str = "dpmpp2m"
     image_noise: float = 0.6  # share of the noise that an image to begin with gets
-    text_blocks: int = 1  # of tokens, denoised one after the other
+    text_blocks: int = 1  # of tokens, denoised one after the other; 0: each token is one
     selection: float = 0.0  # nats below which a token has settled; 0 turns selection off
 
     def __post_init__(self) -> None:
@@ -109,8 +109,10 @@ class Sampling:
             raise ValueError(
                 f"image_noise is {self.image_noise}; it is a share above 0 and at most 1"
             )
-        if self.text_blocks < 1:
-            raise ValueError(f"text_blocks is {self.text_blocks}; it must be at least 1")
+        if self.text_blocks < 0:
+            raise ValueError(
+                f"text_blocks is {self.text_blocks}; it must be 0, for one a token, or more"
+            )
         if not self.selection >= 0:
             raise ValueError(f"selection is {self.selection} nats; it must be 0 (off) or more")
         low, high = self.interval

@@ -45,8 +45,16 @@ class Flags:
     guidance_from: float = doc(-math.inf, "log-SNR below which guidance is off")
     guidance_to: float = doc(math.inf, "log-SNR above which guidance is off")
     steps: int = doc(30, "denoising steps")
-    text_steps: int = doc(0, "denoising steps of texts; 0 for --steps, or twice that for joint")
-    text_blocks: int = doc(1, "blocks of tokens, denoised one after the other")
+    text_steps: int = doc(
+        0,
+        "denoising steps of each block of text; 0: 20, or 1 of a token alone; for joint twice "
+        "--steps",
+    )
+    text_blocks: int | None = doc(
+        None,
+        "blocks of text, denoised one after the other; 0: each token alone, the default of models "
+        "that were trained so (objective.p_prefix); else 1",
+    )
     solver: str = doc("dpmpp2m", ", ".join(SOLVERS))
     selection: float = doc(0.0, "nats below which a token has settled and is dropped; 0 for off")
     selection_map: str = doc("", "PNG to write: the tokens that had settled at each step")
@@ -69,6 +77,11 @@ class Flags:
                 f"--candidates {self.candidates} belongs to --task image-to-text or reply, not to "
                 f"{self.task}"
             )
+        if self.text_blocks is not None and self.task not in ("image-to-text", "reply"):
+            raise ValueError(
+                f"--text_blocks {self.text_blocks} belongs to --task image-to-text or reply, not "
+                f"to {self.task}"
+            )
         begin = {len(given) for given in (self.input, self.images, self.classes) if given}
         if self.task == "joint" and len(begin) > 1:
             raise ValueError(
@@ -88,14 +101,13 @@ def generate(generator: Generator, flags: Flags) -> list[str]:
         "seed": flags.seed,
         "solver": flags.solver,
         "interval": (flags.guidance_from, flags.guidance_to),
-        "text_blocks": flags.text_blocks,
         "selection": flags.selection,
     }
     image = common | {"guidance": flags.guidance, "steps": flags.steps}
-    text_steps = flags.text_steps or flags.steps
     text = common | {
         "guidance": flags.text_guidance or 0.0,
-        "steps": text_steps,
+        "steps": flags.text_steps or None,
+        "text_blocks": flags.text_blocks,
         "candidates": flags.candidates,
     }
     inputs = [item for item in split_inputs(flags) for _ in range(flags.n)]

@@ -115,7 +115,6 @@ class Oracle:
         *,
         guidance: float,
         candidates: int = 1,
-        steps: int,
         seed: int,
         solver: str,
     ) -> list[str]:
@@ -128,7 +127,6 @@ class Oracle:
         turns: list[tuple[str, ...]],
         *,
         candidates: int = 1,
-        steps: int,
         seed: int,
         solver: str,
     ) -> list[str]:

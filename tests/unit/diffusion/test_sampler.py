@@ -206,8 +206,15 @@ def test_solvers_use_at_most_the_given_number_of_evaluations():
             assert levels[-1] == pytest.approx(4)
 
 
+@pytest.mark.parametrize("name", ["dpmpp2m", "ddpm"])
+def test_a_single_step_is_the_estimate_from_pure_noise(name):
+    solver = make_solver(name, schedule.TEXT, 1, step_noise((1,)))
+    assert solver.levels.tolist() == [schedule.TEXT.log_snr_range()[1]]
+    assert solver.step(0, torch.tensor([3.0]), torch.tensor([0.5])) == 0.5
+
+
 def test_too_few_steps_are_refused():
-    with pytest.raises(ValueError, match="takes 1 steps"):
-        log_snr_grid(schedule.TEXT, 1)
+    with pytest.raises(ValueError, match="takes 0 steps; at least 1"):
+        log_snr_grid(schedule.TEXT, 0)
     with pytest.raises(ValueError, match="eq9 needs at least 3"):
         make_solver("eq9", schedule.TEXT, 2, step_noise((1,)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mdm.config import Config, DataConfig, ModelConfig
+from mdm.diffusion import schedule
 from mdm.first_stage.tokenizer import EOS, PAD
 from mdm.generate import denoise as denoising
 from mdm.generate.request import Request, Sampling
@@ -199,6 +200,22 @@ def test_each_block_is_the_prompt_of_the_next(model):
     assert torch.equal(calls[4][0].z_t[:, 4:], fresh[:, 4:])
 
 
+def test_each_token_is_a_block_with_none_given(model):
+    """In one evaluation each, from noise; a short reply is complete before a long one."""
+    prefer(model, EOS, -100.0)
+    calls = record(model.network)
+    how = Sampling(text_steps=1, text_blocks=0)
+    prompt = torch.arange(M) < torch.tensor([[M - 2], [M - 5]])
+    tokens = torch.where(prompt, 7, PAD)
+    asked = request("absent", "generated", 2, tokens=tokens, prompt=prompt)
+    drawn = denoise(model, asked, how)
+    given = [text.prompt.sum(1).tolist() for text, _, _ in calls]
+    assert given == [[M - 2 + min(i, 2), M - 5 + i] for i in range(5)]
+    assert drawn.selected.evaluations == 5
+    for text, _, _ in calls:
+        assert float(text.level[0]) == schedule.TEXT.log_snr_range()[1]
+
+
 def test_no_block_is_generated_after_every_text_has_ended(model):
     prefer(model, EOS, 100.0)
     how = Sampling(text_steps=4, text_blocks=3)
@@ -262,7 +279,7 @@ def test_invalid_settings_are_refused_with_the_way_out(model):
     for settings, message in (
         ({"solver": "euler"}, "'euler'; choose one of dpmpp2m"),
         ({"image_noise": 1.5}, "image_noise is 1.5"),
-        ({"text_blocks": 0}, "text_blocks is 0"),
+        ({"text_blocks": -1}, "text_blocks is -1; it must be 0, for one a token, or more"),
         ({"image_guidance": math.inf}, "image_guidance is inf; it must be a finite"),
         ({"selection": -1.0}, "selection is -1.0 nats"),
         ({"selection": math.nan}, "selection is nan nats"),

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig
 from mdm.first_stage.tokenizer import EOS, PAD, Tokenizer, train_model
 from mdm.generate import Generator
+from mdm.generate.denoise import denoise
+from mdm.generate.request import ABSENT, GENERATED, Request, Sampling
 from mdm.model.decoder import Prediction
 from mdm.model.mdm import MDM
 from tests.unit.generate.exact import SURE, Conditional, Exact
@@ -172,6 +174,42 @@ def test_a_reply_is_what_follows_its_prompt_and_only_that(tokenizer):
     model, _ = generator(tokenizer, Exact, texts)
     assert model.reply(dialogues, steps=7) == replies
     assert model.reply(dialogues[::-1], steps=7) == replies[::-1]
+
+
+def test_tokens_drawn_one_by_one_agree_with_each_other(tokenizer):
+    """Of three texts the first tokens differ, but two have the same second one.
+
+    The most likely second token is that of two texts; drawn in the same evaluation as the first,
+    it also follows the one to which it does not belong.
+    """
+    a, b, c, x, y = (tokenizer.encode_caption("one two three")[0] + i for i in range(5))
+    texts = [[a, x, EOS], [b, y, EOS], [c, y, EOS]]
+    model, _ = generator(tokenizer, Exact, texts)
+    known = {tokenizer.decode(ids) for ids in texts}
+    assert len(known) == 3
+
+    def drawn(blocks: int) -> set[str]:
+        sampling = Sampling(text_steps=1, text_blocks=blocks)
+        request = Request(ABSENT, GENERATED, torch.arange(40), 0, M)
+        rows = denoise(model.model, request, sampling).tokens.tolist()
+        return {tokenizer.decode(row) for row in rows}
+
+    assert drawn(0) == known
+    assert drawn(1) - known
+
+
+def test_texts_are_drawn_as_the_model_was_trained(tokenizer, captions):
+    """Whole in 20 steps, or token by token in one step each."""
+    for share, calls in ((0.0, 20), (0.5, len(captions[1]))):
+        model, latents = generator(tokenizer, Exact, captions, p_prefix=share)
+        count = []
+        model.model.network.register_forward_pre_hook(lambda *_, c=count: c.append(1))
+        assert model.image_to_text(latents[:2]) == ["one", "two"]
+        assert len(count) == calls, share
+        assert model.image_to_text(latents[:2], text_blocks=1) == ["one", "two"]
+        assert len(count) == calls + 20
+        assert model.image_to_text(latents[:2], text_blocks=0, steps=3) == ["one", "two"]
+        assert len(count) == calls + 20 + 3 * len(captions[1])
 
 
 def test_a_reply_about_an_image_depends_on_it(tokenizer):

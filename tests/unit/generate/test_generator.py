@@ -151,8 +151,8 @@ def test_every_other_task_answers(generator):
     assert pixels.shape[0] == len(texts) == 3
 
 
-def test_every_method_takes_solver_and_blocks(generator):
-    options = {"solver": "eq9", "interval": (-5.0, 5.0), "text_blocks": 2, "selection": 0.2}
+def test_every_method_takes_solver_interval_and_selection(generator):
+    options = {"solver": "eq9", "interval": (-5.0, 5.0), "selection": 0.2}
     assert generator.class_to_image([0], steps=3, **options).shape == (1, 3, 16, 16)
     assert generator.text_to_image(["one"], steps=3, **options).shape == (1, 3, 16, 16)
     assert len(generator.image_to_text(torch.randn(2, 16, 16), steps=3, **options)) == 2

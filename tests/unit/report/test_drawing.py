@@ -105,17 +105,22 @@ def test_joint_samples_begin_with_what_is_given(recorder: Recorder, tmp_path: Pa
 
 def test_captions_take_the_settings_of_texts(recorder: Recorder):
     flags = Flags(
-        task="image-to-text", input=("a,1.png", "b.png"), text_guidance=1.5, steps=5,
-        max_new_tokens=7, candidates=4,
+        task="image-to-text", input=("a,1.png", "b.png"), text_guidance=1.5, text_steps=5,
+        text_blocks=3, max_new_tokens=7, candidates=4,
     )  # fmt: skip
     assert generate(recorder, flags) == ["a,1.png: text 0", "b.png: text 1"]
     assert (recorder.options["guidance"], recorder.options["steps"]) == (1.5, 5)
     assert (recorder.options["max_new_tokens"], recorder.options["candidates"]) == (7, 4)
+    assert recorder.options["text_blocks"] == 3
+    generate(recorder, Flags(task="image-to-text", input=("b.png",), steps=5))
+    assert recorder.options["steps"] is recorder.options["text_blocks"] is None
 
 
-def test_candidates_are_of_texts_alone():
+def test_candidates_and_blocks_are_of_texts_alone():
     with pytest.raises(ValueError, match=r"--candidates 2 belongs to .* not to text-to-image"):
         Flags(task="text-to-image", input=("a two",), candidates=2)
+    with pytest.raises(ValueError, match=r"--text_blocks 0 belongs to .* not to joint"):
+        Flags(text_blocks=0)
 
 
 def test_dialogues_are_split_into_turns_and_share_their_images(recorder: Recorder):
