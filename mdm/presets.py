@@ -25,12 +25,13 @@ DEMO = Config(
         kernel="compiled",
     ),
     objective=ObjectiveConfig(
-        p_text_to_image=0.52,  # what is learned last; questions are answered instead
-        p_image_to_text=0.33,
+        p_text_to_image=0.57,  # what is learned last; questions are answered instead
+        p_image_to_text=0.28,
         p_image=0.05,
         p_text=0.01,
         p_class=0.9,
         p_self_condition=0.1,
+        p_prefix=0.25,  # texts are drawn token by token; with more they are read more slowly
         image_shift=3.0,  # texts shape an image at the upper half of the noise levels
         text_shift=3.0,  # at the lower third every piece of a text is obvious
     ),
@@ -181,7 +182,9 @@ LEARN_TEXT = Config(
 )
 
 # A label is a weak condition that captions do not replace: it gets a share of its own.
-_OBJECTIVE = ObjectiveConfig(p_text_to_image=0.3, p_image_to_text=0.15, p_image=0.35, p_class=0.9)
+_OBJECTIVE = ObjectiveConfig(
+    p_text_to_image=0.3, p_image_to_text=0.15, p_image=0.35, p_class=0.9, p_prefix=0.25
+)
 
 # At 1e-4 the first steps of Adam would move a branch's weights by a tenth each.
 _WARMUP = 5000

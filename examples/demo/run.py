@@ -39,7 +39,6 @@ SCENES = {"journeydb": "journeydb", "coco": "coco", "vqav2": "coco", "llava": "l
 AUTOENCODER_STEPS = 1000
 TONE_WEIGHT = 16  # of the autoencoder: thin strokes of six hues take more than the usual
 GUIDANCE = 1.0  # of images of digits: with more they are surer and less varied
-CANDIDATES = 5  # captions drawn of each image, of which the most typical counts
 SHOWN = [  # what snapshots of the training are asked to draw
     "a red zero",
     "a yellow one at the top left",
@@ -151,7 +150,6 @@ def stages(flags: Flags) -> list[JobStage]:
         n=flags.n,
         guidance=GUIDANCE,
         joint_guidance=GUIDANCE,
-        candidates=CANDIDATES,
         texts=SHOWN,
         out=evaluation,
         **untracked,

@@ -38,7 +38,7 @@ class Flags(Sampling):
     joint_steps: int = doc(40, "solver steps of images and captions drawn together")
     solver: str = doc("ddpm", f"of images: one of {', '.join(SOLVERS)}")
     candidates: int = doc(
-        5, "captions, answers and replies drawn; the most typical counts", POSITIVE
+        1, "captions, answers and replies drawn; the most typical counts", POSITIVE
     )
     checkpoint: str = doc("runs/learn-scenes/train/export", "folder of exported weights")
     data: str = doc("runs/learn-scenes/data", "folder of the published scenes")
