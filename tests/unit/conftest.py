@@ -115,6 +115,7 @@ class Oracle:
         *,
         guidance: float,
         candidates: int = 1,
+        steps: int = 20,
         seed: int,
         solver: str,
     ) -> list[str]:
@@ -127,6 +128,7 @@ class Oracle:
         turns: list[tuple[str, ...]],
         *,
         candidates: int = 1,
+        steps: int = 20,
         seed: int,
         solver: str,
     ) -> list[str]:
