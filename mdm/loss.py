@@ -324,11 +324,10 @@ def _samples(batch: Batch) -> Samples:
 def _prefix(batch: Batch, share: Tensor, samples: Samples) -> Tensor:
     """The beginnings of texts after their prompts, `share` [B] of their tokens, bool [R, M].
 
-    The last token of a text, at least, is left to predict.
+    A share below 1 leaves at least the last token of a text to predict.
     """
     reply = (~batch.prompt & (batch.tokens != PAD) & (samples.spread(share) > 0)).long()
     given = (share * samples.sums(reply)).long()
-    given = torch.minimum(given, samples.sums(reply) - 1)
     return (reply > 0) & (samples.sums_before(reply) < samples.spread(given))
 
 

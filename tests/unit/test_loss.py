@@ -8,7 +8,7 @@ import torch
 
 from mdm.config import ObjectiveConfig
 from mdm.data.batch import Batch
-from mdm.diffusion import schedule
+from mdm.diffusion import noise, schedule
 from mdm.diffusion.levels import CONDITIONINGS
 from mdm.diffusion.schedule import STEPS
 from mdm.first_stage.tokenizer import EOS, PAD
@@ -95,6 +95,8 @@ def test_a_prefix_is_given_of_captions_and_of_replies():
         expected = torch.tensor([0.5 + 0.5 / 6, *[0.5 / 6] * 5])
         torch.testing.assert_close(shares, expected, atol=0.04, rtol=0)
         assert torch.equal(prompt[mine, 2:].sum(1), prompt[mine, 2:].cumprod(1).sum(1)), "a gap"
+    seen = noisy.levels.self_conditions.float()
+    assert seen[given > 0].mean().item() == pytest.approx(seen.mean().item(), abs=0.04)
     others = kinds == CONDITIONINGS.index("both")
     assert others.any()
     assert not given[others].any()
@@ -109,6 +111,28 @@ def test_a_prefix_is_given_of_captions_and_of_replies():
     even = math.log(CONFIG.model.vocab_size)
     torch.testing.assert_close(loss[given >= 3], torch.full((int((given >= 3).sum()),), even))
     assert (loss[given < 3] - even).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 512])
+def test_the_longest_prefix_leaves_a_token_to_predict(monkeypatch, length):
+    model = dataclasses.replace(CONFIG.model, text_length=length)
+    data = dataclasses.replace(CONFIG.data, caption_length=length, dialogue_length=length)
+    weights = ObjectiveConfig(p_prefix=1.0)
+    loss = Loss(dataclasses.replace(CONFIG, model=model, data=data, objective=weights))
+    text = dataclasses.replace(
+        batch(3),
+        tokens=torch.full((len(batch(3)), length), EOS),
+        prompt=torch.zeros(len(batch(3)), length, dtype=torch.bool),
+    )
+    draw = noise.draw
+
+    def largest(*args):
+        draws = draw(*args)
+        return draws._replace(uniforms=torch.full_like(draws.uniforms, 1 - 2**-24))
+
+    monkeypatch.setattr(noise, "draw", largest)
+    prompt = loss.noise_inputs(text).text.input.prompt
+    assert prompt.sum(1).tolist() == [length - 1] * len(text)
 
 
 def test_losses_by_conditioning_add_up_to_the_losses(objective):
