@@ -19,7 +19,6 @@ from mdm.evaluate.classifier import Classifier
 from mdm.evaluate.suite import Label
 from mdm.generate import Generator
 
-GUIDANCES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 DRAWS = 3  # captions of each held-out image, and as many pairs: they differ most between seeds
 
 
@@ -87,40 +86,33 @@ class Ruler:
         }
 
 
-def best_guidance(generator: Generator, ruler: Ruler, sampling: Sampling, seed: int = 0) -> float:
-    """The guidance weight of images, of `GUIDANCES`, whose images are nearest to the real ones.
-
-    Models differ in how far their conditions already act without guidance: each is compared at
-    its own weight.
-    """
-    options: dict[str, Any] = {"steps": sampling.steps, "solver": sampling.solver, "seed": seed}
-    distances = {
-        weight: ruler.measure(generator.text_to_image(ruler.prompts, guidance=weight, **options))[
-            0
-        ]["fid64"]
-        for weight in GUIDANCES
-    }
-    return min(distances, key=distances.__getitem__)
-
-
 def evaluate(
-    generator: Generator, ruler: Ruler, sampling: Sampling, seed: int = 0, draws: int = DRAWS
+    generator: Generator,
+    ruler: Ruler,
+    sampling: Sampling,
+    seed: int = 0,
+    draws: int = DRAWS,
+    guidances: Sequence[float] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, list[Label]]]:
     """Evaluate `generator` on the task of `ruler`.
 
     As many images of each class are generated as are held out, so that every distance is between
-    equally many images; `draws` times as many captions and pairs. Returns the metrics with their
-    floors, images f32 [n, 3, H, W] by name, and the labels of the images.
+    equally many images; `draws` times as many captions and pairs. Of several `guidances`, in place
+    of the one of `sampling`, the one counts whose images are nearest to the real ones. Returns the
+    metrics with their floors, images f32 [n, 3, H, W] by name, and the labels of the images.
     """
     wanted, names = ruler.wanted.numpy(), ruler.names
     image_options: dict[str, Any] = {"steps": sampling.steps, "solver": sampling.solver}
     text: dict[str, Any] = {"steps": sampling.steps, "solver": sampling.text_solver}
-    drawn, unguided = (
-        generator.text_to_image(ruler.prompts, guidance=weight, seed=seed, **image_options)
-        for weight in (sampling.guidance, 0.0)
-    )
-    metrics, seen = ruler.measure(drawn)
-    metrics |= {f"{name}_unguided": value for name, value in ruler.measure(unguided)[0].items()}
+    guidances = guidances or (sampling.guidance,)
+    by_weight = {}
+    for weight in {0.0, *guidances}:
+        drawn = generator.text_to_image(ruler.prompts, guidance=weight, seed=seed, **image_options)
+        by_weight[weight] = (*ruler.measure(drawn), drawn)
+    unguided = {f"{name}_unguided": value for name, value in by_weight[0.0][0].items()}
+    guidance = min(guidances, key=lambda weight: float(by_weight[weight][0]["fid64"]))
+    metrics, seen, drawn = by_weight[guidance]
+    metrics |= unguided
     n, classes = len(ruler.labels), draws * ruler.labels.tolist()
     captions = generator.image_to_text(
         ruler.latents.repeat(draws, 1, 1), guidance=sampling.text_guidance, seed=seed, **text
@@ -137,6 +129,7 @@ def evaluate(
         "i2t_accuracy": caption_accuracy(names, captions, classes)[0],
         "joint_agreement": image.agreement(named, joint_seen),
         "joint_class_shares": ruler.class_shares(joint_seen),
+        "guidance": guidance,
         "n": n,
         "joint_n": pairs,
     }

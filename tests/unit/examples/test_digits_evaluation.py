@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.digits import report as learn_report
-from examples.digits.evaluation import Ruler, Sampling, best_guidance, evaluate
+from examples.digits.evaluation import Ruler, Sampling, evaluate
 from mdm.evaluate.classifier import Classifier
 from tests.unit.conftest import NAMES, WORDS, Digits, Oracle
 
@@ -53,15 +53,23 @@ def test_real_images_reach_the_targets(ruler: Ruler, digits: Digits, tmp_path: P
     assert str(tmp_path) not in page
 
 
-def test_each_model_has_its_own_best_guidance(ruler: Ruler, monkeypatch) -> None:
-    distances = {0.0: 3.0, 0.25: 2.0, 0.5: 1.5, 1.0: 1.2, 2.0: 1.1, 4.0: 1.3}
-    monkeypatch.setattr(ruler, "measure", lambda drawn: ({"fid64": distances[drawn]}, None))
+def test_images_are_those_of_the_weight_that_is_nearest(ruler: Ruler, digits: Digits) -> None:
+    """Here 0.5: what is drawn with other weights are images of the next class."""
 
-    class Drawn:
-        def text_to_image(self, prompts, *, guidance, **options):
-            return guidance
+    class Drawn(Oracle):
+        def text_to_image(self, texts, *, guidance, **options):
+            shift = 0 if guidance == 0.5 else 1
+            classes = [(NAMES.named(text) + shift) % 10 for text in texts]
+            pixels = self.class_to_image(classes, guidance=guidance, **options)
+            return pixels if guidance == 0.5 else 0.8 * pixels
 
-    assert best_guidance(Drawn(), ruler, SAMPLING) == 2.0
+    metrics, _, labels = evaluate(Drawn(digits), ruler, SAMPLING, guidances=(1.0, 0.5, 2.0))
+    assert metrics["guidance"] == 0.5
+    assert metrics["t2i_accuracy"] > 0.9
+    assert metrics["t2i_accuracy_unguided"] < 0.1
+    assert metrics["fid64_unguided"] > metrics["fid64"]
+    assert all(label.right for label in labels["drawn"][:5])
+    assert evaluate(Drawn(digits), ruler, SAMPLING)[0]["guidance"] == SAMPLING.guidance
 
 
 def test_a_model_that_ignores_its_condition_is_at_chance(ruler: Ruler, digits: Digits) -> None:
