@@ -128,6 +128,8 @@ class Caption:
         named = [thing.among(items) for thing in self.things]
         if any(len(n) != t.count for n, t in zip(named, self.things, strict=True)):
             return False
+        if {id(item) for of_thing in named for item in of_thing} != set(map(id, items)):
+            return False  # "a four and a four" names the only four twice
         if self.relation and self.relation not in relations(named[0][0], named[1][0]):
             return False
         return self.place in ("", named[0][0].place)

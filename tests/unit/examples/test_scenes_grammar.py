@@ -46,6 +46,8 @@ def test_true_captions_are_right(scene, caption):
         (SEVEN_AND_TWO, "a red seven above a blue two"),
         (SEVEN_AND_TWO, "a red seven"),  # only a part of the scene
         (SEVEN_AND_TWO, "two sevens"),
+        (SEVEN_AND_TWO, "a seven and a seven"),  # one digit named twice
+        (SEVEN_AND_TWO, "a red seven and a seven"),
         (SEVEN_AND_TWO, "a red seven left of a blue"),  # no whole caption
         (SEVEN_AND_TWO, "a red seven left of a blue two two"),
         (SEVEN_AND_TWO, "red seven left of a blue two"),
