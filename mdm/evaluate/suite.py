@@ -115,7 +115,7 @@ class _Suite:
         self.generator, self.classifier = generator, classifier
         self.data, self.settings = data, settings
         self.image_options = settings.options(settings.steps)
-        self.text_options = {
+        self.text_options: dict[str, Any] = {
             "candidates": settings.candidates,
             "seed": settings.seed,
             "solver": settings.solver,
