@@ -29,7 +29,7 @@ class Sampling:
     guidance: float = doc(0.15, "guidance weight of images")
     text_guidance: float = doc(1.0, "guidance weight of captions and replies")
     joint_guidance: float = doc(1.0, "guidance weight of images and captions drawn together")
-    steps: int = doc(20, "solver steps")
+    steps: int = doc(20, "solver steps of images")
     joint_steps: int = doc(100, "solver steps of images and captions drawn together")
     solver: str = doc("dpmpp2m", f"of images: one of {', '.join(SOLVERS)}")
     text_solver: str = doc("ddpm", "of captions, and of images drawn with their captions")
@@ -103,7 +103,7 @@ def evaluate(
     """
     wanted, names = ruler.wanted.numpy(), ruler.names
     image_options: dict[str, Any] = {"steps": sampling.steps, "solver": sampling.solver}
-    text: dict[str, Any] = {"steps": sampling.steps, "solver": sampling.text_solver}
+    text: dict[str, Any] = {"solver": sampling.text_solver}
     guidances = guidances or (sampling.guidance,)
     by_weight = {}
     for weight in {0.0, *guidances}:
