@@ -44,18 +44,18 @@ DEMO = Config(
             SourceConfig("llava", 0.04),
             SourceConfig("dialogues", 0.05),
         ),
-        global_batch=128,
+        global_batch=64,  # twice the steps teach more than twice the samples of a step
         caption_length=17,  # the last two exchanges of a dialogue about an image
         dialogue_length=28,
     ),
     train=TrainConfig(
-        steps=3500,
+        steps=7000,
         lr=4e-3,
         beta2=0.99,
-        warmup=100,
+        warmup=200,
         decay="cosine",
-        ema=0.998,
-        checkpoint_every=1000,
+        ema=0.999,
+        checkpoint_every=2000,
         snapshots=4,
         gather="trunk",
         deepspeed="deepspeed_configs/cpu_small_model.json",
@@ -132,12 +132,12 @@ SCENES = Config(
             SourceConfig("vqav2", 0.18),
             SourceConfig("llava", 0.08),
         ),
-        global_batch=128,
+        global_batch=64,
         caption_length=17,  # the last two exchanges of a dialogue
         dialogue_length=17,
     ),
     train=dataclasses.replace(
-        DEMO.train, steps=9000, warmup=200, ema=0.999, checkpoint_every=1500, snapshots=0
+        DEMO.train, steps=18_000, warmup=400, ema=0.9995, checkpoint_every=3000, snapshots=0
     ),
     run_dir="runs/learn-scenes/train",
     tokenizer="runs/learn-scenes/tokenizer/tokenizer.model",
@@ -172,6 +172,7 @@ LEARN_TEXT = Config(
         lr=2e-3,
         beta2=0.95,
         warmup=200,
+        ema=0.998,
         checkpoint_every=250,
         snapshots=0,
         log_every=20,
