@@ -33,7 +33,7 @@ SHOWN = 60  # tiles of a sheet
 class Flags(Sampling):
     """Flags of this job."""
 
-    guidance: float = doc(3.0, "guidance weight of images")
+    guidance: float = doc(4.0, "guidance weight of images")
     text_guidance: float = doc(0.0, "guidance weight of captions, answers and replies")
     joint_steps: int = doc(40, "solver steps of images and captions drawn together")
     solver: str = doc("ddpm", f"of images: one of {', '.join(SOLVERS)}")
