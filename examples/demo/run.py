@@ -22,6 +22,7 @@ from examples.demo.stages import (
     JobStageError,
     Runner,
     command,
+    deepspeed,
     encode_stage,
     end_leftovers,
     run_supervised,
@@ -109,7 +110,8 @@ def stages(flags: Flags) -> list[JobStage]:
         needs = store if name in ("train", "evaluate") else []
         inputs = [fingerprint(preset)] if name == "train" else []
         path = Path(out, report) if report else None
-        return JobStage(name, title, words, inputs, [out], needs, path)
+        launcher = deepspeed(flags.ranks) if name == "train" else ()
+        return JobStage(name, title, words, inputs, [out], needs, path, launcher)
 
     write_data = command("examples/demo/data.py", out=data)
     train_tokenizer = command(
@@ -138,8 +140,7 @@ def stages(flags: Flags) -> list[JobStage]:
     train_judge = command("examples/scenes/train_judge.py", **seen, out=judge)
     training = {"preset": "demo", "data.root": encoded, "run_dir": run_dir}
     pretrain = command("pipelines/pretrain.py", **training, **first_stage, **untracked)[1:]
-    launcher = [str(Path(PYTHON).parent / "deepspeed"), "--num_accelerators", str(flags.ranks)]
-    train = [*launcher, *pretrain, *flags.train_flags.split()]
+    train = [*pretrain, *flags.train_flags.split()]
     weights = {"checkpoint": f"{run_dir}/export", "snapshots": f"{run_dir}/snapshots"}
     real = {"data": encoded, "raw": data, "judge": classifier}
     evaluate = command(

@@ -45,6 +45,12 @@ class JobStage:
     outputs: Sequence[str] = ()  # folders, files or s3:// prefixes, removed when it starts over
     needs: Sequence[str] = ()  # names of the services that must be up
     report: Path | None = None  # JSON that the job writes about itself, copied into the marker
+    launcher: Sequence[str] = ()  # begins the command; another number of ranks changes no result
+
+    @property
+    def words(self) -> list[str]:
+        """The whole command."""
+        return [*self.launcher, *self.command]
 
     def fingerprint(self, before: str) -> str:
         """A hash of what determines the result, after job stages with the fingerprint `before`."""
@@ -167,6 +173,12 @@ def command(script: str, **flags: object) -> list[str]:
     return words
 
 
+def deepspeed(ranks: int) -> list[str]:
+    """What launches the script of a training job, and its flags, on `ranks` processes."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    return [str(launcher), "--num_accelerators", str(ranks)]
+
+
 def encode_stage(
     dataset: str,
     folder: str,
@@ -276,12 +288,12 @@ class Runner:
         print(f"> {stage.title}{state}")
         usage["attempts"] += 1
         with metered(usage, attempt):
-            code = run_supervised(stage.command, self.env)
+            code = run_supervised(stage.words, self.env)
         if code != 0:
             raise JobStageError(f"{stage.title} failed: {stage.name} ended with exit code {code}")
         content = {name: usage[name] for name in _TOTALS} | {
             "title": stage.title,
-            "command": list(stage.command),
+            "command": stage.words,
             "report": read_json(stage.report) if stage.report else {},
         }
         write_json(marker, content)

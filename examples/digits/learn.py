@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.demo.stages import command, run_supervised
+from examples.demo.stages import command, deepspeed, run_supervised
 from examples.digits import data as digits
 from examples.digits import report as learn_report
 from examples.digits.evaluation import Ruler, Sampling, evaluate
@@ -95,9 +95,8 @@ def run(flags: Flags) -> dict[str, Any]:
     began, out = time.monotonic(), Path(flags.out)
     setting = prepare(out / "data")
     prepared = time.monotonic() - began
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators"]
     train = training_job(setting, out / "train", flags.seed, flags.train_flags)[1:]
-    if code := run_supervised([*launcher, str(flags.ranks), *train], CPU_ENV):
+    if code := run_supervised([*deepspeed(flags.ranks), *train], CPU_ENV):
         fail(f"learn: the training job ended with exit code {code}; run it again to continue")
     done = load_json(out / "train" / "done.json")
     trained = time.monotonic()

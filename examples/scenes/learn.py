@@ -18,6 +18,7 @@ from examples.demo.stages import (
     JobStageError,
     Runner,
     command,
+    deepspeed,
     encode_stage,
     end_leftovers,
 )
@@ -56,9 +57,15 @@ def stages(flags: Flags) -> list[JobStage]:
     named = [f"{name}={data}/{folder}" for name, folder in SCENES.items()]
 
     def stage(name: str, title: str, words: list[str], out: str, report: str = "") -> JobStage:
-        inputs = [fingerprint(preset)] if name == "train" else []
+        trains = name == "train"
         return JobStage(
-            name, title, words, inputs, [out], report=Path(out, report) if report else None
+            name,
+            title,
+            words,
+            [fingerprint(preset)] if trains else [],
+            [out],
+            report=Path(out, report) if report else None,
+            launcher=deepspeed(flags.ranks) if trains else (),
         )
 
     def encode(name: str, folder: str) -> JobStage:
@@ -96,10 +103,7 @@ def stages(flags: Flags) -> list[JobStage]:
     training = {"preset": "scenes", "data.root": f"{out}/encoded", "run_dir": run_dir}
     side = int(flags.size) // TOKEN
     grid = {"model.image_height": side, "model.image_width": side}
-    pretrain = command("pipelines/pretrain.py", **training, **first_stage, **grid)
-    if flags.ranks > 1:
-        launcher = str(Path(sys.executable).parent / "deepspeed")
-        pretrain[:1] = [launcher, "--num_accelerators", str(flags.ranks)]
+    pretrain = command("pipelines/pretrain.py", **training, **first_stage, **grid)[1:]
     evaluate = command(
         "examples/scenes/evaluate.py",
         checkpoint=f"{run_dir}/export",

@@ -10,12 +10,20 @@ from mdm.launch.job import job
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from examples.demo.stages import JobStage, JobStageError, Runner, command, end_leftovers
+from examples.demo.stages import (
+    JobStage,
+    JobStageError,
+    Runner,
+    command,
+    deepspeed,
+    end_leftovers,
+)
 from examples.text import corpus, report
 from examples.text.train import KINDS
 from mdm.config import doc
@@ -63,11 +71,11 @@ def stages(flags: Flags) -> list[JobStage]:
     def training(name: str, script: str, **own: object) -> list[str]:
         return [*command(script, **common, run_dir=f"{flags.out}/{name}", **own), *more]
 
-    def stage(name: str, title: str, words: list[str], done: str) -> JobStage:
+    def stage(name: str, title: str, words: list[str], launcher: Sequence[str] = ()) -> JobStage:
         folder = f"{flags.out}/{name}"
-        return JobStage(name, title, words, given, [folder], report=Path(folder, done))
+        report = Path(folder, DONE)
+        return JobStage(name, title, words, given, [folder], report=report, launcher=launcher)
 
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators"]
     diffusion = training("train", "pipelines/pretrain.py")[1:]
     own = {"rows": f"{data}/train.npz", "train.threads": flags.threads}
     baselines = {kind: training(kind, "examples/text/train.py", kind=kind, **own) for kind in KINDS}
@@ -83,8 +91,8 @@ def stages(flags: Flags) -> list[JobStage]:
             [data],
             report=Path(data, "data.json"),
         ),
-        stage("train", "Train the diffusion", [*launcher, str(flags.ranks), *diffusion], DONE),
-        *(stage(kind, f"Train the {kind} model", baselines[kind], DONE) for kind in KINDS),
+        stage("train", "Train the diffusion", diffusion, deepspeed(flags.ranks)),
+        *(stage(kind, f"Train the {kind} model", baselines[kind]) for kind in KINDS),
         JobStage(
             "measure",
             "Measure on held-out text",

@@ -31,11 +31,19 @@ def test_flags_reach_their_job_stages(monkeypatch):
     changed = {stage.name: stage for stage in stages(flags)}
     assert list(changed["encode-journeydb"].needs) == ["ray"]
     assert changed["encode-journeydb"].outputs[0] == "runs/demo/encoded/journeydb"
-    train, evaluate = " ".join(changed["train"].command), " ".join(changed["evaluate"].command)
+    train, evaluate = " ".join(changed["train"].words), " ".join(changed["evaluate"].words)
     assert "--num_accelerators 4 pipelines/pretrain.py --preset demo" in train
     assert train.endswith("--no_tracking --train.steps 30")
     assert "--n 7" in evaluate
     assert evaluate.endswith("--no_tracking")
+
+
+def test_another_number_of_ranks_keeps_what_is_finished():
+    two, four = (stages(Flags(ranks=ranks)) for ranks in (2, 4))
+    assert [stage.words for stage in two] != [stage.words for stage in four]
+    assert [stage.fingerprint("") for stage in two] == [stage.fingerprint("") for stage in four]
+    longer = stages(Flags(train_flags="--train.steps 30"))
+    assert [stage.fingerprint("") for stage in two] != [stage.fingerprint("") for stage in longer]
 
 
 def test_the_encoding_uses_a_running_ray_cluster(monkeypatch):

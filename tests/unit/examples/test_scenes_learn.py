@@ -22,7 +22,7 @@ def test_every_encoded_set_is_in_the_preset_and_as_long_as_its_texts():
         words = " ".join(by_name[f"encode-{name}"].command)
         assert f"--text_length {preset.data.caption_length}" in words
         assert "--no_near_duplicates" in words
-    train = " ".join(by_name["train"].command)
+    train = " ".join(by_name["train"].words)
     assert "--num_accelerators 3 pipelines/pretrain.py --preset scenes" in train
     assert "--model.image_height 8 --model.image_width 8" in train
     assert "--size 64" in " ".join(by_name["data"].command)

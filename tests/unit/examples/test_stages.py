@@ -51,6 +51,20 @@ def test_finished_job_stages_are_skipped_and_reports_kept(tmp_path: Path, capsys
     assert capsys.readouterr().out.splitlines()[-1].startswith("= two: already finished")
 
 
+def test_the_launcher_begins_the_command_and_is_no_part_of_the_result(tmp_path: Path) -> None:
+    runner = Runner(tmp_path / "stages")
+    script = "import sys; print(sys.argv[1:], file=open(sys.argv[2], 'a'))"
+    out = str(tmp_path / "out.txt")
+
+    def stage(ranks: str) -> JobStage:
+        return JobStage("one", "one", (out,), launcher=(sys.executable, "-c", script, ranks))
+
+    marker = runner.run([stage("2")])["one"]
+    assert marker["command"] == [sys.executable, "-c", script, "2", out]
+    runner.run([stage("3")])
+    assert Path(out).read_text() == f"['2', {out!r}]\n"
+
+
 def test_a_changed_job_stage_and_those_after_it_start_over(tmp_path: Path) -> None:
     runner = Runner(tmp_path / "stages")
     one, two, three = (count(tmp_path, n) for n in ("one", "two", "three"))

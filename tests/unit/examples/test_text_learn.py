@@ -39,7 +39,7 @@ CORPUS = {
 
 def test_all_models_are_trained_alike():
     flags = Flags(out="here", steps=17, seed=3, train_flags="--model.n_layer 2")
-    by_name = {stage.name: list(stage.command) for stage in stages(flags)}
+    by_name = {stage.name: stage.words for stage in stages(flags)}
     assert list(by_name) == ["data", "train", "autoregressive", "masked", "measure"]
     commands = [by_name[name] for name in ("train", "autoregressive", "masked")]
     configs = []
