@@ -70,6 +70,7 @@ FLAGS = {
     "objective.text_shift": 1.0,
     "train.lr": 2e-3,
     "train.beta2": 0.95,
+    "train.ema": 0.998,
     # What that version did, and this one does otherwise by default.
     "model.adaln": False,
     "model.silent": False,
