@@ -4,7 +4,7 @@ import dataclasses
 
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig, SourceConfig, TrainConfig
 
-# Two CPU cores, about twelve minutes: digits, scenes of digits and dialogues at 32 x 32 pixels.
+# Digits, scenes of digits and dialogues at 32 x 32 pixels: what `make demo` trains on two CPU cores.
 DEMO = Config(
     model=ModelConfig(
         d_model=128,
@@ -44,7 +44,7 @@ DEMO = Config(
             SourceConfig("llava", 0.04),
             SourceConfig("dialogues", 0.05),
         ),
-        global_batch=64,  # twice the steps teach more than twice the samples of a step
+        global_batch=64,
         caption_length=17,  # the last two exchanges of a dialogue about an image
         dialogue_length=28,
     ),
