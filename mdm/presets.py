@@ -4,7 +4,7 @@ import dataclasses
 
 from mdm.config import Config, DataConfig, ModelConfig, ObjectiveConfig, SourceConfig, TrainConfig
 
-# Digits, scenes of digits and dialogues at 32 x 32 pixels: what `make demo` trains on two CPU cores.
+# Digits, scenes of digits and dialogues at 32 x 32 pixels: what `make demo` trains on CPU cores.
 DEMO = Config(
     model=ModelConfig(
         d_model=128,
